@@ -1,0 +1,49 @@
+"""The mathematics of every op in plain torch, for float32 and float64; every backend is tested against this file."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS = {"none": lambda x: x, "elu": F.elu, "relu": F.relu, "silu": F.silu}
+
+
+def noise_conditioned_norm(
+    x: Tensor,
+    gamma: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    level: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """act(γ·(x̂ + α·ms) + β), InstanceNorm++ with the noise level's own γ, α, β (NCSN, arXiv 1907.05600, appendix A).
+
+    x: [N, C, H, W]. gamma, alpha, beta: [C], or [L, C] gathered by ``level`` [N]; None leaves the term out, so that
+    alpha=None is InstanceNorm. residual: like x; the norm is then of x + residual, and (y, x + residual) is returned.
+    """
+    if residual is not None:
+        x = x + residual
+    gamma, alpha, beta = (_per_sample(p, level) for p in (gamma, alpha, beta))
+    mean = x.mean((2, 3), keepdim=True)  # [N, C, 1, 1]
+    centred = x - mean
+    y = centred * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + eps)  # biased variance over H·W
+    if alpha is not None:
+        spread = mean - mean.mean(1, keepdim=True)
+        variance = spread.square().sum(1, keepdim=True) / (x.shape[1] - 1)  # unbiased over C
+        y = y + alpha * (spread * torch.rsqrt(variance + 1e-5))
+    if gamma is not None:
+        y = y * gamma
+    if beta is not None:
+        y = y + beta
+    y = ACTIVATIONS[activation](y)
+    return y if residual is None else (y, x)
+
+
+def _per_sample(p: Tensor | None, level: Tensor | None) -> Tensor | None:
+    """[C] → [1, C, 1, 1]; [L, C] and level [N] → [N, C, 1, 1]."""
+    if p is None:
+        return None
+    return p[None, :, None, None] if p.dim() == 1 else p[level][:, :, None, None]

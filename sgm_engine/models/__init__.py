@@ -1,0 +1,1 @@
+"""Score networks with the parameter names of their original checkpoints."""
