@@ -1,0 +1,125 @@
+"""Samples on disk. Everything appears under its final name complete, or not at all.
+
+A file is written beside its target, flushed to the disk and renamed over it. A folder of PNG files is staged the same
+way and renamed as a whole. What the name ends in decides the form:
+
+    x.png           one grid
+    x.npz           `arr_0` uint8 [N, H, W, C], what FID tools read, and `sample_id` int64 [N]
+    x.safetensors   `samples` float32 [N, C, H, W], neither clamped nor rounded, and `sample_id` int64 [N]
+    x/              one PNG a sample, {sample_id:06d}.png
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sgm_engine import images
+
+_FORMS = {".png": "grid", ".npz": "npz", ".safetensors": "safetensors", "": "folder"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """A place that samples will be written to, and the form they take there."""
+
+    path: Path
+    form: str
+
+    @classmethod
+    def parse(cls, text: str) -> Output:
+        """The form from the text; a trailing slash or an existing folder means a folder whatever its name."""
+        path = Path(text).expanduser()
+        if text.endswith(("/", os.sep)) or path.is_dir():
+            return cls(path, "folder")
+        if path.suffix.lower() not in _FORMS:
+            raise ValueError(
+                f"cannot tell what to write from {text!r}: use .png (one grid), .npz (uint8), .safetensors (float) "
+                "or a folder name ending in / (PNG files)"
+            )
+        return cls(path, _FORMS[path.suffix.lower()])
+
+    def check(self) -> None:
+        """OSError or ValueError if this cannot be written: found out before the sampling rather than after it."""
+        if self.form == "folder" and self.path.is_dir() and any(self.path.iterdir()):
+            raise ValueError(f"output folder {self.path} is not empty: name a new one")
+        check_writable(self.path)
+
+    def write(self, samples, sample_ids, about: Mapping[str, str] | None = None) -> None:
+        """samples [N, C, H, W] float, in the order of sample_ids [N]. about: notes kept inside a .safetensors file."""
+        ids = np.asarray(sample_ids, np.int64)
+        if len(ids) != len(samples):
+            raise ValueError(f"write: {len(samples)} samples came with {len(ids)} sample ids")
+        with staged(self.path) as tmp:
+            _WRITERS[self.form](tmp, samples, ids, about or {})
+
+
+def check_writable(path: Path) -> None:
+    """OSError if ``path`` cannot be created or replaced. Tries it, since permission bits tell root nothing."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    probe = _beside(path)
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write in {path.parent}: {error.strerror}") from error
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Yields a name beside ``path`` to create a file or folder under; renamed to ``path`` at the end, else removed."""
+    tmp = _beside(path)
+    try:
+        yield tmp
+        for file in [*tmp.iterdir(), tmp] if tmp.is_dir() else [tmp]:
+            _flush(file)
+        os.replace(tmp, path)
+        _flush(path.parent)
+    except BaseException:  # Ctrl-C too: half a result is not left behind
+        shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
+        raise
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f".{path.name}.{os.getpid()}.tmp"
+
+
+def _flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_grid(tmp: Path, samples, ids: np.ndarray, about: Mapping[str, str]) -> None:
+    images.save_png(tmp, images.grid(images.to_uint8(samples)))
+
+
+def _write_npz(tmp: Path, samples, ids: np.ndarray, about: Mapping[str, str]) -> None:
+    with open(tmp, "wb") as file:  # given a name instead, NumPy would add .npz to it
+        np.savez(file, arr_0=images.to_uint8(samples), sample_id=ids)
+
+
+def _write_safetensors(tmp: Path, samples, ids: np.ndarray, about: Mapping[str, str]) -> None:
+    from safetensors.numpy import save
+
+    tensors = {"samples": np.ascontiguousarray(samples, np.float32), "sample_id": ids}
+    tmp.write_bytes(save(tensors, metadata=dict(about)))
+
+
+def _write_folder(tmp: Path, samples, ids: np.ndarray, about: Mapping[str, str]) -> None:
+    pixels = images.to_uint8(samples)
+    tmp.mkdir()
+    for sample_id, image in zip(ids, pixels, strict=True):
+        images.save_png(tmp / f"{sample_id:06d}.png", image)
+
+
+_WRITERS = {"grid": _write_grid, "npz": _write_npz, "safetensors": _write_safetensors, "folder": _write_folder}
