@@ -34,6 +34,19 @@ class ConditionalInstanceNormPlus(nn.Module):
         return norm(x, gamma, alpha, beta, level, activation)
 
 
+class InstanceNormPlus(nn.Module):
+    """InstanceNorm++ without level (NCSNv2): γ, α, β [C]; the level is accepted and ignored."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
+        self.gamma = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, level: Tensor, activation: str = "none") -> Tensor:
+        return ops.noise_conditioned_norm(x, self.gamma, self.alpha, self.beta, None, activation)
+
+
 def conv3x3(c_in: int, c_out: int, dilation: int = 1, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, padding=dilation, dilation=dilation, bias=bias)
 

@@ -1,0 +1,112 @@
+"""What defines a score network of this package, as one validated, serialisable record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from torch import nn
+
+MAX_LEVELS = 100_000
+PLAN_VALUES = (bool, int, float, str)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture and noise levels of a network, and (optionally) the plan that it was published with.
+
+    architecture: "NCSN", "NCSNv2", "NCSNv2Deeper" or "NCSNv2Deepest". channels, image_size [pixels], ngf: positive ints.
+    sigmas: noise standard deviations in units of x, strictly descending. divide_by_sigma: the output is divided by
+    σ(level). plan: scalars by name, keyword arguments of :func:`sgm_engine.plan.annealed_langevin`.
+    Raises ValueError that names the field and its value.
+    """
+
+    architecture: str
+    channels: int
+    image_size: int
+    ngf: int
+    sigmas: tuple[float, ...]
+    divide_by_sigma: bool
+    plan: Mapping[str, bool | int | float | str] | None = None
+
+    def __post_init__(self):
+        from sgm_engine.models import ARCHITECTURES
+
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
+        divisor = ARCHITECTURES[self.architecture].size_divisor()
+        for field, limit in (("channels", 1024), ("image_size", 8192), ("ngf", 8192)):
+            value = getattr(self, field)
+            if type(value) is not int or not 1 <= value <= limit:
+                raise ValueError(f"{field} must be an integer between 1 and {limit}, got {value!r}")
+        if self.image_size % divisor:
+            raise ValueError(f"image_size of {self.architecture} must divide by {divisor}, got {self.image_size}")
+        object.__setattr__(self, "sigmas", check_sigmas(self.sigmas))
+        if type(self.divide_by_sigma) is not bool:
+            raise ValueError(f"divide_by_sigma must be true or false, got {self.divide_by_sigma!r}")
+        if not self.divide_by_sigma and self.architecture != "NCSN":
+            raise ValueError(f"divide_by_sigma must be true for {self.architecture}, got {self.divide_by_sigma!r}")
+        if self.plan is not None:
+            object.__setattr__(self, "plan", _check_plan(self.plan))
+
+    def build(self) -> nn.Module:
+        """The network with random weights, on torch's current default device."""
+        from sgm_engine.models import ARCHITECTURES
+
+        kwargs = {"divide_by_sigma": self.divide_by_sigma} if self.architecture == "NCSN" else {}
+        model = ARCHITECTURES[self.architecture](
+            self.sigmas, channels=self.channels, ngf=self.ngf, image_size=self.image_size, **kwargs
+        )
+        model.plan = self.plan
+        return model
+
+    def to_json(self) -> str:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.plan is None:
+            del fields["plan"]
+        else:
+            fields["plan"] = dict(self.plan)
+        return json.dumps(fields)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping) -> ModelConfig:
+        """Every field by name, "plan" optional; unknown and missing names raise ValueError."""
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"config must be an object with named fields, got {type(fields).__name__}")
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(str(k) for k in fields.keys() - known):
+            raise ValueError(f"config has unknown fields: {', '.join(unknown)}")
+        if missing := sorted(known - {"plan"} - fields.keys()):
+            raise ValueError(f"config lacks fields: {', '.join(missing)}")
+        return cls(**fields)
+
+
+def check_sigmas(sigmas) -> tuple[float, ...]:
+    """sigmas as a tuple of positive, finite, strictly descending floats; ValueError says what is wrong where."""
+    if isinstance(sigmas, (str, bytes, Mapping)) or not hasattr(sigmas, "__iter__"):
+        raise ValueError(f"sigmas must be a list of numbers, got {type(sigmas).__name__}")
+    values = sigmas.tolist() if hasattr(sigmas, "tolist") else list(sigmas)
+    if not isinstance(values, list) or not 1 <= len(values) <= MAX_LEVELS:
+        raise ValueError(f"sigmas must hold between 1 and {MAX_LEVELS} levels, got {len(values) if values else 0}")
+    for i, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"sigmas[{i}] must be a number, got {value!r}")
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"sigmas[{i}] must be finite and positive, got {value!r}")
+        if i and value >= values[i - 1]:
+            raise ValueError(f"sigmas must descend: sigmas[{i}] = {value!r} follows {values[i - 1]!r}")
+    return tuple(float(v) for v in values)
+
+
+def _check_plan(plan) -> Mapping[str, bool | int | float | str]:
+    if not isinstance(plan, Mapping):
+        raise ValueError(f"plan must be an object with named scalars, got {type(plan).__name__}")
+    for key, value in plan.items():
+        if not isinstance(key, str) or type(value) not in PLAN_VALUES:
+            raise ValueError(f"plan[{key!r}] must be a number, a string, true or false, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"plan[{key!r}] must be finite, got {value!r}")
+    return MappingProxyType(dict(plan))
