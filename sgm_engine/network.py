@@ -1,0 +1,92 @@
+"""The score network as a step calls it: one float32 state in, one score out, in the precision that was asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+PRECISIONS = ("float32", "bfloat16")
+SCORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The layers that autocast runs in bfloat16, and whose weights are therefore worth casting once instead of every step.
+_CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
+# Layers that compute something else while a module is in training mode.
+_MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+
+
+class Network:
+    """``model(x [B, C, H, W] float32, level [B] int64) → score``, checked, in one of two precisions.
+
+    float32: the module as it is; its parameters are read where they lie, so that changes in place count at once.
+    bfloat16: autocast (norms and parameters of other layers stay float32) over a copy of the module that shares
+    everything with it except the weights of convolutions and linear layers. Those are bfloat16 buffers of their own, in
+    place for good; ``sync`` rewrites them from the module's current weights.
+    """
+
+    def __init__(self, model: Callable[[Tensor, Tensor], Tensor], precision: str, device: torch.device):
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+        self.model, self.precision, self.device = model, precision, device
+        self.module = model if isinstance(model, nn.Module) else None
+        if precision == "bfloat16" and self.module is None:
+            raise ValueError("precision='bfloat16' needs an nn.Module, got a plain callable: cast inside it instead")
+        self._modal = self.module is not None and any(isinstance(m, _MODAL) for m in self.module.modules())
+        self._forward = model
+        self._copied: list[Tensor] = []
+        self._casts: list[tuple[Tensor, Tensor]] = []  # (parameter, its bfloat16 buffer)
+
+    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
+        bf16 = self.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False) if bf16 else nullcontext():
+            score = self._forward(x, level)
+        if not isinstance(score, Tensor) or score.shape != x.shape:
+            got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            raise ValueError(f"model(x, level) must return a score of x's shape {tuple(x.shape)}, got {got}")
+        if score.dtype not in SCORE_DTYPES or score.device != x.device:
+            raise ValueError(
+                f"model(x, level) must return float32, bfloat16 or float16 on {x.device}, got {score.dtype} on {score.device}"
+            )
+        dense = score.is_contiguous() or score.is_contiguous(memory_format=torch.channels_last)
+        return score if dense else score.contiguous()
+
+    def sync(self) -> None:
+        """Make the next evaluation see the module's current parameters. Buffers are rewritten in place."""
+        if self._modal and self.module.training:
+            raise ValueError("model is in training mode and holds dropout or batch norm: call model.eval() first")
+        if self.precision == "float32":
+            return
+        with torch.no_grad():
+            if not _same(self._copied, _tensors(self.module)):
+                self._copied = _tensors(self.module)
+                self._forward, self._casts = _cast_copy(self.module)
+            for parameter, buffer in self._casts:
+                buffer.copy_(parameter)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the module that an evaluation reads, as aliases that keep the memory alive."""
+        return [t.detach() for t in _tensors(self._forward)] if self.module is not None else []
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return list(chain(module.parameters(), module.buffers()))
+
+
+def _same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+
+
+def _cast_copy(module: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A copy that shares every tensor with ``module`` but the weights of _CAST layers, and those paired with theirs."""
+    memo: dict[int, object] = {id(t): t for t in _tensors(module)}
+    casts = []
+    for layer in module.modules():
+        if isinstance(layer, _CAST):
+            for p in layer.parameters(recurse=False):
+                buffer = nn.Parameter(torch.empty_like(p, dtype=torch.bfloat16), requires_grad=False)
+                memo[id(p)] = buffer
+                casts.append((p, buffer))
+    return copy.deepcopy(module, memo), casts

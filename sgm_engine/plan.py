@@ -1,0 +1,250 @@
+"""A sampler is a table: one row per network evaluation, and functions that return such tables.
+
+Row r moves the state by    x ← a·x + b·score(x, level) + c·z + d·previous,    z ~ N(0, I), one draw a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from sgm_engine.schedule import check_sigmas
+
+FORMAT, VERSION = "sgm-plan", 1
+COLUMNS = ("level", "sigma", "a", "b", "c", "d")
+STARTS = ("uniform", "normal")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A frozen table of R rows, and the distribution that a chain starts from.
+
+    level: int64 [R], index into the model's sigmas. sigma: [R], that row's noise in units of x. a, b, c, d: [R].
+    start: x₀ = start_shift + start_scale·u, with u uniform on [0, 1) or standard normal.
+    metadata: anything JSON can hold; it travels with the plan and changes nothing.
+
+    Arrays are float64 here and read-only; the engine rounds them to float32 once. ValueError names the field and value.
+    """
+
+    level: np.ndarray
+    sigma: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    c: np.ndarray
+    d: np.ndarray | None = None
+    start: str = "uniform"
+    start_scale: float = 1.0
+    start_shift: float = 0.0
+    name: str = "custom"
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        level = np.array(self.level)
+        if level.ndim != 1 or len(level) == 0:
+            raise ValueError(f"level must be a vector of at least one row, got shape {level.shape}")
+        if level.dtype.kind not in "iu" or level.min() < 0:
+            raise ValueError(f"level must hold integers >= 0, got {level.dtype} with minimum {level.min()}")
+        self._freeze("level", level.astype(np.int64))
+        for name in COLUMNS[1:]:
+            given = getattr(self, name)
+            column = np.zeros(len(level)) if given is None else np.array(given, dtype=np.float64)
+            if column.shape != level.shape:
+                raise ValueError(f"{name} has shape {column.shape}, but level has {level.shape}: one value a row")
+            with np.errstate(over="ignore"):
+                bad = np.flatnonzero(~np.isfinite(column.astype(np.float32)))
+            if len(bad):
+                raise ValueError(f"{name} must be finite in float32, got {name}[{bad[0]}] = {column[bad[0]]}")
+            self._freeze(name, column)
+        if self.sigma.min() <= 0:
+            i = int(self.sigma.argmin())
+            raise ValueError(f"sigma must be positive, got sigma[{i}] = {self.sigma[i]}")
+        if self.start not in STARTS:
+            raise ValueError(f"start must be one of {STARTS}, got {self.start!r}")
+        for name in ("start_scale", "start_shift"):
+            if not np.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        if self.start_scale < 0:
+            raise ValueError(f"start_scale must be >= 0, got {self.start_scale}")
+        self._refuse_divergence()
+
+    def _freeze(self, name: str, column: np.ndarray) -> None:
+        column.setflags(write=False)
+        object.__setattr__(self, name, column)
+
+    def _refuse_divergence(self) -> None:
+        """Data that is one point has score (μ − x)/σ², so a row scales the distance to it by a − b/σ² (when d = 0)."""
+        factor = self.a - self.b / self.sigma**2
+        bad = np.flatnonzero((self.d == 0) & (factor <= -1))
+        if len(bad):
+            i = bad[0]
+            raise ValueError(
+                f"b[{i}] = {self.b[i]:g} must diverge at sigma[{i}] = {self.sigma[i]:g}: b/sigma² is "
+                f"{self.b[i] / self.sigma[i] ** 2:.3g} and has to stay below 1 + a = {1 + self.a[i]:g}; lower the step size (step_lr)"
+            )
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations a sample: the number of rows."""
+        return len(self.level)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of everything that decides a sample: the table and the start, not the name or the metadata."""
+        content = {k: v for k, v in self._as_dict().items() if k not in ("name", "metadata")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def describe(self) -> str:
+        """The table as text, runs of equal rows on one line."""
+        table = np.stack([getattr(self, name) for name in COLUMNS], 1)
+        first = [0, *(np.flatnonzero((table[1:] != table[:-1]).any(1)) + 1)]
+        law = "U[0, 1)" if self.start == "uniform" else "N(0, 1)"
+        lines = [
+            f"{self.name}: {self.nfe} network evaluations a sample; start {self.start_shift:g} + {self.start_scale:g}·{law}",
+            f"{'rows':>11} {'level':>5} " + " ".join(f"{name:>10}" for name in COLUMNS[1:]),
+        ]
+        for i, j in zip(first, [*first[1:], self.nfe], strict=True):
+            rows = f"{i}" if j == i + 1 else f"{i}–{j - 1}"
+            lines.append(f"{rows:>11} {self.level[i]:>5} " + " ".join(f"{value:>10.5g}" for value in table[i, 1:]))
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; floats survive exactly."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **self._as_dict()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that ``to_json`` wrote. ValueError says why a text is refused."""
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a plan: invalid JSON ({error})") from None
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise ValueError(f'not a plan: expected an object with "format": "{FORMAT}"')
+        version = content.pop("version", None)
+        if version != VERSION:
+            raise ValueError(f"plan version {version!r} is not supported: this release reads version {VERSION}")
+        known = set(cls.__dataclass_fields__)
+        if content.keys() != known:
+            raise ValueError(f"plan fields differ: missing {sorted(known - content.keys())}, unknown {sorted(content.keys() - known)}")
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(f"not a plan: {error}") from None
+
+    def _as_dict(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in fields.items()}
+
+
+def annealed_langevin(
+    sigmas,
+    steps_per_level: int = 100,
+    step_lr: float = 2e-5,
+    convention: str = "code",
+    denoise: bool = True,
+    start: str = "uniform",
+    start_scale: float = 1.0,
+    start_shift: float = 0.0,
+) -> Plan:
+    """Annealed Langevin dynamics (NCSN, arXiv 1907.05600, algorithm 1): ``steps_per_level`` rows at each of sigmas [L].
+
+    The step size at σ is α = step_lr·(σ/σ_L)². convention "code": x + α·s + √(2α)·z, as in the authors' programs;
+    "paper": x + (α/2)·s + √α·z, half of it. denoise: one more row x + σ_L²·s without noise.
+    Defaults are those of NCSN on images in [0, 1]; NCSNv2 (arXiv 2006.09011) on CIFAR-10 has T = 5, step_lr = 6.2e-6.
+    """
+    sigmas = check_sigmas(sigmas)
+    _check_count("steps_per_level", steps_per_level)
+    if not (np.isfinite(step_lr) and step_lr > 0):
+        raise ValueError(f"step_lr must be positive and finite, got {step_lr}")
+    if convention not in ("code", "paper"):
+        raise ValueError(f"convention must be 'code' or 'paper', got {convention!r}")
+    level = np.repeat(np.arange(len(sigmas)), steps_per_level)
+    alpha = step_lr * (sigmas[level] / sigmas[-1]) ** 2
+    drift = alpha if convention == "code" else alpha / 2
+    options = {"steps_per_level": steps_per_level, "step_lr": step_lr, "convention": convention, "denoise": denoise}
+    table = (level, np.ones(len(level)), drift, np.sqrt(2 * drift))
+    start_law = (start, start_scale, start_shift)
+    return _plan("annealed_langevin", sigmas, table, denoise, start_law, options)
+
+
+def consistent_annealed(
+    sigmas, steps_per_level: int = 1, eta: float = 1.0, start_scale: float | None = None, start_shift: float = 0.0
+) -> Plan:
+    """Consistent annealed sampling (arXiv 2009.05475, algorithm 2), one or more rows at each of sigmas [L].
+
+    A row moves σ → σ' (the next level, or σ itself while steps remain) by x + η·σ²·s + σ'·√(1 − ((1−η)/γ)²)·z, γ = σ'/σ,
+    which keeps the noise in x at exactly σ'. eta 1 denoises and noises afresh; it must lie in [1−γ, 1+γ] for every γ.
+    """
+    sigmas = check_sigmas(sigmas)
+    _check_count("steps_per_level", steps_per_level)
+    level = np.repeat(np.arange(len(sigmas)), steps_per_level)[:-1]  # the last row is the denoising one
+    after = np.repeat(np.arange(len(sigmas)), steps_per_level)[1:]
+    sigma, gamma = sigmas[level], sigmas[after] / sigmas[level]
+    bad = np.flatnonzero(np.abs(1 - eta) > gamma)
+    if len(bad):
+        low, high = 1 - gamma.min(), 1 + gamma.min()
+        raise ValueError(f"eta must lie in [{low:.4g}, {high:.4g}] for these sigmas, got {eta}")
+    noise = sigma * np.sqrt(gamma**2 - (1 - eta) ** 2)
+    table = (level, np.ones(len(level)), eta * sigma**2, noise)
+    options = {"steps_per_level": steps_per_level, "eta": eta}
+    return _plan("consistent_annealed", sigmas, table, True, _prior(sigmas, start_scale, start_shift), options)
+
+
+def reverse_diffusion(sigmas, start_scale: float | None = None, start_shift: float = 0.0) -> Plan:
+    """The reverse variance-exploding diffusion, discretised (arXiv 2011.13456, eq. 46), one row at each of sigmas [L]."""
+    sigmas = check_sigmas(sigmas)
+    drop = sigmas[:-1] ** 2 - sigmas[1:] ** 2
+    table = (np.arange(len(drop)), np.ones(len(drop)), drop, np.sqrt(drop))
+    return _plan("reverse_diffusion", sigmas, table, True, _prior(sigmas, start_scale, start_shift), {})
+
+
+def ancestral(sigmas, start_scale: float | None = None, start_shift: float = 0.0) -> Plan:
+    """Ancestral sampling of the discrete chain (arXiv 2011.13456, eq. 47), one row at each of sigmas [L]."""
+    sigmas = check_sigmas(sigmas)
+    drop = sigmas[:-1] ** 2 - sigmas[1:] ** 2
+    noise = sigmas[1:] * np.sqrt(1 - (sigmas[1:] / sigmas[:-1]) ** 2)
+    table = (np.arange(len(drop)), np.ones(len(drop)), drop, noise)
+    return _plan("ancestral", sigmas, table, True, _prior(sigmas, start_scale, start_shift), {})
+
+
+def ddim(sigmas, start_scale: float | None = None, start_shift: float = 0.0) -> Plan:
+    """DDIM (arXiv 2010.02502), the Euler step of the probability flow in σ: no noise after the start."""
+    sigmas = check_sigmas(sigmas)
+    table = (
+        np.arange(len(sigmas) - 1),
+        np.ones(len(sigmas) - 1),
+        sigmas[:-1] * (sigmas[:-1] - sigmas[1:]),
+        np.zeros(len(sigmas) - 1),
+    )
+    return _plan("ddim", sigmas, table, True, _prior(sigmas, start_scale, start_shift), {})
+
+
+def _plan(name, sigmas, table, denoise, start_law, options) -> Plan:
+    """Rows (level, a, b, c), and the denoising row (1, σ_L², 0) at the last level if asked for."""
+    level, a, b, c = table
+    if denoise:
+        level = np.append(level, len(sigmas) - 1)
+        a, b, c = np.append(a, 1.0), np.append(b, sigmas[-1] ** 2), np.append(c, 0.0)
+    start, scale, shift = start_law
+    return Plan(level, sigmas[level], a, b, c, None, start, float(scale), float(shift), name, options)
+
+
+def _prior(sigmas, start_scale, start_shift) -> tuple[str, float, float]:
+    """shift + σ_1·N(0, 1) unless told otherwise: the law of heavily noised data around ``start_shift``."""
+    return "normal", sigmas[0] if start_scale is None else start_scale, start_shift
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")

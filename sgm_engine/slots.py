@@ -1,0 +1,152 @@
+"""Slots: what changes from step to step, in device memory, and the host's mirror of it.
+
+A batch is B slots; each holds one sample at its own row. Every live slot advances by one row a step, so the host knows
+every row without asking the device. A slot whose row has reached its stop is idle: the update leaves it untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from sgm_engine.kernels import ops
+from sgm_engine.plan import Plan
+
+NO_BAD_ROW = 2**63 - 1
+SAMPLE_STREAM = 0  # the stream tag of a chain's start (draw 0) and steps (draw k): docs/noise.md
+
+
+class Tables:
+    """Plans as device tensors, one after the other; every row of every plan has its own index.
+
+    coef: float32 [R, 4] (a, b, c, d) · draw: int32 [R], 1, 2, … within each plan · level: int64 [R]. R is a capacity plus
+    one row, so that the row of a slot that has finished at the very end is still valid to look up.
+    """
+
+    def __init__(self, device: torch.device, capacity: int = 2048):
+        self.device = device
+        self._allocate(capacity)
+
+    def add(self, plan: Plan) -> range:
+        """The rows of ``plan``, written unless they are there. Call it while every slot is idle: old plans may go."""
+        rows = self._rows.get(plan.digest)
+        if rows is not None:
+            return rows
+        if self._used + plan.nfe > self.capacity:
+            if plan.nfe > self.capacity:
+                self._allocate(1 << (plan.nfe - 1).bit_length())
+            self._rows, self._used = {}, 0
+        rows = range(self._used, self._used + plan.nfe)
+        table = torch.stack([torch.from_numpy(getattr(plan, name).copy()) for name in "abcd"], 1)
+        self.coef[rows.start : rows.stop] = table.to(torch.float32)
+        self.draw[rows.start : rows.stop] = torch.arange(1, plan.nfe + 1, dtype=torch.int32)
+        self.level[rows.start : rows.stop] = torch.from_numpy(plan.level.copy())
+        self._rows[plan.digest], self._used = rows, rows.stop
+        return rows
+
+    def _allocate(self, capacity: int) -> None:
+        self.capacity, self._used = capacity, 0
+        self._rows: dict[str, range] = {}
+        self.coef = torch.zeros(capacity + 1, 4, device=self.device)
+        self.draw = torch.zeros(capacity + 1, dtype=torch.int32, device=self.device)
+        self.level = torch.zeros(capacity + 1, dtype=torch.int64, device=self.device)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample to draw. rows: its plan's rows in the Tables. seed: uint64."""
+
+    sample_id: int
+    seed: int
+    plan: Plan
+    rows: range
+
+
+class Slots:
+    """B slots on one device.
+
+    x: float32 [B, C, H, W], dense in ``memory_format`` · row, stop, seed, sample_id, bad_row: int64 [B].
+    bad_row is the first row whose result was not finite, else NO_BAD_ROW. seed carries a uint64's bits.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ):
+        self.batch, self.shape, self.device = batch, shape, device
+        self.x = torch.zeros(batch, *shape, device=device).to(memory_format=memory_format)
+        self.counters = torch.zeros(5, batch, dtype=torch.int64, device=device)
+        self.row, self.stop, self.seed, self.sample_id, self.bad_row = self.counters.unbind(0)
+        self.jobs: list[Job | None] = [None] * batch
+        self.done = [0] * batch  # rows that the slot's job has behind it
+
+    @property
+    def live(self) -> list[int]:
+        """The slots that hold an unfinished sample."""
+        return [i for i, job in enumerate(self.jobs) if job is not None]
+
+    def refill(self, jobs: Iterator[Job]) -> None:
+        """Start the next of ``jobs`` in every idle slot, as long as there are any."""
+        idle = (i for i, job in enumerate(self.jobs) if job is None)
+        taken = list(zip(idle, jobs))  # noqa: B905 - idle first: an exhausted zip has taken no job too many
+        for _, group in groupby(taken, key=lambda item: item[1].plan.digest):
+            self._start(list(group))
+
+    def advance(self, steps: int) -> None:
+        """Mirror ``steps`` steps of the device."""
+        for i in self.live:
+            self.done[i] += steps
+
+    def steps_to_harvest(self) -> int:
+        """Steps until the first live slot finishes."""
+        return min(self.jobs[i].plan.nfe - self.done[i] for i in self.live)
+
+    def harvest(self) -> tuple[list[Job], Tensor, Tensor] | None:
+        """Empty the finished slots: their jobs, x [k, C, H, W] and bad_row [k] (copies on the device), or None."""
+        finished = [i for i in self.live if self.done[i] == self.jobs[i].plan.nfe]
+        if not finished:
+            return None
+        jobs = [self.jobs[i] for i in finished]
+        for i in finished:
+            self.jobs[i] = None
+        index = to_device(finished, self.device)
+        return jobs, self.x.index_select(0, index).contiguous(), self.bad_row.index_select(0, index)
+
+    def clear(self) -> None:
+        """Make every slot idle, whatever it held."""
+        self.jobs = [None] * self.batch
+        self.stop.zero_()
+
+    def _start(self, taken: list[tuple[int, Job]]) -> None:
+        """Write counters and initial state of slots whose jobs share a plan: one transfer, then device work only."""
+        plan = taken[0][1].plan
+        columns = [
+            (slot, job.rows.start, job.rows.stop, as_int64(job.seed), job.sample_id, NO_BAD_ROW) for slot, job in taken
+        ]
+        values = to_device(columns, self.device).t().contiguous()  # [6, k]
+        slot, counters = values[0], values[1:]
+        x = torch.empty(len(taken), *self.shape, device=self.device)
+        ops.noise_fill_(x, counters[2], counters[3], 0, SAMPLE_STREAM, plan.start)
+        x.mul_(plan.start_scale).add_(plan.start_shift)
+        self.x.index_copy_(0, slot, x)
+        self.counters.index_copy_(1, slot, counters)
+        for i, job in taken:
+            self.jobs[i], self.done[i] = job, 0
+
+
+def as_int64(seed: int) -> int:
+    """The int64 that has the bits of uint64 ``seed``."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def to_device(values: list, device: torch.device) -> Tensor:
+    """An int64 tensor on ``device``, sent without waiting for work that is queued there."""
+    tensor = torch.tensor(values, dtype=torch.int64)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
