@@ -1,0 +1,50 @@
+// Instruction sets: a file named *_isa.cpp is compiled once for each of them, with SGM_ISA defined as the name, and
+// puts everything it defines into namespace sgm::SGM_ISA. One is chosen at run time.
+//
+//   foo.h         SGM_DECLARE_PER_ISA(void, foo, (float* x, int64_t n))
+//   foo_isa.cpp   namespace sgm::SGM_ISA { void foo(float* x, int64_t n) { … } }
+//   caller        SGM_PICK(foo)(x, n)
+//
+// An inline function or template that is not in sgm::SGM_ISA (std::vector included) must not reach such a file's object:
+// the linker keeps one copy of it, perhaps the AVX-512 one, for everybody. tests/test_build.py looks for that.
+#pragma once
+
+#if defined(__x86_64__)
+#define SGM_ISAS(X) X(generic) X(avx2) X(avx512) X(avx512_bf16)
+#else
+#define SGM_ISAS(X) X(generic)
+#endif
+
+namespace sgm {
+
+#define SGM_ENUMERATOR(isa) isa,
+enum class Isa : int { SGM_ISAS(SGM_ENUMERATOR) };
+#undef SGM_ENUMERATOR
+#define SGM_ONE(isa) +1
+constexpr int kIsas = 0 SGM_ISAS(SGM_ONE);
+#undef SGM_ONE
+
+const char* name(Isa isa);
+bool supported(Isa isa);             // by this CPU
+Isa isa();                           // in use: $SGM_ISA, else the best supported; throws std::invalid_argument
+void set_isa(const char* isa_name);  // for tests; throws std::invalid_argument
+
+}  // namespace sgm
+
+#if defined(__x86_64__)
+#define SGM_DECLARE_PER_ISA(result, function, arguments) \
+  namespace generic { result function arguments; }       \
+  namespace avx2 { result function arguments; }          \
+  namespace avx512 { result function arguments; }        \
+  namespace avx512_bf16 { result function arguments; }
+#define SGM_PICK(function)                                                                                    \
+  ([]() -> decltype(&::sgm::generic::function) {                                                              \
+    constexpr decltype(&::sgm::generic::function) table[] = {                                                 \
+        ::sgm::generic::function, ::sgm::avx2::function, ::sgm::avx512::function, ::sgm::avx512_bf16::function}; \
+    return table[static_cast<int>(::sgm::isa())];                                                             \
+  }())
+#else
+#define SGM_DECLARE_PER_ISA(result, function, arguments) \
+  namespace generic { result function arguments; }
+#define SGM_PICK(function) (&::sgm::generic::function)
+#endif

@@ -1,0 +1,1 @@
+from sgm_engine.kernels.reference import noise_conditioned_norm  # noqa: F401

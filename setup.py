@@ -1,0 +1,177 @@
+"""Builds csrc with pybind11 and ninja. No torch at build time: Python passes data pointers.
+
+    csrc/binding*.cpp, csrc/**/binding*.cpp   the only files that see Python's headers
+    csrc/cpu/**/*_isa.cpp                     compiled once per instruction set, each in its own namespace (csrc/isa.h)
+    csrc/cpu/**/*.cpp                         compiled once, for the baseline of the platform
+    csrc/cuda/*.cu                            compiled by nvcc into sgm_engine/_cuda/libsgm_cuda.so
+
+A new file that follows these names needs no line here. SGM_WITH_CUDA=auto|1|0 (default auto: when nvcc is there).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.extension import Extension
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+
+CXX = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX += ["-fno-math-errno", "-fno-trapping-math"]
+EXACT = ("noise", "update")  # files of csrc/cpu that promise the same bits on every build: no contraction to FMA
+ISAS = {"generic": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+    ISAS |= {"avx2": avx2, "avx512": avx512, "avx512_bf16": [*avx512, "-mavx512bf16"]}
+CUDA_ARCHS = (80, 90, 100, 120)  # plus PTX of 90 for whatever comes between and after
+
+
+def contraction(source: Path) -> str:
+    return "-ffp-contract=off" if source.name.startswith(EXACT) else "-ffp-contract=fast"
+
+
+def find_nvcc() -> str | None:
+    """The path of nvcc, None when CUDA is not to be built."""
+    want = os.environ.get("SGM_WITH_CUDA", "auto")
+    if want not in ("auto", "0", "1"):
+        raise SystemExit(f"SGM_WITH_CUDA must be auto, 1 or 0, got {want!r}")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = None if want == "0" else shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if want == "1" and nvcc is None:
+        raise SystemExit("SGM_WITH_CUDA=1 but no nvcc on PATH or in $CUDA_HOME/bin: install it or set SGM_WITH_CUDA=0")
+    return nvcc
+
+
+class Ninja:
+    """A build.ninja in the making: rules once, then one edge a file."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.lines = ["ninja_required_version = 1.8"]
+
+    def rule(self, name: str, command: str, deps: bool = True) -> None:
+        self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
+        self.lines += ["  depfile = $out.d", "  deps = gcc"] if deps else []
+
+    def edge(self, rule: str, out: Path, inputs: list[Path], **variables: str) -> Path:
+        quote = lambda p: str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
+        self.lines.append(f"build {quote(out)}: {rule} {' '.join(map(quote, inputs))}")
+        self.lines += [f"  {k} = {v}" for k, v in variables.items()]
+        return out
+
+    def run(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = "\n".join(self.lines) + "\n"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        jobs = os.environ.get("MAX_JOBS", str(cores))
+        with open(self.folder / "lock", "w") as lock:  # one build at a time
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (self.folder / "build.ninja").write_text(text)
+            subprocess.run([*ninja_command(), "-C", str(self.folder), "-j", jobs], check=True)
+
+
+def ninja_command() -> list[str]:
+    try:
+        import ninja  # the wheel, in an isolated build
+
+        return [str(Path(ninja.BIN_DIR) / "ninja")]
+    except ImportError:
+        if found := shutil.which("ninja"):
+            return [found]
+        raise SystemExit("no ninja: pip install ninja") from None
+
+
+def build_cpu(ninja: Ninja, module: Path) -> None:
+    import pybind11
+
+    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    if cxx is None:
+        raise SystemExit("no C++ compiler: install g++ (Debian: apt install g++) or set CXX")
+    python = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
+    common = f"{' '.join(CXX)} -I{CSRC} {os.environ.get('CXXFLAGS', '')}"
+    ninja.rule("cxx", f"{cxx} -MD -MF $out.d {common} $flags -c $in -o $out")
+    ninja.rule("link", f"{cxx} -shared -pthread $in -o $out {os.environ.get('LDFLAGS', '')}", deps=False)
+    objects = []
+    for source in sorted(CSRC.rglob("*.cpp")):
+        name = str(source.relative_to(CSRC)).replace("/", ".")
+        if source.name.startswith("binding"):
+            objects.append(ninja.edge("cxx", ninja.folder / f"{name}.o", [source], flags=python))
+        elif source.stem.endswith("_isa"):
+            for isa, flags in ISAS.items():
+                variant = " ".join([contraction(source), *flags, f"-DSGM_ISA={isa}", "-Wno-psabi"])
+                objects.append(ninja.edge("cxx", ninja.folder / f"{name}.{isa}.o", [source], flags=variant))
+        else:
+            objects.append(ninja.edge("cxx", ninja.folder / f"{name}.o", [source], flags=contraction(source)))
+    ninja.edge("link", module, objects)
+
+
+def build_cuda(ninja: Ninja, library: Path, nvcc: str) -> None:
+    """csrc/cuda/*.cu → one shared library without libtorch, loaded through ctypes."""
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    if not sources:
+        return
+    archs = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS)
+    archs += " -gencode arch=compute_90,code=compute_90"
+    flags = f"-std=c++17 -O3 -I{CSRC} -Xcompiler -fPIC,-fvisibility=hidden {archs}"
+    ninja.rule("nvcc", f"{nvcc} -MD -MF $out.d {flags} -c $in -o $out")
+    ninja.rule("nvlink", f"{nvcc} -shared -cudart static {archs} $in -o $out", deps=False)
+    objects = [ninja.edge("nvcc", ninja.folder / f"cuda.{s.name}.o", [s]) for s in sources]
+    ninja.edge("nvlink", library, objects)
+
+
+class BuildExt(build_ext):
+    def run(self) -> None:
+        # The module goes where setuptools would put it: build/lib… for a wheel, the source tree for an editable install.
+        target = ROOT if self.inplace else Path(self.build_lib).resolve()
+        module = target / "sgm_engine" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        library = target / "sgm_engine" / "_cuda" / "libsgm_cuda.so"
+        ninja = Ninja(ROOT / "build" / f"ninja-{sys.implementation.cache_tag}")  # kept: the next build is incremental
+        module.parent.mkdir(parents=True, exist_ok=True)
+        build_cpu(ninja, module)
+        if nvcc := find_nvcc():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            build_cuda(ninja, library, nvcc)
+        ninja.run()
+
+    def get_source_files(self) -> list[str]:
+        return [str(p.relative_to(ROOT)) for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh", ".inc")]
+
+    def get_outputs(self) -> list[str]:
+        out = Path(self.build_lib) / "sgm_engine"
+        return [str(p) for p in (*out.glob("_C*.so"), *out.glob("_cuda/*.so"))]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class BinaryDistribution(Distribution):
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+if sys.platform == "win32":
+    raise SystemExit("sgm-engine builds on Linux and macOS; on Windows use WSL 2")
+readme = ROOT / "README.md"
+setup(
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "sgm_engine" / "__init__.py").read_text())[1],
+    long_description=readme.read_text() if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    packages=[*find_packages(include=["sgm_engine", "sgm_engine.*"]), "sgm_engine.kernels"],
+    package_dir={"sgm_engine.kernels": "kernels"},
+    package_data={"sgm_engine": ["weights/*", "_cuda/*.so"]},
+    ext_modules=[Extension("sgm_engine._C", ["csrc/binding.cpp"])],
+    cmdclass={"build_ext": BuildExt},
+    distclass=BinaryDistribution,
+)
