@@ -52,9 +52,9 @@ def test_grid_holds_every_image_once_in_reading_order(n, h, w, c, columns, pad):
     assert np.count_nonzero(sheet) == pixels.size  # and nothing else
 
 
-@pytest.mark.parametrize("call", [dict(columns=0), dict(pad=-1)])
+@pytest.mark.parametrize("call", [{"columns": 0}, {"pad": -1}])
 def test_grid_names_a_bad_argument(call):
-    with pytest.raises(ValueError, match="columns=0|pad=-1"):
+    with pytest.raises(ValueError, match=r"columns=0|pad=-1"):
         images.grid(np.zeros((2, 4, 4, 1), np.uint8), **call)
 
 

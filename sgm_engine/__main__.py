@@ -1,0 +1,7 @@
+"""``python -m sgm_engine``: the same as the command ``sgm``."""
+
+import sys
+
+from sgm_engine.cli import main
+
+sys.exit(main())
