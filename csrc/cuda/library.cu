@@ -1,0 +1,47 @@
+// The library's entry points that belong to no single kernel: which norm runs where, and what an error code means.
+#include "norm.cuh"
+
+namespace {
+
+using namespace sgm::cuda;
+
+struct Device {
+  int major, multiprocessors;
+};
+
+cudaError_t current_device(Device* device) {
+  int index = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&device->major, cudaDevAttrComputeCapabilityMajor, index);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  return error;
+}
+
+}  // namespace
+
+SGM_API const char* sgm_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+// Floats of workspace that sgm_cuda_norm may write, whatever the device.
+SGM_API int64_t sgm_cuda_norm_workspace(int64_t batch, int channels, int pixels, int nhwc) {
+  const Tiling t = portable_tiling(channels, pixels, 1, nhwc != 0);  // the narrowest packs make the most slabs
+  return batch * t.slabs * 2 * channels;
+}
+
+// variant: 0 the one-pass cluster kernel where it can run, else the portable ones; 1 portable; 2 cluster, or an error.
+// strides: of a level's row of γ, α, β. Returns a cudaError_t.
+SGM_API int sgm_cuda_norm(const void* x, const void* residual, void* y, void* sum, int dtype, int nhwc, const float* gamma, const float* alpha,
+                          const float* beta, int64_t gamma_stride, int64_t alpha_stride, int64_t beta_stride, const int64_t* level,
+                          int activation, float eps, int64_t batch, int channels, int pixels, float* workspace, int variant, void* stream) {
+  const Norm s{x,     residual,  y,        sum,    gamma, alpha,     beta, gamma_stride, alpha_stride, beta_stride,
+               level, workspace, channels, pixels, eps,   activation};
+  const int widest = dtype == kFloat32 ? 4 : 8;
+  const bool wide = (nhwc ? channels : pixels) % widest == 0 && aligned(x, 16) && aligned(residual, 16) && aligned(y, 16) && aligned(sum, 16);
+  if (variant != 1 && nhwc && wide) {
+    Device device{};
+    if (const cudaError_t error = current_device(&device)) return error;
+    const ClusterPlan plan = cluster_plan(batch, channels, pixels, widest, device.multiprocessors);
+    if (device.major >= 9 && plan.packs) return norm_cluster(s, batch, dtype, plan, stream);
+  }
+  if (variant == 2) return cudaErrorNotSupported;
+  return norm_portable(s, batch, dtype, nhwc != 0, wide ? widest : 1, stream);
+}

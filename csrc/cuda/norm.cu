@@ -1,0 +1,87 @@
+// noise_conditioned_norm in two kernels, for every target, layout, shape and alignment: `stats` reads the tensor once and writes
+// the moments of each slab of pixels; `apply` merges them, redoes the small reduction across the channels, and reads once more.
+#include "norm.cuh"
+
+namespace sgm::cuda {
+namespace {
+
+// grid (N · slabs, channel blocks)
+template <class T, int V, bool NHWC>
+__global__ void __launch_bounds__(kNormThreads) stats_kernel(const Norm s, const Tiling t) {
+  const int64_t n = blockIdx.x / t.slabs;
+  const int slab = static_cast<int>(blockIdx.x % t.slabs);
+  using Tile = Tile<T, V, kPortablePacks, NHWC>;
+  Tile tile(s, t, n, slab, blockIdx.y);
+  if (s.residual)
+    tile.load_sum(s.x, s.residual, s.sum);
+  else
+    tile.load(s.x);
+  const int width = t.groups * Tile::kChannels, first = static_cast<int>(blockIdx.y) * width;
+  float* mean = shared_floats() + Tile::kScratch;
+  float* m2 = mean + width;
+  tile.moments(shared_floats(), mean, m2);
+  float* moments = s.moments + blockIdx.x * int64_t{2} * s.channels + first;
+  for (int c = threadIdx.x; c < min(width, s.channels - first); c += kNormThreads) {
+    moments[c] = mean[c];
+    moments[s.channels + c] = m2[c];
+  }
+}
+
+// grid (N · slabs, channel blocks)
+template <class T, int V, bool NHWC>
+__global__ void __launch_bounds__(kNormThreads) apply_kernel(const Norm s, const Tiling t) {
+  const int64_t n = blockIdx.x / t.slabs;
+  using Tile = Tile<T, V, kPortablePacks, NHWC>;
+  Tile tile(s, t, n, static_cast<int>(blockIdx.x % t.slabs), blockIdx.y);
+  tile.load(s.residual ? s.sum : s.x);
+
+  const int width = t.groups * Tile::kChannels, first = static_cast<int>(blockIdx.y) * width;
+  float* warps = shared_floats();
+  float* coef = warps + kNormThreads / 32;  // [3][width]
+  float* mean = coef + 3 * width;           // [C]
+  const auto channel = [&](int c) {
+    return merge(t.slabs, [&](int slab) {
+      const float* p = s.moments + (n * t.slabs + slab) * 2 * s.channels + c;
+      const int packs = min(t.slab, s.pixels / Tile::kPixels - slab * t.slab);
+      return Moments{static_cast<float>(packs * Tile::kPixels), p[0], p[s.channels]};
+    });
+  };
+  Spread across{};
+  if (s.alpha) {
+    for (int c = threadIdx.x; c < s.channels; c += kNormThreads) mean[c] = channel(c).mean;
+    __syncthreads();
+    across = spread(mean, s.channels, warps);
+  }
+  for (int c = threadIdx.x; c < min(width, s.channels - first); c += kNormThreads) {
+    const Moments m = channel(first + c);
+    fold(s, n, first + c, m.mean, m.m2, across, coef + c, width);
+  }
+  __syncthreads();
+  tile.apply(coef, s.activation, s.y);
+}
+
+template <class T, int V, bool NHWC>
+cudaError_t launch_both(const Norm& s, int64_t batch, void* stream) {
+  using Tile = Tile<T, V, kPortablePacks, NHWC>;
+  const Tiling t = portable_tiling(s.channels, s.pixels, V, NHWC);
+  const int width = t.groups * Tile::kChannels;
+  const size_t stats_bytes = sizeof(float) * (Tile::kScratch + 2 * width);
+  const size_t apply_bytes = sizeof(float) * (kNormThreads / 32 + 3 * width + s.channels);
+  if (apply_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
+  const dim3 grid(static_cast<unsigned>(batch * t.slabs), t.channel_blocks);
+  const cudaError_t error = launch(stats_kernel<T, V, NHWC>, grid, kNormThreads, stats_bytes, 1, stream, s, t);
+  return error != cudaSuccess ? error : launch(apply_kernel<T, V, NHWC>, grid, kNormThreads, apply_bytes, 1, stream, s, t);
+}
+
+}  // namespace
+
+cudaError_t norm_portable(const Norm& s, int64_t batch, int dtype, bool nhwc, int vector, void* stream) {
+  return with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int V = 16 / sizeof(T);
+    if (vector > 1) return nhwc ? launch_both<T, V, true>(s, batch, stream) : launch_both<T, V, false>(s, batch, stream);
+    return nhwc ? launch_both<T, 1, true>(s, batch, stream) : launch_both<T, 1, false>(s, batch, stream);
+  });
+}
+
+}  // namespace sgm::cuda

@@ -1,0 +1,238 @@
+// noise_conditioned_norm, the parts that the portable and the cluster kernels share.
+//
+// y = act(γ·((x − μ)·rstd + α·ms) + β): μ and the biased variance over H·W for each (n, c); ms = (μ − m)/√(v + 1e-5) with m and
+// v (unbiased) the mean and variance of μ over the channels. A block holds a tile, channels × pixels of one sample, packed in
+// registers. Moments are centred: two sweeps over registers in a thread, Chan's formula (Chan, Golub, LeVeque 1979) to merge.
+#pragma once
+
+#include "device.cuh"
+#include "norm_plan.h"
+
+namespace sgm::cuda {
+
+enum Activation : int { kNone = 0, kElu = 1, kRelu = 2, kSilu = 3 };  // the codes of csrc/binding.cpp
+
+struct Norm {
+  const void* x;                 // [N, C, H, W] of one dtype and layout, as are the next three
+  const void* residual;          // or null
+  void* y;
+  void* sum;                     // x + residual, rounded; null if residual is
+  const float *gamma, *alpha, *beta;                    // [C], or [L, C] read at level[n]; each or null
+  int64_t gamma_stride, alpha_stride, beta_stride;      // of a level's row; 0 for [C]
+  const int64_t* level;          // [N], or null
+  float* moments;                // portable kernels: [N, slabs, 2, C], mean and M2 of each slab
+  int channels, pixels;          // C, H·W
+  float eps;
+  int activation;
+};
+
+struct Moments {
+  float count, mean, m2;
+};
+
+// The moments of a union from those of its parts. A part of count 0 must have a finite mean.
+template <class Part>
+__device__ __forceinline__ Moments merge(int parts, Part part) {
+  Moments all{};
+  for (int i = 0; i < parts; ++i) {
+    const Moments p = part(i);
+    all.count += p.count;
+    all.mean += p.count * p.mean;
+  }
+  all.mean /= all.count;
+  for (int i = 0; i < parts; ++i) {
+    const Moments p = part(i);
+    const float d = p.mean - all.mean;
+    all.m2 += p.m2 + p.count * d * d;
+  }
+  return all;
+}
+
+template <class T, int V>
+__device__ __forceinline__ void activate(float (&v)[V], int activation) {
+  constexpr bool kExact = sizeof(T) == 4;  // 16-bit results do not need the accurate exponentials
+  switch (activation) {
+    case kElu:
+#pragma unroll
+      for (int k = 0; k < V; ++k) v[k] = v[k] > 0 ? v[k] : kExact ? expm1f(v[k]) : __expf(v[k]) - 1.0f;
+      break;
+    case kRelu:
+#pragma unroll
+      for (int k = 0; k < V; ++k) v[k] = v[k] < 0 ? 0.0f : v[k];  // keeps NaN
+      break;
+    case kSilu:
+#pragma unroll
+      for (int k = 0; k < V; ++k) v[k] = kExact ? v[k] / (1.0f + expf(-v[k])) : __fdividef(v[k], 1.0f + __expf(-v[k]));
+      break;
+    default: break;
+  }
+}
+
+template <class T, int V, int PER, bool NHWC>
+struct Tile {
+  static constexpr int kChannels = NHWC ? V : 1, kPixels = NHWC ? 1 : V;  // of a pack
+  static constexpr int kScratch = scratch_floats(kChannels);
+
+  const Tiling t;
+  const int total;       // packs along the pixels of this tile
+  int group, lane;
+  int count;             // packs of this thread
+  int64_t start, step;   // elements
+  Pack<T, V> packs[PER];
+
+  __device__ __forceinline__ Tile(const Norm& s, const Tiling& t, int64_t n, int slab, int channel_block)
+      : t(t), total(min(t.slab, s.pixels / kPixels - slab * t.slab)) {
+    const int thread = static_cast<int>(threadIdx.x);
+    group = NHWC ? thread % t.groups : thread / t.lanes;
+    lane = NHWC ? thread / t.groups : thread % t.lanes;
+    const int channel = (channel_block * t.groups + group) * kChannels;
+    count = group < t.groups && channel < s.channels ? count_of(lane) : 0;
+    const int64_t pixel = (int64_t{slab} * t.slab + lane) * kPixels;
+    start = n * s.channels * s.pixels + (NHWC ? pixel * s.channels + channel : int64_t{channel} * s.pixels + pixel);
+    step = int64_t{t.lanes} * kPixels * (NHWC ? s.channels : 1);
+  }
+
+  __device__ __forceinline__ int count_of(int lane) const { return lane < min(t.lanes, total) ? (total - lane + t.lanes - 1) / t.lanes : 0; }
+
+  __device__ __forceinline__ void load(const void* x) {
+#pragma unroll
+    for (int i = 0; i < PER; ++i)
+      if (i < count) packs[i].load(static_cast<const T*>(x) + start + i * step);
+  }
+
+  // x + residual rounded to T, kept, and written to `sum`.
+  __device__ __forceinline__ void load_sum(const void* x, const void* residual, void* sum) {
+    load(x);
+#pragma unroll
+    for (int i = 0; i < PER; ++i)
+      if (i < count) {
+        Pack<T, V> other;
+        other.load(static_cast<const T*>(residual) + start + i * step);
+        float v[V], r[V];
+        packs[i].unpack(v);
+        other.unpack(r);
+#pragma unroll
+        for (int k = 0; k < V; ++k) v[k] += r[k];
+        packs[i].pack(v);
+        packs[i].store(static_cast<T*>(sum) + start + i * step);
+      }
+  }
+
+  // The tile's mean[c] and m2[c] for its channels, c from 0, in shared memory. Ends with a barrier.
+  __device__ __forceinline__ void moments(float* scratch, float* mean, float* m2) {
+    float thread_mean[kChannels] = {}, thread_m2[kChannels] = {};
+#pragma unroll
+    for (int i = 0; i < PER; ++i)
+      if (i < count) {
+        float v[V];
+        packs[i].unpack(v);
+#pragma unroll
+        for (int k = 0; k < V; ++k) thread_mean[NHWC ? k : 0] += v[k];
+        packs[i].keep_packed();
+      }
+    const float inverse = count > 0 ? 1.0f / static_cast<float>(count * kPixels) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) thread_mean[j] *= inverse;
+#pragma unroll
+    for (int i = 0; i < PER; ++i)
+      if (i < count) {
+        float v[V];
+        packs[i].unpack(v);
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          const float d = v[k] - thread_mean[NHWC ? k : 0];
+          thread_m2[NHWC ? k : 0] += d * d;
+        }
+        packs[i].keep_packed();
+      }
+
+    // Row stride and slots keep both the writes and the reads below free of bank conflicts.
+    constexpr int kStride = kNormThreads + 32 / kChannels;
+    const auto slot = [this](int group, int lane) { return NHWC ? lane * t.groups + group : group * (t.lanes + 1) + lane; };
+    float* scratch_m2 = scratch + kScratch / 2;
+    if (group < t.groups && lane < t.lanes)
+#pragma unroll
+      for (int j = 0; j < kChannels; ++j) {
+        scratch[j * kStride + slot(group, lane)] = thread_mean[j];
+        scratch_m2[j * kStride + slot(group, lane)] = thread_m2[j];
+      }
+    __syncthreads();
+    for (int c = threadIdx.x; c < t.groups * kChannels; c += kNormThreads) {
+      const Moments all = merge(t.lanes, [&](int r) {
+        const int at = c % kChannels * kStride + slot(c / kChannels, r);
+        return Moments{static_cast<float>(count_of(r) * kPixels), scratch[at], scratch_m2[at]};
+      });
+      mean[c] = all.mean;
+      m2[c] = all.m2;
+    }
+    __syncthreads();
+  }
+
+  // y = act((x − centre)·scale + shift), coef being [3][groups·kChannels] in shared memory.
+  __device__ __forceinline__ void apply(const float* coef, int activation, void* y) {
+    const int width = t.groups * kChannels;
+    float centre[kChannels], scale[kChannels], shift[kChannels];
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) {
+      const int c = min(group, t.groups - 1) * kChannels + j;
+      centre[j] = coef[c], scale[j] = coef[width + c], shift[j] = coef[2 * width + c];
+    }
+#pragma unroll
+    for (int i = 0; i < PER; ++i)
+      if (i < count) {
+        float v[V];
+        packs[i].unpack(v);
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          const int j = NHWC ? k : 0;
+          v[k] = (v[k] - centre[j]) * scale[j] + shift[j];
+        }
+        activate<T>(v, activation);
+        packs[i].pack(v);
+        packs[i].store(static_cast<T*>(y) + start + i * step);
+      }
+  }
+};
+
+// The sum of v over the block, for every thread, in a fixed order. warps: [kNormThreads / 32] in shared memory.
+__device__ __forceinline__ float block_sum(float v, float* warps) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  __syncthreads();  // the previous sum has been read
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
+  __syncthreads();
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kNormThreads / 32; ++i) sum += warps[i];
+  return sum;
+}
+
+struct Spread {
+  float mean, inverse;  // m, 1/√(v + 1e-5)
+};
+
+// Across the channels: mean [channels] in shared memory, written before a barrier.
+__device__ __forceinline__ Spread spread(const float* mean, int channels, float* warps) {
+  float sum = 0, squares = 0;
+  for (int c = threadIdx.x; c < channels; c += kNormThreads) sum += mean[c];
+  const float m = block_sum(sum, warps) / static_cast<float>(channels);
+  for (int c = threadIdx.x; c < channels; c += kNormThreads) squares += (mean[c] - m) * (mean[c] - m);
+  const float v = block_sum(squares, warps) / static_cast<float>(channels - 1);
+  return {m, 1.0f / sqrtf(v + 1e-5f)};
+}
+
+// Channel c of sample n: coef[0], coef[width], coef[2·width] = centre, scale, shift.
+__device__ __forceinline__ void fold(const Norm& s, int64_t n, int c, float mean, float m2, const Spread& across, float* coef, int width) {
+  const int64_t level = s.level ? s.level[n] : 0;
+  const float gamma = s.gamma ? s.gamma[level * s.gamma_stride + c] : 1.0f;
+  const float beta = s.beta ? s.beta[level * s.beta_stride + c] : 0.0f;
+  const float offset = s.alpha ? s.alpha[level * s.alpha_stride + c] * ((mean - across.mean) * across.inverse) : 0.0f;
+  coef[0] = mean;
+  coef[width] = gamma * (1.0f / sqrtf(m2 / static_cast<float>(s.pixels) + s.eps));
+  coef[2 * width] = gamma * offset + beta;
+}
+
+cudaError_t norm_portable(const Norm& s, int64_t batch, int dtype, bool nhwc, int vector, void* stream);
+cudaError_t norm_cluster(const Norm& s, int64_t batch, int dtype, const ClusterPlan& plan, void* stream);
+
+}  // namespace sgm::cuda

@@ -1,0 +1,61 @@
+// noise_conditioned_norm in one pass (sm_90 and later, NHWC): a thread-block cluster holds one sample, its pixels split over the
+// blocks and packed in registers; the blocks exchange their moments through distributed shared memory. One read, one write.
+#include "cluster.cuh"
+#include "norm.cuh"
+
+namespace sgm::cuda {
+namespace {
+
+// grid (N · cluster), clusters of t.slabs
+template <class T, int PER>
+__global__ void __launch_bounds__(kNormThreads, PER == 8 ? 3 : 2) cluster_kernel(const Norm s, const Tiling t) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  constexpr int V = 16 / sizeof(T);
+  Cluster cluster;
+  const int64_t n = blockIdx.x / t.slabs;
+  using Tile = Tile<T, V, PER, true>;
+  Tile tile(s, t, n, cluster.rank(), 0);
+  if (s.residual)
+    tile.load_sum(s.x, s.residual, s.sum);
+  else
+    tile.load(s.x);
+
+  const int channels = s.channels;
+  float* warps = shared_floats();
+  float* part = warps + kNormThreads / 32;  // [2][C]: mean and M2 of this block's pixels, read by the whole cluster
+  float* mean = part + 2 * channels;        // [C]: of the sample
+  float* coef = mean + channels;            // [3][C]
+  tile.moments(coef + 3 * channels, part, part + channels);
+  cluster.arrive();
+  cluster.wait();
+  for (int c = threadIdx.x; c < channels; c += kNormThreads) {
+    const Moments all = merge(t.slabs, [&](int rank) {
+      const float* p = cluster.peer(part, rank);
+      return Moments{static_cast<float>(min(t.slab, s.pixels - rank * t.slab)), p[c], p[channels + c]};
+    });
+    mean[c] = all.mean;
+    coef[c] = all.m2;  // until fold
+  }
+  cluster.arrive();  // done with the peers' memory; they must be done with ours before this block ends
+  __syncthreads();
+  Spread across{};
+  if (s.alpha) across = spread(mean, channels, warps);
+  for (int c = threadIdx.x; c < channels; c += kNormThreads) fold(s, n, c, mean[c], coef[c], across, coef + c, channels);
+  __syncthreads();
+  tile.apply(coef, s.activation, s.y);
+  cluster.wait();
+#endif
+}
+
+}  // namespace
+
+cudaError_t norm_cluster(const Norm& s, int64_t batch, int dtype, const ClusterPlan& plan, void* stream) {
+  return with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto kernel = plan.packs == 8 ? cluster_kernel<T, 8> : cluster_kernel<T, 16>;
+    return launch(kernel, dim3(static_cast<unsigned>(batch * plan.t.slabs)), kNormThreads,
+                  cluster_shared_bytes(s.channels, 16 / sizeof(T)), plan.t.slabs, stream, s, plan.t);
+  });
+}
+
+}  // namespace sgm::cuda
