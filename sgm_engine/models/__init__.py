@@ -5,4 +5,4 @@ from sgm_engine.models.ncsn import NCSN, NCSNv2, NCSNv2Deeper, NCSNv2Deepest
 
 ARCHITECTURES = {cls.__name__: cls for cls in (NCSN, NCSNv2, NCSNv2Deeper, NCSNv2Deepest)}
 
-__all__ = ["ARCHITECTURES", "ModelConfig", "NCSN", "NCSNv2", "NCSNv2Deeper", "NCSNv2Deepest"]
+__all__ = ["ARCHITECTURES", "NCSN", "ModelConfig", "NCSNv2", "NCSNv2Deeper", "NCSNv2Deepest"]

@@ -10,6 +10,8 @@ from types import MappingProxyType
 
 from torch import nn
 
+from sgm_engine.schedule import check_sigmas
+
 MAX_LEVELS = 100_000
 PLAN_VALUES = (bool, int, float, str)
 
@@ -18,9 +20,9 @@ PLAN_VALUES = (bool, int, float, str)
 class ModelConfig:
     """Architecture and noise levels of a network, and (optionally) the plan that it was published with.
 
-    architecture: "NCSN", "NCSNv2", "NCSNv2Deeper" or "NCSNv2Deepest". channels, image_size [pixels], ngf: positive ints.
+    architecture: "NCSN", "NCSNv2", "NCSNv2Deeper" or "NCSNv2Deepest". channels, image_size [pixels], ngf: ≥ 1.
     sigmas: noise standard deviations in units of x, strictly descending. divide_by_sigma: the output is divided by
-    σ(level). plan: scalars by name, keyword arguments of :func:`sgm_engine.plan.annealed_langevin`.
+    σ(level). plan: "name" of a function of sgm_engine.plan (default annealed_langevin) and its keyword arguments.
     Raises ValueError that names the field and its value.
     """
 
@@ -44,7 +46,7 @@ class ModelConfig:
                 raise ValueError(f"{field} must be an integer between 1 and {limit}, got {value!r}")
         if self.image_size % divisor:
             raise ValueError(f"image_size of {self.architecture} must divide by {divisor}, got {self.image_size}")
-        object.__setattr__(self, "sigmas", check_sigmas(self.sigmas))
+        object.__setattr__(self, "sigmas", _check_sigmas(self.sigmas))
         if type(self.divide_by_sigma) is not bool:
             raise ValueError(f"divide_by_sigma must be true or false, got {self.divide_by_sigma!r}")
         if not self.divide_by_sigma and self.architecture != "NCSN":
@@ -84,21 +86,12 @@ class ModelConfig:
         return cls(**fields)
 
 
-def check_sigmas(sigmas) -> tuple[float, ...]:
-    """sigmas as a tuple of positive, finite, strictly descending floats; ValueError says what is wrong where."""
-    if isinstance(sigmas, (str, bytes, Mapping)) or not hasattr(sigmas, "__iter__"):
-        raise ValueError(f"sigmas must be a list of numbers, got {type(sigmas).__name__}")
-    values = sigmas.tolist() if hasattr(sigmas, "tolist") else list(sigmas)
-    if not isinstance(values, list) or not 1 <= len(values) <= MAX_LEVELS:
-        raise ValueError(f"sigmas must hold between 1 and {MAX_LEVELS} levels, got {len(values) if values else 0}")
-    for i, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"sigmas[{i}] must be a number, got {value!r}")
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"sigmas[{i}] must be finite and positive, got {value!r}")
-        if i and value >= values[i - 1]:
-            raise ValueError(f"sigmas must descend: sigmas[{i}] = {value!r} follows {values[i - 1]!r}")
-    return tuple(float(v) for v in values)
+def _check_sigmas(sigmas) -> tuple[float, ...]:
+    if isinstance(sigmas, (str, bytes, Mapping)) or not 1 <= len(sigmas) <= MAX_LEVELS:
+        raise ValueError(f"sigmas must be a list of 1 to {MAX_LEVELS} numbers, got {str(sigmas)[:40]!r}")
+    if any(isinstance(s, bool) or not isinstance(s, (int, float)) for s in sigmas):
+        raise ValueError("sigmas must hold numbers only")
+    return tuple(check_sigmas(sigmas).tolist())
 
 
 def _check_plan(plan) -> Mapping[str, bool | int | float | str]:

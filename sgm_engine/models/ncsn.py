@@ -1,6 +1,7 @@
-"""NCSN (Song & Ermon 2019, arXiv 1907.05600, appendix A) and NCSNv2 (2020, arXiv 2006.09011), names as in their checkpoints.
+"""NCSN (Song & Ermon 2019, arXiv 1907.05600, appendix A) and NCSNv2 (2020, arXiv 2006.09011).
 
-All are one RefineNet: an encoder of residual stages, then refine blocks that walk back up. They differ in two tables.
+Parameters are named as in the original checkpoints. All are one RefineNet: an encoder of residual stages, then refine
+blocks that walk back up. They differ in two tables.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus, InstanceNormPlus, RefineBlock, ResBlock, conv3x3
-from sgm_engine.models.config import ModelConfig, check_sigmas
+from sgm_engine.models.config import ModelConfig
+from sgm_engine.schedule import check_sigmas
 
 
 class Stage(NamedTuple):
@@ -50,7 +52,7 @@ class RefineNet(nn.Module):
         self, sigmas: Tensor | Sequence[float], channels: int, ngf: int, divide_by_sigma: bool, image_size: int
     ):
         super().__init__()
-        values = torch.tensor(check_sigmas(sigmas), dtype=torch.float32, device="cpu")
+        values = torch.tensor(check_sigmas(sigmas), dtype=torch.float32, device="cpu")  # even under a meta device
         self.register_buffer("sigmas", values, persistent=not self.conditional)
         self.channels, self.ngf, self.divide_by_sigma = channels, ngf, divide_by_sigma
         self.image_size, self.plan = image_size, None
@@ -66,6 +68,11 @@ class RefineNet(nn.Module):
             self.add_module(r.name, RefineBlock(inputs, r.c_out * ngf, norm if self.conditional else None, last))
         self.normalizer = norm(ngf)
         self.end_conv = conv3x3(ngf, channels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        return self.channels, self.image_size, self.image_size
 
     @property
     def config(self) -> ModelConfig:
@@ -160,5 +167,5 @@ class NCSNv2Deeper(NCSNv2):
 class NCSNv2Deepest(NCSNv2):
     """NCSNv2Deeper with one more pooled stage, res31 and refine31: FFHQ at 256 px."""
 
-    stages = NCSNv2Deeper.stages[:3] + (Stage("res31", 2, 2),) + NCSNv2Deeper.stages[3:]
-    refines = NCSNv2Deeper.refines[:2] + (Refine("refine31", "res31", 2, 2),) + NCSNv2Deeper.refines[2:]
+    stages = (*NCSNv2Deeper.stages[:3], Stage("res31", 2, 2), *NCSNv2Deeper.stages[3:])
+    refines = (*NCSNv2Deeper.refines[:2], Refine("refine31", "res31", 2, 2), *NCSNv2Deeper.refines[2:])
