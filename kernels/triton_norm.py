@@ -1,0 +1,275 @@
+"""Triton: noise-conditioned norm (InstanceNorm++, SPEC of reference.py) with residual and activation, in two kernels.
+
+    s = x + residual                                          rounded to x's dtype; written
+    μ, v = mean and biased variance of s over H·W, for each (n, c)
+    ms = (μ − mean_c μ) / √(var_c μ + 1e-5)                   var_c unbiased over C; only if alpha is given
+    y = act((s − μ)·γ/√(v + eps) + (γ·α·ms + β))              γ, α, β [C], or [L, C] at row level[n]
+
+`stats` reads x once and writes a partial (μ, M2) for each slab of pixels; `apply` merges a sample's partials by Chan's
+formula, reduces over the channels and writes y. The mean comes first and the squares are centred; s − μ is taken before
+the scale, so a large mean costs no digits. No atomics: the bits depend on the sample and the configuration alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sgm_engine.kernels.launch import Launch, is_channels_last
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """How a sample [C, H·W] is shared out (not measured on a GPU yet). Powers of two."""
+
+    tile: int = 16384  # elements a program holds in registers at a time
+    partials: int = 8192  # most partials of a sample, hence what each program of `apply` has to merge
+    warps: int = 8
+
+
+CONFIG = NormConfig()
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A program takes `channels` channels and one slab of pixels, `pixels` at a time."""
+
+    channels: int
+    pixels: int
+    slab: int  # pixels a program
+    slabs: int  # programs along the pixels
+    blocks: int  # programs along the channels
+    warps: int
+
+    @classmethod
+    def of(cls, channels: int, size: int, nhwc: bool, config: NormConfig = CONFIG) -> Tiling:
+        """Whole rows of memory first: all channels of a few pixels in NHWC, all pixels of a few channels in NCHW."""
+        padded, length = triton.next_power_of_2(channels), triton.next_power_of_2(size)
+        if nhwc:
+            width = min(padded, config.tile)
+            pixels = min(length, config.tile // width)
+        else:
+            pixels = min(length, config.tile)
+            width = min(padded, config.tile // pixels)
+        tiles = triton.cdiv(size, pixels)
+        slabs = min(tiles, max(1, config.partials // padded))
+        slab = triton.cdiv(tiles, slabs) * pixels
+        if slab == pixels:  # a tile a program: share the pixels evenly
+            slab = triton.cdiv(size, slabs)
+        warps = max(1, min(config.warps, width * pixels // 512))
+        return cls(width, pixels, slab, triton.cdiv(size, slab), triton.cdiv(channels, width), warps)
+
+
+@triton.jit
+def share(program, C: tl.constexpr, CHANNELS: tl.constexpr, SLABS: tl.constexpr):
+    """program → (sample, slab, channels [CHANNELS])."""
+    blocks: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    n = (program // (blocks * SLABS)).to(tl.int64)
+    slab = program // blocks % SLABS
+    channel = program % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    return n, slab, channel
+
+
+@triton.jit
+def tile(n, first, end, channel, C: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, NHWC: tl.constexpr):
+    """Offsets (int64) and mask [PIXELS, CHANNELS] of the pixels first … first + PIXELS − 1, those before end."""
+    pixel = (first + tl.arange(0, PIXELS))[:, None]
+    inside = (pixel < end) & (channel < C)[None, :]
+    if NHWC:
+        return n * (C * HW) + pixel.to(tl.int64) * C + channel[None, :], inside
+    else:
+        return n * (C * HW) + channel[None, :].to(tl.int64) * HW + pixel, inside
+
+
+@triton.jit
+def stats_kernel(
+    x_ptr,  # [N, C, H, W]
+    residual_ptr,  # like x, or None
+    sum_ptr,  # like x, or None: x + residual
+    partial_ptr,  # float32 [N, SLABS, 2, C]: mean and sum of squared deviations
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    NHWC: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    SLAB: tl.constexpr,
+    SLABS: tl.constexpr,
+):
+    n, slab, channel = share(tl.program_id(0), C, CHANNELS, SLABS)
+    end = tl.minimum((slab + 1) * SLAB, HW)
+    count = 0.0
+    mean = tl.zeros((CHANNELS,), tl.float32)
+    m2 = tl.zeros((CHANNELS,), tl.float32)
+    for first in range(slab * SLAB, (slab + 1) * SLAB, PIXELS):
+        offset, inside = tile(n, first, end, channel, C, HW, PIXELS, NHWC)
+        x = tl.load(x_ptr + offset, mask=inside, other=0.0)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + offset, mask=inside, other=0.0)
+            x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+            tl.store(sum_ptr + offset, x, mask=inside)
+        x = x.to(tl.float32)
+        pixels = tl.minimum(end - first, PIXELS).to(tl.float32)
+        guess = tl.sum(x, 0) / pixels
+        centred = tl.where(inside, x - guess[None, :], 0.0)
+        correction = tl.sum(centred, 0) / pixels  # what rounding did to the mean: ms would magnify it
+        delta = guess + correction - mean
+        total = count + pixels
+        mean += delta * (pixels / total)
+        m2 += tl.sum(centred * centred, 0) - correction * correction * pixels
+        m2 += delta * delta * (count * pixels / total)
+        count = total
+    to = partial_ptr + (n * SLABS + slab) * 2 * C + channel
+    tl.store(to, mean, mask=channel < C)
+    tl.store(to + C, m2, mask=channel < C)
+
+
+@triton.jit
+def merge(partial_ptr, n, channel, C: tl.constexpr, HW: tl.constexpr, SLAB: tl.constexpr, SLABS: tl.constexpr):
+    """A sample's partials → mean and biased variance of these channels over H·W (Chan et al. 1983)."""
+    slab = tl.arange(0, triton.next_power_of_2(SLABS))[:, None]
+    inside = (slab < SLABS) & (channel < C)[None, :]
+    at = partial_ptr + (n * SLABS + slab) * 2 * C + channel[None, :]
+    means = tl.load(at, mask=inside, other=0.0)
+    m2 = tl.load(at + C, mask=inside, other=0.0)
+    count = tl.minimum(tl.maximum(HW - slab * SLAB, 0), SLAB).to(tl.float32)
+    guess = tl.load(partial_ptr + n * SLABS * 2 * C + channel, mask=channel < C, other=0.0)  # shift: keeps every digit
+    mean = guess + tl.sum((means - guess[None, :]) * count, 0) / HW
+    delta = means - mean[None, :]
+    return mean, (tl.sum(m2, 0) + tl.sum(delta * delta * count, 0)) / HW
+
+
+@triton.jit
+def activate(y, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "elu":
+        return tl.where(y > 0, y, tl.exp(tl.minimum(y, 0.0)) - 1.0)
+    elif ACTIVATION == "relu":
+        return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "silu":
+        return y / (1.0 + tl.exp(-y))
+    else:
+        tl.static_assert(ACTIVATION == "none")
+        return y
+
+
+@triton.jit
+def apply_kernel(
+    x_ptr,  # [N, C, H, W]: the sum, if there is a residual
+    out_ptr,  # like x; may be x
+    partial_ptr,  # float32 [N, SLABS, 2, C]
+    gamma_ptr,  # float32 [C] or [L, C], or None
+    alpha_ptr,
+    beta_ptr,
+    gamma_stride,  # elements between rows; 0 if there is one row
+    alpha_stride,
+    beta_stride,
+    level_ptr,  # int64 [N], or None
+    eps,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    NHWC: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    SLAB: tl.constexpr,
+    SLABS: tl.constexpr,
+):
+    # Backwards: it starts with what `stats` has just left in the cache.
+    n, slab, channel = share(tl.num_programs(0) - 1 - tl.program_id(0), C, CHANNELS, SLABS)
+    mean, variance = merge(partial_ptr, n, channel, C, HW, SLAB, SLABS)
+    scale = tl.rsqrt(variance + eps)
+    shift = tl.zeros((CHANNELS,), tl.float32)
+    level = tl.zeros((), tl.int64)
+    if level_ptr is not None:
+        level = tl.load(level_ptr + n)
+    if alpha_ptr is not None:
+        channels = tl.arange(0, triton.next_power_of_2(C))
+        means, _ = merge(partial_ptr, n, channels, C, HW, SLAB, SLABS)
+        centre = tl.sum(means, 0) / C
+        spread = tl.where(channels < C, means - centre, 0.0)
+        unbiased = tl.sum(spread * spread, 0) / (C - 1)
+        alpha = tl.load(alpha_ptr + level * alpha_stride + channel, mask=channel < C, other=0.0)
+        shift = alpha * ((mean - centre) * tl.rsqrt(unbiased + 1e-5))
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr + level * gamma_stride + channel, mask=channel < C, other=0.0)
+        scale *= gamma
+        shift *= gamma
+    if beta_ptr is not None:
+        shift += tl.load(beta_ptr + level * beta_stride + channel, mask=channel < C, other=0.0)
+    for first in range(slab * SLAB, (slab + 1) * SLAB, PIXELS):
+        offset, inside = tile(n, first, tl.minimum((slab + 1) * SLAB, HW), channel, C, HW, PIXELS, NHWC)
+        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        y = activate((x - mean[None, :]) * scale[None, :] + shift[None, :], ACTIVATION)
+        tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def norm_workspace_size(x: Tensor) -> int:
+    """Elements of the float32 workspace that norm() of x needs."""
+    batch, channels, height, width = x.shape
+    return batch * Tiling.of(channels, height * width, is_channels_last(x)).slabs * 2 * channels
+
+
+def describe(
+    x: Tensor,
+    gamma: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    level: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    eps: float,
+    out: Tensor,
+    sum_out: Tensor | None,
+    workspace: Tensor,
+) -> tuple[Launch, Launch]:
+    batch, channels, height, width = x.shape
+    nhwc = is_channels_last(x)
+    tiling = Tiling.of(channels, height * width, nhwc)
+    constants = {
+        "C": channels,
+        "HW": height * width,
+        "NHWC": nhwc,
+        "CHANNELS": tiling.channels,
+        "PIXELS": tiling.pixels,
+        "SLAB": tiling.slab,
+        "SLABS": tiling.slabs,
+    }
+    programs, options = batch * tiling.blocks * tiling.slabs, {"num_warps": tiling.warps}
+    stats = {"x_ptr": x, "residual_ptr": residual, "sum_ptr": sum_out, "partial_ptr": workspace}
+    apply = {"x_ptr": x if residual is None else sum_out, "out_ptr": out, "partial_ptr": workspace}
+    for name, parameter in (("gamma", gamma), ("alpha", alpha), ("beta", beta)):
+        apply[f"{name}_ptr"] = parameter
+        apply[f"{name}_stride"] = 0 if parameter is None or parameter.dim() == 1 else parameter.stride(0)
+    apply |= {"level_ptr": level, "eps": eps}
+    return (
+        Launch(stats_kernel, programs, stats, constants, options),
+        Launch(apply_kernel, programs, apply, constants | {"ACTIVATION": activation}, options),
+    )
+
+
+def norm(
+    x: Tensor,
+    gamma: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    level: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    eps: float,
+    out: Tensor,
+    sum_out: Tensor | None,
+    workspace: Tensor,
+) -> None:
+    """out ← act(norm(x)), or act(norm(x + residual)) with the sum written to sum_out.
+
+    x: float32, bfloat16 or float16 [N, C, H, W], NCHW or NHWC, dense; residual, out, sum_out: like x; out may be x or
+    sum_out, and sum_out may be x or residual. gamma, alpha, beta: float32 [C], or [L, C] with dense rows; None leaves
+    the term out. level: int64 [N], the row of [L, C]. workspace: float32, norm_workspace_size(x) elements, any content.
+    Checks and allocates nothing.
+    """
+    with torch.cuda.device_of(x):
+        for launch in describe(x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace):
+            launch()

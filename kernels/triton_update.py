@@ -1,0 +1,163 @@
+"""Triton: the sampler's step, x ← a·x + b·score + c·z (+ d·previous), with z made in registers.
+
+Slot i of the batch reads its own row of the plan: (a, b, c, d) = coef[row[i]], draw[row[i]]. Products and sums are
+rounded one by one in float32, in the order written; a term whose c or d is zero is left out. So, given equal scores,
+the result is bit-identical to every other backend's. One read of x, one of score, one write.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sgm_engine.kernels.launch import Launch, is_channels_last
+from sgm_engine.kernels.triton_noise import CONFIG, EXACT, NoiseConfig, interleave, locate, normals, share, words
+
+ARRIVAL = tl.constexpr(2**40)  # rows are below this; the bits above count the slot's programs that have read theirs
+
+
+@triton.jit
+def arrive(row_ptr, stop, blocks: tl.constexpr):
+    """Read a slot's row, and advance it once all its programs have read it.
+
+    One atomic does both: it returns the row and counts the caller in, so nobody can read a row already advanced, and the
+    last to arrive writes the final value (row + 1, or row if the slot is idle). No other memory is involved, hence
+    neither a fence nor a buffer of tickets, and the row is clean whenever the kernel is over.
+    """
+    before = tl.atomic_add(row_ptr, ARRIVAL, sem="relaxed")
+    row = before & (ARRIVAL - 1)
+    if before - row == (blocks - 1) * ARRIVAL:
+        tl.atomic_xchg(row_ptr, row + (row < stop).to(tl.int64), sem="relaxed")
+    return row
+
+
+@triton.jit
+def update_kernel(
+    x_ptr,  # float32 [B, C, H, W]
+    score_ptr,  # float32, bfloat16 or float16, like x
+    previous_ptr,  # float32, like x, or None
+    out_ptr,  # float32, like x; may be x
+    coef_ptr,  # float32 [R, 4]
+    draw_ptr,  # int32 [R], the bits of a uint32
+    row_ptr,  # int64 [B]
+    stop_ptr,  # int64 [B], or None: every slot is live
+    seed_ptr,  # int64 [B]
+    sample_id_ptr,  # int64 [B]
+    bad_row_ptr,  # int64 [B], or None
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    X_NHWC: tl.constexpr,
+    SCORE_NHWC: tl.constexpr,
+    PREVIOUS_NHWC: tl.constexpr,
+    OUT_NHWC: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    QUADS: tl.constexpr,
+):
+    slot, block, quad, element = share(tl.program_id(0), C, HW, QUADS)
+    seed = tl.load(seed_ptr + slot)
+    sample_id = tl.load(sample_id_ptr + slot)
+    if stop_ptr is not None:
+        stop = tl.load(stop_ptr + slot)
+    else:
+        stop = ARRIVAL
+    if ADVANCE:
+        row = arrive(row_ptr + slot, stop, (C * HW + 4 * QUADS - 1) // (4 * QUADS))
+    else:
+        row = tl.load(row_ptr + slot)
+    if row >= stop:
+        return
+
+    inside = element < C * HW
+    base = slot * (C * HW)
+    x = tl.load(x_ptr + base + locate(element, C, HW, X_NHWC), mask=inside, other=0.0)
+    score = tl.load(score_ptr + base + locate(element, C, HW, SCORE_NHWC), mask=inside, other=0.0)
+    a = tl.load(coef_ptr + row * 4)
+    b = tl.load(coef_ptr + row * 4 + 1)
+    c = tl.load(coef_ptr + row * 4 + 2)
+    t = a * x
+    t = t + b * score.to(tl.float32)
+    if c != 0:
+        draw = tl.load(draw_ptr + row).to(tl.uint32)
+        w0, w1, w2, w3 = words(quad, draw, seed, sample_id, 0)
+        z0, z1, z2, z3 = normals(w0, w1, w2, w3)
+        t = t + c * interleave(z0, z1, z2, z3, QUADS)
+    if previous_ptr is not None:
+        d = tl.load(coef_ptr + row * 4 + 3)
+        if d != 0:
+            offset = base + locate(element, C, HW, PREVIOUS_NHWC)
+            t = t + d * tl.load(previous_ptr + offset, mask=inside, other=0.0)
+    tl.store(out_ptr + base + locate(element, C, HW, OUT_NHWC), t, mask=inside)
+    if bad_row_ptr is not None:
+        bad = tl.max((inside & ~(tl.abs(t) < float("inf"))).to(tl.int32), axis=1)  # [QUADS]; NaN compares false
+        # A predicated atomic a quad: finite results cost no reduction across threads, no barrier and no branch.
+        tl.atomic_min(bad_row_ptr + slot + tl.zeros_like(quad), row, mask=bad != 0, sem="relaxed")
+
+
+def describe(
+    x: Tensor,
+    score: Tensor,
+    coef: Tensor,
+    draw: Tensor,
+    row: Tensor,
+    stop: Tensor | None,
+    seed: Tensor,
+    sample_id: Tensor,
+    bad_row: Tensor | None,
+    previous: Tensor | None,
+    out: Tensor,
+    advance: bool,
+    config: NoiseConfig = CONFIG,
+) -> Launch:
+    batch, channels, height, width = x.shape
+    arguments = {
+        "x_ptr": x,
+        "score_ptr": score,
+        "previous_ptr": previous,
+        "out_ptr": out,
+        "coef_ptr": coef,
+        "draw_ptr": draw,
+        "row_ptr": row,
+        "stop_ptr": stop,
+        "seed_ptr": seed,
+        "sample_id_ptr": sample_id,
+        "bad_row_ptr": bad_row,
+    }
+    constants = {
+        "C": channels,
+        "HW": height * width,
+        "X_NHWC": is_channels_last(x),
+        "SCORE_NHWC": is_channels_last(score),
+        "PREVIOUS_NHWC": previous is not None and is_channels_last(previous),
+        "OUT_NHWC": is_channels_last(out),
+        "ADVANCE": advance,
+        "QUADS": config.quads,
+    }
+    programs = batch * triton.cdiv(channels * height * width, config.elements)
+    return Launch(update_kernel, programs, arguments, constants, {"num_warps": config.warps, **EXACT})
+
+
+def langevin_update(
+    x: Tensor,
+    score: Tensor,
+    coef: Tensor,
+    draw: Tensor,
+    row: Tensor,
+    stop: Tensor | None,
+    seed: Tensor,
+    sample_id: Tensor,
+    bad_row: Tensor | None,
+    previous: Tensor | None,
+    out: Tensor,
+    advance: bool,
+) -> None:
+    """out ← a·x + b·score + c·z + d·previous for every live slot; an idle one (row ≥ stop) is neither read nor written.
+
+    x, previous, out: float32 [B, C, H, W]; score: float32, bfloat16 or float16; each NCHW or NHWC, dense; out may be x.
+    coef: float32 [R, 4]; draw: int32 [R]; row, stop, seed, sample_id, bad_row: int64 [B]. stop None: all slots are live.
+    bad_row: lowered to the slot's row where a result is not finite. advance: row goes up by 1 in every live slot.
+    Checks and allocates nothing; pointers may be captured in a CUDA graph.
+    """
+    with torch.cuda.device_of(x):
+        describe(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, out, advance)()
