@@ -133,7 +133,7 @@ def build_cuda(ninja: Ninja, library: Path, nvcc: str) -> None:
 
 class BuildExt(build_ext):
     def run(self) -> None:
-        # The module goes where setuptools would put it: build/lib… for a wheel, the source tree for an editable install.
+        # Where setuptools would put it: build/lib… for a wheel, the source tree for an editable install.
         target = ROOT if self.inplace else Path(self.build_lib).resolve()
         module = target / "sgm_engine" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         library = target / "sgm_engine" / "_cuda" / "libsgm_cuda.so"

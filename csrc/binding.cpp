@@ -7,10 +7,43 @@
 
 #include "cpu/pool.h"
 #include "isa.h"
+#include "update.h"
 
 namespace py = pybind11;
 
+namespace {
+
+using Address = uintptr_t;  // data_ptr(); 0 for an absent tensor
+
+template <class T>
+T* at(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+void noise_fill(Address out, bool nhwc, int64_t batch, int64_t channels, int64_t pixels, Address seed, Address sample_id,
+                uint32_t draw, uint32_t stream, int kind) {
+  sgm::noise_fill({{batch, channels, pixels}, at<float>(out), nhwc, at<int64_t>(seed), at<int64_t>(sample_id), draw, stream,
+                   static_cast<sgm::Kind>(kind)});
+}
+
+void langevin_update(Address x, bool x_nhwc, Address score, bool score_nhwc, int score_dtype, Address previous, bool previous_nhwc,
+                     Address out, bool out_nhwc, int64_t batch, int64_t channels, int64_t pixels, Address coef, Address draw,
+                     int64_t rows, Address row, Address stop, Address seed, Address sample_id, Address bad_row, bool advance) {
+  sgm::langevin_update({{batch, channels, pixels}, at<float>(x), x_nhwc, at<void>(score), score_nhwc,
+                        static_cast<sgm::Dtype>(score_dtype), at<float>(previous), previous_nhwc, at<float>(out), out_nhwc,
+                        at<float>(coef), at<int32_t>(draw), rows, at<int64_t>(row), at<int64_t>(stop), at<int64_t>(seed),
+                        at<int64_t>(sample_id), at<int64_t>(bad_row)});
+  if (advance) sgm::advance_rows(batch, at<int64_t>(row), at<int64_t>(stop));
+}
+
+void philox(Address counter, Address key, Address words, int64_t n) {
+  SGM_PICK(philox_range)(at<uint32_t>(counter), at<uint32_t>(key), at<uint32_t>(words), n);
+}
+
+}  // namespace
+
 // A part with a large interface has its own csrc/<part>/binding_<part>.cpp: declare its function here, call it below.
+void bind_executor(py::module_& m);  // csrc/cpu/executor/binding_executor.cpp
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of sgm-engine on raw pointers; sgm_engine.kernels.ops checks and calls them.";
@@ -25,4 +58,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", [](const std::string& isa) { sgm::set_isa(isa.c_str()); }, "Use another instruction set (for tests).", py::arg("isa"));
   m.def("num_threads", &sgm::num_threads, "Threads of the pool: $SGM_NUM_THREADS, else the CPUs this process may use.");
   m.def("set_num_threads", &sgm::set_num_threads, "Resize the pool.", py::arg("n"), py::call_guard<py::gil_scoped_release>());
+
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  m.def("noise_fill", &noise_fill, nogil, "csrc/update.h, NoiseFill. kind: 0 normal, 1 uniform.", py::arg("out"), py::arg("nhwc"),
+        py::arg("batch"), py::arg("channels"), py::arg("pixels"), py::arg("seed"), py::arg("sample_id"), py::arg("draw"),
+        py::arg("stream"), py::arg("kind"));
+  m.def("langevin_update", &langevin_update, nogil, "csrc/update.h, Update. score_dtype: 0 float32, 1 bfloat16, 2 float16.",
+        py::arg("x"), py::arg("x_nhwc"), py::arg("score"), py::arg("score_nhwc"), py::arg("score_dtype"), py::arg("previous"),
+        py::arg("previous_nhwc"), py::arg("out"), py::arg("out_nhwc"), py::arg("batch"), py::arg("channels"), py::arg("pixels"),
+        py::arg("coef"), py::arg("draw"), py::arg("rows"), py::arg("row"), py::arg("stop"), py::arg("seed"), py::arg("sample_id"),
+        py::arg("bad_row"), py::arg("advance"));
+  m.def("philox", &philox, nogil, "uint32 counters [4, n] and keys [2, n] to words [4, n].", py::arg("counter"), py::arg("key"),
+        py::arg("words"), py::arg("n"));
+
+  bind_executor(m);
 }

@@ -1,8 +1,8 @@
 """The definition of the noise: sample i's noise is a function of (seed, sample id, draw, stream, element) alone.
 
-Philox4x32-10 (Salmon et al., SC 2011) and a Box–Muller transform made of integer operations and of float32 add, multiply
-and square root, each rounded on its own, in a fixed order. C++ and CUDA (csrc/noise.h) and Triton (kernels/triton_noise.py)
-give the same bits. docs/noise.md is the specification in words.
+Philox4x32-10 (Salmon et al., SC 2011) and a Box–Muller transform made of integer operations and of float32 add,
+multiply and square root, each rounded on its own, in a fixed order. C++ and CUDA (csrc/noise.h) and Triton
+(kernels/triton_noise.py) give the same bits. docs/noise.md is the specification in words.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _f = np.float32
 
 
 def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Ten rounds of Philox. counter: uint32 [4, ...], key: uint32 [2, ...], broadcast together; returns uint32 [4, ...]."""
+    """Ten rounds of Philox. counter: uint32 [4, ...], key: uint32 [2, ...]; they broadcast. Returns uint32 [4, ...]."""
     c0, c1, c2, c3 = np.asarray(counter, np.uint32)
     k0, k1 = (np.atleast_1d(k) for k in np.asarray(key, np.uint32))  # arrays wrap in silence, NumPy scalars warn
     for _ in range(10):
@@ -57,7 +57,7 @@ def words(seed, sample_id, draw: int, stream: int, elements: int) -> np.ndarray:
 
 
 def fill(shape, seed, sample_id, draw: int, stream: int = STREAM["sample"], kind: str = "normal") -> np.ndarray:
-    """The noise of B samples, float32 [B, C, H, W]. shape: (B, C, H, W); seed, sample_id: int64 [B]; kind: normal | uniform."""
+    """The noise of B samples, float32 [B, C, H, W]. kind: normal | uniform; the other arguments as for words()."""
     elements = int(np.prod(shape[1:]))
     values = {"normal": normals, "uniform": uniforms}[kind](_blocks(seed, sample_id, draw, stream, elements))
     return values.transpose(1, 2, 0).reshape(shape[0], -1)[:, :elements].reshape(shape)

@@ -1,0 +1,42 @@
+// How a sample is cut into pieces, by the memory layouts involved. Noise comes in quads of elements that are consecutive
+// in [C, H, W] order, so the cheap order of work depends on the layout.
+#pragma once
+
+#include <cstdint>
+
+#include "update.h"
+
+namespace sgm {
+
+constexpr int kBlock = 256;        // quads made at once: 4 KiB of noise
+constexpr int kTilePixels = 256;   // of a tile, in one channel
+constexpr int64_t kGrain = 8192;   // elements a thread takes at a time, about
+
+enum class Order {
+  flat,   // memory is in [C, H, W] order: a piece is 4·kBlock consecutive elements
+  quads,  // all tensors NHWC, H·W a multiple of 4, many channels: a piece is 4 pixels, all their channels
+  tiles,  // anything else: a piece is up to kTilePixels pixels of one channel, elements gathered one by one
+};
+
+struct Cut {
+  Order order;
+  int64_t per_sample, grain;
+};
+
+inline Cut cut(const Shape& s, bool any_nhwc, bool any_nchw) {
+  const auto grain = [](int64_t elements) { return elements < kGrain ? kGrain / elements : 1; };
+  if (s.sample() == 0) return {Order::flat, 0, 1};
+  if (!any_nhwc || s.channels == 1 || s.pixels == 1) return {Order::flat, (s.sample() + 4 * kBlock - 1) / (4 * kBlock), grain(4 * kBlock)};
+  if (!any_nchw && s.pixels % 4 == 0 && s.channels >= 16) return {Order::quads, s.pixels / 4, grain(4 * s.channels)};
+  const int64_t width = s.pixels < kTilePixels ? s.pixels : kTilePixels;
+  return {Order::tiles, s.channels * ((s.pixels + kTilePixels - 1) / kTilePixels), grain(width)};
+}
+
+inline Cut cut(const Update& u) {
+  const bool p = u.previous, pn = p && u.previous_nhwc, pc = p && !u.previous_nhwc;
+  return cut(u.shape, u.x_nhwc || u.score_nhwc || u.out_nhwc || pn, !u.x_nhwc || !u.score_nhwc || !u.out_nhwc || pc);
+}
+
+inline Cut cut(const NoiseFill& f) { return cut(f.shape, f.nhwc, !f.nhwc); }
+
+}  // namespace sgm
