@@ -33,26 +33,25 @@ class CaptureFailed(EngineError):
 
 
 class _Unfinished(EngineError):
-    """samples [k, C, H, W] that did finish, in order of sample_ids (length k); for a stream only those not yet yielded."""
+    """samples [k, C, H, W] did finish, in the order of sample_ids (k of them; for a stream both are empty: it has yielded
+    what it had). divergences: the samples that became non-finite."""
 
-    def __init__(self, message: str, sample_ids: list[int], samples: Tensor):
+    def __init__(self, message: str, divergences: list[Divergence], sample_ids: list[int], samples: Tensor):
         super().__init__(message)
-        self.sample_ids, self.samples = sample_ids, samples
+        self.divergences, self.sample_ids, self.samples = divergences, sample_ids, samples
 
 
 class Cancelled(_Unfinished):
-    """``Engine.cancel()`` stopped the request; the finished samples are attached."""
+    """``Engine.cancel()`` stopped the request; what is finished is attached."""
 
 
 class SampleDiverged(_Unfinished):
-    """Some samples became non-finite (``divergences``); the good ones are attached."""
+    """Some samples became non-finite; the good ones are attached."""
 
     def __init__(self, divergences: list[Divergence], sample_ids: list[int], samples: Tensor):
         shown = ", ".join(map(str, divergences[:4])) + (", …" if len(divergences) > 4 else "")
-        super().__init__(
-            f"{len(divergences)} samples became non-finite: {shown}; the others are unaffected (.sample_ids, .samples). "
-            "Lower step_lr, or check the model's weights and precision",
-            sample_ids,
-            samples,
+        message = (
+            f"non-finite: {shown} ({len(divergences)} in all; the others are unaffected and in .samples, .sample_ids). "
+            "Lower step_lr, or check the model's weights and precision"
         )
-        self.divergences = divergences
+        super().__init__(message, divergences, sample_ids, samples)

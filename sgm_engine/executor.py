@@ -129,10 +129,11 @@ class GraphExecutor(EagerExecutor):
         """Capture with every slot idle, so that warm-up changes nothing, then give the slots their stop back."""
         stop = self.slots.stop.clone()
         self.slots.stop.zero_()
-        with torch.no_grad():
-            replay = self.backend.capture(self.step)
-        self.slots.stop.copy_(stop)
-        return replay
+        try:
+            with torch.no_grad():
+                return self.backend.capture(self.step)
+        finally:
+            self.slots.stop.copy_(stop)
 
 
 EXECUTORS = ("auto", "eager", "graph")

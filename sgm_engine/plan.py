@@ -172,7 +172,12 @@ def annealed_langevin(
     level = np.repeat(np.arange(len(sigmas)), steps_per_level)
     alpha = step_lr * (sigmas[level] / sigmas[-1]) ** 2
     drift = alpha if convention == "code" else alpha / 2
-    options = {"steps_per_level": steps_per_level, "step_lr": step_lr, "convention": convention, "denoise": denoise}
+    options = {
+        "steps_per_level": int(steps_per_level),
+        "step_lr": float(step_lr),
+        "convention": convention,
+        "denoise": bool(denoise),
+    }
     table = (level, np.ones(len(level)), drift, np.sqrt(2 * drift))
     start_law = (start, start_scale, start_shift)
     return _plan("annealed_langevin", sigmas, table, denoise, start_law, options)
@@ -197,7 +202,7 @@ def consistent_annealed(
         raise ValueError(f"eta must lie in [{low:.4g}, {high:.4g}] for these sigmas, got {eta}")
     noise = sigma * np.sqrt(gamma**2 - (1 - eta) ** 2)
     table = (level, np.ones(len(level)), eta * sigma**2, noise)
-    options = {"steps_per_level": steps_per_level, "eta": eta}
+    options = {"steps_per_level": int(steps_per_level), "eta": float(eta)}
     return _plan("consistent_annealed", sigmas, table, True, _prior(sigmas, start_scale, start_shift), options)
 
 

@@ -35,5 +35,6 @@ def check_sigmas(sigmas) -> np.ndarray:
 
 
 def nearest_level(sigma: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-    """For each of ``sigma`` [R] the index (int64) into ``sigmas`` [L] that is nearest on a logarithmic scale."""
-    return np.abs(np.log(sigma)[:, None] - np.log(sigmas)[None, :]).argmin(1)
+    """For each of ``sigma`` [R] the index (int64) into descending ``sigmas`` [L] nearest on a logarithmic scale."""
+    between = np.sqrt(sigmas[:-1] * sigmas[1:])
+    return np.searchsorted(-between, -np.asarray(sigma))

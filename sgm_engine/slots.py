@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from sgm_engine.kernels import ops
+from sgm_engine.kernels.noise import STREAM
 from sgm_engine.plan import Plan
 
 NO_BAD_ROW = 2**63 - 1
-SAMPLE_STREAM = 0  # the stream tag of a chain's start (draw 0) and steps (draw k): docs/noise.md
+SAMPLE_STREAM = STREAM["sample"]  # of a chain's start (draw 0) and of its steps (draw k)
 
 
 class Tables:

@@ -1,0 +1,356 @@
+"""The engine: draws samples from a score network by running a Plan over slots.
+
+Sample i is sample i: its noise is a function of (seed, sample id, draw, element) alone, whatever n, the batch, the slot, the
+device or the order. Its bits are the same whenever batch, device, precision, executor and build are; between two different
+batches the network's own arithmetic may differ in the last bits.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sgm_engine.errors import Cancelled, CaptureFailed, Divergence, EngineBusy, SampleDiverged
+from sgm_engine.executor import EagerExecutor, make_executor
+from sgm_engine.network import Network
+from sgm_engine.plan import Plan, annealed_langevin
+from sgm_engine.schedule import check_sigmas, nearest_level
+from sgm_engine.slots import NO_BAD_ROW, Job, Slots, Tables, to_device
+
+STRIDE = 16  # steps between two looks at the cancel flag
+MAX_ID, MAX_SEED = 2**56, 2**64
+
+
+@dataclass
+class Stats:
+    """Counts since the engine was made. steps: network calls, each on the whole batch · nfe: evaluations that advanced a
+    sample · harvested: samples finished · captures: graphs captured."""
+
+    steps: int = 0
+    nfe: int = 0
+    harvested: int = 0
+    captures: int = 0
+
+
+class StepInfo:
+    """One step, as a callback sees it; k live slots. Valid during the call only.
+
+    step: steps since the request began · sample_ids, rows, levels, sigmas: length k · x: [k, C, H, W] after the step
+    denoised: [k, C, H, W], x + σ²·score before the step: the network's estimate of the clean image
+    """
+
+    def __init__(self, step: int, slots: Slots, live: list[int], x_before: Tensor, score: Tensor):
+        jobs = [slots.jobs[i] for i in live]
+        self.step = step
+        self.sample_ids = [job.sample_id for job in jobs]
+        self.rows = [slots.done[i] - 1 for i in live]
+        self.levels = [int(job.plan.level[row]) for job, row in zip(jobs, self.rows, strict=True)]
+        self.sigmas = [float(job.plan.sigma[row]) for job, row in zip(jobs, self.rows, strict=True)]
+        self._slots, self._live, self._x_before, self._score = slots, live, x_before, score
+
+    @cached_property
+    def x(self) -> Tensor:
+        return self._pick(self._slots.x)
+
+    @cached_property
+    def denoised(self) -> Tensor:
+        x, score = self._pick(self._x_before), self._pick(self._score).float()
+        variance = torch.tensor(self.sigmas, dtype=torch.float32, device=x.device).square()[:, None, None, None]
+        return x + variance * score
+
+    def _pick(self, t: Tensor) -> Tensor:
+        k = len(self._live)
+        return t[:k] if self._live[-1] == k - 1 else t[to_device(self._live, t.device)]
+
+
+class Engine:
+    """``Engine(model).sample(64)`` → float32 [64, C, H, W].
+
+    model: ``model(x [B, C, H, W] float32, level [B] int64) → score``; an nn.Module is shared, never copied or changed,
+        except that ``device`` moves it there (module.to). Changes of its parameters count from the next request on; within
+        a running one after ``sync_weights()``, or at once for parameters changed in place under precision "float32".
+    batch: slots computed together; the compute batch is always this, so a request of fewer samples is no cheaper. None: 16
+        on a CPU, 128 on a GPU.
+    sigmas [L] descending and shape (C, H, W): None takes ``model.sigmas`` and ``model.shape``.
+    precision: of the network, "float32" or "bfloat16"; x is float32 always.
+    executor: "eager", "graph" (CUDA), or "auto": the fastest that there is, which falls back to eager, with a warning, for a
+        model that cannot be captured.
+
+    One request runs at a time: a second thread waits for its turn.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        batch: int | None = None,
+        device: torch.device | str | None = None,
+        precision: str = "float32",
+        executor: str = "auto",
+        sigmas=None,
+        shape: tuple[int, int, int] | None = None,
+    ):
+        if not callable(model):
+            raise TypeError(f"model must be callable as model(x, level), got {type(model).__name__}")
+        self.model, self.precision = model, precision
+        sigmas = getattr(model, "sigmas", None) if sigmas is None else sigmas
+        if sigmas is None:
+            raise ValueError("sigmas: the model has no .sigmas, so pass sigmas=[…], its noise levels in descending order")
+        self.sigmas = check_sigmas(sigmas)
+        self.shape = _check_shape(getattr(model, "shape", None) if shape is None else shape)
+        self.device = _place(model, device)
+        on_gpu = self.device.type == "cuda"
+        self.batch = _check_int("batch", (128 if on_gpu else 16) if batch is None else batch, 1)
+        self._auto = executor == "auto"
+        self._executor = make_executor(executor, self.device)
+        self._network = Network(model, precision, self.device)
+        # Dense in the layout that the network's convolutions run fastest in.
+        layout = torch.channels_last if on_gpu or precision == "bfloat16" else torch.contiguous_format
+        self._slots = Slots(self.batch, self.shape, self.device, layout)
+        self._tables = Tables(self.device)
+        self._executor.bind(self._network, self._slots, self._tables)
+        self._lock, self._owner = threading.Lock(), None
+        self._cancel = threading.Event()
+        self._stats = Stats()
+
+    @property
+    def executor(self) -> str:
+        """The executor that runs: "eager" or "graph"."""
+        return self._executor.name
+
+    @property
+    def stats(self) -> Stats:
+        self._stats.captures = self._executor.captures
+        return self._stats
+
+    @cached_property
+    def default_plan(self) -> Plan:
+        """The plan of a request that names none: what the model's weights recommend, else annealed Langevin (NCSN)."""
+        if getattr(self.model, "plan", None):
+            from sgm_engine.bundled import plan_for
+
+            return plan_for(self.model)
+        return annealed_langevin(self.sigmas)
+
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        plan: Plan | None = None,
+        first_id: int = 0,
+        callback: Callable[[StepInfo], object] | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Samples first_id … first_id + n − 1 of ``seed`` (uint64): float32 [n, C, H, W] on the engine's device.
+
+        callback: called after every step. progress: a bar on stderr. SampleDiverged and Cancelled carry what is finished.
+        """
+        n, first_id = _check_int("n", n, 0), _check_int("first_id", first_id, 0, MAX_ID)
+        ids = range(first_id, _check_int("first_id + n", first_id + n, 0, MAX_ID + 1))
+        plan, seed = self._check(plan, seed, callback)
+        out = torch.zeros(n, *self.shape, device=self.device)
+        bad_row = torch.full((n,), NO_BAD_ROW, device=self.device)
+        finished: list[int] = []
+
+        def keep() -> tuple[list[Divergence], list[int]]:
+            """What diverged and the indices of what is good; waits for the device."""
+            rows = bad_row.tolist()
+            diverged = [_divergence(first_id + i, plan, rows[i]) for i in sorted(finished) if rows[i] != NO_BAD_ROW]
+            return diverged, [i for i in sorted(finished) if rows[i] == NO_BAD_ROW]
+
+        with self._request():
+            for ids_done, x, bad in self._run(ids, seed, plan, callback, progress, n):
+                index = [i - first_id for i in ids_done]
+                out.index_copy_(0, to_device(index, self.device), x)
+                bad_row.index_copy_(0, to_device(index, self.device), bad)
+                finished += index
+            cancelled = bool(self._slots.live)
+            diverged, good = keep()
+        if cancelled:
+            message = f"cancelled with {len(good)} of {n} samples finished (.sample_ids, .samples)"
+            raise Cancelled(message, diverged, [first_id + i for i in good], out[good])
+        if diverged:
+            raise SampleDiverged(diverged, [first_id + i for i in good], out[good])
+        return out
+
+    def stream(
+        self,
+        sample_ids: Iterable[int],
+        seed: int = 0,
+        plan: Plan | None = None,
+        callback: Callable[[StepInfo], object] | None = None,
+        progress: bool = False,
+        on_diverged: Callable[[Divergence], object] | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yields (sample_id, x float32 [C, H, W]) in the order of ``sample_ids``, any iterable, read as slots fall free.
+
+        Diverged samples are not yielded: on_diverged is called for each, or else SampleDiverged is raised after the last
+        good one. The engine is this stream's until it is exhausted, closed or cancelled (it then raises Cancelled).
+        """
+        plan, seed = self._check(plan, seed, callback)
+        total = len(sample_ids) if hasattr(sample_ids, "__len__") else None
+        return self._stream(sample_ids, seed, plan, callback, progress, total, on_diverged)
+
+    def cancel(self) -> None:
+        """Stop the running request, from a callback or another thread, within a few steps. Nothing runs: no effect."""
+        self._cancel.set()
+
+    def sync_weights(self) -> None:
+        """Refresh copies of the weights in the middle of a request (every request starts with fresh ones)."""
+        self._executor.sync_weights()
+
+    def _stream(self, ids, seed, plan, callback, progress, total, on_diverged) -> Iterator[tuple[int, Tensor]]:
+        diverged: list[Divergence] = []
+        with self._request():
+            for ids_done, x, bad_row in self._run(ids, seed, plan, callback, progress, total):
+                for sample_id, sample, row in zip(ids_done, x, bad_row.tolist(), strict=True):
+                    if row == NO_BAD_ROW:
+                        yield sample_id, sample
+                        continue
+                    diverged.append(_divergence(sample_id, plan, row))
+                    if on_diverged is not None:
+                        on_diverged(diverged[-1])
+            cancelled = bool(self._slots.live)
+        nothing = torch.empty(0, *self.shape, device=self.device)
+        if cancelled:
+            raise Cancelled("the stream was cancelled", diverged, [], nothing)
+        if diverged and on_diverged is None:
+            raise SampleDiverged(diverged, [], nothing)
+
+    def _run(self, ids, seed, plan, callback, progress, total) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """The loop. Yields (sample ids, x, bad_row within the plan) of every harvest; the tensors stay on the device."""
+        slots, executor, stats = self._slots, self._executor, self._stats
+        rows = self._tables.add(plan)
+        executor = self._sync_executor()
+        jobs = (Job(_check_int("sample_ids", i, 0, MAX_ID), seed, plan, rows) for i in ids)
+        step, nfe = 0, 0
+        with _bar(total, plan.nfe, progress) as advance:
+            slots.refill(jobs)
+            while (live := slots.live) and not self._cancel.is_set():
+                steps = 1 if callback else min(slots.steps_to_harvest(), STRIDE)
+                before = slots.x.clone() if callback else None
+                executor.run(steps)
+                slots.advance(steps)
+                step += steps
+                stats.steps += steps
+                stats.nfe += steps * len(live)
+                advance(steps * len(live))
+                if callback:
+                    callback(StepInfo(step, slots, live, before, executor.score))
+                harvest = slots.harvest()
+                if harvest:
+                    done, x, bad_row = harvest
+                    stats.harvested += len(done)
+                    slots.refill(jobs)
+                    bad_row = torch.where(bad_row == NO_BAD_ROW, bad_row, bad_row - rows.start)
+                    yield [job.sample_id for job in done], x, bad_row
+
+    def _sync_executor(self):
+        """Fresh weights for the request; "auto" gives a model that cannot be captured to the eager executor for good."""
+        try:
+            self._executor.sync_weights()
+        except CaptureFailed as error:
+            if not self._auto:
+                raise
+            warnings.warn(f"{error}; running eager from now on", stacklevel=5)
+            self._executor = EagerExecutor()
+            self._executor.bind(self._network, self._slots, self._tables)
+        return self._executor
+
+    @contextmanager
+    def _request(self) -> Iterator[None]:
+        """Own the engine; leave every slot idle behind, however the request ends."""
+        if self._owner == threading.get_ident():
+            raise EngineBusy("this thread is inside a request of this engine: finish or close the stream, or use another engine")
+        with self._lock:
+            self._owner = threading.get_ident()
+            self._cancel.clear()
+            try:
+                yield
+            finally:
+                self._slots.clear()
+                self._owner = None
+
+    def _check(self, plan, seed, callback) -> tuple[Plan, int]:
+        plan = self.default_plan if plan is None else plan
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan must be a Plan such as annealed_langevin(model.sigmas), got {type(plan).__name__}")
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+        levels = len(self.sigmas)
+        if plan.level.max() >= levels:
+            raise ValueError(f"plan uses level {plan.level.max()}, but the model has {levels} sigmas (levels 0–{levels - 1})")
+        foreign = np.flatnonzero(nearest_level(plan.sigma, self.sigmas) != plan.level)
+        if len(foreign):
+            i = foreign[0]
+            raise ValueError(
+                f"plan row {i} has sigma {plan.sigma[i]:g} at level {plan.level[i]}, where the model has "
+                f"{self.sigmas[plan.level[i]]:g}: make the plan from this model's sigmas"
+            )
+        if plan.d.any():
+            raise ValueError(f"plan row {plan.d.nonzero()[0][0]} has d != 0, but executors keep no history yet: use rows with d = 0")
+        return plan, _check_int("seed", seed, 0, MAX_SEED)
+
+
+def _check_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low or (high is not None and value >= high):
+        raise ValueError(f"{name} must be at least {low}{f' and below 2**{high.bit_length() - 1}' if high else ''}, got {value}")
+    return int(value)
+
+
+def _check_shape(shape: object) -> tuple[int, int, int]:
+    if shape is None:
+        raise ValueError("shape: the model has no .shape, so pass shape=(C, H, W), that of one sample")
+    shape = tuple(shape)
+    if len(shape) != 3:
+        raise ValueError(f"shape must be (C, H, W), got {shape}")
+    return tuple(_check_int("shape", s, 1) for s in shape)
+
+
+def _place(model: object, device: torch.device | str | None) -> torch.device:
+    """The device of the model, which is moved there if another one was asked for."""
+    tensors = chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
+    home = next((t.device for t in tensors), None)
+    if device is None:
+        return home or torch.device("cpu")
+    device = torch.device(device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device='{device}' needs a CUDA build of PyTorch and a GPU; there is none: use device='cpu'")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if home not in (None, device):
+        model.to(device)
+    return device
+
+
+def _divergence(sample_id: int, plan: Plan, row: int) -> Divergence:
+    return Divergence(sample_id, row, int(plan.level[row]), float(plan.sigma[row]))
+
+
+@contextmanager
+def _bar(total: int | None, nfe: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A function to tell of evaluations done; with ``show`` a bar of samples, each step a fraction of them."""
+    if not show:
+        yield lambda evaluations: None
+        return
+    from tqdm import tqdm
+
+    done = 0
+
+    def advance(evaluations: int) -> None:
+        nonlocal done
+        done += evaluations
+        bar.update(done // nfe - bar.n)
+
+    with tqdm(total=total, unit="sample") as bar:
+        yield advance
