@@ -1,0 +1,46 @@
+// noise_conditioned_norm on raw pointers: act(γ·(x̂ + α·ms) + β), InstanceNorm++ (NCSN, arXiv 1907.05600, appendix A).
+//   x̂  = (x − μ)·rsqrt(var + eps)         μ, var: mean and biased variance of sample n, channel c over its pixels
+//   ms = (μ − m)·rsqrt(v + 1e-5)           m, v: mean and unbiased variance of μ over the channels of sample n
+// Nothing is checked or allocated here; kernels/ops.py does both.
+#pragma once
+#include <cstdint>
+
+#include "isa.h"
+
+namespace sgm {
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+enum class Activation : int { none = 0, elu = 1, relu = 2, silu = 3 };
+
+struct Norm {
+  // x, residual, y, total: [samples, channels, pixels], or [samples, pixels, channels] if channels_last; all of dtype.
+  // residual (may be null): total = x + residual, rounded to dtype, is written and then normalized in place of x.
+  const void* x;
+  const void* residual;
+  void* y;
+  void* total;
+  // γ, α, β: row level[n] of a table with this row stride, in elements, or one row for all (level null). Each may be null.
+  const float* gamma;
+  const float* alpha;
+  const float* beta;
+  int64_t gamma_stride, alpha_stride, beta_stride;
+  const int64_t* level;  // [samples]
+  float* workspace;      // [samples, 4, padded(channels)] float32, need not be initialised
+  int64_t samples, channels, pixels;
+  float eps;
+  DType dtype;
+  Activation activation;
+  bool channels_last;
+
+  static int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
+  static int64_t workspace_size(int64_t channels) { return 4 * padded(channels); }  // of one sample
+};
+
+// Both work on channels [begin, end) of sample n; begin is a multiple of 16. All channels of a sample must have been
+// through norm_statistics before any goes through norm_apply. How they are divided does not change a bit of the result.
+SGM_DECLARE_PER_ISA(void, norm_statistics, (const Norm& norm, int64_t n, int64_t begin, int64_t end))
+SGM_DECLARE_PER_ISA(void, norm_apply, (const Norm& norm, int64_t n, int64_t begin, int64_t end))
+
+void norm(const Norm& norm);  // the whole batch, on the pool
+
+}  // namespace sgm

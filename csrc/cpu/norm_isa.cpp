@@ -1,0 +1,276 @@
+// The norm's two sweeps over a sample, compiled once per instruction set: see norm.h for the formula.
+//
+// statistics reads x from memory, once; apply finds the sample still in L2 and writes y = act((x − mean)·scale + shift).
+// x − mean comes first because A·x + B would cancel where |mean| ≫ std, and shift makes up for what float32 cannot hold
+// of the mean. The workspace of a sample is four rows of padded(C) floats:
+//   mean     μ rounded to float32
+//   rest     what the rounding took from μ
+//   scale    Σ(x − μ)² after statistics, γ·rsqrt(var + eps) in apply
+//   shift    γ·α·ms + β − rest·scale, from apply on
+// Blocks of channels read each other's mean and rest, so these two stay as statistics left them.
+#include "cpu/norm.h"
+
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace sgm::SGM_ISA {
+namespace {
+#include "cpu/norm_simd.h"
+
+struct Workspace {
+  float *mean, *rest, *scale, *shift;
+  Workspace(const Norm& a, int64_t n) {
+    const int64_t row = Norm::padded(a.channels);
+    mean = a.workspace + n * 4 * row, rest = mean + row, scale = rest + row, shift = scale + row;
+  }
+};
+
+// What the norm sees of the input: x, or x + residual rounded to Type, which is stored on the way.
+template <class Type, bool kResidual>
+struct Input {
+  using Element = typename Type::Element;
+  const Element *x, *residual;
+  Element* total;
+  Input(const Norm& a, int64_t offset)
+      : x((const Element*)a.x + offset),
+        residual(kResidual ? (const Element*)a.residual + offset : nullptr),
+        total(kResidual ? (Element*)a.total + offset : nullptr) {}
+  template <class Lanes>
+  Vec take(int64_t i, Lanes lanes) const {
+    Vec v = load<Type>(x + i, lanes);
+    if (!kResidual) return v;
+    v += load<Type>(residual + i, lanes);
+    store<Type>(total + i, v, lanes);
+    return Type::widen(Type::narrow(v));
+  }
+  const Element* taken() const { return kResidual ? total : x; }
+};
+
+// f(i, lanes, j) for a run of n elements, four vectors (j = 0 … 3) at a time, then single ones.
+template <class F>
+SGM_INLINE void for_each_vector(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
+    for (int j = 0; j < 4; ++j) f(i + j * kWidth, All{}, j);
+  for (; i + kWidth <= n; i += kWidth) f(i, All{}, 0);
+  if (i < n) f(i, First{int(n - i)}, 1);
+}
+
+SGM_INLINE Vec keep(Vec v, All) { return v; }
+SGM_INLINE Vec keep(Vec v, First lanes) { return first_lanes(lanes.count) ? v : Vec{}; }
+
+// [N, C, P]: a plane fits L1. Two passes; the second finds what is left of the mean.
+template <class Type, bool kResidual>
+void statistics_planes(const Norm& a, int64_t n, int64_t begin, int64_t end) {
+  const Workspace w(a, n);
+  for (int64_t c = begin; c < end; ++c) {
+    const Input<Type, kResidual> input(a, (n * a.channels + c) * a.pixels);
+    Vec total[4]{};
+    for_each_vector(a.pixels, [&](int64_t i, auto lanes, int j) { total[j] += input.take(i, lanes); });
+    const float mean = sum((total[0] + total[1]) + (total[2] + total[3])) / a.pixels;
+    Vec left[4]{}, square[4]{};
+    for_each_vector(a.pixels, [&](int64_t i, auto lanes, int j) {
+      Vec d = keep(load<Type>(input.taken() + i, lanes) - mean, lanes);
+      left[j] += d;
+      square[j] = fma(d, d, square[j]);
+    });
+    const float rest = sum((left[0] + left[1]) + (left[2] + left[3]));
+    w.mean[c] = mean;
+    w.rest[c] = rest / a.pixels;
+    w.scale[c] = sum((square[0] + square[1]) + (square[2] + square[3])) - rest * (rest / a.pixels);
+  }
+}
+
+// [N, P, C]: a few rows of one vector of channels are a block in registers, centred there; blocks merge by Chan's
+// formula. The running sum is compensated (Knuth's two-sum): its error is below that of rounding the mean.
+constexpr int kRows = kWidth == 16 ? 16 : 8;  // what the registers hold
+
+SGM_INLINE Vec sum_of(const Vec* v, int count) {  // pairwise where the count is known to be even
+  Vec total[2]{};
+  for (int i = 0; i < count; ++i) total[i % 2] += v[i];
+  return total[0] + total[1];
+}
+
+template <class Type, bool kResidual, class Lanes>
+SGM_INLINE void merge_rows(const Norm& a, const Workspace& w, const Input<Type, kResidual>& input, int64_t p, int rows,
+                           int64_t c, Lanes lanes) {
+  Vec v[kRows]{}, square{};
+  for (int i = 0; i < rows; ++i) v[i] = input.take((p + i) * a.channels + c, lanes);
+  const Vec block = sum_of(v, rows), block_mean = block * (1.0f / rows);
+  for (int i = 0; i < rows; ++i) {
+    const Vec d = v[i] - block_mean;
+    square = fma(d, d, square);
+  }
+  if (p > 0) {
+    const Vec before = load(w.mean + c), delta = block_mean - before * (1.0f / p);
+    square += fma(delta * delta, splat(float(p) * rows / float(p + rows)), load(w.scale + c));
+    const Vec after = before + block, kept = after - before;
+    store(w.rest + c, load(w.rest + c) + ((before - (after - kept)) + (block - kept)));
+    store(w.mean + c, after);
+  } else {
+    store(w.rest + c, Vec{});
+    store(w.mean + c, block);
+  }
+  store(w.scale + c, square);
+}
+
+template <class Type, bool kResidual>
+void statistics_rows(const Norm& a, int64_t n, int64_t begin, int64_t end) {
+  const Workspace w(a, n);
+  const Input<Type, kResidual> input(a, n * a.channels * a.pixels);
+  auto sweep = [&](int64_t p, int rows) __attribute__((always_inline)) {
+    int64_t c = begin;
+    for (; c + kWidth <= end; c += kWidth) merge_rows(a, w, input, p, rows, c, All{});
+    if (c < end) merge_rows(a, w, input, p, rows, c, First{int(end - c)});
+  };
+  int64_t p = 0;
+  for (; p + kRows <= a.pixels; p += kRows) sweep(p, kRows);
+  if (p < a.pixels) sweep(p, int(a.pixels - p));
+  for (int64_t c = begin; c < end; ++c) {
+    const double mean = (w.mean[c] + double(w.rest[c])) / double(a.pixels);
+    w.mean[c] = float(mean);
+    w.rest[c] = float(mean - w.mean[c]);
+  }
+}
+
+template <class F>
+SGM_INLINE double sum_over(int64_t n, F f) {  // f(0) + … + f(n − 1), in four chains
+  double total[4]{};
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4)
+    for (int j = 0; j < 4; ++j) total[j] += f(i + j);
+  for (; i < n; ++i) total[0] += f(i);
+  return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
+// Turns what the statistics left into what apply needs, for channels [begin, end). In double: it is a C·P-th of the
+// work, and what is wrong here is wrong in a whole plane.
+void fold(const Norm& a, int64_t n, int64_t begin, int64_t end) {
+  const Workspace w(a, n);
+  double centre = 0, scale = 0;  // ms = (μ − centre)·scale
+  if (a.alpha) {
+    centre = sum_over(a.channels, [&](int64_t c) { return w.mean[c] + double(w.rest[c]); }) / a.channels;
+    const double square = sum_over(a.channels, [&](int64_t c) {
+      const double d = w.mean[c] + double(w.rest[c]) - centre;
+      return d * d;
+    });
+    scale = 1.0 / __builtin_sqrt(square / (a.channels - 1) + 1e-5);
+  }
+  const int64_t level = a.level ? a.level[n] : 0;
+  const float* gamma = a.gamma ? a.gamma + level * a.gamma_stride : nullptr;
+  const float* alpha = a.alpha ? a.alpha + level * a.alpha_stride : nullptr;
+  const float* beta = a.beta ? a.beta + level * a.beta_stride : nullptr;
+  const double pixels = double(a.pixels), eps = a.eps;
+  for (int64_t c = begin; c < end; ++c) {
+    const double rest = w.rest[c], g = gamma ? gamma[c] : 1.0f;
+    const double rescale = g / __builtin_sqrt(w.scale[c] / pixels + eps);
+    const double ms = alpha ? alpha[c] * ((w.mean[c] + rest - centre) * scale) : 0.0;
+    w.scale[c] = float(rescale);
+    w.shift[c] = float(g * ms + (beta ? beta[c] : 0.0f) - rest * rescale);
+  }
+}
+
+template <Activation kActivation, bool kHalf>
+SGM_INLINE Vec activate(Vec y) {
+  const Vec zero{};
+  if (kActivation == Activation::relu) return y < zero ? zero : y;
+  if (kActivation == Activation::elu) {
+    const Exp e = exp_parts<kHalf>(y < splat(-87.0f) ? splat(-87.0f) : y);
+    return y > zero ? y : fma(e.scale, e.p, e.scale - 1.0f);
+  }
+  if (kActivation == Activation::silu) {
+    Vec z = -y > splat(88.7f) ? splat(88.7f) : -y;  // e^88.7 overflows to ∞ and silu to −0, as it should
+    const Exp e = exp_parts<kHalf>(z < splat(-87.0f) ? splat(-87.0f) : z);
+    return y / (1.0f + e.scale * (1.0f + e.p));
+  }
+  return y;
+}
+
+template <class Type, Activation kActivation>
+void apply_planes(const Norm& a, int64_t n, int64_t begin, int64_t end) {
+  using Element = typename Type::Element;
+  const Workspace w(a, n);
+  for (int64_t c = begin; c < end; ++c) {
+    const int64_t offset = (n * a.channels + c) * a.pixels;
+    const Element* x = (const Element*)(a.residual ? a.total : a.x) + offset;
+    Element* y = (Element*)a.y + offset;
+    const Vec mean = splat(w.mean[c]), scale = splat(w.scale[c]), shift = splat(w.shift[c]);
+    for_each_vector(a.pixels, [&](int64_t i, auto lanes, int) {
+      const Vec v = fma(load<Type>(x + i, lanes) - mean, scale, shift);
+      store<Type>(y + i, activate<kActivation, Type::kHalf>(v), lanes);
+    });
+  }
+}
+
+template <class Type, Activation kActivation>
+void apply_rows(const Norm& a, int64_t n, int64_t begin, int64_t end) {
+  using Element = typename Type::Element;
+  const Workspace w(a, n);
+  const int64_t channels = a.channels, offset = n * channels * a.pixels;
+  const Element* x = (const Element*)(a.residual ? a.total : a.x) + offset;
+  Element* y = (Element*)a.y + offset;
+  auto column = [&](int64_t p, int rows, int64_t c, auto lanes) __attribute__((always_inline)) {
+    const Vec mean = load(w.mean + c), scale = load(w.scale + c), shift = load(w.shift + c);
+    for (int i = 0; i < rows; ++i) {
+      const int64_t at = (p + i) * channels + c;
+      const Vec v = fma(load<Type>(x + at, lanes) - mean, scale, shift);
+      store<Type>(y + at, activate<kActivation, Type::kHalf>(v), lanes);
+    }
+  };
+  auto sweep = [&](int64_t p, int rows) __attribute__((always_inline)) {
+    int64_t c = begin;
+    for (; c + kWidth <= end; c += kWidth) column(p, rows, c, All{});
+    if (c < end) column(p, rows, c, First{int(end - c)});
+  };
+  constexpr int kTile = 4;
+  int64_t p = 0;
+  for (; p + kTile <= a.pixels; p += kTile) sweep(p, kTile);
+  for (; p < a.pixels; ++p) sweep(p, 1);
+}
+
+template <class Type>
+void statistics_of(const Norm& a, int64_t n, int64_t begin, int64_t end) {
+  if (a.channels_last)
+    return a.residual ? statistics_rows<Type, true>(a, n, begin, end) : statistics_rows<Type, false>(a, n, begin, end);
+  a.residual ? statistics_planes<Type, true>(a, n, begin, end) : statistics_planes<Type, false>(a, n, begin, end);
+}
+
+template <class Type, Activation kActivation>
+void apply_activation(const Norm& a, int64_t n, int64_t begin, int64_t end) {
+  (a.channels_last ? apply_rows<Type, kActivation> : apply_planes<Type, kActivation>)(a, n, begin, end);
+}
+
+template <class Type>
+void apply_of(const Norm& a, int64_t n, int64_t begin, int64_t end) {
+  switch (a.activation) {
+    case Activation::none: return apply_activation<Type, Activation::none>(a, n, begin, end);
+    case Activation::elu: return apply_activation<Type, Activation::elu>(a, n, begin, end);
+    case Activation::relu: return apply_activation<Type, Activation::relu>(a, n, begin, end);
+    case Activation::silu: return apply_activation<Type, Activation::silu>(a, n, begin, end);
+  }
+}
+
+}  // namespace
+
+void norm_statistics(const Norm& a, int64_t n, int64_t begin, int64_t end) {
+  switch (a.dtype) {
+    case DType::float32: return statistics_of<Float32>(a, n, begin, end);
+    case DType::bfloat16: return statistics_of<BFloat16>(a, n, begin, end);
+    case DType::float16: return statistics_of<Float16>(a, n, begin, end);
+  }
+}
+
+void norm_apply(const Norm& a, int64_t n, int64_t begin, int64_t end) {
+  fold(a, n, begin, end);
+  switch (a.dtype) {
+    case DType::float32: return apply_of<Float32>(a, n, begin, end);
+    case DType::bfloat16: return apply_of<BFloat16>(a, n, begin, end);
+    case DType::float16: return apply_of<Float16>(a, n, begin, end);
+  }
+}
+
+}  // namespace sgm::SGM_ISA

@@ -1,0 +1,160 @@
+// float32 vectors of the instruction set this file is compiled for, on GCC/Clang vector extensions: any target that has
+// them, SSE2 to AVX-512 and Arm, shares one source. Include inside the namespace of the instruction set.
+// Intrinsics appear only where the extensions have no word for it: fma, f16 and bf16 conversion.
+//
+// No #pragma once: included once per namespace. The includer has <cstdint>, <cstring>, <cmath>; x86: <immintrin.h>.
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef int32_t VecInt __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t VecBits __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t VecHalf __attribute__((vector_size(2 * kWidth)));
+
+#define SGM_INLINE static inline __attribute__((always_inline))
+
+SGM_INLINE Vec splat(float v) { return Vec{} + v; }
+SGM_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+SGM_INLINE float sum(Vec v) {  // pairwise over the lanes
+  float lane[kWidth];
+  memcpy(lane, &v, sizeof lane);
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+SGM_INLINE VecInt first_lanes(int64_t count) {  // −1 in lanes 0 … count−1, else 0
+  VecInt lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+  return lane < int32_t(count < kWidth ? count : kWidth);
+}
+
+// Element types: Raw is what kWidth elements look like in memory; widen and narrow (round to nearest even) are exact
+// IEEE conversions, NaN stays NaN.
+struct Float32 {
+  using Element = float;
+  using Raw = Vec;
+  static constexpr bool kHalf = false;
+  SGM_INLINE Vec widen(Raw v) { return v; }
+  SGM_INLINE Raw narrow(Vec v) { return v; }
+};
+
+struct BFloat16 {
+  using Element = uint16_t;
+  using Raw = VecHalf;
+  static constexpr bool kHalf = true;
+  SGM_INLINE Vec widen(Raw v) { return (Vec)(__builtin_convertvector(v, VecBits) << 16); }
+  SGM_INLINE Raw narrow(Vec v) {
+#if defined(__AVX512BF16__)
+    return (Raw)_mm512_cvtneps_pbh((__m512)v);
+#else
+    VecBits bits = (VecBits)v;
+    VecBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return __builtin_convertvector((v == v ? rounded : bits | 0x400000u) >> 16, VecHalf);
+#endif
+  }
+};
+
+struct Float16 {
+  using Element = uint16_t;
+  using Raw = VecHalf;
+  static constexpr bool kHalf = true;
+  SGM_INLINE Vec widen(Raw v) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)v);
+#elif defined(__F16C__)
+    return (Vec)_mm256_cvtph_ps((__m128i)v);
+#else
+    VecBits wide = __builtin_convertvector(v, VecBits);
+    VecBits magnitude = (wide & 0x7fffu) << 13;
+    Vec scaled = (Vec)magnitude * 0x1p112f;  // re-biases the exponent, denormals included
+    VecBits finite = (VecBits)scaled, special = magnitude | 0x7f800000u;
+    return (Vec)((magnitude >= 0x0f800000u ? special : finite) | (wide & 0x8000u) << 16);
+#endif
+  }
+  SGM_INLINE Raw narrow(Vec v) {
+#if defined(__AVX512F__)
+    return (Raw)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+    return (Raw)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+    VecBits bits = (VecBits)v, magnitude = bits & 0x7fffffffu;
+    VecBits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    VecBits denormal = (VecBits)((Vec)magnitude + 0.5f) - 0x3f000000u;  // the addition rounds at 2^-24
+    VecBits result = magnitude < 0x38800000u ? denormal : normal;
+    result = magnitude >= 0x47800000u ? VecBits{} + 0x7c00u : result;
+    result = magnitude > 0x7f800000u ? VecBits{} + 0x7e00u : result;
+    return __builtin_convertvector(result | ((bits >> 16) & 0x8000u), VecHalf);
+#endif
+  }
+};
+
+// Memory: a whole vector, or its first lanes: what is not loaded reads as 0, what is not stored stays untouched.
+struct All {};
+struct First {
+  int count;
+};
+template <class Type>
+SGM_INLINE Vec load(const typename Type::Element* p, All = {}) {
+  typename Type::Raw raw;
+  memcpy(&raw, p, sizeof raw);
+  return Type::widen(raw);
+}
+template <class Type>
+SGM_INLINE Vec load(const typename Type::Element* p, First lanes) {
+  typename Type::Raw raw{};
+  memcpy(&raw, p, lanes.count * sizeof *p);
+  return Type::widen(raw);
+}
+template <class Type>
+SGM_INLINE void store(typename Type::Element* p, Vec v, All = {}) {
+  typename Type::Raw raw = Type::narrow(v);
+  memcpy(p, &raw, sizeof raw);
+}
+template <class Type>
+SGM_INLINE void store(typename Type::Element* p, Vec v, First lanes) {
+  typename Type::Raw raw = Type::narrow(v);
+  memcpy(p, &raw, lanes.count * sizeof *p);
+}
+SGM_INLINE Vec load(const float* p) { return load<Float32>(p); }
+SGM_INLINE void store(float* p, Vec v) { store<Float32>(p, v); }
+
+// e^x = 2^n·(1 + p) with n = round(x / ln 2), r = x − n·ln 2, |r| ≤ 0.35, p = e^r − 1 = r + r²·q(r): exact to the last
+// place near 0. q is a minimax fit of the relative error of p: 1.4e-8, or 2.1e-5 where the result is rounded to 16 bits.
+// NaN stays NaN; x must lie in [−87, 88.7].
+struct Exp {
+  Vec scale, p;
+};
+template <bool kHalf>
+SGM_INLINE Exp exp_parts(Vec x) {
+  const float shift = 12582912.0f + 127.0f;  // 1.5·2^23 rounds to an integer in the low bits; 127: exponent bias
+  Vec shifted = fma(x, splat(1.44269504f), splat(shift));
+  Vec r = fma(shifted - shift, splat(-0.693147181f), x);
+  Vec q;
+  if (kHalf) {
+    q = fma(splat(0.0416099578f), r, splat(0.167497113f));
+    q = fma(q, r, splat(0.500016570f));
+  } else {
+    q = fma(splat(0.00138825166f), r, splat(0.00836654752f));
+    q = fma(q, r, splat(0.0416672006f));
+    q = fma(q, r, splat(0.166665435f));
+    q = fma(q, r, splat(0.499999970f));
+  }
+  return {(Vec)((VecBits)shifted << 23), fma(q, r * r, r)};
+}
