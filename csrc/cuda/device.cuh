@@ -5,20 +5,15 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace sgm::cuda {
-
-enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };  // as in csrc/cpu/norm.h
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
-
-}  // namespace sgm::cuda
-
 #ifndef SGM_CUDA_ON_HOST
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 namespace sgm::cuda {
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
 
 // All shared memory is dynamic: one array, carved up by the kernel.
 __device__ __forceinline__ float* shared_floats() {
@@ -63,6 +58,8 @@ __device__ __forceinline__ void opaque(uint32_t& word) { asm volatile("" : "+r"(
 #endif
 
 namespace sgm::cuda {
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };  // as in csrc/cpu/norm.h
 
 // V consecutive elements as they lie in memory, moved by one access of at most 16 bytes.
 template <class T, int V>

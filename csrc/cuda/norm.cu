@@ -5,21 +5,30 @@
 namespace sgm::cuda {
 namespace {
 
+__device__ __forceinline__ int slab_packs(const Tiling& t, int slab, int packs) { return min(t.tile * t.tiles, packs - slab * t.tile * t.tiles); }
+
 // grid (N · slabs, channel blocks)
 template <class T, int V, bool NHWC>
-__global__ void __launch_bounds__(kNormThreads) stats_kernel(const Norm s, const Tiling t) {
+__global__ void __launch_bounds__(kNormThreads, 2) stats_kernel(const Norm s, const Tiling t) {
+  using Tile = Tile<T, V, kPortablePacks, NHWC>;
   const int64_t n = blockIdx.x / t.slabs;
   const int slab = static_cast<int>(blockIdx.x % t.slabs);
-  using Tile = Tile<T, V, kPortablePacks, NHWC>;
-  Tile tile(s, t, n, slab, blockIdx.y);
-  if (s.residual)
-    tile.load_sum(s.x, s.residual, s.sum);
-  else
-    tile.load(s.x);
   const int width = t.groups * Tile::kChannels, first = static_cast<int>(blockIdx.y) * width;
-  float* mean = shared_floats() + Tile::kScratch;
-  float* m2 = mean + width;
-  tile.moments(shared_floats(), mean, m2);
+  float* mean = shared_floats() + Tile::kScratch;  // [width], of the slab so far
+  float* m2 = mean + width;                        // [width]
+  const int packs = slab_packs(t, slab, s.pixels / Tile::kPixels);
+  for (int k = 0; k * t.tile < packs; ++k) {
+    Tile tile(s, t, n, slab * t.tiles + k, blockIdx.y);
+    if (s.residual)
+      tile.load_sum(s.x, s.residual, s.sum);
+    else
+      tile.load(s.x);
+    tile.moments(shared_floats(), [&](int c, const Moments& m) {
+      const Moments before{static_cast<float>(k * t.tile * Tile::kPixels), mean[c], m2[c]};
+      const Moments all = k ? merge(2, [&](int i) { return i ? m : before; }) : m;
+      mean[c] = all.mean, m2[c] = all.m2;
+    });
+  }
   float* moments = s.moments + blockIdx.x * int64_t{2} * s.channels + first;
   for (int c = threadIdx.x; c < min(width, s.channels - first); c += kNormThreads) {
     moments[c] = mean[c];
@@ -29,21 +38,22 @@ __global__ void __launch_bounds__(kNormThreads) stats_kernel(const Norm s, const
 
 // grid (N · slabs, channel blocks)
 template <class T, int V, bool NHWC>
-__global__ void __launch_bounds__(kNormThreads) apply_kernel(const Norm s, const Tiling t) {
-  const int64_t n = blockIdx.x / t.slabs;
+__global__ void __launch_bounds__(kNormThreads, 2) apply_kernel(const Norm s, const Tiling t) {
   using Tile = Tile<T, V, kPortablePacks, NHWC>;
-  Tile tile(s, t, n, static_cast<int>(blockIdx.x % t.slabs), blockIdx.y);
-  tile.load(s.residual ? s.sum : s.x);
+  const int64_t n = blockIdx.x / t.slabs;
+  const int slab = static_cast<int>(blockIdx.x % t.slabs), packs = s.pixels / Tile::kPixels;
+  const void* x = s.residual ? s.sum : s.x;
+  Tile tile(s, t, n, slab * t.tiles, blockIdx.y);
+  tile.load(x);  // on its way while the moments are merged
 
   const int width = t.groups * Tile::kChannels, first = static_cast<int>(blockIdx.y) * width;
   float* warps = shared_floats();
   float* coef = warps + kNormThreads / 32;  // [3][width]
   float* mean = coef + 3 * width;           // [C]
   const auto channel = [&](int c) {
-    return merge(t.slabs, [&](int slab) {
-      const float* p = s.moments + (n * t.slabs + slab) * 2 * s.channels + c;
-      const int packs = min(t.slab, s.pixels / Tile::kPixels - slab * t.slab);
-      return Moments{static_cast<float>(packs * Tile::kPixels), p[0], p[s.channels]};
+    return merge(t.slabs, [&](int i) {
+      const float* p = s.moments + (n * t.slabs + i) * 2 * s.channels + c;
+      return Moments{static_cast<float>(slab_packs(t, i, packs) * Tile::kPixels), p[0], p[s.channels]};
     });
   };
   Spread across{};
@@ -58,6 +68,11 @@ __global__ void __launch_bounds__(kNormThreads) apply_kernel(const Norm s, const
   }
   __syncthreads();
   tile.apply(coef, s.activation, s.y);
+  for (int k = 1; k * t.tile < slab_packs(t, slab, packs); ++k) {
+    Tile next(s, t, n, slab * t.tiles + k, blockIdx.y);
+    next.load(x);
+    next.apply(coef, s.activation, s.y);
+  }
 }
 
 template <class T, int V, bool NHWC>

@@ -30,22 +30,24 @@ struct Moments {
   float count, mean, m2;
 };
 
-// The moments of a union from those of its parts. A part of count 0 must have a finite mean.
+// The moments of a union from those of its parts, as deviations from the first part's mean: few digits are lost if the means
+// are large. The first part must not be empty; an empty one must have a finite mean.
 template <class Part>
 __device__ __forceinline__ Moments merge(int parts, Part part) {
-  Moments all{};
+  const float pivot = part(0).mean;
+  float count = 0, offset = 0, m2 = 0;
   for (int i = 0; i < parts; ++i) {
     const Moments p = part(i);
-    all.count += p.count;
-    all.mean += p.count * p.mean;
+    count += p.count;
+    offset += p.count * (p.mean - pivot);
   }
-  all.mean /= all.count;
+  offset /= count;
   for (int i = 0; i < parts; ++i) {
     const Moments p = part(i);
-    const float d = p.mean - all.mean;
-    all.m2 += p.m2 + p.count * d * d;
+    const float d = (p.mean - pivot) - offset;
+    m2 += p.m2 + p.count * d * d;
   }
-  return all;
+  return {count, pivot + offset, m2};
 }
 
 template <class T, int V>
@@ -80,14 +82,14 @@ struct Tile {
   int64_t start, step;   // elements
   Pack<T, V> packs[PER];
 
-  __device__ __forceinline__ Tile(const Norm& s, const Tiling& t, int64_t n, int slab, int channel_block)
-      : t(t), total(min(t.slab, s.pixels / kPixels - slab * t.slab)) {
+  __device__ __forceinline__ Tile(const Norm& s, const Tiling& t, int64_t n, int tile, int channel_block)
+      : t(t), total(min(t.tile, s.pixels / kPixels - tile * t.tile)) {
     const int thread = static_cast<int>(threadIdx.x);
     group = NHWC ? thread % t.groups : thread / t.lanes;
     lane = NHWC ? thread / t.groups : thread % t.lanes;
     const int channel = (channel_block * t.groups + group) * kChannels;
     count = group < t.groups && channel < s.channels ? count_of(lane) : 0;
-    const int64_t pixel = (int64_t{slab} * t.slab + lane) * kPixels;
+    const int64_t pixel = (int64_t{tile} * t.tile + lane) * kPixels;
     start = n * s.channels * s.pixels + (NHWC ? pixel * s.channels + channel : int64_t{channel} * s.pixels + pixel);
     step = int64_t{t.lanes} * kPixels * (NHWC ? s.channels : 1);
   }
@@ -118,8 +120,9 @@ struct Tile {
       }
   }
 
-  // The tile's mean[c] and m2[c] for its channels, c from 0, in shared memory. Ends with a barrier.
-  __device__ __forceinline__ void moments(float* scratch, float* mean, float* m2) {
+  // Calls take(c, moments) for each channel c of the tile, counted from 0, in one thread; the same one every time. Ends with a barrier.
+  template <class Take>
+  __device__ __forceinline__ void moments(float* scratch, Take take) {
     float thread_mean[kChannels] = {}, thread_m2[kChannels] = {};
 #pragma unroll
     for (int i = 0; i < PER; ++i)
@@ -158,12 +161,10 @@ struct Tile {
       }
     __syncthreads();
     for (int c = threadIdx.x; c < t.groups * kChannels; c += kNormThreads) {
-      const Moments all = merge(t.lanes, [&](int r) {
+      take(c, merge(t.lanes, [&](int r) {
         const int at = c % kChannels * kStride + slot(c / kChannels, r);
         return Moments{static_cast<float>(count_of(r) * kPixels), scratch[at], scratch_m2[at]};
-      });
-      mean[c] = all.mean;
-      m2[c] = all.m2;
+      }));
     }
     __syncthreads();
   }
@@ -213,9 +214,10 @@ struct Spread {
 
 // Across the channels: mean [channels] in shared memory, written before a barrier.
 __device__ __forceinline__ Spread spread(const float* mean, int channels, float* warps) {
+  const float pivot = mean[0];
   float sum = 0, squares = 0;
-  for (int c = threadIdx.x; c < channels; c += kNormThreads) sum += mean[c];
-  const float m = block_sum(sum, warps) / static_cast<float>(channels);
+  for (int c = threadIdx.x; c < channels; c += kNormThreads) sum += mean[c] - pivot;
+  const float m = pivot + block_sum(sum, warps) / static_cast<float>(channels);
   for (int c = threadIdx.x; c < channels; c += kNormThreads) squares += (mean[c] - m) * (mean[c] - m);
   const float v = block_sum(squares, warps) / static_cast<float>(channels - 1);
   return {m, 1.0f / sqrtf(v + 1e-5f)};

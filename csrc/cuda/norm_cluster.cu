@@ -8,7 +8,7 @@ namespace {
 
 // grid (N · cluster), clusters of t.slabs
 template <class T, int PER>
-__global__ void __launch_bounds__(kNormThreads, PER == 8 ? 3 : 2) cluster_kernel(const Norm s, const Tiling t) {
+__global__ void __launch_bounds__(kNormThreads, 2) cluster_kernel(const Norm s, const Tiling t) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr int V = 16 / sizeof(T);
   Cluster cluster;
@@ -25,13 +25,14 @@ __global__ void __launch_bounds__(kNormThreads, PER == 8 ? 3 : 2) cluster_kernel
   float* part = warps + kNormThreads / 32;  // [2][C]: mean and M2 of this block's pixels, read by the whole cluster
   float* mean = part + 2 * channels;        // [C]: of the sample
   float* coef = mean + channels;            // [3][C]
-  tile.moments(coef + 3 * channels, part, part + channels);
+  tile.moments(coef + 3 * channels, [&](int c, const Moments& m) { part[c] = m.mean, part[channels + c] = m.m2; });
   cluster.arrive();
   cluster.wait();
   for (int c = threadIdx.x; c < channels; c += kNormThreads) {
     const Moments all = merge(t.slabs, [&](int rank) {
       const float* p = cluster.peer(part, rank);
-      return Moments{static_cast<float>(min(t.slab, s.pixels - rank * t.slab)), p[c], p[channels + c]};
+      const int pixels = max(0, min(t.tile, s.pixels - rank * t.tile));
+      return Moments{static_cast<float>(pixels), p[c], p[channels + c]};
     });
     mean[c] = all.mean;
     coef[c] = all.m2;  // until fold

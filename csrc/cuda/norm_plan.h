@@ -10,11 +10,14 @@ constexpr int kMaxSharedBytes = 48 * 1024;  // what a kernel gets without asking
 constexpr int kMaxCluster = 8;              // the largest size that every device with clusters has
 constexpr int kPortablePacks = 8;           // packs a thread holds: one access each
 
+constexpr int kMaxSlabs = 64;               // every block of `apply` merges the moments of all the slabs of its sample
+
 // A block's tile: `groups` packs along the channels × `lanes` along the pixels, each thread taking packs `lanes` apart.
 struct Tiling {
   int groups, lanes;
-  int slab;            // packs along the pixels in one tile
-  int slabs;           // tiles along the pixels
+  int tile;            // packs along the pixels in one tile
+  int tiles;           // tiles along the pixels in one slab, which is a block's work
+  int slabs;           // slabs along the pixels
   int channel_blocks;  // tiles along the channels
 };
 
@@ -29,8 +32,9 @@ inline Tiling portable_tiling(int channels, int pixels, int vector, bool nhwc) {
   const int across = nhwc ? channels / vector : channels, along = nhwc ? pixels : pixels / vector;
   t.groups = nhwc ? (across < kNormThreads ? across : kNormThreads) : kNormThreads / 32;
   t.lanes = kNormThreads / t.groups;
-  t.slab = t.lanes * kPortablePacks;
-  t.slabs = divide_up(along, t.slab);
+  t.tile = t.lanes * kPortablePacks;
+  t.tiles = divide_up(along, t.tile * kMaxSlabs);
+  t.slabs = divide_up(along, t.tile * t.tiles);
   t.channel_blocks = divide_up(across, t.groups);
   return t;
 }
@@ -53,12 +57,11 @@ inline ClusterPlan cluster_plan(int64_t batch, int channels, int pixels, int vec
   t.groups = channels / vector;
   if (channels % vector != 0 || t.groups > kNormThreads || cluster_shared_bytes(channels, vector) > kMaxSharedBytes) return plan;
   t.lanes = kNormThreads / t.groups;
-  t.channel_blocks = 1;
-  t.slabs = 1;
+  t.channel_blocks = t.tiles = t.slabs = 1;
   while (t.slabs < kMaxCluster && divide_up(pixels, t.slabs) > t.lanes * 8) t.slabs *= 2;
   while (t.slabs < kMaxCluster && batch * t.slabs * 2 <= multiprocessors && divide_up(pixels, t.slabs * 2) >= t.lanes) t.slabs *= 2;
-  t.slab = divide_up(pixels, t.slabs);
-  const int packs = divide_up(t.slab, t.lanes);
+  t.tile = divide_up(pixels, t.slabs);
+  const int packs = divide_up(t.tile, t.lanes);
   plan.packs = packs <= 8 ? 8 : packs <= 16 ? 16 : 0;
   return plan;
 }
