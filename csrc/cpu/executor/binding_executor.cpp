@@ -1,0 +1,59 @@
+// sgm_engine._C.NativeExecutor: the builder and runner of csrc/cpu/executor; sgm_engine/native.py checks and calls it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/executor/executor.h"
+
+namespace py = pybind11;
+using namespace sgm::executor;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+void bind_executor(py::module_& m) {
+  py::enum_<Precision>(m, "Precision", py::module_local())
+      .value("float32", Precision::float32)
+      .value("bfloat16", Precision::bfloat16)
+      .value("direct", Precision::direct);
+  py::enum_<Activation>(m, "Activation", py::module_local())
+      .value("none", Activation::none)
+      .value("elu", Activation::elu)
+      .value("relu", Activation::relu)
+      .value("silu", Activation::silu);
+  py::enum_<Op>(m, "Op", py::module_local())
+      .value("load", Op::load)
+      .value("conv", Op::conv)
+      .value("activate", Op::activate)
+      .value("mean_pool", Op::mean_pool)
+      .value("mean_pool5", Op::mean_pool5)
+      .value("max_pool5", Op::max_pool5)
+      .value("upsample", Op::upsample)
+      .value("store", Op::store);
+  py::class_<Executor>(m, "NativeExecutor", py::module_local(), "A whole network in one native call (csrc/cpu/executor/executor.h).")
+      .def(py::init<int, Precision>(), py::arg("batch"), py::arg("precision"))
+      .def("tensor", &Executor::tensor, py::arg("channels"), py::arg("height"), py::arg("width"))
+      .def("norm", &Executor::norm, py::arg("channels"), py::arg("levels"), py::arg("per_level"), py::arg("has_alpha"), py::arg("eps"))
+      .def("conv", &Executor::conv, py::arg("c_in"), py::arg("c_out"), py::arg("kernel"), py::arg("dilation"), py::arg("pool"))
+      .def("layer", &Executor::layer, py::arg("op"), py::arg("input"), py::arg("output"), py::arg("add"), py::arg("norm"),
+           py::arg("activation"), py::arg("conv"), py::arg("scale"), py::arg("shift"))
+      .def("plan", &Executor::plan)
+      .def("set_conv", [](Executor& e, int conv, uintptr_t weight, uintptr_t bias) {
+        e.set_conv(conv, pointer<const float>(weight), pointer<const float>(bias));
+      }, py::arg("conv"), py::arg("weight"), py::arg("bias"), py::call_guard<py::gil_scoped_release>())
+      .def("set_norm", [](Executor& e, int norm, uintptr_t gamma, uintptr_t alpha, uintptr_t beta, int64_t row) {
+        e.set_norm(norm, pointer<const float>(gamma), pointer<const float>(alpha), pointer<const float>(beta), row);
+      }, py::arg("norm"), py::arg("gamma"), py::arg("alpha"), py::arg("beta"), py::arg("row"))
+      .def("set_sigmas", [](Executor& e, uintptr_t sigmas, int levels) { e.set_sigmas(pointer<const float>(sigmas), levels); },
+           py::arg("sigmas"), py::arg("levels"))
+      .def("run", [](Executor& e, uintptr_t x, uintptr_t level, uintptr_t score, int images) {
+        e.run(pointer<const float>(x), pointer<const int64_t>(level), pointer<float>(score), images);
+      }, py::arg("x"), py::arg("level"), py::arg("score"), py::arg("images"), py::call_guard<py::gil_scoped_release>())
+      .def("bytes", &Executor::bytes, "Weights, tables and scratch memory.")
+      .def("algorithm", &Executor::algorithm, py::arg("conv"));
+}

@@ -1,0 +1,87 @@
+// A whole score network in one native call: a list of layers, its packed weights and its scratch memory.
+//
+//   tensor(), norm(), conv(), layer() …   describe the network, in the order of execution
+//   plan()                                choose algorithms, lay out the arena
+//   set_conv(), set_norm(), set_sigmas()  copy and pack parameters; call again after they changed
+//   run()                                 x, level → score
+//
+// Nothing is allocated by run() once it has run with the current number of threads.
+#pragma once
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/executor/program.h"
+
+namespace sgm::executor {
+
+enum class Precision { float32, bfloat16, direct };
+
+class Buffer {  // 64-byte aligned floats
+ public:
+  explicit Buffer(int64_t floats = 0);
+  float* data() const { return data_.get(); }
+  int64_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(float* p) const;
+  };
+  std::unique_ptr<float, Free> data_;
+  int64_t size_;
+};
+
+class Executor {
+ public:
+  // batch: images a run() is tuned for (algorithms, scratch). It may get fewer, or more in portions.
+  Executor(int batch, Precision precision);
+  ~Executor();
+
+  int tensor(int channels, int height, int width);
+  int norm(int channels, int levels, bool per_level, bool has_alpha, double eps);
+  int conv(int c_in, int c_out, int kernel, int dilation, bool pool);
+  void layer(Op op, int input, int output, const std::vector<int>& add, int norm, Activation activation, int conv,
+             double scale, double shift);
+  void plan();
+
+  // weight [c_out][c_in][kernel][kernel], bias [c_out] or null
+  void set_conv(int conv, const float* weight, const float* bias);
+  // each [levels or 1][channels] with rows `row` floats apart, or null: ones, none, zeros
+  void set_norm(int norm, const float* gamma, const float* alpha, const float* beta, int64_t row);
+  void set_sigmas(const float* sigmas, int levels);  // the score is divided by σ(level)
+
+  // x, score [images][channels][height][width]; level [images]
+  void run(const float* x, const int64_t* level, float* score, int images);
+
+  int64_t bytes() const;             // weights, tables and scratch
+  std::string algorithm(int conv) const;  // "winograd" or "direct", and the precision
+
+ private:
+  struct Team;
+  void check_levels(const int64_t* level, int images) const;
+  void prepare_teams(int images);
+  bool prefers_winograd(const Conv& conv, int height, int width) const;
+
+  const int batch_;
+  const Precision precision_;
+  const Backend backend_;
+  int levels_ = 0;  // 0: no layer depends on the level
+  bool planned_ = false;
+
+  std::vector<Tensor> tensors_;
+  std::vector<Layer> layers_;
+  std::vector<Norm> norms_;
+  std::vector<Conv> convs_;
+  std::vector<std::vector<float>> norm_tables_;
+  std::vector<Buffer> weights_, biases_;
+  std::vector<std::vector<Strip>> strips_;
+  std::vector<std::vector<Tap>> taps_;
+  std::vector<float> sigmas_;
+
+  int64_t arena_size_ = 0, moments_size_ = 0;  // floats an image
+  std::vector<std::unique_ptr<Team>> teams_;
+  int team_size_ = 0, team_capacity_ = 0;
+};
+
+}  // namespace sgm::executor

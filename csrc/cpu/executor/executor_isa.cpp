@@ -1,0 +1,55 @@
+// The layers of a network, one after the other, in the instructions of one ISA: compiled several times, each time with
+// SGM_ISA naming the set (and the namespace). See program.h for what this file may include.
+#include "direct.h"
+#include "pointwise.h"
+#include "winograd.h"
+
+namespace sgm::SGM_ISA::executor {
+
+template <class Element>
+static void convolve(const Run& run, const Layer& layer, const Conv& conv) {
+  if (conv.winograd) winograd<Element>(run, layer, conv);
+  else direct<Element>(run, layer, conv);
+}
+
+static void forward(const Program& program, const Workspace& workspace, const Member& member, int images, const float* x,
+                    const int64_t* level, float* score) {
+  const Run run{program, workspace, member, images, x, level, score};
+  for (int i = 0; i < program.layer_count; i++) {
+    const Layer& layer = program.layers[i];
+    const Conv* conv = layer.conv < 0 ? nullptr : program.convs + layer.conv;
+    switch (layer.op) {
+      case Op::load: load_input(run, layer); break;
+      case Op::conv:
+#ifdef __AVX512BF16__
+        if (conv->bf16) {
+          convolve<Bf16>(run, layer, *conv);
+          break;
+        }
+#endif
+        convolve<Float>(run, layer, *conv);
+        break;
+      case Op::activate: activate_layer(run, layer); break;
+      case Op::mean_pool: mean_pool(run, layer); break;
+      case Op::mean_pool5: pool5<false>(run, layer); break;
+      case Op::max_pool5: pool5<true>(run, layer); break;
+      case Op::upsample: upsample(run, layer); break;
+      case Op::store: store_score(run, layer, *conv); break;
+    }
+  }
+}
+
+}  // namespace sgm::SGM_ISA::executor
+
+namespace sgm::SGM_ISA {
+
+sgm::executor::Backend executor_backend() {
+#ifdef __AVX512BF16__
+  constexpr bool bf16 = true;
+#else
+  constexpr bool bf16 = false;
+#endif
+  return {executor::kWidth, executor::kMaxVectors, bf16, executor::forward};
+}
+
+}  // namespace sgm::SGM_ISA

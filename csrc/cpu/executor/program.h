@@ -1,0 +1,132 @@
+// The compiled form of a network: flat arrays of plain structs, built by executor.cpp, run by executor_isa.cpp.
+//
+// Plain data only. executor_isa.cpp is compiled once per instruction set, so a header it shares with the rest may not
+// define an inline function or instantiate a standard template: the linker keeps one copy of such a symbol, and the
+// copy could be the AVX-512 one.
+#pragma once
+#include <cstdint>
+
+#include "isa.h"
+
+namespace sgm::executor {
+
+// Activations are float32 [n][height][width][padded], padded = channels rounded up to a vector; the padding is zero.
+struct Tensor {
+  int channels, padded, height, width;
+  int64_t offset;   // floats an image, into the arena
+  int64_t moments;  // floats an image, into the moments buffer: mean [padded], then Σ(x − mean)² [padded]; -1: not kept
+};
+
+enum class Op : int {
+  load,       // output = scale·x + shift, x the network's input [n][channels][height][width]
+  conv,       // output = conv(prologue(input)) + bias + Σ add, after an optional 2×2 mean
+  activate,   // output = prologue(input)
+  mean_pool,  // output = 2×2 mean of prologue(input), stride 2
+  mean_pool5, // output = 5×5 mean of prologue(input), stride 1, padding counted as zeros
+  max_pool5,  // output = 5×5 maximum of prologue(input), stride 1
+  upsample,   // output = bilinear(input), corners aligned, + Σ add
+  store,      // score = conv(prologue(input)) + bias, [n][channels][height][width], optionally divided by σ(level)
+};
+
+enum class Activation : int { none, elu, relu, silu };
+
+// The prologue of a layer: normalise, then activate, while the input is read.
+struct Layer {
+  Op op;
+  int input, output;  // tensors
+  int add[2];         // tensors, -1: none
+  int norm;           // -1: none
+  Activation activation;
+  int conv;           // -1: none
+  float scale, shift;
+};
+
+// y = gamma·(x̂ + alpha·ms) + beta (SPEC: InstanceNorm++); rows of `row` floats, one a level, or one row for all.
+struct Norm {
+  int channels;
+  int64_t row;         // 0: the same parameters at every level
+  bool has_alpha;
+  float eps;
+  const float* table;  // [levels or 1][3][channels]: gamma, alpha, beta
+};
+
+// One strip: a row of Winograd tiles of one dilation phase. A phase (r, c) is the sub-image of pixels (r + i·d, c + j·d).
+struct Strip {
+  int phase_row, phase_col;  // position of the sub-image
+  int height, width;         // of the sub-image
+  int row;                   // first output row of the tiles, in the sub-image
+  int tiles;
+  int pixels_before;         // outputs of the image in earlier strips
+};
+
+struct Tap {
+  int row, col;
+};
+
+struct Conv {
+  int c_in, c_out;         // true channel counts
+  int c_step;              // input channels summed: c_in, rounded up to even for bf16
+  int kernel, dilation;
+  bool pool;               // followed by a 2×2 mean
+  bool winograd, bf16;
+  int vectors, blocks;     // output channels = blocks × vectors × vector width
+  const void* weights;     // [blocks][taps][c_step][vectors × width], bf16: [...][c_step / 2][vectors × width][2]
+  const float* bias;       // [blocks × vectors × width], zeros where there is none
+  const Strip* strips;     // winograd
+  int strip_count, tiles;  // winograd, an image
+  const Tap* taps;         // direct
+  int tap_count, stride;
+  int pad_before, pad_after;  // direct: zeros round the input
+};
+
+struct Program {
+  const Layer* layers;
+  int layer_count;
+  const Tensor* tensors;
+  const Norm* norms;
+  const Conv* convs;
+  const float* sigmas;  // [levels], or null: the score is not divided
+};
+
+// Scratch of one team; sizes from executor.cpp.
+struct Workspace {
+  int capacity;       // images
+  float* arena;
+  float* moments;
+  int tile_capacity;  // floats of one Winograd plane: tiles × channels stay below it
+  float* planes;      // transformed input [36][tiles][c_in], float or bf16
+  float* products;    // [members][36][tiles][vectors × width]
+  float* padded;      // activated input with its border, float or bf16
+  float* rows;        // [members] rows of one channel vector under transformation
+  float* affine;      // [members][2][capacity][channels]
+  int64_t products_stride, rows_stride, affine_stride;  // floats a member
+};
+
+struct Barrier;
+void wait(Barrier* barrier);
+
+// One member of a team. Members split the channels of every layer, so no result depends on the team's size.
+struct Member {
+  int rank, size;
+  Barrier* barrier;
+};
+
+// x [images][channels][height][width] → score, the same shape; level [images], each inside the tables.
+using Forward = void (*)(const Program&, const Workspace&, const Member&, int images, const float* x, const int64_t* level,
+                         float* score);
+
+// One instruction set's build of executor_isa.cpp.
+struct Backend {
+  int width;        // floats a vector
+  int max_vectors;  // output vectors a block: 4, else 2
+  bool bf16;
+  Forward forward;
+};
+
+constexpr int kTile = 4, kPoints = 36, kMaxTaps = 16;
+
+}  // namespace sgm::executor
+
+namespace sgm {
+SGM_DECLARE_PER_ISA(executor::Backend, executor_backend, ())
+}

@@ -1,0 +1,78 @@
+// What a layer does to its input while reading it: the affine map of a norm, then an activation.
+#pragma once
+#include "vec.h"
+
+namespace sgm::SGM_ISA::executor {
+
+// dst[i] = activation(a·src[i] + b) for `count` vectors, or activation(src[i]) without a norm.
+template <class Element>
+using RowFunction = void (*)(const float* src, int64_t src_stride, typename Element::Type* dst, int64_t dst_stride,
+                             int count, const float* a, const float* b);
+
+template <class Element, bool kAffine, Activation kActivation>
+static void prologue_row(const float* src, int64_t src_stride, typename Element::Type* dst, int64_t dst_stride, int count,
+                         const float* a, const float* b) {
+  const Vec scale = kAffine ? load(a) : Vec{}, shift = kAffine ? load(b) : Vec{};
+  for (int i = 0; i < count; i++) {
+    Vec v = load(src + i * src_stride);
+    if constexpr (kAffine) v = v * scale + shift;
+    Element::put(dst + i * dst_stride, activate<kActivation>(v));
+  }
+}
+
+template <class Element>
+static RowFunction<Element> row_function(bool affine, Activation activation) {
+  static constexpr RowFunction<Element> table[2][4] = {
+      {prologue_row<Element, false, Activation::none>, prologue_row<Element, false, Activation::elu>,
+       prologue_row<Element, false, Activation::relu>, prologue_row<Element, false, Activation::silu>},
+      {prologue_row<Element, true, Activation::none>, prologue_row<Element, true, Activation::elu>,
+       prologue_row<Element, true, Activation::relu>, prologue_row<Element, true, Activation::silu>}};
+  return table[affine][(int)activation];
+}
+
+// The norm of a layer, folded: y = a·x + b with a, b [images][padded]; a null pointer without a norm.
+struct Affine {
+  const float *a = nullptr, *b = nullptr;
+  int padded = 0;
+  const float* scale(int image, int channel) const { return a ? a + (int64_t)image * padded + channel : nullptr; }
+  const float* shift(int image, int channel) const { return b ? b + (int64_t)image * padded + channel : nullptr; }
+};
+
+// a = γ·rstd, b = γ·(α·ms − mean·rstd) + β, where ms is the mean, standardised across channels (unbiased variance).
+// Every member folds for itself: cheaper than a barrier.
+static Affine fold_norm(const Run& run, const Layer& layer) {
+  const Tensor& t = run.tensor(layer.input);
+  if (layer.norm < 0) return {nullptr, nullptr, t.padded};
+  const Norm& norm = run.program.norms[layer.norm];
+  const Workspace& w = run.workspace;
+  float* const a = w.affine + run.member.rank * w.affine_stride;
+  float* const b = a + w.affine_stride / 2;
+  const int channels = norm.channels;
+  const float pixels = (float)(t.height * t.width);
+  for (int image = 0; image < run.images; image++) {
+    const float* mean = run.moments(layer.input, image);
+    const float* squares = mean + t.padded;
+    const float* gamma = norm.table + (norm.row ? run.level[image] * norm.row : 0);
+    const float *alpha = gamma + channels, *beta = alpha + channels;
+    double centre = 0, spread = 0;
+    if (norm.has_alpha) {
+      for (int c = 0; c < channels; c++) centre += mean[c];
+      centre /= channels;
+      for (int c = 0; c < channels; c++) spread += (mean[c] - centre) * (mean[c] - centre);
+      spread /= channels - 1;
+    }
+    const float across = norm.has_alpha ? (float)(1 / __builtin_sqrt(spread + norm.eps)) : 0.f;
+    float* const ai = a + (int64_t)image * t.padded;
+    float* const bi = b + (int64_t)image * t.padded;
+    for (int c = 0; c < channels; c++) {
+      const float rstd = 1.f / __builtin_sqrtf(squares[c] / pixels + norm.eps);
+      const float standardised = (float)(mean[c] - centre) * across;
+      ai[c] = gamma[c] * rstd;
+      bi[c] = gamma[c] * (alpha[c] * standardised - mean[c] * rstd) + beta[c];
+    }
+    for (int c = channels; c < t.padded; c++) ai[c] = bi[c] = 0.f;
+  }
+  return {a, b, t.padded};
+}
+
+}  // namespace sgm::SGM_ISA::executor

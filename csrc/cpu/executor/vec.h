@@ -1,0 +1,147 @@
+// Vectors of 4, 8 or 16 floats through GCC vector extensions: the same source is SSE2, AVX2, AVX-512 and NEON code.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "program.h"
+
+#define SGM_INLINE static inline __attribute__((always_inline))
+#define SGM_UNROLL _Pragma("GCC unroll 24")
+
+namespace sgm::SGM_ISA::executor {
+
+using namespace ::sgm::executor;
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+typedef float Vec __attribute__((vector_size(kWidth * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
+typedef float UnalignedVec __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+
+SGM_INLINE Vec load(const float* p) { return *(const UnalignedVec*)p; }
+SGM_INLINE void store(float* p, Vec v) { *(UnalignedVec*)p = v; }
+SGM_INLINE Vec splat(float v) { return v - Vec{}; }  // v − 0 is v, also for −0
+
+SGM_INLINE int least(int a, int b) { return a < b ? a : b; }
+SGM_INLINE int most(int a, int b) { return a > b ? a : b; }
+
+SGM_INLINE float horizontal_sum(Vec v) {
+  float s[kWidth];
+  store(s, v);
+  for (int half = kWidth / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) s[i] += s[i + half];
+  return s[0];
+}
+
+// e^x for x in [-87, 88] (Cephes expf; the exponent is added to the bits of the float). NaN gives a finite value.
+SGM_INLINE Vec exp_bounded(Vec x) {
+  const Vec rounded = x * 1.44269504f + 12582912.f;  // 1.5·2²³: the integer lies in the low bits
+  const Vec n = rounded - 12582912.f;
+  Vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.f);
+  const IntVec power = ((IntVec)rounded - 0x4b400000 + 127) << 23;
+  return p * (Vec)power;
+}
+
+template <Activation kActivation>
+SGM_INLINE Vec activate(Vec x) {
+  if constexpr (kActivation == Activation::elu) return x < 0.f ? exp_bounded(x > -87.f ? x : splat(-87.f)) - 1.f : x;
+  if constexpr (kActivation == Activation::relu) return x < 0.f ? Vec{} : x;
+  if constexpr (kActivation == Activation::silu) {
+    const Vec low = x > -87.f ? x : splat(-87.f);
+    return x / (exp_bounded(-(low < 87.f ? low : splat(87.f))) + 1.f);
+  }
+  return x;
+}
+
+// Element types of a convolution's operands. Bf16 rounds to nearest even and is summed in pairs of channels.
+struct Float {
+  using Type = float;
+  static constexpr int kStep = 1;
+  SGM_INLINE void put(float* p, Vec v) { store(p, v); }
+};
+#ifdef __AVX512BF16__
+struct Bf16 {
+  using Type = uint16_t;
+  static constexpr int kStep = 2;
+  SGM_INLINE void put(uint16_t* p, Vec v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
+};
+#endif
+
+// Running mean and Σ(x − mean)² of a channel vector; blocks are centred on their own mean, then merged (Chan, Golub &
+// LeVeque 1983), so that |mean| ≫ std costs no digits.
+struct Moments {
+  Vec mean, squares;
+  SGM_INLINE Moments zero() { return {Vec{}, Vec{}}; }
+  SGM_INLINE Moments read(const float* p, int padded) { return {load(p), load(p + padded)}; }
+  inline __attribute__((always_inline)) void write(float* p, int padded) const { store(p, mean), store(p + padded, squares); }
+  inline __attribute__((always_inline)) void merge(Vec block_mean, Vec block_squares, int before, int count) {
+    const float weight = (float)count / (float)(before + count);
+    const Vec delta = block_mean - mean;
+    mean += delta * weight;
+    squares += block_squares + delta * delta * ((float)before * weight);
+  }
+  // count values at p, stride floats apart
+  inline __attribute__((always_inline)) void add(const float* p, int64_t stride, int before, int count) {
+    Vec sum = load(p), squares_about_mean = Vec{};
+    for (int i = 1; i < count; i++) sum += load(p + i * stride);
+    const Vec block_mean = sum * (1.f / (float)count);
+    for (int i = 0; i < count; i++) {
+      const Vec d = load(p + i * stride) - block_mean;
+      squares_about_mean += d * d;
+    }
+    merge(block_mean, squares_about_mean, before, count);
+  }
+};
+
+// What every layer function receives.
+struct Run {
+  const Program& program;
+  const Workspace& workspace;
+  const Member& member;
+  int images;
+  const float* x;
+  const int64_t* level;
+  float* score;
+
+  const Tensor& tensor(int id) const { return program.tensors[id]; }
+  float* data(int id, int image) const {
+    const Tensor& t = tensor(id);
+    return workspace.arena + t.offset * workspace.capacity + (int64_t)image * t.padded * t.height * t.width;
+  }
+  float* moments(int id, int image) const {
+    const Tensor& t = tensor(id);
+    return t.moments < 0 ? nullptr : workspace.moments + t.moments * workspace.capacity + (int64_t)image * 2 * t.padded;
+  }
+  // this member's share [first, last) of n units
+  void share(int n, int& first, int& last) const {
+    first = (int)((int64_t)n * member.rank / member.size);
+    last = (int)((int64_t)n * (member.rank + 1) / member.size);
+  }
+  void wait() const {
+    if (member.size > 1) ::sgm::executor::wait(member.barrier);
+  }
+};
+
+}  // namespace sgm::SGM_ISA::executor

@@ -1,0 +1,262 @@
+"""The native CPU executor: a whole network, lowered to a flat list of layers that csrc/cpu/executor runs in one call.
+
+``lower`` walks a module of sgm_engine.models and emits its layers into a ``Graph``. What a norm and an activation do to
+a layer's input, and what bias, residuals and a pool do to its output, belongs to the layer that reads or writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sgm_engine import _C
+from sgm_engine.models import blocks
+from sgm_engine.models.ncsn import RefineNet
+
+PRECISIONS = ("float32", "bfloat16", "direct")
+
+
+class Value(NamedTuple):
+    """A tensor of the graph: its index and its shape in one image."""
+
+    id: int
+    channels: int
+    height: int
+    width: int
+
+
+@dataclass
+class _Weights:
+    """Parameters that C++ keeps a packed copy of: how to pack them, and what they were when it last happened."""
+
+    tensors: tuple[Tensor | None, ...]
+    pack: Callable[..., None]
+    seen: tuple | None = None
+
+    def state(self) -> tuple:
+        return tuple(None if t is None else (t.data_ptr(), t._version) for t in self.tensors)
+
+    def refresh(self) -> bool:
+        if self.seen == self.state():
+            return False
+        self.seen = self.state()
+        values = [None if t is None else t.detach().to(torch.float32).contiguous() for t in self.tensors]
+        self.pack(*(0 if v is None else v.data_ptr() for v in values))
+        return True
+
+
+class Graph:
+    """Builds the layers of one network for images of one size; every method emits one layer and returns its output."""
+
+    def __init__(self, batch: int, precision: str):
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+        self.native = _C.NativeExecutor(batch, getattr(_C.Precision, precision))
+        self.weights: list[_Weights] = []
+        self.convs: list[int] = []
+
+    def load(self, channels: int, height: int, width: int, scale: float = 1.0, shift: float = 0.0) -> Value:
+        """scale·x + shift of the network's input x [channels, height, width]."""
+        out = self._value(channels, height, width)
+        self._layer(_C.Op.load, None, out, scale=scale, shift=shift)
+        return out
+
+    def conv(
+        self,
+        x: Value,
+        conv: nn.Conv2d,
+        norm: nn.Module | None = None,
+        activation: str = "none",
+        add: Sequence[Value] = (),
+        pool: bool = False,
+    ) -> Value:
+        """conv(activation(norm(x))), its 2×2 mean if ``pool``, plus at most two addends."""
+        height, width = (x.height // 2, x.width // 2) if pool else (x.height, x.width)
+        out = self._value(conv.out_channels, height, width)
+        self._layer(_C.Op.conv, x, out, add=add, norm=norm, activation=activation, conv=self._conv(conv, pool))
+        return out
+
+    def store(self, x: Value, conv: nn.Conv2d, norm: nn.Module | None = None, activation: str = "none") -> None:
+        """The network's output: conv(activation(norm(x)))."""
+        self._layer(_C.Op.store, x, None, norm=norm, activation=activation, conv=self._conv(conv, False))
+
+    def activate(self, x: Value, activation: str, norm: nn.Module | None = None, add: Sequence[Value] = ()) -> Value:
+        """activation(norm(x)), plus at most two addends."""
+        out = self._value(x.channels, x.height, x.width)
+        self._layer(_C.Op.activate, x, out, add=add, norm=norm, activation=activation)
+        return out
+
+    def mean_pool(self, x: Value) -> Value:
+        """2×2 mean, stride 2."""
+        out = self._value(x.channels, x.height // 2, x.width // 2)
+        self._layer(_C.Op.mean_pool, x, out)
+        return out
+
+    def pool5(self, x: Value, kind: str, norm: nn.Module | None = None) -> Value:
+        """5×5 pool of norm(x), stride 1: its "mean", padding counted as zeros, or its "max"."""
+        out = self._value(x.channels, x.height, x.width)
+        self._layer(_C.Op.mean_pool5 if kind == "mean" else _C.Op.max_pool5, x, out, norm=norm)
+        return out
+
+    def upsample(self, x: Value, height: int, width: int, add: Sequence[Value] = ()) -> Value:
+        """Bilinear, corners aligned, plus at most two addends."""
+        out = self._value(x.channels, height, width)
+        self._layer(_C.Op.upsample, x, out, add=add)
+        return out
+
+    def divide_by(self, sigmas: Tensor) -> None:
+        """Divide the output by sigmas[level]."""
+        self._keep((sigmas,), lambda pointer: self.native.set_sigmas(pointer, len(sigmas)))
+
+    def _value(self, channels: int, height: int, width: int) -> Value:
+        return Value(self.native.tensor(channels, height, width), channels, height, width)
+
+    def _keep(self, tensors: tuple[Tensor | None, ...], pack: Callable[..., None]) -> None:
+        self.weights.append(_Weights(tensors, pack))
+
+    def _layer(self, op, x: Value | None, out: Value | None, *, add=(), norm=None, activation="none", conv=-1, **affine):
+        self.native.layer(
+            op=op,
+            input=-1 if x is None else x.id,
+            output=-1 if out is None else out.id,
+            add=[a.id for a in add],
+            norm=-1 if norm is None else self._norm(norm),
+            activation=getattr(_C.Activation, activation),
+            conv=conv,
+            **{"scale": 1.0, "shift": 0.0, **affine},
+        )
+
+    def _conv(self, conv: nn.Conv2d, pool: bool) -> int:
+        k, d = conv.kernel_size[0], conv.dilation[0]
+        same = conv.kernel_size == (k, k) and conv.dilation == (d, d) and conv.padding == (k // 2 * d,) * 2
+        if k not in (1, 3) or not same or conv.stride != (1, 1) or conv.groups != 1 or conv.padding_mode != "zeros":
+            raise Unsupported(f"{conv}: only 1×1 and 3×3 convolutions of stride 1 that keep the size, ungrouped")
+        index = self.native.conv(conv.in_channels, conv.out_channels, k, d if k > 1 else 1, pool)
+        self.convs.append(index)
+        self._keep((conv.weight, conv.bias), lambda w, b: self.native.set_conv(index, w, b))
+        return index
+
+    def _norm(self, norm: nn.Module) -> int:
+        native = self.native
+        if isinstance(norm, blocks.ConditionalInstanceNormPlus):
+            c, levels = norm.channels, norm.embed.num_embeddings
+            index = native.norm(c, levels, True, True, 1e-5)
+            parts = [4 * c * i for i in range(3)]  # bytes from the start of a row to its γ, α and β
+            self._keep((norm.embed.weight,), lambda p: native.set_norm(index, *(p + at for at in parts), 3 * c))
+        elif isinstance(norm, blocks.InstanceNormPlus):
+            index = native.norm(len(norm.gamma), 1, False, True, 1e-5)
+            tensors = (norm.gamma, norm.alpha, norm.beta)
+            self._keep(tensors, lambda gamma, alpha, beta: native.set_norm(index, gamma, alpha, beta, 0))
+        else:
+            raise Unsupported(f"{type(norm).__name__}: not a norm that the native executor knows")
+        return index
+
+
+class Unsupported(ValueError):
+    """The module holds something that the native executor has no layer for."""
+
+
+def lower(graph: Graph, model: nn.Module, height: int, width: int) -> None:
+    """Emit the layers of ``model`` for images [model.channels, height, width]."""
+    if not isinstance(model, RefineNet):
+        raise Unsupported(f"{type(model).__name__}: the native executor takes NCSN and NCSNv2 networks; use executor='eager'")
+    if height % model.size_divisor() or width % model.size_divisor():
+        raise ValueError(f"image size must divide by {model.size_divisor()}, got {height}×{width}")
+    h = graph.conv(graph.load(model.channels, height, width, 2.0, -1.0), model.begin_conv)
+    outputs = {}
+    for stage in model.stages:
+        for block in model._modules[stage.name]:
+            h = _res_block(graph, block, h)
+        outputs[stage.name] = h
+    for i, refine in enumerate(model.refines):
+        skip = outputs[refine.stage]
+        h = _refine_block(graph, model._modules[refine.name], [skip, h] if i else [skip])
+    graph.store(h, model.end_conv, model.normalizer, "elu")
+    if model.divide_by_sigma:
+        graph.divide_by(model.sigmas)
+
+
+def _res_block(graph: Graph, block: blocks.ResBlock, x: Value) -> Value:
+    h = graph.conv(x, block.conv1, block.normalize1, "elu")
+    if isinstance(block.shortcut, blocks.PoolConv1x1):
+        shortcut = graph.conv(graph.mean_pool(x), block.shortcut.conv)
+    else:
+        shortcut = x if block.shortcut is None else graph.conv(x, block.shortcut)
+    pool = isinstance(block.conv2, blocks.ConvMeanPool)
+    return graph.conv(h, block.conv2.conv if pool else block.conv2, block.normalize2, "elu", [shortcut], pool)
+
+
+def _rcu_block(graph: Graph, block: blocks.RCUBlock, x: Value) -> Value:
+    for i in range(1, block.blocks + 1):
+        h = x
+        for j in range(1, block.stages + 1):
+            add = [x] if j == block.stages else []
+            h = graph.conv(h, block._modules[f"{i}_{j}_conv"], block._modules.get(f"{i}_{j}_norm"), "elu", add)
+        x = h
+    return x
+
+
+def _msf_block(graph: Graph, block: blocks.MSFBlock, xs: list[Value]) -> Value:
+    norms = block.norms if block.norms is not None else [None] * len(xs)
+    total: list[Value] = []
+    for x, conv, norm in zip(xs, block.convs, norms, strict=True):
+        if (x.height, x.width) == (xs[0].height, xs[0].width):
+            total = [graph.conv(x, conv, norm, add=total)]
+        else:
+            total = [graph.upsample(graph.conv(x, conv, norm), xs[0].height, xs[0].width, add=total)]
+    return total[0]
+
+
+def _crp_block(graph: Graph, block: blocks.CRPBlock, x: Value) -> Value:
+    x = path = graph.activate(x, "elu")
+    last = len(block.convs) - 1
+    for i, conv in enumerate(block.convs):
+        norm = None if block.norms is None else block.norms[i]
+        pooled = graph.pool5(path, "max" if norm is None else "mean", norm)
+        if i == last:  # the sum so far is needed once only, so it is added here
+            return graph.conv(pooled, conv, add=[x] if path is x else [x, path])
+        if i:
+            x = graph.activate(x, "none", add=[path])
+        path = graph.conv(pooled, conv)
+    return x
+
+
+def _refine_block(graph: Graph, block: blocks.RefineBlock, xs: list[Value]) -> Value:
+    hs = [_rcu_block(graph, adapt, x) for adapt, x in zip(block.adapt_convs, xs, strict=True)]
+    h = hs[0] if block.msf is None else _msf_block(graph, block.msf, hs)
+    return _rcu_block(graph, block.output_convs, _crp_block(graph, block.crp, h))
+
+
+class NativeNetwork:
+    """``model`` as a callable (x [B, C, H, W] float32, level [B] int64) → score [B, C, H, W] float32, in one native call.
+
+    batch: the number of images that it is tuned for; it takes any. height, width: the only image size it takes.
+    precision: "float32", "bfloat16" (convolutions; needs AVX512_BF16) or "direct" (float32 without Winograd).
+    Weights are packed copies: ``sync`` refreshes those whose parameters changed.
+    """
+
+    def __init__(self, model: nn.Module, batch: int, height: int, width: int, precision: str = "float32"):
+        self.shape = (model.channels, height, width)
+        self.graph = Graph(batch, precision)
+        lower(self.graph, model, height, width)
+        self.native = self.graph.native
+        self.native.plan()
+        self.sync()
+
+    def sync(self) -> int:
+        """Pack the parameters that changed since the last time; returns how many groups of them did."""
+        return sum(w.refresh() for w in self.graph.weights)
+
+    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.shape or x.dtype != torch.float32 or x.device.type != "cpu":
+            raise ValueError(f"x must be float32 [B, {', '.join(map(str, self.shape))}] on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device}")
+        if level.shape != x.shape[:1] or level.dtype != torch.int64 or level.device.type != "cpu":
+            raise ValueError(f"level must be int64 [{len(x)}] on the CPU, got {level.dtype} {tuple(level.shape)} on {level.device}")
+        x, level = x.contiguous(), level.contiguous()
+        score = torch.empty_like(x)
+        self.native.run(x.data_ptr(), level.data_ptr(), score.data_ptr(), len(x))
+        return score
