@@ -12,6 +12,8 @@ from typing import Any
 
 import sgm_engine
 
+OPS = {"noise_fill_": "noise_fill", "langevin_update_": "langevin_update", "noise_conditioned_norm": "norm"}
+
 
 def facts() -> dict[str, Any]:
     """Everything ``sgm doctor`` says, as JSON-ready values: {section: {name: value}}. Nothing missing raises."""
@@ -94,10 +96,28 @@ def _cores() -> int:
 
 
 def _ops() -> dict[str, str]:
-    """op → which backend runs it for a tensor on the CPU and on a GPU, and why."""
-    native, _ = _native()
-    cpu = f"C++ ({native.isa()})" if native else "none: there are no C++ kernels"
-    return dict.fromkeys(("noise_fill_", "langevin_update_", "noise_conditioned_norm"), f"CPU: {cpu}")
+    """op → the backend that runs it on a CPU tensor and on a CUDA tensor, or why none does: asked of ops itself."""
+    try:
+        from sgm_engine.kernels import ops
+    except ImportError as error:
+        return dict.fromkeys(OPS, f"none: {error}")
+    backends = {}
+    for device in ("cpu", "cuda"):
+        try:
+            found = ops.launchers(device)
+            backends[device] = [_backend(getattr(found, launcher).__module__) for launcher in OPS.values()]
+        except (ImportError, RuntimeError) as error:
+            backends[device] = [f"none: {error}"] * len(OPS)
+    rows = zip(OPS, backends["cpu"], backends["cuda"], strict=True)
+    return {op: f"CPU tensors: {cpu}; CUDA tensors: {cuda}" for op, cpu, cuda in rows}
+
+
+def _backend(module: str) -> str:
+    name = module.rpartition(".")[2]
+    if name == "cpu":
+        native, why = _native()
+        return f"C++ ({native.isa()})" if native else f"none: {why}"
+    return f"Triton {_version('triton')}" if name.startswith("triton") else name
 
 
 def _gpu() -> dict[str, str]:

@@ -1,0 +1,161 @@
+"""What the command ``sgm`` understands. Nothing heavy is imported here: ``sgm --help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import sgm_engine
+
+PLANS = ("annealed_langevin", "consistent_annealed", "reverse_diffusion", "ancestral", "ddim")
+PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta")
+MAX_ID, MAX_SEED = 2**56, 2**64
+
+EXAMPLES = """\
+examples:
+  sgm sample                               64 digits from the bundled weights, as one picture: samples.png
+  sgm sample --gif annealing.gif           and how they came out of the noise
+  sgm sample --n 1000 --out digits.npz     what FID tools read: arr_0, uint8 [N, H, W, C]
+  sgm sample --ids 0-63,1000 --out digits/ PNG files; sample 1000 gets the noise that it always gets
+  sgm sample --checkpoint checkpoint.pth --config config.yml --step-lr 1e-5 --out mine.safetensors
+
+exit codes:
+  0 done · 1 a fault while running · 2 bad input, nothing was drawn · 3 some samples diverged, the others are written
+  · 130 interrupted. What is written appears complete under its name, or not at all.
+"""
+
+OVERVIEW = """\
+examples:
+  sgm sample             64 digits from the bundled weights → samples.png
+  sgm sample --help      what can be drawn, how, and where to
+  sgm doctor             what is installed here, and which backend will run
+"""
+
+
+class BadInput(Exception):
+    """What the user can mend: one line, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, *args, **options):
+        options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(*args, **options)
+
+    def error(self, message: str):
+        raise BadInput(f"{message} (see `{self.prog} --help`)")
+
+
+def parser(sample: Callable, convert: Callable, doctor: Callable) -> Parser:
+    """The parser; ``args.run(args)`` is one of the functions given here, each of which returns an exit code."""
+    top = Parser(prog="sgm", description=sgm_engine.__doc__, epilog=OVERVIEW)
+    top.add_argument("--version", action="version", version=f"sgm-engine {sgm_engine.__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add = commands.add_parser
+    _sample(add("sample", help="draw samples", epilog=EXAMPLES)).set_defaults(run=sample)
+    _convert(add("convert", help="a published .pth → .safetensors")).set_defaults(run=convert)
+    _doctor(add("doctor", help="say what is installed, what will run, and why")).set_defaults(run=doctor)
+    return top
+
+
+def _sample(p: Parser) -> Parser:
+    yes_no = argparse.BooleanOptionalAction
+    p.description = "Draw samples from a score network."
+
+    group = p.add_argument_group("what to draw")
+    ids = group.add_mutually_exclusive_group().add_argument
+    ids("--n", type=_at_least(0), default=64, metavar="N", help="that many samples, ids 0 to N-1 (default: 64)")
+    ids(
+        "--ids",
+        "--seeds",
+        type=_ids,
+        metavar="IDS",
+        help="these sample ids, such as 0-63,100 (--seeds: EDM's name for it)",
+    )
+    add = group.add_argument
+    add("--seed", type=_at_least(0, MAX_SEED), default=0, metavar="N",
+        help="noise depends on (seed, sample id, step) and nothing else (default: 0)")  # fmt: skip
+    add(
+        "--checkpoint",
+        metavar="PATH",
+        help="weights, .safetensors or a published .pth (default: bundled, MNIST digits)",
+    )
+    add("--config", metavar="PATH", help="the config.yml that came with a .pth")
+
+    add = p.add_argument_group("plan", "Whatever is not given here comes with the weights.").add_argument
+    add("--plan", choices=PLANS, metavar="NAME", help=", ".join(PLANS))
+    add("--steps-per-level", type=_at_least(1), metavar="N", help="network evaluations (NFE) at each noise level")
+    add("--step-lr", type=float, metavar="X", help="step size α at the last level; α·(σ/σ_last)² at the others")
+    add(
+        "--convention",
+        choices=("code", "paper"),
+        help="x + α·s + √(2α)·z (code), or half that α, as NCSN's paper writes",
+    )
+    add("--denoise", action=yes_no, help="end with x + σ²·s, a step without noise")
+    add("--eta", type=float, metavar="X", help="of consistent_annealed; 1 denoises and noises afresh")
+
+    add = p.add_argument_group("execution").add_argument
+    add("--batch", type=_at_least(1), metavar="N",
+        help="samples computed together; bits hold at one batch (default: 16 on a CPU, 128 on a GPU)")  # fmt: skip
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
+    add("--precision", choices=("float32", "bfloat16"), default="float32", help="of the network (default: float32)")
+    add("--executor", choices=("auto", "eager", "graph"), default="auto", help="graph: one CUDA graph, replayed")
+
+    group = p.add_argument_group("output")
+    add = group.add_argument
+    add("--out", default="samples.png", metavar="PATH",
+        help=".png: one grid; .npz: uint8; .safetensors: float32; name/: PNG files (default: samples.png)")  # fmt: skip
+    add("--gif", metavar="PATH", help="the annealing of the first 64 samples, as the network denoises them")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--progress", action=yes_no, help="a bar (default: on a terminal)")
+    add("--quiet", action="store_true", help="print nothing but errors")
+    return p
+
+
+def _convert(p: Parser) -> Parser:
+    p.description = (
+        "Turn a .pth of NCSN or NCSNv2 into a .safetensors that says what it is. Nothing in the .pth is executed."
+    )
+    p.add_argument("source", metavar="OLD.pth")
+    p.add_argument("target", metavar="NEW.safetensors")
+    p.add_argument("--config", metavar="PATH", help="the config.yml that came with it")
+    p.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)"
+    )
+    return p
+
+
+def _doctor(p: Parser) -> Parser:
+    p.description = "Say what is installed, which backend will run each op, and why."
+    p.add_argument("--json", action="store_true", help="for programs")
+    return p
+
+
+def _at_least(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A conversion of text to an integer in [low, high)."""
+
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+        if value < low or (high is not None and value >= high):
+            limit = f" and below 2**{high.bit_length() - 1}" if high else ""
+            raise argparse.ArgumentTypeError(f"must be at least {low}{limit}, got {value}")
+        return value
+
+    return integer
+
+
+def _ids(text: str) -> list[int]:
+    """ "0-63,100" → [0, …, 63, 100]."""
+    number, ids = _at_least(0, MAX_ID), []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        low = number(first)
+        high = number(last) if dash else low
+        if high < low:
+            raise argparse.ArgumentTypeError(f"a range goes up, got {part!r}")
+        ids.extend(range(low, high + 1))
+    if len(set(ids)) < len(ids):
+        raise argparse.ArgumentTypeError(f"a sample id comes twice in {text!r}")
+    return ids
