@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sgm_engine.models import ModelConfig
 from sgm_engine.original_config import levels_between, read_config
 from sgm_engine.output import staged
+from sgm_engine.schedule import check_sigmas
 from sgm_engine.torch_file import CheckpointError, StoredTensor, TorchFile, check_file
 
 __all__ = ["CheckpointError", "convert", "load_checkpoint", "read_config", "save_checkpoint"]
@@ -105,8 +106,12 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
         if not tensor.isfinite().all():
             raise ValueError(f"model: {name} holds NaN or Inf, so it was not saved")
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": model.config.to_json()}
+    content = bytearray(save(state, metadata))
+    length = int.from_bytes(content[:8], "little")  # of the header, whose order of metadata differs from run to run
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":"))
+    content[8 : 8 + length] = header.encode().ljust(length)
     with staged(path) as temporary:
-        temporary.write_bytes(save(state, metadata))
+        temporary.write_bytes(content)
 
 
 def convert(source: str | os.PathLike, target: str | os.PathLike, **options) -> ModelConfig:
@@ -214,7 +219,7 @@ def _hints(config, sigmas, image_size) -> dict[str, object]:
     else:
         hints = read_config(config) if config is not None else {}
     if sigmas is not None:
-        hints["sigmas"] = sigmas
+        hints["sigmas"] = tuple(check_sigmas(sigmas).tolist())
     if image_size is not None:
         hints["image_size"] = image_size
     return hints

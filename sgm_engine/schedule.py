@@ -17,7 +17,7 @@ def geometric(sigma_max: float, sigma_min: float, levels: int) -> np.ndarray:
 def check_sigmas(sigmas) -> np.ndarray:
     """A float64 [L] copy of ``sigmas`` (array, list or tensor on any device): positive, finite, strictly descending."""
     if hasattr(sigmas, "detach"):
-        sigmas = sigmas.detach().cpu()
+        sigmas = sigmas.detach().cpu().numpy()
     sigmas = np.array(sigmas, dtype=np.float64)
     if sigmas.ndim != 1 or len(sigmas) == 0:
         raise ValueError(f"sigmas must be a non-empty vector, got shape {sigmas.shape}")

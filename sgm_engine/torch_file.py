@@ -118,7 +118,7 @@ class TorchFile:
         last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
         if math.prod(shape) and (last >= storage.numel or math.prod(shape) > storage.numel):
             raise CheckpointError(
-                f"describes a tensor of shape {list(shape)}, strides {list(stride)}, in a storage of {storage.numel} values"
+                f"describes a tensor of shape {list(shape)} and strides {list(stride)} in {storage.numel} stored values"
             )
         try:
             raw = self._read_record(storage)
@@ -136,9 +136,7 @@ class TorchFile:
         if len(programs) != 1 or len(set(names)) != len(names):
             raise CheckpointError("is a zip archive, but not one that torch.save wrote (it needs exactly one data.pkl)")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise CheckpointError(
-                "holds compressed entries, which could unpack to any size and which torch.save never writes"
-            )
+            raise CheckpointError("holds compressed entries, which can unpack to any size; torch.save writes none")
         if sum(entry.file_size for entry in entries) > self._size:
             raise CheckpointError("claims more data than the file holds")
         self._prefix = programs[0].removesuffix("data.pkl")
@@ -171,9 +169,7 @@ class TorchFile:
             count = int.from_bytes(self._bytes[position : position + 8], "little")
             end = position + 8 + count * used[key].dtype.itemsize
             if count != used[key].numel or end > self._size:
-                raise CheckpointError(
-                    f"claims {used[key].numel} values of storage {key} and does not hold them: truncated?"
-                )
+                raise CheckpointError(f"is truncated or damaged: storage {key} should have {used[key].numel} values")
             self._records[key] = position + 8, end
             position = end
         return content
