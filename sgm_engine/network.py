@@ -50,8 +50,7 @@ class Network:
             raise ValueError(
                 f"model(x, level) must return float32, bfloat16 or float16 on {x.device}, got {score.dtype} on {score.device}"
             )
-        dense = score.is_contiguous() or score.is_contiguous(memory_format=torch.channels_last)
-        return score if dense else score.contiguous()
+        return score
 
     def sync(self) -> None:
         """Make the next evaluation see the module's current parameters. Buffers are rewritten in place."""

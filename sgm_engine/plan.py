@@ -79,7 +79,7 @@ class Plan:
     def _refuse_divergence(self) -> None:
         """Data that is one point has score (μ − x)/σ², so a row scales the distance to it by a − b/σ² (when d = 0)."""
         factor = self.a - self.b / self.sigma**2
-        bad = np.flatnonzero((self.d == 0) & (factor <= -1))
+        bad = np.flatnonzero((self.d == 0) & (factor <= -1 + 1e-9))
         if len(bad):
             i = bad[0]
             raise ValueError(

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sgm_engine.kernels import ops
 from sgm_engine.kernels.noise import STREAM
+from sgm_engine.kernels.ops import NO_BAD_ROW
 from sgm_engine.plan import Plan
 
-NO_BAD_ROW = 2**63 - 1
 SAMPLE_STREAM = STREAM["sample"]  # of a chain's start (draw 0) and of its steps (draw k)
 
 

@@ -1,0 +1,393 @@
+"""Executors: eager, and the graph executor on a backend that records and replays operations without a GPU."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sgm_engine.engine import Engine
+from sgm_engine.errors import CaptureFailed
+from sgm_engine.executor import WARM_UPS, EagerExecutor, GraphExecutor, make_executor
+from sgm_engine.models.ncsn import NCSN
+from sgm_engine.network import Network
+from sgm_engine.plan import annealed_langevin, consistent_annealed
+from sgm_engine.schedule import geometric
+from sgm_engine.slots import Job, Slots, Tables
+
+CPU = torch.device("cpu")
+SIGMAS = geometric(1, 0.1, 3)
+SHAPE = (1, 8, 8)
+PLAN = annealed_langevin(SIGMAS, 2, step_lr=1e-3)
+
+
+class Recorder(TorchDispatchMode):
+    """Records operations with the very tensors they ran on, and refuses what a CUDA stream under capture refuses."""
+
+    HOST_READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.item")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func).startswith(self.HOST_READS):
+            raise CaptureFailed(f"{func} reads back to the host")
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+
+class FakeGraphs:
+    """A GraphBackend: the Python of a step runs at capture only; a replay repeats the recorded operations."""
+
+    def __init__(self):
+        self.warm_ups = self.replays = 0
+
+    def capture(self, step):
+        for _ in range(WARM_UPS):
+            step()
+            self.warm_ups += 1
+        with Recorder() as recorder:
+            step()
+
+        def replay():
+            self.replays += 1
+            for func, args, kwargs, out in recorder.calls:
+                again = func(*args, **kwargs)
+                for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+        return replay
+
+
+def small_net(seed=0, **options):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return NCSN(SIGMAS, channels=1, ngf=4, divide_by_sigma=True, image_size=8, **options).eval()
+
+
+def graph_engine(model, **options):
+    """An engine on the graph executor with a fake backend."""
+    engine = Engine(model, batch=4, **options)
+    engine._executor = GraphExecutor(FakeGraphs())
+    engine._executor.bind(engine._network, engine._slots, engine._tables)
+    return engine
+
+
+@pytest.fixture
+def net():
+    return small_net()
+
+
+# -- graph -------------------------------------------------------------------------------------------------------------
+
+
+def test_graph_replays_what_eager_does(net):
+    engine = graph_engine(net)
+    torch.testing.assert_close(engine.sample(6, 1, PLAN), Engine(net, 4).sample(6, 1, PLAN), rtol=0, atol=0)
+    assert engine.stats.captures == 1
+    assert engine._executor.backend.replays == engine.stats.steps == 2 * PLAN.nfe
+
+
+def test_the_fake_backend_can_fail():
+    """The control: a step whose Python changes from call to call is not what the graph replays."""
+    sigma2 = torch.tensor(SIGMAS, dtype=torch.float32) ** 2
+    calls = []
+
+    def model(x, level):
+        calls.append(1)
+        return -x / sigma2[level][:, None, None, None] * len(calls)
+
+    engine = graph_engine(model, sigmas=SIGMAS, shape=SHAPE)
+    engine.sample(1, plan=PLAN)
+    assert len(calls) == WARM_UPS + 1
+
+
+def test_one_capture_serves_every_request_and_plan(net):
+    engine = graph_engine(net)
+    for plan in (PLAN, consistent_annealed(SIGMAS), annealed_langevin(SIGMAS, 3, step_lr=1e-3)):
+        engine.sample(3, plan=plan)
+    assert engine.stats.captures == 1
+
+
+def test_weights_changed_in_place_are_seen_without_a_capture(net):
+    engine = graph_engine(net)
+    before = engine.sample(2, plan=PLAN)
+    with torch.no_grad():
+        net.end_conv.weight.add_(0.1)
+    after = engine.sample(2, plan=PLAN)
+    assert engine.stats.captures == 1 and not torch.equal(before, after)
+    torch.testing.assert_close(after, Engine(net, 4).sample(2, plan=PLAN), rtol=0, atol=0)
+
+
+def test_an_optimizer_step_counts_from_the_next_request_on(net):
+    engine = graph_engine(net, precision="bfloat16")
+    before = engine.sample(2, plan=PLAN)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    net(torch.rand(2, *SHAPE), torch.tensor([0, 1])).square().mean().backward()
+    optimizer.step()
+    after = engine.sample(2, plan=PLAN)
+    assert engine.stats.captures == 1 and not torch.equal(before, after)
+    torch.testing.assert_close(after, Engine(net, 4, precision="bfloat16").sample(2, plan=PLAN), rtol=0, atol=0)
+
+
+def _replace(net):
+    net.end_conv.weight = nn.Parameter(net.end_conv.weight.detach() * 2)
+
+
+def _move(net):
+    net.end_conv.weight.data = net.end_conv.weight.data * 2
+
+
+def _move_norm(net):
+    net.normalizer.embed.weight.data = net.normalizer.embed.weight.data * 2
+
+
+@pytest.mark.parametrize("change", [_replace, _move, _move_norm])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_parameters_replaced_or_moved_are_captured_again(net, change, precision):
+    engine = graph_engine(net, precision=precision)
+    before = engine.sample(2, plan=PLAN)
+    change(net)
+    after = engine.sample(2, plan=PLAN)
+    in_place = precision == "bfloat16" and change is _move  # its bfloat16 copy has not moved
+    assert engine.stats.captures == (1 if in_place else 2) and not torch.equal(before, after)
+    torch.testing.assert_close(after, Engine(net, 4, precision=precision).sample(2, plan=PLAN), rtol=0, atol=0)
+
+
+def test_tables_that_outgrow_their_memory_are_captured_again(net):
+    engine = graph_engine(net)
+    engine.sample(1, plan=PLAN)
+    long = annealed_langevin(SIGMAS, 1000, step_lr=1e-3)
+    rows = engine._tables.add(long)
+    assert rows == range(0, long.nfe)
+    engine.sample(1, plan=PLAN)
+    assert engine.stats.captures == 2
+
+
+def test_capture_leaves_live_slots_alone(net):
+    slots, tables, executor = Slots(4, SHAPE, CPU), Tables(CPU), GraphExecutor(FakeGraphs())
+    rows = tables.add(PLAN)
+    executor.bind(Network(net, "float32", CPU), slots, tables)
+    slots.refill(iter([Job(i, 0, PLAN, rows) for i in range(3)]))
+    x, counters = slots.x.clone(), slots.counters.clone()
+    executor.sync_weights()
+    assert torch.equal(slots.x, x) and torch.equal(slots.counters, counters) and executor.captures == 1
+    executor.run(1)
+    assert slots.row.tolist() == [1, 1, 1, 0]
+
+
+def test_a_model_that_cannot_be_captured(net):
+    def model(x, level):
+        return net(x, level) if level.max().item() >= 0 else x
+
+    explicit = graph_engine(model, sigmas=SIGMAS, shape=SHAPE)
+    explicit._auto = False
+    with pytest.raises(CaptureFailed):
+        explicit.sample(2, plan=PLAN)
+    engine = graph_engine(model, sigmas=SIGMAS, shape=SHAPE)
+    with pytest.warns(UserWarning, match="running eager from now on"):
+        first = engine.sample(2, plan=PLAN)
+    assert engine.executor == "eager"
+    torch.testing.assert_close(first, Engine(net, 4).sample(2, plan=PLAN), rtol=0, atol=0)
+    engine.sample(2, plan=PLAN)  # said once: pytest turns a second warning into nothing, the recorder below into an error
+
+
+@pytest.mark.parametrize("model", ["net", "gaussian"])
+def test_a_step_reads_nothing_back(net, model):
+    """Every operation of an eager step, recorded: none of them reads device memory to the host."""
+    sigma2 = torch.tensor(SIGMAS, dtype=torch.float32) ** 2
+    call = net if model == "net" else lambda x, level: -x / sigma2[level][:, None, None, None]
+    engine = Engine(call, 4, sigmas=SIGMAS, shape=SHAPE)
+    engine.sample(1, plan=PLAN)
+    with Recorder() as recorder, torch.no_grad():
+        engine._executor.step()
+    names = [str(call[0]) for call in recorder.calls]
+    assert names[0].startswith("aten.index_select") and names[-1].startswith("sgm_engine.langevin_update_")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_cannot_be_had_is_refused(net):
+    with pytest.raises(ValueError, match="executor='graph' needs a CUDA device, got cpu"):
+        Engine(net, executor="graph")
+    with pytest.raises(ValueError, match="device='cuda' needs .* use device='cpu'"):
+        Engine(net, device="cuda")
+    with pytest.raises(ValueError, match="executor must be one of .* got 'fast'"):
+        make_executor("fast", CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA graphs are not run")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_cuda_graph(precision):
+    net = small_net().cuda()
+    graph, eager = (Engine(net, 4, precision=precision, executor=name) for name in ("graph", "eager"))
+    assert graph.executor == "graph"
+    torch.testing.assert_close(graph.sample(6, plan=PLAN), eager.sample(6, plan=PLAN), rtol=2e-2, atol=2e-2)
+    with torch.no_grad():
+        net.end_conv.weight.mul_(2)
+    torch.testing.assert_close(graph.sample(6, plan=PLAN), eager.sample(6, plan=PLAN), rtol=2e-2, atol=2e-2)
+    assert graph.stats.captures == 1
+
+
+# -- slots and tables --------------------------------------------------------------------------------------------------
+
+
+def run(slots, executor, jobs):
+    """Drain ``jobs`` through slots → {sample id: x}, and the steps taken."""
+    out, steps = {}, 0
+    slots.refill(jobs)
+    while slots.live:
+        k = slots.steps_to_harvest()
+        executor.run(k)
+        slots.advance(k)
+        steps += k
+        assert slots.row.tolist() == [
+            job.rows.start + done if job else row
+            for job, done, row in zip(slots.jobs, slots.done, slots.row.tolist(), strict=True)
+        ]
+        done, x, _ = slots.harvest()
+        out.update((job.sample_id, sample) for job, sample in zip(done, x, strict=True))
+        slots.refill(jobs)
+    return out, steps
+
+
+def test_plans_of_different_lengths_share_a_batch():
+    """Samples at different rows of different plans in one network call: each equals its run alone."""
+    sigma2 = torch.tensor(SIGMAS, dtype=torch.float32) ** 2
+
+    def model(x, level):
+        return -x / sigma2[level][:, None, None, None]
+
+    plans = [PLAN, consistent_annealed(SIGMAS, 2, start_shift=0.5), annealed_langevin(SIGMAS, 5, step_lr=1e-3)]
+    slots, tables, executor = Slots(3, SHAPE, CPU), Tables(CPU), EagerExecutor()
+    executor.bind(Network(model, "float32", CPU), slots, tables)
+    rows = [tables.add(plan) for plan in plans]
+    jobs = [Job(i, 5 + i % 2, plans[i % 3], rows[i % 3]) for i in range(10)]
+    out, steps = run(slots, executor, iter(jobs))
+    assert sorted(out) == list(range(10))
+    assert steps < sum(job.plan.nfe for job in jobs) / 3 + max(plan.nfe for plan in plans)
+    for job in jobs:
+        alone = Engine(model, 1, sigmas=SIGMAS, shape=SHAPE).sample(1, job.seed, job.plan, first_id=job.sample_id)
+        assert torch.equal(out[job.sample_id], alone[0])
+
+
+def test_draws_restart_with_each_plan():
+    tables = Tables(CPU)
+    first, second = tables.add(PLAN), tables.add(consistent_annealed(SIGMAS))
+    assert tables.add(PLAN) == first and second.start == first.stop
+    for rows in (first, second):
+        assert tables.draw[rows.start : rows.stop].tolist() == list(range(1, len(rows) + 1))
+
+
+def test_a_full_table_starts_over_and_grows():
+    tables = Tables(CPU, capacity=8)
+    other = consistent_annealed(SIGMAS, 2)
+    assert tables.add(PLAN) == range(7) and tables.add(other) == range(6) and tables.capacity == 8
+    assert tables.level[:6].tolist() == other.level.tolist()
+    long = annealed_langevin(SIGMAS, 5, step_lr=1e-3)
+    assert tables.add(long) == range(16) and tables.capacity == 16 and len(tables.level) == 17
+
+
+def test_a_slot_that_ends_on_the_last_row_of_the_table(net):
+    """Its row is one past the table; the look-up of its level must still be valid."""
+    slots, tables, executor = Slots(2, SHAPE, CPU), Tables(CPU, capacity=PLAN.nfe), EagerExecutor()
+    executor.bind(Network(net, "float32", CPU), slots, tables)
+    jobs = iter([Job(i, 0, PLAN, tables.add(PLAN)) for i in range(3)])
+    out, steps = run(slots, executor, jobs)
+    assert len(out) == 3 and steps == 2 * PLAN.nfe
+
+
+# -- the network -------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_shares_all_but_convolution_weights(net):
+    before = copy.deepcopy(net.state_dict())
+    network = Network(net, "bfloat16", CPU)
+    network.sync()
+    own, shared = dict(network._forward.named_parameters()), dict(net.named_parameters())
+    for name, p in shared.items():
+        if "conv" in name.split(".")[-2] or "shortcut" in name:
+            assert own[name].dtype == torch.bfloat16 and torch.equal(own[name], p.bfloat16()), name
+        elif "embed" in name:
+            assert own[name] is p, name
+    assert sum(p is own[name] for name, p in shared.items()) == sum("embed" in name for name in shared) > 20
+    assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in net.state_dict().items())
+
+
+def test_bfloat16_is_near_float32(net):
+    x, level = torch.rand(3, *SHAPE), torch.tensor([0, 1, 2])
+    network = Network(net, "bfloat16", CPU)
+    network.sync()
+    with torch.no_grad():
+        exact, score = net(x, level), network(x, level)
+    error = (score - exact).norm() / exact.norm()
+    assert 1e-5 < error < 5e-2
+
+
+def test_sync_weights_within_a_request(net):
+    engine = Engine(net, 4, precision="bfloat16")
+    seen = []
+
+    def callback(info):
+        if info.step == 2:
+            with torch.no_grad():
+                net.end_conv.weight.zero_()
+                net.end_conv.bias.zero_()
+        if info.step == 4:
+            engine.sync_weights()
+        seen.append(engine._executor.score.abs().max().item())
+
+    engine.sample(4, plan=PLAN, callback=callback)
+    assert all(value > 0 for value in seen[:4]) and not any(seen[4:])
+
+
+@pytest.mark.parametrize(
+    "model, says",
+    [
+        (lambda x, level: x[:, :, 1:], r"score of x's shape \(4, 1, 8, 8\), got \(4, 1, 7, 8\)"),
+        (lambda x, level: x.double(), "got torch.float64"),
+        (lambda x, level: None, "got NoneType"),
+        (lambda x, level: x.to("meta"), "got torch.float32 on meta"),
+    ],
+)
+def test_a_wrong_score_is_named(model, says):
+    with pytest.raises(ValueError, match=says):
+        Engine(model, 4, sigmas=SIGMAS, shape=SHAPE).sample(1, plan=PLAN)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "view"])
+def test_scores_of_any_dtype_and_layout(dtype, layout):
+    def model(x, level):
+        score = (-x).to(dtype)
+        if layout == "nhwc":
+            return score.contiguous(memory_format=torch.channels_last)
+        return score if layout == "nchw" else torch.stack([score, score], -1)[..., 0]
+
+    def plain(x, level):
+        return (-x).to(dtype).float()
+
+    got, want = (Engine(m, 3, sigmas=SIGMAS, shape=(3, 4, 5)).sample(3, plan=PLAN) for m in (model, plain))
+    assert torch.equal(got, want)
+
+
+def test_training_mode_is_refused_where_it_matters(net):
+    net.train()
+    Engine(net, 4).sample(1, plan=PLAN)
+    net.add_module("drop", nn.Dropout(0.5))
+    with pytest.raises(ValueError, match=r"training mode .* model.eval\(\)"):
+        Engine(net, 4).sample(1, plan=PLAN)
+    net.eval()
+    Engine(net, 4).sample(1, plan=PLAN)
+
+
+def test_precision_is_checked(net):
+    with pytest.raises(ValueError, match="precision must be one of .* got 'float64'"):
+        Engine(net, precision="float64")
+    with pytest.raises(ValueError, match=r"needs an nn.Module"):
+        Engine(lambda x, level: x, sigmas=SIGMAS, shape=SHAPE, precision="bfloat16")
