@@ -113,10 +113,39 @@ def test_every_dtype_view_and_scalar(tmp_path, zipped):
         "parameter": torch.nn.Parameter(torch.rand(3)),
         "scalar": torch.tensor(2.5),
         "empty": torch.zeros(0, 3),
-        **{str(d): torch.tensor([1, 0, 1]).to(d) for d in (torch.float64, torch.float16, torch.bfloat16, torch.int64,
-                                                            torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)},
-        "others": [None, True, 7, -3, 2**40, 70_000, 2.5, "text", (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), (), [], {}, torch.Size([2])],
-    }  # fmt: skip
+        **{
+            str(d): torch.tensor([1, 0, 1]).to(d)
+            for d in (
+                torch.float64,
+                torch.float16,
+                torch.bfloat16,
+                torch.int64,
+                torch.int32,
+                torch.int16,
+                torch.int8,
+                torch.uint8,
+                torch.bool,
+            )
+        },
+        "others": [
+            None,
+            True,
+            7,
+            -3,
+            2**40,
+            70_000,
+            2.5,
+            "text",
+            (1,),
+            (1, 2),
+            (1, 2, 3),
+            (1, 2, 3, 4),
+            (),
+            [],
+            {},
+            torch.Size([2]),
+        ],
+    }
     torch.save(content, tmp_path / "c.pt", _use_new_zipfile_serialization=zipped)
     with TorchFile(tmp_path / "c.pt") as file:
         assert file.content["others"] == content["others"]

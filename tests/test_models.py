@@ -71,14 +71,24 @@ def test_deepest_has_one_more_pooled_stage_than_deeper():
             lambda _, __, out, name=stage.name: shapes.__setitem__(name, tuple(out.shape[1:]))
         )
     assert model(x, level).shape == x.shape
-    assert shapes == {"res1": (2, 64, 64), "res2": (4, 32, 32), "res3": (4, 16, 16), "res31": (4, 8, 8),
-                      "res4": (8, 8, 8), "res5": (8, 8, 8)}  # fmt: skip
+    assert shapes == {
+        "res1": (2, 64, 64),
+        "res2": (4, 32, 32),
+        "res3": (4, 16, 16),
+        "res31": (4, 8, 8),
+        "res4": (8, 8, 8),
+        "res5": (8, 8, 8),
+    }
 
 
 @pytest.mark.parametrize(
     ("name", "cls", "channels", "ngf", "levels", "millions"),
-    [("ncsn_cifar", NCSN, 3, 128, 10, 30.12), ("ncsn_mnist", NCSN, 1, 64, 10, 7.64), ("ncsnv2_cifar10", NCSNv2, 3, 128, 232, 29.69)],
-)  # fmt: skip
+    [
+        ("ncsn_cifar", NCSN, 3, 128, 10, 30.12),
+        ("ncsn_mnist", NCSN, 1, 64, 10, 7.64),
+        ("ncsnv2_cifar10", NCSNv2, 3, 128, 232, 29.69),
+    ],
+)
 def test_full_size_names_and_shapes(name, cls, channels, ngf, levels, millions):
     sigmas = geometric(1.0, levels)
     with torch.device("meta"):
@@ -98,7 +108,14 @@ def test_config_rebuilds_the_network():
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
-GOOD = {"architecture": "NCSN", "channels": 1, "image_size": 28, "ngf": 8, "sigmas": [1.0, 0.1], "divide_by_sigma": False}
+GOOD = {
+    "architecture": "NCSN",
+    "channels": 1,
+    "image_size": 28,
+    "ngf": 8,
+    "sigmas": [1.0, 0.1],
+    "divide_by_sigma": False,
+}
 
 
 @pytest.mark.parametrize(
