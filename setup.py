@@ -124,10 +124,11 @@ def build_cuda(ninja: Ninja, library: Path, nvcc: str) -> None:
         return
     archs = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS)
     archs += " -gencode arch=compute_90,code=compute_90"
-    flags = f"-std=c++17 -O3 -I{CSRC} -Xcompiler -fPIC,-fvisibility=hidden {archs}"
-    ninja.rule("nvcc", f"{nvcc} -MD -MF $out.d {flags} -c $in -o $out")
+    flags = f"-std=c++17 -O3 -I{CSRC} -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden {archs}"
+    ninja.rule("nvcc", f"{nvcc} -MD -MF $out.d {flags} $exact -c $in -o $out")
     ninja.rule("nvlink", f"{nvcc} -shared -cudart static {archs} $in -o $out", deps=False)
-    objects = [ninja.edge("nvcc", ninja.folder / f"cuda.{s.name}.o", [s]) for s in sources]
+    exact = {s: "--fmad=false" if s.name.startswith(EXACT) else "" for s in sources}
+    objects = [ninja.edge("nvcc", ninja.folder / f"cuda.{s.name}.o", [s], exact=exact[s]) for s in sources]
     ninja.edge("nvlink", library, objects)
 
 

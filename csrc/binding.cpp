@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/norm.h"
 #include "cpu/pool.h"
 #include "isa.h"
 #include "update.h"
@@ -34,6 +35,14 @@ void langevin_update(Address x, bool x_nhwc, Address score, bool score_nhwc, int
                         at<float>(coef), at<int32_t>(draw), rows, at<int64_t>(row), at<int64_t>(stop), at<int64_t>(seed),
                         at<int64_t>(sample_id), at<int64_t>(bad_row)});
   if (advance) sgm::advance_rows(batch, at<int64_t>(row), at<int64_t>(stop));
+}
+
+void norm(Address x, Address residual, Address y, Address total, Address gamma, Address alpha, Address beta, int64_t gamma_stride,
+          int64_t alpha_stride, int64_t beta_stride, Address level, Address workspace, int64_t samples, int64_t channels,
+          int64_t pixels, float eps, int dtype, int activation, bool channels_last) {
+  sgm::norm({at<void>(x), at<void>(residual), at<void>(y), at<void>(total), at<float>(gamma), at<float>(alpha), at<float>(beta),
+             gamma_stride, alpha_stride, beta_stride, at<int64_t>(level), at<float>(workspace), samples, channels, pixels, eps,
+             static_cast<sgm::DType>(dtype), static_cast<sgm::Activation>(activation), channels_last});
 }
 
 void philox(Address counter, Address key, Address words, int64_t n) {
@@ -68,6 +77,13 @@ PYBIND11_MODULE(_C, m) {
         py::arg("previous_nhwc"), py::arg("out"), py::arg("out_nhwc"), py::arg("batch"), py::arg("channels"), py::arg("pixels"),
         py::arg("coef"), py::arg("draw"), py::arg("rows"), py::arg("row"), py::arg("stop"), py::arg("seed"), py::arg("sample_id"),
         py::arg("bad_row"), py::arg("advance"));
+  m.def("norm", &norm, nogil, "csrc/cpu/norm.h, Norm. dtype: 0 float32, 1 bfloat16, 2 float16; activation: 0 none, 1 elu, 2 relu, 3 silu.",
+        py::arg("x"), py::arg("residual"), py::arg("y"), py::arg("total"), py::arg("gamma"), py::arg("alpha"), py::arg("beta"),
+        py::arg("gamma_stride"), py::arg("alpha_stride"), py::arg("beta_stride"), py::arg("level"), py::arg("workspace"),
+        py::arg("samples"), py::arg("channels"), py::arg("pixels"), py::arg("eps"), py::arg("dtype"), py::arg("activation"),
+        py::arg("channels_last"));
+  m.def("norm_workspace_size", [](int64_t samples, int64_t channels) { return samples * sgm::Norm::workspace_size(channels); },
+        "float32 elements that norm's workspace has.", py::arg("samples"), py::arg("channels"));
   m.def("philox", &philox, nogil, "uint32 counters [4, n] and keys [2, n] to words [4, n].", py::arg("counter"), py::arg("key"),
         py::arg("words"), py::arg("n"));
 
