@@ -54,6 +54,7 @@ class FakeGraphs:
         with Recorder() as recorder:
             step()
 
+        @torch.no_grad()
         def replay():
             self.replays += 1
             for func, args, kwargs, out in recorder.calls:
