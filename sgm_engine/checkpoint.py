@@ -95,13 +95,14 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def save_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
+def save_checkpoint(model: nn.Module, path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
     """Write the weights and ``model.config`` as .safetensors: complete and on the disk, or not at all.
 
-    model: one of sgm_engine.models. Raises ValueError on values that are not finite, OSError where the disk refuses.
+    model: one of sgm_engine.models. dtype: that of the file; float16 halves it, and loads as float32 again.
+    Raises ValueError on values that are not finite in ``dtype``, OSError where the disk refuses.
     """
     path = Path(path)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise ValueError(f"model: {name} holds NaN or Inf, so it was not saved")
