@@ -8,18 +8,39 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sgm_engine.bundled import load_bundled
     from sgm_engine.checkpoint import load_checkpoint
-    from sgm_engine.engine import Engine
-    from sgm_engine.plan import Plan, annealed_langevin
+    from sgm_engine.engine import Engine, StepInfo
+    from sgm_engine.errors import Cancelled, CaptureFailed, EngineBusy, EngineError, SampleDiverged
+    from sgm_engine.plan import Plan, ancestral, annealed_langevin, consistent_annealed, ddim, reverse_diffusion
+    from sgm_engine.schedule import geometric
 
 # Imported when first asked for, so that `import sgm_engine` and `sgm --help` do not wait for PyTorch.
-_HOMES = {
-    "Engine": "engine",
-    "Plan": "plan",
-    "annealed_langevin": "plan",
-    "load_bundled": "bundled",
-    "load_checkpoint": "checkpoint",
+_MODULES = {
+    "bundled": ("load_bundled",),
+    "checkpoint": ("load_checkpoint",),
+    "engine": ("Engine", "StepInfo"),
+    "errors": ("Cancelled", "CaptureFailed", "EngineBusy", "EngineError", "SampleDiverged"),
+    "plan": ("Plan", "ancestral", "annealed_langevin", "consistent_annealed", "ddim", "reverse_diffusion"),
+    "schedule": ("geometric",),
 }
-__all__ = ["Engine", "Plan", "annealed_langevin", "load_bundled", "load_checkpoint"]
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = [
+    "Cancelled",
+    "CaptureFailed",
+    "Engine",
+    "EngineBusy",
+    "EngineError",
+    "Plan",
+    "SampleDiverged",
+    "StepInfo",
+    "ancestral",
+    "annealed_langevin",
+    "consistent_annealed",
+    "ddim",
+    "geometric",
+    "load_bundled",
+    "load_checkpoint",
+    "reverse_diffusion",
+]
 
 
 def __getattr__(name: str):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine.errors import Cancelled, CaptureFailed, Divergence, EngineBusy, SampleDiverged
-from sgm_engine.executor import EagerExecutor, make_executor
+from sgm_engine.executor import EagerExecutor, Executor, make_executor
 from sgm_engine.network import Network
 from sgm_engine.plan import Plan, annealed_langevin
 from sgm_engine.schedule import check_sigmas, nearest_level
@@ -82,8 +82,8 @@ class Engine:
         on a CPU, 128 on a GPU.
     sigmas [L] descending and shape (C, H, W): None takes ``model.sigmas`` and ``model.shape``.
     precision: of the network, "float32" or "bfloat16"; x is float32 always.
-    executor: "eager", "graph" (CUDA), or "auto": the fastest that there is, which falls back to eager, with a warning, for a
-        model that cannot be captured.
+    executor: "eager"; "graph" (CUDA); "native" (CPU, NCSN and NCSNv2 networks); or "auto", the fastest of those that can run
+        the model. A model that fails to be captured then runs eager, with a warning.
 
     One request runs at a time: a second thread waits for its turn.
     """
@@ -110,20 +110,21 @@ class Engine:
         on_gpu = self.device.type == "cuda"
         self.batch = _check_int("batch", (128 if on_gpu else 16) if batch is None else batch, 1)
         self._auto = executor == "auto"
-        self._executor = make_executor(executor, self.device)
         self._network = Network(model, precision, self.device)
-        # Dense in the layout that the network's convolutions run fastest in.
-        layout = torch.channels_last if on_gpu or precision == "bfloat16" else torch.contiguous_format
+        self._executor = make_executor(executor, self._network)
+        # Dense in the layout that the convolutions run fastest in: PyTorch's in float32 on a CPU are NCHW's.
+        nhwc = on_gpu or (precision == "bfloat16" and self._executor.name == "eager")
+        layout = torch.channels_last if nhwc else torch.contiguous_format
         self._slots = Slots(self.batch, self.shape, self.device, layout)
         self._tables = Tables(self.device)
-        self._executor.bind(self._network, self._slots, self._tables)
+        self._bind(self._executor)
         self._lock, self._owner = threading.Lock(), None
         self._cancel = threading.Event()
         self._stats = Stats()
 
     @property
     def executor(self) -> str:
-        """The executor that runs: "eager" or "graph"."""
+        """The executor that runs: "eager", "native" or "graph"."""
         return self._executor.name
 
     @property
@@ -205,7 +206,7 @@ class Engine:
 
     def sync_weights(self) -> None:
         """Refresh copies of the weights in the middle of a request (every request starts with fresh ones)."""
-        self._executor.sync_weights()
+        self._sync()
 
     def _stream(self, ids, seed, plan, callback, progress, total, on_diverged) -> Iterator[tuple[int, Tensor]]:
         diverged: list[Divergence] = []
@@ -229,7 +230,7 @@ class Engine:
         """The loop. Yields (sample ids, x, bad_row within the plan) of every harvest; the tensors stay on the device."""
         slots, executor, stats = self._slots, self._executor, self._stats
         rows = self._tables.add(plan)
-        executor = self._sync_executor()
+        executor = self._sync()
         jobs = (Job(_check_int("sample_ids", i, 0, MAX_ID), seed, plan, rows) for i in ids)
         step, nfe = 0, 0
         with _bar(total, plan.nfe, progress) as advance:
@@ -253,17 +254,23 @@ class Engine:
                     bad_row = torch.where(bad_row == NO_BAD_ROW, bad_row, bad_row - rows.start)
                     yield [job.sample_id for job in done], x, bad_row
 
-    def _sync_executor(self):
-        """Fresh weights for the request; "auto" gives a model that cannot be captured to the eager executor for good."""
+    def _sync(self) -> Executor:
+        """The executor with fresh weights; a model that cannot be captured goes to the eager one for good if "auto"."""
+        if self._network.replaced():
+            self._bind(self._executor)
         try:
             self._executor.sync_weights()
         except CaptureFailed as error:
             if not self._auto:
                 raise
             warnings.warn(f"{error}; running eager from now on", stacklevel=5)
-            self._executor = EagerExecutor()
-            self._executor.bind(self._network, self._slots, self._tables)
+            self._bind(EagerExecutor())
+            self._executor.sync_weights()
         return self._executor
+
+    def _bind(self, executor: Executor) -> None:
+        executor.bind(self._network, self._slots, self._tables)
+        self._executor = executor
 
     @contextmanager
     def _request(self) -> Iterator[None]:

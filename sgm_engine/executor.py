@@ -43,7 +43,7 @@ class Executor(Protocol):
 
 
 class EagerExecutor:
-    """Calls the network step by step; on the CPU and on a GPU."""
+    """Calls the network and the update step by step, on any device."""
 
     name, captures = "eager", 0
 
@@ -136,15 +136,28 @@ class GraphExecutor(EagerExecutor):
             self.slots.stop.copy_(stop)
 
 
-EXECUTORS = ("auto", "eager", "graph")
+EXECUTORS = ("auto", "eager", "native", "graph")
 
 
-def make_executor(name: str, device: torch.device) -> Executor:
-    """The executor called ``name``. "auto" is "graph" on a CUDA device, else "eager"."""
+def make_executor(name: str, network: Network) -> Executor:
+    """The executor called ``name``. "auto": on a GPU "graph"; on a CPU "native" if it can run the model, else "eager"."""
     if name not in EXECUTORS:
         raise ValueError(f"executor must be one of {EXECUTORS}, got {name!r}")
-    if name == "graph" and device.type != "cuda":
-        raise ValueError(f"executor='graph' needs a CUDA device, got {device}: use executor='eager' or device='cuda'")
-    if name == "eager" or device.type != "cuda":
-        return EagerExecutor()
-    return GraphExecutor(CudaGraphs(device))
+    device = network.device
+    if name == "auto":
+        name = "graph" if device.type == "cuda" else "native" if _native_can(network) else "eager"
+    if name == "graph":
+        if device.type != "cuda":
+            raise ValueError(f"executor='graph' needs a CUDA device, got {device}: use executor='eager' or device='cuda'")
+        return GraphExecutor(CudaGraphs(device))
+    if name == "native":
+        from sgm_engine.native import NativeExecutor
+
+        return NativeExecutor()
+    return EagerExecutor()
+
+
+def _native_can(network: Network) -> bool:
+    from sgm_engine.native import refusal
+
+    return network.device.type == "cpu" and refusal(network.model, network.precision) is None

@@ -36,6 +36,7 @@ class Network:
             raise ValueError("precision='bfloat16' needs an nn.Module, got a plain callable: cast inside it instead")
         self._modal = self.module is not None and any(isinstance(m, _MODAL) for m in self.module.modules())
         self._forward = model
+        self._known = _tensors(self.module)
         self._copied: list[Tensor] = []
         self._casts: list[tuple[Tensor, Tensor]] = []  # (parameter, its bfloat16 buffer)
 
@@ -56,22 +57,31 @@ class Network:
         """Make the next evaluation see the module's current parameters. Buffers are rewritten in place."""
         if self._modal and self.module.training:
             raise ValueError("model is in training mode and holds dropout or batch norm: call model.eval() first")
+        for module in self.module.modules() if self.module is not None else ():
+            if hasattr(module, "sync_weights"):  # kernels that a module derives from its own weights
+                module.sync_weights()
         if self.precision == "float32":
             return
         with torch.no_grad():
-            if not _same(self._copied, _tensors(self.module)):
-                self._copied = _tensors(self.module)
+            now = _tensors(self.module)
+            if not _same(self._copied, now):
+                self._copied = now
                 self._forward, self._casts = _cast_copy(self.module)
             for parameter, buffer in self._casts:
                 buffer.copy_(parameter)
 
+    def replaced(self) -> bool:
+        """Whether the module has other Parameter or buffer objects than when this was last asked."""
+        before, self._known = self._known, _tensors(self.module)
+        return not _same(before, self._known)
+
     def tensors(self) -> list[Tensor]:
         """Every tensor of the module that an evaluation reads, as aliases that keep the memory alive."""
-        return [t.detach() for t in _tensors(self._forward)] if self.module is not None else []
+        return [t.detach() for t in _tensors(self._forward if self.module is not None else None)]
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return list(chain(module.parameters(), module.buffers()))
+def _tensors(module: nn.Module | None) -> list[Tensor]:
+    return [] if module is None else list(chain(module.parameters(), module.buffers()))
 
 
 def _same(left: list[Tensor], right: list[Tensor]) -> bool:

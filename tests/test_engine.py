@@ -37,44 +37,50 @@ def net():
         return NCSN(SIGMAS, channels=1, ngf=4, divide_by_sigma=True, image_size=8).eval()
 
 
+@pytest.fixture(scope="module", params=["eager", "native"])
+def real(net, request):
+    """Makes engines on a real network at compute batch 8."""
+    return lambda: Engine(net, 8, executor=request.param)
+
+
 @pytest.fixture(scope="module")
-def sixteen(net):
-    """Samples 0–15 of a real network at compute batch 8, the bytes that every other way of asking must give."""
-    return Engine(net, 8).sample(16, seed=3, plan=PLAN)
+def sixteen(real):
+    """Samples 0–15, the bytes that every other way of asking must give."""
+    return real().sample(16, seed=3, plan=PLAN)
 
 
 # -- sample i is sample i ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 64])
-def test_any_request_size(net, sixteen, n):
-    x = Engine(net, 8).sample(n, seed=3, plan=PLAN)
+def test_any_request_size(real, sixteen, n):
+    x = real().sample(n, seed=3, plan=PLAN)
     assert x.shape == (n, *SHAPE) and x.dtype == torch.float32
     assert torch.equal(x[:16], sixteen[:n])
 
 
-def test_any_order(net, sixteen):
+def test_any_order(real, sixteen):
     ids = [5, 0, 15, 3, 9, 9, 1, 14, 2, 7, 11]
-    got = list(Engine(net, 8).stream(ids, seed=3, plan=PLAN))
+    got = list(real().stream(ids, seed=3, plan=PLAN))
     assert [i for i, _ in got] == ids
     assert all(torch.equal(x, sixteen[i]) for i, x in got)
 
 
-def test_resumed_in_pieces(net, sixteen):
-    e = Engine(net, 8)
+def test_resumed_in_pieces(real, sixteen):
+    e = real()
     pieces = [e.sample(k, seed=3, plan=PLAN, first_id=first) for first, k in ((0, 5), (5, 1), (6, 10))]
     assert torch.equal(torch.cat(pieces), sixteen)
 
 
-def test_after_other_work_on_the_same_engine(net, sixteen):
-    e = Engine(net, 8)
+def test_after_other_work_on_the_same_engine(real, sixteen):
+    e = real()
     e.sample(3, seed=8, plan=consistent_annealed(SIGMAS))
     for _ in range(5):
         assert torch.equal(e.sample(16, seed=3, plan=PLAN), sixteen)
 
 
-def test_two_callers_at_once(net, sixteen):
-    e, results = Engine(net, 8), {}
+def test_two_callers_at_once(real, sixteen):
+    e, results = real(), {}
 
     def caller(name, first, seed):
         results[name] = [e.sample(8, seed, PLAN, first) for _ in range(3)]
@@ -90,8 +96,8 @@ def test_two_callers_at_once(net, sixteen):
 
 
 @pytest.mark.parametrize("change", [{"seed": 4}, {"first_id": 1}, {"first_id": 2**32}, {"plan": annealed_langevin(SIGMAS, 2, 1.01e-3)}])
-def test_control_what_must_differ(net, sixteen, change):
-    x = Engine(net, 8).sample(16, **({"seed": 3, "plan": PLAN} | change))
+def test_control_what_must_differ(real, sixteen, change):
+    x = real().sample(16, **({"seed": 3, "plan": PLAN} | change))
     assert all(not torch.equal(a, b) for a, b in zip(x, sixteen, strict=True))
 
 
@@ -203,7 +209,7 @@ def test_callback_sees_every_step():
 
 
 def test_denoised_is_of_the_state_before_the_step(net):
-    e, states = Engine(net, 2), []
+    e, states = Engine(net, 2, executor="eager"), []
     e.sample(2, plan=PLAN, callback=lambda info: states.append((info.rows[0], info.x.clone(), info.denoised.clone())))
     for (_, before, _), (row, _, denoised) in zip(states, states[1:], strict=False):
         with torch.no_grad():

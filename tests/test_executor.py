@@ -1,6 +1,7 @@
 """Executors: eager, and the graph executor on a backend that records and replays operations without a GPU."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -74,10 +75,13 @@ def small_net(seed=0, **options):
 
 def graph_engine(model, **options):
     """An engine on the graph executor with a fake backend."""
-    engine = Engine(model, batch=4, **options)
-    engine._executor = GraphExecutor(FakeGraphs())
-    engine._executor.bind(engine._network, engine._slots, engine._tables)
+    engine = eager_engine(model, **options)
+    engine._bind(GraphExecutor(FakeGraphs()))
     return engine
+
+
+def eager_engine(model, **options):
+    return Engine(model, 4, executor="eager", **options)
 
 
 @pytest.fixture
@@ -90,7 +94,7 @@ def net():
 
 def test_graph_replays_what_eager_does(net):
     engine = graph_engine(net)
-    torch.testing.assert_close(engine.sample(6, 1, PLAN), Engine(net, 4).sample(6, 1, PLAN), rtol=0, atol=0)
+    torch.testing.assert_close(engine.sample(6, 1, PLAN), eager_engine(net).sample(6, 1, PLAN), rtol=0, atol=0)
     assert engine.stats.captures == 1
     assert engine._executor.backend.replays == engine.stats.steps == 2 * PLAN.nfe
 
@@ -123,7 +127,7 @@ def test_weights_changed_in_place_are_seen_without_a_capture(net):
         net.end_conv.weight.add_(0.1)
     after = engine.sample(2, plan=PLAN)
     assert engine.stats.captures == 1 and not torch.equal(before, after)
-    torch.testing.assert_close(after, Engine(net, 4).sample(2, plan=PLAN), rtol=0, atol=0)
+    torch.testing.assert_close(after, eager_engine(net).sample(2, plan=PLAN), rtol=0, atol=0)
 
 
 def test_an_optimizer_step_counts_from_the_next_request_on(net):
@@ -134,7 +138,7 @@ def test_an_optimizer_step_counts_from_the_next_request_on(net):
     optimizer.step()
     after = engine.sample(2, plan=PLAN)
     assert engine.stats.captures == 1 and not torch.equal(before, after)
-    torch.testing.assert_close(after, Engine(net, 4, precision="bfloat16").sample(2, plan=PLAN), rtol=0, atol=0)
+    torch.testing.assert_close(after, eager_engine(net, precision="bfloat16").sample(2, plan=PLAN), rtol=0, atol=0)
 
 
 def _replace(net):
@@ -158,7 +162,7 @@ def test_parameters_replaced_or_moved_are_captured_again(net, change, precision)
     after = engine.sample(2, plan=PLAN)
     in_place = precision == "bfloat16" and change is _move  # its bfloat16 copy has not moved
     assert engine.stats.captures == (1 if in_place else 2) and not torch.equal(before, after)
-    torch.testing.assert_close(after, Engine(net, 4, precision=precision).sample(2, plan=PLAN), rtol=0, atol=0)
+    torch.testing.assert_close(after, eager_engine(net, precision=precision).sample(2, plan=PLAN), rtol=0, atol=0)
 
 
 def test_tables_that_outgrow_their_memory_are_captured_again(net):
@@ -188,15 +192,17 @@ def test_a_model_that_cannot_be_captured(net):
         return net(x, level) if level.max().item() >= 0 else x
 
     explicit = graph_engine(model, sigmas=SIGMAS, shape=SHAPE)
-    explicit._auto = False
     with pytest.raises(CaptureFailed):
         explicit.sample(2, plan=PLAN)
     engine = graph_engine(model, sigmas=SIGMAS, shape=SHAPE)
+    engine._auto = True
     with pytest.warns(UserWarning, match="running eager from now on"):
         first = engine.sample(2, plan=PLAN)
     assert engine.executor == "eager"
-    torch.testing.assert_close(first, Engine(net, 4).sample(2, plan=PLAN), rtol=0, atol=0)
-    engine.sample(2, plan=PLAN)  # said once: pytest turns a second warning into nothing, the recorder below into an error
+    torch.testing.assert_close(first, eager_engine(net).sample(2, plan=PLAN), rtol=0, atol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        engine.sample(2, plan=PLAN)
 
 
 @pytest.mark.parametrize("model", ["net", "gaussian"])
@@ -204,7 +210,7 @@ def test_a_step_reads_nothing_back(net, model):
     """Every operation of an eager step, recorded: none of them reads device memory to the host."""
     sigma2 = torch.tensor(SIGMAS, dtype=torch.float32) ** 2
     call = net if model == "net" else lambda x, level: -x / sigma2[level][:, None, None, None]
-    engine = Engine(call, 4, sigmas=SIGMAS, shape=SHAPE)
+    engine = eager_engine(call, sigmas=SIGMAS, shape=SHAPE)
     engine.sample(1, plan=PLAN)
     with Recorder() as recorder, torch.no_grad():
         engine._executor.step()
@@ -219,7 +225,9 @@ def test_what_cannot_be_had_is_refused(net):
     with pytest.raises(ValueError, match="device='cuda' needs .* use device='cpu'"):
         Engine(net, device="cuda")
     with pytest.raises(ValueError, match="executor must be one of .* got 'fast'"):
-        make_executor("fast", CPU)
+        make_executor("fast", Network(net, "float32", CPU))
+    with pytest.raises(ValueError, match="executor='native' cannot run this model: function .* use executor='eager'"):
+        Engine(lambda x, level: x, sigmas=SIGMAS, shape=SHAPE, executor="native")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA graphs are not run")
@@ -233,6 +241,33 @@ def test_cuda_graph(precision):
         net.end_conv.weight.mul_(2)
     torch.testing.assert_close(graph.sample(6, plan=PLAN), eager.sample(6, plan=PLAN), rtol=2e-2, atol=2e-2)
     assert graph.stats.captures == 1
+
+
+# -- native ------------------------------------------------------------------------------------------------------------
+
+
+def test_native_is_the_choice_of_auto_where_it_can_run(net):
+    assert Engine(net, 4).executor == "native"
+    assert Engine(lambda x, level: x, 4, sigmas=SIGMAS, shape=SHAPE).executor == "eager"
+
+
+def test_native_draws_what_eager_draws(net):
+    native = Engine(net, 4, executor="native")
+    infos = []
+    got = native.sample(6, 1, PLAN, callback=lambda info: infos.append(info.denoised.clone()))
+    torch.testing.assert_close(got, eager_engine(net).sample(6, 1, PLAN), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(infos[-1], got[4:], rtol=1e-4, atol=1e-4)
+    assert torch.equal(got, native.sample(6, 1, PLAN))  # many steps a call, the same bits
+
+
+@pytest.mark.parametrize("change", [_replace, _move, _move_norm, lambda net: net.end_conv.weight.data.copy_(torch.ones(1, 4, 3, 3))])
+def test_native_sees_every_change_of_the_weights(net, change):
+    native = Engine(net, 4, executor="native")
+    before = native.sample(4, 1, PLAN)
+    change(net)
+    after = native.sample(4, 1, PLAN)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, eager_engine(net).sample(4, 1, PLAN), rtol=1e-4, atol=1e-4)
 
 
 # -- slots and tables --------------------------------------------------------------------------------------------------
@@ -331,7 +366,7 @@ def test_bfloat16_is_near_float32(net):
 
 
 def test_sync_weights_within_a_request(net):
-    engine = Engine(net, 4, precision="bfloat16")
+    engine = eager_engine(net, precision="bfloat16")
     seen = []
 
     def callback(info):
@@ -379,12 +414,12 @@ def test_scores_of_any_dtype_and_layout(dtype, layout):
 
 def test_training_mode_is_refused_where_it_matters(net):
     net.train()
-    Engine(net, 4).sample(1, plan=PLAN)
+    eager_engine(net).sample(1, plan=PLAN)
     net.add_module("drop", nn.Dropout(0.5))
     with pytest.raises(ValueError, match=r"training mode .* model.eval\(\)"):
-        Engine(net, 4).sample(1, plan=PLAN)
+        eager_engine(net).sample(1, plan=PLAN)
     net.eval()
-    Engine(net, 4).sample(1, plan=PLAN)
+    eager_engine(net).sample(1, plan=PLAN)
 
 
 def test_precision_is_checked(net):
