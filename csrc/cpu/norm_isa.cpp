@@ -11,6 +11,7 @@
 #include "cpu/norm.h"
 
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -63,7 +64,7 @@ SGM_INLINE void for_each_vector(int64_t n, F f) {
 SGM_INLINE Vec keep(Vec v, All) { return v; }
 SGM_INLINE Vec keep(Vec v, First lanes) { return first_lanes(lanes.count) ? v : Vec{}; }
 
-// [N, C, P]: a plane fits L1. Two passes; the second finds what is left of the mean.
+// [N, C, P]: a plane mostly fits L1, so two passes cost one; the second also finds what is left of the mean.
 template <class Type, bool kResidual>
 void statistics_planes(const Norm& a, int64_t n, int64_t begin, int64_t end) {
   const Workspace w(a, n);
@@ -86,11 +87,15 @@ void statistics_planes(const Norm& a, int64_t n, int64_t begin, int64_t end) {
 }
 
 // [N, P, C]: a few rows of one vector of channels are a block in registers, centred there; blocks merge by Chan's
-// formula. The running sum is compensated (Knuth's two-sum): its error is below that of rounding the mean.
+// formula. All is relative to the first pixel (kept in `shift`), and the running sum is compensated (Knuth's two-sum): so
+// neither a mean ≫ std nor many pixels cost the mean its last digits.
 constexpr int kRows = kWidth == 16 ? 16 : 8;  // what the registers hold
+// Rows lie too far apart for the hardware to see a stream, so this many elements ahead memory is prefetched in order.
+constexpr int kAhead = 8192;
 
 SGM_INLINE Vec sum_of(const Vec* v, int count) {  // pairwise where the count is known to be even
   Vec total[2]{};
+#pragma GCC unroll 16
   for (int i = 0; i < count; ++i) total[i % 2] += v[i];
   return total[0] + total[1];
 }
@@ -99,8 +104,18 @@ template <class Type, bool kResidual, class Lanes>
 SGM_INLINE void merge_rows(const Norm& a, const Workspace& w, const Input<Type, kResidual>& input, int64_t p, int rows,
                            int64_t c, Lanes lanes) {
   Vec v[kRows]{}, square{};
-  for (int i = 0; i < rows; ++i) v[i] = input.take((p + i) * a.channels + c, lanes);
+  const typename Type::Element* ahead = input.x + p * a.channels + c * rows + kAhead;
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+    v[i] = input.take((p + i) * a.channels + c, lanes);
+    __builtin_prefetch(ahead + i * kWidth, 0, 2);
+  }
+  if (p == 0) store(w.shift + c, v[0]);
+  const Vec pivot = load(w.shift + c);
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) v[i] -= pivot;
   const Vec block = sum_of(v, rows), block_mean = block * (1.0f / rows);
+#pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
     const Vec d = v[i] - block_mean;
     square = fma(d, d, square);
@@ -131,7 +146,7 @@ void statistics_rows(const Norm& a, int64_t n, int64_t begin, int64_t end) {
   for (; p + kRows <= a.pixels; p += kRows) sweep(p, kRows);
   if (p < a.pixels) sweep(p, int(a.pixels - p));
   for (int64_t c = begin; c < end; ++c) {
-    const double mean = (w.mean[c] + double(w.rest[c])) / double(a.pixels);
+    const double mean = w.shift[c] + (w.mean[c] + double(w.rest[c])) / double(a.pixels);
     w.mean[c] = float(mean);
     w.rest[c] = float(mean - w.mean[c]);
   }
@@ -177,14 +192,14 @@ void fold(const Norm& a, int64_t n, int64_t begin, int64_t end) {
 template <Activation kActivation, bool kHalf>
 SGM_INLINE Vec activate(Vec y) {
   const Vec zero{};
-  if (kActivation == Activation::relu) return y < zero ? zero : y;
+  if (kActivation == Activation::relu) return max(zero, y);
   if (kActivation == Activation::elu) {
-    const Exp e = exp_parts<kHalf>(y < splat(-87.0f) ? splat(-87.0f) : y);
+    const Exp e = exp_parts<kHalf>(max(splat(-87.0f), y));
     return y > zero ? y : fma(e.scale, e.p, e.scale - 1.0f);
   }
   if (kActivation == Activation::silu) {
-    Vec z = -y > splat(88.7f) ? splat(88.7f) : -y;  // e^88.7 overflows to ∞ and silu to −0, as it should
-    const Exp e = exp_parts<kHalf>(z < splat(-87.0f) ? splat(-87.0f) : z);
+    // e^88.7 is ∞, and silu(−88.7) then −0, as good as exact.
+    const Exp e = exp_parts<kHalf>(max(splat(-87.0f), min(splat(88.7f), -y)));
     return y / (1.0f + e.scale * (1.0f + e.p));
   }
   return y;
@@ -213,23 +228,17 @@ void apply_rows(const Norm& a, int64_t n, int64_t begin, int64_t end) {
   const int64_t channels = a.channels, offset = n * channels * a.pixels;
   const Element* x = (const Element*)(a.residual ? a.total : a.x) + offset;
   Element* y = (Element*)a.y + offset;
-  auto column = [&](int64_t p, int rows, int64_t c, auto lanes) __attribute__((always_inline)) {
-    const Vec mean = load(w.mean + c), scale = load(w.scale + c), shift = load(w.shift + c);
-    for (int i = 0; i < rows; ++i) {
-      const int64_t at = (p + i) * channels + c;
+  for (int64_t p = 0; p < a.pixels; ++p) {
+    auto column = [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+      const int64_t at = p * channels + c;
+      const Vec mean = load(w.mean + c), scale = load(w.scale + c), shift = load(w.shift + c);
       const Vec v = fma(load<Type>(x + at, lanes) - mean, scale, shift);
       store<Type>(y + at, activate<kActivation, Type::kHalf>(v), lanes);
-    }
-  };
-  auto sweep = [&](int64_t p, int rows) __attribute__((always_inline)) {
+    };
     int64_t c = begin;
-    for (; c + kWidth <= end; c += kWidth) column(p, rows, c, All{});
-    if (c < end) column(p, rows, c, First{int(end - c)});
-  };
-  constexpr int kTile = 4;
-  int64_t p = 0;
-  for (; p + kTile <= a.pixels; p += kTile) sweep(p, kTile);
-  for (; p < a.pixels; ++p) sweep(p, 1);
+    for (; c + kWidth <= end; c += kWidth) column(c, All{});
+    if (c < end) column(c, First{int(end - c)});
+  }
 }
 
 template <class Type>

@@ -2,7 +2,7 @@
 // them, SSE2 to AVX-512 and Arm, shares one source. Include inside the namespace of the instruction set.
 // Intrinsics appear only where the extensions have no word for it: fma, f16 and bf16 conversion.
 //
-// No #pragma once: included once per namespace. The includer has <cstdint>, <cstring>, <cmath>; x86: <immintrin.h>.
+// No #pragma once: included once per namespace. The includer has <cstdint>, <cstring>, <utility>; x86: <immintrin.h>.
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
@@ -32,12 +32,32 @@ SGM_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// The second argument where either is NaN; GCC 12 does not see these in a > b ? a : b for AVX-512.
+SGM_INLINE Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+SGM_INLINE Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+template <int kStep, int... kLane>
+SGM_INLINE Vec add_lanes(Vec v, std::integer_sequence<int, kLane...>) {
+  return v + __builtin_shufflevector(v, v, (kLane ^ kStep)...);
+}
 SGM_INLINE float sum(Vec v) {  // pairwise over the lanes
-  float lane[kWidth];
-  memcpy(lane, &v, sizeof lane);
-  for (int half = kWidth / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+  constexpr auto lanes = std::make_integer_sequence<int, kWidth>{};
+  if constexpr (kWidth > 8) v = add_lanes<8>(v, lanes);
+  if constexpr (kWidth > 4) v = add_lanes<4>(v, lanes);
+  v = add_lanes<2>(v, lanes);
+  return v[0] + v[1];
 }
 SGM_INLINE VecInt first_lanes(int64_t count) {  // −1 in lanes 0 … count−1, else 0
   VecInt lane;
@@ -45,8 +65,18 @@ SGM_INLINE VecInt first_lanes(int64_t count) {  // −1 in lanes 0 … count−1
   return lane < int32_t(count < kWidth ? count : kWidth);
 }
 
-// Element types: Raw is what kWidth elements look like in memory; widen and narrow (round to nearest even) are exact
-// IEEE conversions, NaN stays NaN.
+SGM_INLINE VecBits zero_extend(VecHalf v) {  // GCC 12 makes five instructions of the convertvector
+#if defined(__AVX512F__)
+  return (VecBits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#elif defined(__AVX2__)
+  return (VecBits)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, VecBits);
+#endif
+}
+
+// Element types: Raw is what kWidth elements look like in memory; widen and narrow (round to nearest even) are
+// IEEE conversions, and NaN stays NaN.
 struct Float32 {
   using Element = float;
   using Raw = Vec;
@@ -59,9 +89,9 @@ struct BFloat16 {
   using Element = uint16_t;
   using Raw = VecHalf;
   static constexpr bool kHalf = true;
-  SGM_INLINE Vec widen(Raw v) { return (Vec)(__builtin_convertvector(v, VecBits) << 16); }
+  SGM_INLINE Vec widen(Raw v) { return (Vec)(zero_extend(v) << 16); }
   SGM_INLINE Raw narrow(Vec v) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)  // flushes denormals (below 1.2e-38) to 0, the one difference from the code below
     return (Raw)_mm512_cvtneps_pbh((__m512)v);
 #else
     VecBits bits = (VecBits)v;
@@ -81,7 +111,7 @@ struct Float16 {
 #elif defined(__F16C__)
     return (Vec)_mm256_cvtph_ps((__m128i)v);
 #else
-    VecBits wide = __builtin_convertvector(v, VecBits);
+    VecBits wide = zero_extend(v);
     VecBits magnitude = (wide & 0x7fffu) << 13;
     Vec scaled = (Vec)magnitude * 0x1p112f;  // re-biases the exponent, denormals included
     VecBits finite = (VecBits)scaled, special = magnitude | 0x7f800000u;
@@ -145,7 +175,12 @@ template <bool kHalf>
 SGM_INLINE Exp exp_parts(Vec x) {
   const float shift = 12582912.0f + 127.0f;  // 1.5·2^23 rounds to an integer in the low bits; 127: exponent bias
   Vec shifted = fma(x, splat(1.44269504f), splat(shift));
-  Vec r = fma(shifted - shift, splat(-0.693147181f), x);
+  const Vec n = shifted - shift;
+#if defined(__FMA__) || defined(__aarch64__)
+  const Vec r = fma(n, splat(-0.693147181f), x);
+#else  // n·0.693359375 is exact
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+#endif
   Vec q;
   if (kHalf) {
     q = fma(splat(0.0416099578f), r, splat(0.167497113f));
