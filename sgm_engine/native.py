@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from sgm_engine import _C
 from sgm_engine.models import blocks
 from sgm_engine.models.ncsn import RefineNet
+from sgm_engine.network import Network
+from sgm_engine.slots import Slots, Tables
 
 PRECISIONS = ("float32", "bfloat16", "direct")
 
@@ -260,3 +262,50 @@ class NativeNetwork:
         score = torch.empty_like(x)
         self.native.run(x.data_ptr(), level.data_ptr(), score.data_ptr(), len(x))
         return score
+
+
+def refusal(model: object, precision: str = "float32") -> str | None:
+    """Why the native executor cannot run ``model`` in this precision on this CPU, or None if it can."""
+    if not isinstance(model, RefineNet):
+        return f"{type(model).__name__} is not an NCSN or NCSNv2 network"
+    if precision == "bfloat16" and _C.isa() != "avx512_bf16":
+        return f"precision='bfloat16' needs AVX512_BF16, and the instruction set in use is {_C.isa()}"
+    return None
+
+
+class NativeExecutor:
+    """Runs chains inside C++: the network, the update and the rows, ``steps`` of them in one call without the GIL.
+
+    Packed weights follow the module's parameters at ``sync_weights``, not in between.
+    """
+
+    name, captures = "native", 0
+
+    def __init__(self) -> None:
+        self.score: Tensor | None = None
+
+    def bind(self, network: Network, slots: Slots, tables: Tables) -> None:
+        if reason := refusal(network.model, network.precision):
+            raise ValueError(f"executor='native' cannot run this model: {reason}; use executor='eager'")
+        if slots.device.type != "cpu":
+            raise ValueError(f"executor='native' runs on a CPU, got device {slots.device}: use executor='graph' there")
+        self.slots, self.tables = slots, tables
+        self.network = NativeNetwork(network.model, slots.batch, *slots.shape[1:], network.precision)
+        self.score = torch.zeros(slots.batch, *slots.shape)
+
+    def sync_weights(self) -> None:
+        self.network.sync()
+
+    def run(self, steps: int) -> None:
+        s, t = self.slots, self.tables
+        buffers = {"row": s.row, "stop": s.stop, "seed": s.seed, "sample_id": s.sample_id, "bad_row": s.bad_row}
+        tables = {"coef": t.coef, "draw": t.draw, "level": t.level}
+        self.network.native.run_steps(
+            slots=s.batch,
+            x=s.x.data_ptr(),
+            nhwc=not s.x.is_contiguous(),
+            score=self.score.data_ptr(),
+            rows=len(t.draw),
+            steps=steps,
+            **{name: tensor.data_ptr() for name, tensor in (buffers | tables).items()},
+        )

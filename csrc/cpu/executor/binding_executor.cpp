@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
+
 #include "cpu/executor/executor.h"
 
 namespace py = pybind11;
@@ -54,6 +56,29 @@ void bind_executor(py::module_& m) {
       .def("run", [](Executor& e, uintptr_t x, uintptr_t level, uintptr_t score, int images) {
         e.run(pointer<const float>(x), pointer<const int64_t>(level), pointer<float>(score), images);
       }, py::arg("x"), py::arg("level"), py::arg("score"), py::arg("images"), py::call_guard<py::gil_scoped_release>())
+      .def("run_steps", [](Executor& e, int slots, uintptr_t x, bool nhwc, uintptr_t score, uintptr_t coef, uintptr_t draw,
+                           uintptr_t level, int64_t rows, uintptr_t row, uintptr_t stop, uintptr_t seed, uintptr_t sample_id,
+                           uintptr_t bad_row, int64_t steps) {
+        const Chain chain{slots, pointer<float>(x), nhwc, pointer<float>(score), pointer<const float>(coef),
+                          pointer<const int32_t>(draw), pointer<const int64_t>(level), rows, pointer<int64_t>(row),
+                          pointer<const int64_t>(stop), pointer<const int64_t>(seed), pointer<const int64_t>(sample_id),
+                          pointer<int64_t>(bad_row)};
+        bool interrupted = false;
+        auto last_look = std::chrono::steady_clock::now();
+        const auto signalled = [&] {  // Ctrl-C, looked for every 50 ms
+          const auto now = std::chrono::steady_clock::now();
+          if (now - last_look < std::chrono::milliseconds(50)) return false;
+          last_look = now;
+          py::gil_scoped_acquire gil;
+          return interrupted = PyErr_CheckSignals() != 0;
+        };
+        {
+          py::gil_scoped_release no_gil;
+          e.run_steps(chain, steps, signalled);
+        }
+        if (interrupted) throw py::error_already_set();
+      }, py::arg("slots"), py::arg("x"), py::arg("nhwc"), py::arg("score"), py::arg("coef"), py::arg("draw"), py::arg("level"),
+           py::arg("rows"), py::arg("row"), py::arg("stop"), py::arg("seed"), py::arg("sample_id"), py::arg("bad_row"), py::arg("steps"))
       .def("bytes", &Executor::bytes, "Weights, tables and scratch memory.")
       .def("algorithm", &Executor::algorithm, py::arg("conv"));
 }

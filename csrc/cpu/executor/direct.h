@@ -101,7 +101,7 @@ static void store_score(const Run& run, const Layer& layer, const Conv& conv) {
   run.share(in.height, first, last);
   for (int image = 0; image < run.images; image++) {
     const float* src = run.workspace.padded + image * p.image();
-    float* score = run.score + (int64_t)image * conv.c_out * in.height * in.width;
+    float* score = run.batch.score + (int64_t)run.batch.slot[image] * conv.c_out * in.height * in.width;
     for (int k = 0; k < conv.c_out; k++)
       for (int h = first; h < last; h++)
         for (int w = 0; w < in.width; w++) {
@@ -113,7 +113,7 @@ static void store_score(const Run& run, const Layer& layer, const Conv& conv) {
             for (int c = 0; c < in.padded; c += kWidth) sum += load(pixel + c) * load(weight + c);
           }
           float value = horizontal_sum(sum) + conv.bias[k];
-          if (run.program.sigmas) value /= run.program.sigmas[run.level[image]];
+          if (run.program.sigmas) value /= run.program.sigmas[run.batch.level[image]];
           score[((int64_t)k * in.height + h) * in.width + w] = value;
         }
   }

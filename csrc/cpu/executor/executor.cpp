@@ -1,7 +1,7 @@
 #include "cpu/executor/executor.h"
 
 #include <algorithm>
-#include <cmath>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -10,6 +10,7 @@
 
 #include "cpu/executor/pack.h"
 #include "cpu/pool.h"
+#include "update.h"
 
 namespace sgm::executor {
 namespace {
@@ -80,6 +81,7 @@ struct Executor::Team {
   Team(int size) : barrier(size) {}
   Barrier barrier;
   Workspace workspace{};
+  bool stop = false;
   std::vector<Buffer> buffers;
   float* allocate(int64_t floats) {
     buffers.emplace_back(std::max<int64_t>(floats, 1) + 64);
@@ -286,12 +288,34 @@ void Executor::set_sigmas(const float* sigmas, int levels) {
   levels_ = levels_ ? std::min(levels_, levels) : levels;
 }
 
-void Executor::check_levels(const int64_t* level, int images) const {
-  if (!levels_) return;
-  for (int i = 0; i < images; ++i)
-    if (level[i] < 0 || level[i] >= levels_)
-      throw std::out_of_range("level[" + std::to_string(i) + "] must be in [0, " + std::to_string(levels_) + "), got " +
-                              std::to_string(level[i]));
+void Executor::check_level(int64_t level, const char* name, int64_t index) const {
+  if (levels_ && (level < 0 || level >= levels_))
+    throw std::out_of_range(std::string(name) + "[" + std::to_string(index) + "] must be in [0, " + std::to_string(levels_) +
+                            "), got " + std::to_string(level));
+}
+
+void Executor::check_chain(const Chain& chain, int64_t steps) const {
+  for (int b = 0; b < chain.slots; ++b) {
+    const int64_t end = std::min(chain.stop[b], chain.row[b] + steps);
+    if (chain.row[b] < end && (chain.row[b] < 0 || end > chain.rows))
+      throw std::out_of_range("slot " + std::to_string(b) + " would run rows " + std::to_string(chain.row[b]) + " to " +
+                              std::to_string(end - 1) + ", but the table has rows 0 to " + std::to_string(chain.rows - 1));
+    for (int64_t r = chain.row[b]; r < end; ++r) {
+      check_level(chain.level[r], "level", r);
+      if (chain.coef[4 * r + 3] != 0)
+        refuse("coef[" + std::to_string(r) + "] has d != 0, which the native executor does not run: use executor='eager'");
+    }
+  }
+}
+
+Program Executor::program() const {
+  return {layers_.data(), static_cast<int>(layers_.size()), tensors_.data(), norms_.data(), convs_.data(),
+          sigmas_.empty() ? nullptr : sigmas_.data()};
+}
+
+int64_t Executor::sample_size() const {
+  const Tensor& x = tensors_[layers_.front().output];
+  return static_cast<int64_t>(x.channels) * x.height * x.width;
 }
 
 void Executor::prepare_teams(int images) {
@@ -336,38 +360,73 @@ void Executor::prepare_teams(int images) {
   }
 }
 
-void Executor::run(const float* x, const int64_t* level, float* score, int images) {
-  if (!planned_) throw std::logic_error("run() before plan()");
-  if (images < 1) return;
-  check_levels(level, images);
-  prepare_teams(images);
+// Splits the samples over teams and each team's share into micro-batches: body(team, member, first, last) for each.
+template <class Body>
+void Executor::run_teams(int samples, const Body& body) {
+  if (!planned_) throw std::logic_error("run before plan()");
+  if (samples < 1) return;
+  prepare_teams(samples);
   struct Job {
     Executor& executor;
-    Program program;
-    const float* x;
-    const int64_t* level;
-    float* score;
-    int images, teams;
-    int64_t in_size, out_size;
-  };
-  const Program program{layers_.data(), static_cast<int>(layers_.size()), tensors_.data(), norms_.data(), convs_.data(),
-                        sigmas_.empty() ? nullptr : sigmas_.data()};
-  const Tensor& first = tensors_[layers_.front().output];
-  const Conv& last = convs_[layers_.back().conv];
-  const Tensor& last_in = tensors_[layers_.back().input];
-  const int teams = std::min(num_threads(), images);
-  Job job{*this, program, x, level, score, images, teams, static_cast<int64_t>(first.channels) * first.height * first.width,
-          static_cast<int64_t>(last.c_out) * last_in.height * last_in.width};
-  run_workers(teams * team_size_, [](void* context, int worker) {
+    const Body& body;
+    int samples, teams;
+  } job{*this, body, samples, std::min(num_threads(), samples)};
+  run_workers(job.teams * team_size_, [](void* context, int worker) {
     const Job& j = *static_cast<Job*>(context);
     const int size = j.executor.team_size_, index = worker / size;
     Team& team = *j.executor.teams_[index];
-    const Member member{worker % size, size, &team.barrier};
-    const int end = static_cast<int>(static_cast<int64_t>(j.images) * (index + 1) / j.teams);
-    for (int i = static_cast<int>(static_cast<int64_t>(j.images) * index / j.teams); i < end; i += team.workspace.capacity)
-      j.executor.backend_.forward(j.program, team.workspace, member, std::min(team.workspace.capacity, end - i),
-                                  j.x + i * j.in_size, j.level + i, j.score + i * j.out_size);
+    const auto share = [&](int i) { return static_cast<int>(static_cast<int64_t>(j.samples) * i / j.teams); };
+    for (int first = share(index), end = share(index + 1); first < end; first += team.workspace.capacity)
+      j.body(team, Member{worker % size, size, &team.barrier}, first, std::min(first + team.workspace.capacity, end));
   }, &job);
+}
+
+void Executor::run(const float* x, const int64_t* level, float* score, int images) {
+  for (int i = 0; i < images; ++i) check_level(level[i], "level", i);
+  const Program program = this->program();
+  run_teams(images, [&](Team& team, const Member& member, int first, int last) {
+    int slot[kMicroBatch];
+    for (int i = first; i < last; ++i) slot[i - first] = i;
+    backend_.forward(program, team.workspace, member, {last - first, slot, x, false, level + first, score});
+  });
+}
+
+void Executor::run_steps(const Chain& chain, int64_t steps, const std::function<bool()>& stop_requested) {
+  check_chain(chain, steps);
+  const Program program = this->program();
+  const int64_t size = sample_size(), channels = tensors_[layers_.front().output].channels;
+  const auto update_range = SGM_PICK(update_range);
+  std::atomic<bool> stopping{false};
+  run_teams(chain.slots, [&](Team& team, const Member& member, int first, int last) {
+    const auto barrier = [&] {
+      if (member.size > 1) wait(member.barrier);
+    };
+    Update update{};
+    update.shape = {last - first, channels, size / channels};
+    update.x = update.out = chain.x + first * size, update.x_nhwc = update.out_nhwc = chain.nhwc;
+    update.score = chain.score + first * size, update.score_dtype = Dtype::float32;
+    update.coef = chain.coef, update.draw = chain.draw, update.rows = chain.rows;
+    update.row = chain.row + first, update.stop = chain.stop + first;
+    update.seed = chain.seed + first, update.sample_id = chain.sample_id + first, update.bad_row = chain.bad_row + first;
+    const int64_t pieces = (last - first) * update_pieces(update);
+    for (int64_t step = 0; step < steps; ++step) {
+      int slot[kMicroBatch], live = 0;
+      int64_t level[kMicroBatch];
+      for (int b = first; b < last; ++b)
+        if (chain.row[b] < chain.stop[b]) level[live] = chain.level[chain.row[b]], slot[live++] = b;
+      if (live == 0) return;
+      backend_.forward(program, team.workspace, member, {live, slot, chain.x, chain.nhwc, level, chain.score});
+      update_range(update, pieces * member.rank / member.size, pieces * (member.rank + 1) / member.size);
+      barrier();
+      if (member.rank == 0) {
+        advance_rows(last - first, chain.row + first, chain.stop + first);
+        if (&team == teams_[0].get() && stop_requested && stop_requested()) stopping = true;
+        team.stop = stopping;  // one answer for the whole team
+      }
+      barrier();
+      if (team.stop) return;
+    }
+  });
 }
 
 int64_t Executor::bytes() const {

@@ -7,7 +7,7 @@
 //
 // Nothing is allocated by run() once it has run with the current number of threads.
 #pragma once
-#include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -32,6 +32,21 @@ class Buffer {  // 64-byte aligned floats
   int64_t size_;
 };
 
+// Slots and tables of a running batch: sgm_engine/slots.py.
+struct Chain {
+  int slots;
+  float* x;  // [slots][channels][height][width] or, if nhwc, [slots][height][width][channels]
+  bool nhwc;
+  float* score;          // of the last step
+  const float* coef;     // [rows][4]
+  const int32_t* draw;   // [rows]
+  const int64_t* level;  // [rows]
+  int64_t rows;
+  int64_t* row;  // advanced by one a step while row < stop
+  const int64_t *stop, *seed, *sample_id;
+  int64_t* bad_row;
+};
+
 class Executor {
  public:
   // batch: images a run() is tuned for (algorithms, scratch). It may get fewer, or more in portions.
@@ -53,13 +68,21 @@ class Executor {
 
   // x, score [images][channels][height][width]; level [images]
   void run(const float* x, const int64_t* level, float* score, int images);
+  // `steps` evaluations of every live slot, each followed by the update (csrc/update.h). stop_requested (may be null) is
+  // called now and then by the calling thread: true ends the call between two steps, each slot at the row it has reached.
+  void run_steps(const Chain& chain, int64_t steps, const std::function<bool()>& stop_requested);
 
   int64_t bytes() const;             // weights, tables and scratch
   std::string algorithm(int conv) const;  // "winograd" or "direct", and the precision
 
  private:
   struct Team;
-  void check_levels(const int64_t* level, int images) const;
+  void check_level(int64_t level, const char* name, int64_t index) const;
+  void check_chain(const Chain& chain, int64_t steps) const;
+  Program program() const;
+  int64_t sample_size() const;
+  template <class Body>
+  void run_teams(int samples, const Body& body);
   void prepare_teams(int images);
   bool prefers_winograd(const Conv& conv, int height, int width) const;
 

@@ -12,9 +12,8 @@ static void convolve(const Run& run, const Layer& layer, const Conv& conv) {
   else direct<Element>(run, layer, conv);
 }
 
-static void forward(const Program& program, const Workspace& workspace, const Member& member, int images, const float* x,
-                    const int64_t* level, float* score) {
-  const Run run{program, workspace, member, images, x, level, score};
+static void forward(const Program& program, const Workspace& workspace, const Member& member, const Batch& batch) {
+  const Run run{program, workspace, member, batch, batch.images};
   for (int i = 0; i < program.layer_count; i++) {
     const Layer& layer = program.layers[i];
     const Conv* conv = layer.conv < 0 ? nullptr : program.convs + layer.conv;

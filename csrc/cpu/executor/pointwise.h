@@ -8,13 +8,14 @@ namespace sgm::SGM_ISA::executor {
 static void load_input(const Run& run, const Layer& layer) {
   const Tensor& out = run.tensor(layer.output);
   const int pixels = out.height * out.width;
+  const int64_t channel_step = run.batch.nhwc ? 1 : pixels, pixel_step = run.batch.nhwc ? out.channels : 1;
   if (run.member.rank == 0)
     for (int image = 0; image < run.images; image++) {
-      const float* x = run.x + (int64_t)image * out.channels * pixels;
+      const float* x = run.batch.x + (int64_t)run.batch.slot[image] * out.channels * pixels;
       float* y = run.data(layer.output, image);
       for (int i = 0; i < pixels; i++)
         for (int c = 0; c < out.padded; c++)
-          y[(int64_t)i * out.padded + c] = c < out.channels ? x[(int64_t)c * pixels + i] * layer.scale + layer.shift : 0.f;
+          y[(int64_t)i * out.padded + c] = c < out.channels ? x[c * channel_step + i * pixel_step] * layer.scale + layer.shift : 0.f;
     }
   run.wait();
 }

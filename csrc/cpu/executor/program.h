@@ -111,9 +111,17 @@ struct Member {
   Barrier* barrier;
 };
 
-// x [images][channels][height][width] → score, the same shape; level [images], each inside the tables.
-using Forward = void (*)(const Program&, const Workspace&, const Member&, int images, const float* x, const int64_t* level,
-                         float* score);
+// What one evaluation reads and writes: `images` of the samples in x, score and level, image i being sample slot[i].
+struct Batch {
+  int images;
+  const int* slot;
+  const float* x;  // [samples][channels][height][width], or [samples][height][width][channels] if nhwc
+  bool nhwc;
+  const int64_t* level;  // [images], each inside the tables
+  float* score;          // [samples][channels][height][width]
+};
+
+using Forward = void (*)(const Program&, const Workspace&, const Member&, const Batch&);
 
 // One instruction set's build of executor_isa.cpp.
 struct Backend {

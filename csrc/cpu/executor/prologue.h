@@ -52,7 +52,7 @@ static Affine fold_norm(const Run& run, const Layer& layer) {
   for (int image = 0; image < run.images; image++) {
     const float* mean = run.moments(layer.input, image);
     const float* squares = mean + t.padded;
-    const float* gamma = norm.table + (norm.row ? run.level[image] * norm.row : 0);
+    const float* gamma = norm.table + (norm.row ? run.batch.level[image] * norm.row : 0);
     const float *alpha = gamma + channels, *beta = alpha + channels;
     double centre = 0, spread = 0;
     if (norm.has_alpha) {

@@ -120,10 +120,8 @@ struct Run {
   const Program& program;
   const Workspace& workspace;
   const Member& member;
-  int images;
-  const float* x;
-  const int64_t* level;
-  float* score;
+  const Batch& batch;
+  const int images;
 
   const Tensor& tensor(int id) const { return program.tensors[id]; }
   float* data(int id, int image) const {
