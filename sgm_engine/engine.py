@@ -1,8 +1,8 @@
 """The engine: draws samples from a score network by running a Plan over slots.
 
-Sample i is sample i: its noise is a function of (seed, sample id, draw, element) alone, whatever n, the batch, the slot, the
-device or the order. Its bits are the same whenever batch, device, precision, executor and build are; between two different
-batches the network's own arithmetic may differ in the last bits.
+Sample i is sample i: its noise is a function of (seed, sample id, draw, element) alone, whatever n, the batch, the
+slot, the device or the order. Its bits are the same whenever batch, device, precision, executor and build are; between
+two different batches the network's own arithmetic may differ in the last bits.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ MAX_ID, MAX_SEED = 2**56, 2**64
 
 @dataclass
 class Stats:
-    """Counts since the engine was made. steps: network calls, each on the whole batch · nfe: evaluations that advanced a
-    sample · harvested: samples finished · captures: graphs captured."""
+    """Counts since the engine was made.
+
+    steps: network calls, each on the whole batch · nfe: evaluations that advanced a sample
+    harvested: samples finished · captures: graphs captured
+    """
 
     steps: int = 0
     nfe: int = 0
@@ -76,14 +79,14 @@ class Engine:
     """``Engine(model).sample(64)`` → float32 [64, C, H, W].
 
     model: ``model(x [B, C, H, W] float32, level [B] int64) → score``; an nn.Module is shared, never copied or changed,
-        except that ``device`` moves it there (module.to). Changes of its parameters count from the next request on; within
-        a running one after ``sync_weights()``, or at once for parameters changed in place under precision "float32".
-    batch: slots computed together; the compute batch is always this, so a request of fewer samples is no cheaper. None: 16
-        on a CPU, 128 on a GPU.
+        except that ``device`` moves it there (module.to). Changes of its parameters count from the next request on;
+        within a running one after ``sync_weights()``, or at once where they lie in no copy: float32, eager or graph.
+    batch: slots computed together; the compute batch is always this, so a request of fewer samples is no cheaper.
+        None: 16 on a CPU, 128 on a GPU.
     sigmas [L] descending and shape (C, H, W): None takes ``model.sigmas`` and ``model.shape``.
     precision: of the network, "float32" or "bfloat16"; x is float32 always.
-    executor: "eager"; "graph" (CUDA); "native" (CPU, NCSN and NCSNv2 networks); or "auto", the fastest of those that can run
-        the model. A model that fails to be captured then runs eager, with a warning.
+    executor: "eager"; "graph" (CUDA); "native" (CPU, NCSN and NCSNv2 networks); or "auto", the fastest of those that
+        can run the model. A model that fails to be captured then runs eager, with a warning.
 
     One request runs at a time: a second thread waits for its turn.
     """
@@ -103,7 +106,9 @@ class Engine:
         self.model, self.precision = model, precision
         sigmas = getattr(model, "sigmas", None) if sigmas is None else sigmas
         if sigmas is None:
-            raise ValueError("sigmas: the model has no .sigmas, so pass sigmas=[…], its noise levels in descending order")
+            raise ValueError(
+                "sigmas: the model has no .sigmas, so pass sigmas=[…], its noise levels in descending order"
+            )
         self.sigmas = check_sigmas(sigmas)
         self.shape = _check_shape(getattr(model, "shape", None) if shape is None else shape)
         self.device = _place(model, device)
@@ -152,7 +157,7 @@ class Engine:
     ) -> Tensor:
         """Samples first_id … first_id + n − 1 of ``seed`` (uint64): float32 [n, C, H, W] on the engine's device.
 
-        callback: called after every step. progress: a bar on stderr. SampleDiverged and Cancelled carry what is finished.
+        callback: called after every step. progress: a bar on stderr. SampleDiverged, Cancelled: carry what is finished.
         """
         n, first_id = _check_int("n", n, 0), _check_int("first_id", first_id, 0, MAX_ID)
         ids = range(first_id, _check_int("first_id + n", first_id + n, 0, MAX_ID + 1))
@@ -191,10 +196,10 @@ class Engine:
         progress: bool = False,
         on_diverged: Callable[[Divergence], object] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yields (sample_id, x float32 [C, H, W]) in the order of ``sample_ids``, any iterable, read as slots fall free.
+        """Yields (sample_id, x float32 [C, H, W]) in the order of ``sample_ids``, an iterable read as slots fall free.
 
-        Diverged samples are not yielded: on_diverged is called for each, or else SampleDiverged is raised after the last
-        good one. The engine is this stream's until it is exhausted, closed or cancelled (it then raises Cancelled).
+        Diverged samples are not yielded: on_diverged is called for each, or else SampleDiverged is raised after the
+        last good one. The engine is this stream's until it is exhausted, closed or cancelled (it raises Cancelled).
         """
         plan, seed = self._check(plan, seed, callback)
         total = len(sample_ids) if hasattr(sample_ids, "__len__") else None
@@ -227,12 +232,12 @@ class Engine:
             raise SampleDiverged(diverged, [], nothing)
 
     def _run(self, ids, seed, plan, callback, progress, total) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """The loop. Yields (sample ids, x, bad_row within the plan) of every harvest; the tensors stay on the device."""
+        """The loop. Yields (sample ids, x, bad_row within the plan) of every harvest; tensors stay on the device."""
         slots, executor, stats = self._slots, self._executor, self._stats
         rows = self._tables.add(plan)
         executor = self._sync()
         jobs = (Job(_check_int("sample_ids", i, 0, MAX_ID), seed, plan, rows) for i in ids)
-        step, nfe = 0, 0
+        step = 0
         with _bar(total, plan.nfe, progress) as advance:
             slots.refill(jobs)
             while (live := slots.live) and not self._cancel.is_set():
@@ -276,7 +281,9 @@ class Engine:
     def _request(self) -> Iterator[None]:
         """Own the engine; leave every slot idle behind, however the request ends."""
         if self._owner == threading.get_ident():
-            raise EngineBusy("this thread is inside a request of this engine: finish or close the stream, or use another engine")
+            raise EngineBusy(
+                "this thread is inside a request of this engine: finish or close the stream, or use another engine"
+            )
         with self._lock:
             self._owner = threading.get_ident()
             self._cancel.clear()
@@ -294,7 +301,9 @@ class Engine:
             raise TypeError(f"callback must be callable, got {type(callback).__name__}")
         levels = len(self.sigmas)
         if plan.level.max() >= levels:
-            raise ValueError(f"plan uses level {plan.level.max()}, but the model has {levels} sigmas (levels 0–{levels - 1})")
+            raise ValueError(
+                f"plan uses level {plan.level.max()}, but the model has {levels} sigmas (levels 0–{levels - 1})"
+            )
         foreign = np.flatnonzero(nearest_level(plan.sigma, self.sigmas) != plan.level)
         if len(foreign):
             i = foreign[0]
@@ -303,7 +312,9 @@ class Engine:
                 f"{self.sigmas[plan.level[i]]:g}: make the plan from this model's sigmas"
             )
         if plan.d.any():
-            raise ValueError(f"plan row {plan.d.nonzero()[0][0]} has d != 0, but executors keep no history yet: use rows with d = 0")
+            raise ValueError(
+                f"plan row {plan.d.nonzero()[0][0]} has d != 0, but executors keep no history yet: use rows with d = 0"
+            )
         return plan, _check_int("seed", seed, 0, MAX_SEED)
 
 
@@ -311,7 +322,9 @@ def _check_int(name: str, value: object, low: int, high: int | None = None) -> i
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < low or (high is not None and value >= high):
-        raise ValueError(f"{name} must be at least {low}{f' and below 2**{high.bit_length() - 1}' if high else ''}, got {value}")
+        raise ValueError(
+            f"{name} must be at least {low}{f' and below 2**{high.bit_length() - 1}' if high else ''}, got {value}"
+        )
     return int(value)
 
 
@@ -333,7 +346,9 @@ def _place(model: object, device: torch.device | str | None) -> torch.device:
     device = torch.device(device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"device='{device}' needs a CUDA build of PyTorch and a GPU; there is none: use device='cpu'")
+            raise ValueError(
+                f"device='{device}' needs a CUDA build of PyTorch and a GPU; there is none: use device='cpu'"
+            )
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     if home not in (None, device):
         model.to(device)

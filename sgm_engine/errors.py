@@ -33,8 +33,8 @@ class CaptureFailed(EngineError):
 
 
 class _Unfinished(EngineError):
-    """samples [k, C, H, W] did finish, in the order of sample_ids (k of them; for a stream both are empty: it has yielded
-    what it had). divergences: the samples that became non-finite."""
+    """Carries what did finish: samples [k, C, H, W] in the order of sample_ids; from a stream, which has yielded what
+    it had, both are empty. divergences: the samples that became non-finite."""
 
     def __init__(self, message: str, divergences: list[Divergence], sample_ids: list[int], samples: Tensor):
         super().__init__(message)

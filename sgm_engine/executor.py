@@ -1,8 +1,8 @@
 """Executors run steps. A step is: look up the levels, call the network, update the state, advance the rows.
 
 An executor is any object with the methods of ``Executor``. It works on buffers that it is handed once (``Slots``,
-``Tables``) and never reads anything back to the host: between two calls of ``run`` the engine refills, harvests, reports
-and cancels, all from its own mirror of the rows.
+``Tables``) and never reads anything back to the host: between two calls of ``run`` the engine refills, harvests,
+reports and cancels, all from its own mirror of the rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WARM_UPS = 3
 
 
 class Executor(Protocol):
-    """What an engine asks of an executor, in this order: bind once, then per request sync_weights and any number of run.
+    """What an engine asks of an executor: bind, then for each request sync_weights and any number of run.
 
     name: as in ``Engine(executor=…)`` · captures: graphs captured so far (0 where there is nothing to capture)
     score: the network's output [B, C, H, W] of the last step run, valid until the next ``run``; None before the first
@@ -92,7 +92,9 @@ class CudaGraphs:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 step()
         except (RuntimeError, torch.cuda.CudaError) as error:
-            raise CaptureFailed(f"the step cannot be captured as a CUDA graph ({error}); use executor='eager'") from error
+            raise CaptureFailed(
+                f"the step cannot be captured as a CUDA graph ({error}); use executor='eager'"
+            ) from error
         finally:
             torch.backends.cudnn.benchmark = benchmark
         return graph.replay
@@ -140,7 +142,7 @@ EXECUTORS = ("auto", "eager", "native", "graph")
 
 
 def make_executor(name: str, network: Network) -> Executor:
-    """The executor called ``name``. "auto": on a GPU "graph"; on a CPU "native" if it can run the model, else "eager"."""
+    """The executor called ``name``. "auto": "graph" on a GPU, "native" on a CPU if it can run the model, else "eager"."""
     if name not in EXECUTORS:
         raise ValueError(f"executor must be one of {EXECUTORS}, got {name!r}")
     device = network.device
@@ -148,7 +150,9 @@ def make_executor(name: str, network: Network) -> Executor:
         name = "graph" if device.type == "cuda" else "native" if _native_can(network) else "eager"
     if name == "graph":
         if device.type != "cuda":
-            raise ValueError(f"executor='graph' needs a CUDA device, got {device}: use executor='eager' or device='cuda'")
+            raise ValueError(
+                f"executor='graph' needs a CUDA device, got {device}: use executor='eager' or device='cuda'"
+            )
         return GraphExecutor(CudaGraphs(device))
     if name == "native":
         from sgm_engine.native import NativeExecutor

@@ -48,9 +48,8 @@ class Network:
             got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
             raise ValueError(f"model(x, level) must return a score of x's shape {tuple(x.shape)}, got {got}")
         if score.dtype not in SCORE_DTYPES or score.device != x.device:
-            raise ValueError(
-                f"model(x, level) must return float32, bfloat16 or float16 on {x.device}, got {score.dtype} on {score.device}"
-            )
+            got = f"{score.dtype} on {score.device}"
+            raise ValueError(f"model(x, level) must return float32, bfloat16 or float16 on {x.device}, got {got}")
         return score
 
     def sync(self) -> None:

@@ -84,7 +84,8 @@ class Plan:
             i = bad[0]
             raise ValueError(
                 f"b[{i}] = {self.b[i]:g} must diverge at sigma[{i}] = {self.sigma[i]:g}: b/sigma² is "
-                f"{self.b[i] / self.sigma[i] ** 2:.3g} and has to stay below 1 + a = {1 + self.a[i]:g}; lower the step size (step_lr)"
+                f"{self.b[i] / self.sigma[i] ** 2:.3g} and has to stay below 1 + a = {1 + self.a[i]:g}; "
+                "lower the step size (step_lr)"
             )
 
     @property
@@ -109,8 +110,9 @@ class Plan:
         table = np.stack([getattr(self, name) for name in COLUMNS], 1)
         first = [0, *(np.flatnonzero((table[1:] != table[:-1]).any(1)) + 1)]
         law = "U[0, 1)" if self.start == "uniform" else "N(0, 1)"
+        start = f"{self.start_shift:g} + {self.start_scale:g}·{law}"
         lines = [
-            f"{self.name}: {self.nfe} network evaluations a sample; start {self.start_shift:g} + {self.start_scale:g}·{law}",
+            f"{self.name}: {self.nfe} network evaluations a sample; start {start}",
             f"{'rows':>11} {'level':>5} " + " ".join(f"{name:>10}" for name in COLUMNS[1:]),
         ]
         for i, j in zip(first, [*first[1:], self.nfe], strict=True):
@@ -136,7 +138,8 @@ class Plan:
             raise ValueError(f"plan version {version!r} is not supported: this release reads version {VERSION}")
         known = set(cls.__dataclass_fields__)
         if content.keys() != known:
-            raise ValueError(f"plan fields differ: missing {sorted(known - content.keys())}, unknown {sorted(content.keys() - known)}")
+            missing, unknown = sorted(known - content.keys()), sorted(content.keys() - known)
+            raise ValueError(f"plan fields differ: missing {missing}, unknown {unknown}")
         try:
             return cls(**content)
         except TypeError as error:
@@ -188,7 +191,7 @@ def consistent_annealed(
 ) -> Plan:
     """Consistent annealed sampling (arXiv 2009.05475, algorithm 2), one or more rows at each of sigmas [L].
 
-    A row moves σ → σ' (the next level, or σ itself while steps remain) by x + η·σ²·s + σ'·√(1 − ((1−η)/γ)²)·z, γ = σ'/σ,
+    A row moves σ → σ' (the next level, or σ itself while steps remain), γ = σ'/σ: x + η·σ²·s + σ'·√(1 − ((1−η)/γ)²)·z,
     which keeps the noise in x at exactly σ'. eta 1 denoises and noises afresh; it must lie in [1−γ, 1+γ] for every γ.
     """
     sigmas = check_sigmas(sigmas)
@@ -207,7 +210,7 @@ def consistent_annealed(
 
 
 def reverse_diffusion(sigmas, start_scale: float | None = None, start_shift: float = 0.0) -> Plan:
-    """The reverse variance-exploding diffusion, discretised (arXiv 2011.13456, eq. 46), one row at each of sigmas [L]."""
+    """The reverse variance-exploding diffusion, discretised (arXiv 2011.13456, eq. 46), one row at each of sigmas."""
     sigmas = check_sigmas(sigmas)
     drop = sigmas[:-1] ** 2 - sigmas[1:] ** 2
     table = (np.arange(len(drop)), np.ones(len(drop)), drop, np.sqrt(drop))

@@ -8,7 +8,9 @@ import numpy as np
 def geometric(sigma_max: float, sigma_min: float, levels: int) -> np.ndarray:
     """``levels`` sigmas from sigma_max down to sigma_min at a constant ratio (NCSN, arXiv 1907.05600, section 4.1)."""
     if not 0 < sigma_min <= sigma_max < np.inf:
-        raise ValueError(f"geometric needs 0 < sigma_min <= sigma_max, got sigma_max={sigma_max}, sigma_min={sigma_min}")
+        raise ValueError(
+            f"geometric needs 0 < sigma_min <= sigma_max, got sigma_max={sigma_max}, sigma_min={sigma_min}"
+        )
     if levels < 1 or (levels == 1 and sigma_min != sigma_max):
         raise ValueError(f"geometric needs at least 2 levels between two different sigmas, got levels={levels}")
     return check_sigmas(np.geomspace(sigma_max, sigma_min, levels))

@@ -24,8 +24,8 @@ SAMPLE_STREAM = STREAM["sample"]  # of a chain's start (draw 0) and of its steps
 class Tables:
     """Plans as device tensors, one after the other; every row of every plan has its own index.
 
-    coef: float32 [R, 4] (a, b, c, d) · draw: int32 [R], 1, 2, … within each plan · level: int64 [R]. R is a capacity plus
-    one row, so that the row of a slot that has finished at the very end is still valid to look up.
+    coef: float32 [R, 4] (a, b, c, d) · draw: int32 [R], 1, 2, … within each plan · level: int64 [R]. R is a capacity
+    plus one row, so that the row of a slot that has finished at the very end is still valid to look up.
     """
 
     def __init__(self, device: torch.device, capacity: int = 2048):

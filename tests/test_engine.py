@@ -2,7 +2,7 @@
 
 import math
 import threading
-from itertools import count
+from itertools import count, pairwise
 
 import numpy as np
 import pytest
@@ -95,7 +95,9 @@ def test_two_callers_at_once(real, sixteen):
     assert not torch.equal(results["c"][0], sixteen[:8])
 
 
-@pytest.mark.parametrize("change", [{"seed": 4}, {"first_id": 1}, {"first_id": 2**32}, {"plan": annealed_langevin(SIGMAS, 2, 1.01e-3)}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 4}, {"first_id": 1}, {"first_id": 2**32}, {"plan": annealed_langevin(SIGMAS, 2, 1.01e-3)}]
+)
 def test_control_what_must_differ(real, sixteen, change):
     x = real().sample(16, **({"seed": 3, "plan": PLAN} | change))
     assert all(not torch.equal(a, b) for a, b in zip(x, sixteen, strict=True))
@@ -211,7 +213,7 @@ def test_callback_sees_every_step():
 def test_denoised_is_of_the_state_before_the_step(net):
     e, states = Engine(net, 2, executor="eager"), []
     e.sample(2, plan=PLAN, callback=lambda info: states.append((info.rows[0], info.x.clone(), info.denoised.clone())))
-    for (_, before, _), (row, _, denoised) in zip(states, states[1:], strict=False):
+    for (_, before, _), (row, _, denoised) in pairwise(states):
         with torch.no_grad():
             score = net(before, torch.full((2,), int(PLAN.level[row])))
         torch.testing.assert_close(denoised, before + float(PLAN.sigma[row]) ** 2 * score)
@@ -296,7 +298,7 @@ def test_a_stream_left_or_lost_frees_the_engine():
 def test_ids_that_fail_midway_leave_the_engine_usable():
     e = engine(2)
     stream, got = e.stream(iter([0, 1, 2, -1, 4]), plan=PLAN), []
-    with pytest.raises(ValueError, match="sample_ids must be at least 0 .* got -1"):
+    with pytest.raises(ValueError, match=r"sample_ids must be at least 0 .* got -1"):
         for i, _ in stream:
             got.append(i)
     assert len(e.sample(3, plan=PLAN)) == 3
@@ -375,8 +377,16 @@ TEN = geometric(1, 0.01, 10)
         (lambda e: e.sample(2, first_id=2**56 - 1), ValueError, r"first_id \+ n"),
         (lambda e: e.sample(1, plan=[1]), TypeError, "plan must be a Plan .* got list"),
         (lambda e: e.sample(1, callback=3), TypeError, "callback must be callable, got int"),
-        (lambda e: e.sample(1, plan=annealed_langevin(TEN, 1)), ValueError, r"plan uses level 9, but the model has 3 sigmas"),
-        (lambda e: e.sample(1, plan=Plan([1], [1.0], [1], [0], [0])), ValueError, "plan row 0 has sigma 1 at level 1, where the model has 0.316"),
+        (
+            lambda e: e.sample(1, plan=annealed_langevin(TEN, 1)),
+            ValueError,
+            r"plan uses level 9, but the model has 3 sigmas",
+        ),
+        (
+            lambda e: e.sample(1, plan=Plan([1], [1.0], [1], [0], [0])),
+            ValueError,
+            "plan row 0 has sigma 1 at level 1, where the model has 0.316",
+        ),
         (lambda e: e.sample(1, plan=Plan([0], [1.0], [1], [0], [0], [0.5])), ValueError, "d != 0"),
         (lambda e: list(e.stream([1.5])), TypeError, "sample_ids must be an integer, got 1.5"),
         (lambda e: e.stream([0], seed="x"), TypeError, "seed must be an integer"),
@@ -385,8 +395,16 @@ TEN = geometric(1, 0.01, 10)
         (lambda e: engine(2.5), TypeError, "batch must be an integer, got 2.5"),
         (lambda e: engine(model=3), TypeError, "model must be callable"),
         (lambda e: Engine(gaussian, shape=SHAPE), ValueError, r"sigmas: the model has no .sigmas, so pass sigmas="),
-        (lambda e: Engine(gaussian, sigmas=SIGMAS), ValueError, r"shape: the model has no .shape, so pass shape=\(C, H, W\)"),
-        (lambda e: Engine(gaussian, sigmas=SIGMAS, shape=(8, 8)), ValueError, r"shape must be \(C, H, W\), got \(8, 8\)"),
+        (
+            lambda e: Engine(gaussian, sigmas=SIGMAS),
+            ValueError,
+            r"shape: the model has no .shape, so pass shape=\(C, H, W\)",
+        ),
+        (
+            lambda e: Engine(gaussian, sigmas=SIGMAS, shape=(8, 8)),
+            ValueError,
+            r"shape must be \(C, H, W\), got \(8, 8\)",
+        ),
         (lambda e: Engine(gaussian, sigmas=SIGMAS, shape=(1, 0, 8)), ValueError, "shape must be at least 1, got 0"),
         (lambda e: Engine(gaussian, sigmas=SIGMAS[::-1], shape=SHAPE), ValueError, "sigmas must descend"),
         (lambda e: engine(precision="half"), ValueError, "precision must be one of"),

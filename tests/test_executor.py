@@ -222,11 +222,11 @@ def test_a_step_reads_nothing_back(net, model):
 def test_what_cannot_be_had_is_refused(net):
     with pytest.raises(ValueError, match="executor='graph' needs a CUDA device, got cpu"):
         Engine(net, executor="graph")
-    with pytest.raises(ValueError, match="device='cuda' needs .* use device='cpu'"):
+    with pytest.raises(ValueError, match=r"device='cuda' needs .* use device='cpu'"):
         Engine(net, device="cuda")
-    with pytest.raises(ValueError, match="executor must be one of .* got 'fast'"):
+    with pytest.raises(ValueError, match=r"executor must be one of .* got 'fast'"):
         make_executor("fast", Network(net, "float32", CPU))
-    with pytest.raises(ValueError, match="executor='native' cannot run this model: function .* use executor='eager'"):
+    with pytest.raises(ValueError, match=r"executor='native' cannot run this model: function .* use executor='eager'"):
         Engine(lambda x, level: x, sigmas=SIGMAS, shape=SHAPE, executor="native")
 
 
@@ -260,7 +260,9 @@ def test_native_draws_what_eager_draws(net):
     assert torch.equal(got, native.sample(6, 1, PLAN))  # many steps a call, the same bits
 
 
-@pytest.mark.parametrize("change", [_replace, _move, _move_norm, lambda net: net.end_conv.weight.data.copy_(torch.ones(1, 4, 3, 3))])
+@pytest.mark.parametrize(
+    "change", [_replace, _move, _move_norm, lambda net: net.end_conv.weight.data.copy_(torch.ones(1, 4, 3, 3))]
+)
 def test_native_sees_every_change_of_the_weights(net, change):
     native = Engine(net, 4, executor="native")
     before = native.sample(4, 1, PLAN)
@@ -423,7 +425,7 @@ def test_training_mode_is_refused_where_it_matters(net):
 
 
 def test_precision_is_checked(net):
-    with pytest.raises(ValueError, match="precision must be one of .* got 'float64'"):
+    with pytest.raises(ValueError, match=r"precision must be one of .* got 'float64'"):
         Engine(net, precision="float64")
     with pytest.raises(ValueError, match=r"needs an nn.Module"):
         Engine(lambda x, level: x, sigmas=SIGMAS, shape=SHAPE, precision="bfloat16")

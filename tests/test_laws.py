@@ -1,10 +1,11 @@
 """Exact laws through the real engine: what it draws must have the mean, variance and mode weight that mathematics says.
 
-Statistics run on fixed seeds at 1e-6 a tail (4.9 standard errors). They alone would miss defects, so the same-noise trace
-against float64 stands beside them, and the mutation gate shows that it notices each of a list of sampler defects.
+Statistics run on fixed seeds at 1e-6 a tail (4.9 standard errors). They alone would miss defects, so the same-noise
+trace against float64 stands beside them, and the mutation gate shows that it notices each of a list of sampler defects.
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_published_settings(sigmas, steps, step_lr, variance):
 def law_of(sampler, sigmas, v, start):
     """(mean factor, variance) after the denoising row, from the sampler's definition; x − mean starts at ``start``."""
     factor, variance = 1.0, start
-    for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, after in itertools.pairwise(sigmas):
         gain = now**2 / (v + now**2)  # D − x = −gain·(x − mean)
         if sampler is ddim:  # x' = D + (σ'/σ)·(x − D)
             rho, c2 = 1 - (1 - after / now) * gain, 0
@@ -205,7 +206,9 @@ def _table(sigmas, steps, step_lr, **changes):
     """The plan of a trace with columns replaced by functions of (α [R], σ [R], σ_L)."""
     plan = annealed_langevin(sigmas, steps, step_lr)
     alpha = step_lr * (plan.sigma / sigmas[-1]) ** 2
-    columns = {name: np.append(f(alpha, plan.sigma, sigmas[-1])[:-1], getattr(plan, name)[-1]) for name, f in changes.items()}
+    columns = {
+        name: np.append(f(alpha, plan.sigma, sigmas[-1])[:-1], getattr(plan, name)[-1]) for name, f in changes.items()
+    }
     return dataclasses.replace(plan, **columns)
 
 
@@ -238,7 +241,9 @@ def test_gate_plan(defect):
         assert_trace(*TRACES["short"], plan=PLAN_DEFECTS[defect](*TRACES["short"]))
 
 
-@pytest.mark.parametrize("wrong", [lambda level: (level + 1).clamp(max=2), lambda level: 2 - level, lambda level: level * 0])
+@pytest.mark.parametrize(
+    "wrong", [lambda level: (level + 1).clamp(max=2), lambda level: 2 - level, lambda level: level * 0]
+)
 def test_gate_level(wrong):
     """Off by one, upside down, and never advanced."""
     sigmas = TRACES["short"][0]
