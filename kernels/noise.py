@@ -53,14 +53,15 @@ def words(seed, sample_id, draw: int, stream: int, elements: int) -> np.ndarray:
 
     seed, sample_id: int64 [B]; any 64-bit seed, 0 <= sample_id < 2^56. draw: < 2^32. stream: one of STREAM's values.
     """
-    return _blocks(seed, sample_id, draw, stream, elements).transpose(1, 2, 0).reshape(len(np.atleast_1d(seed)), -1)
+    blocks = _blocks(seed, sample_id, draw, stream, elements)
+    return blocks.transpose(1, 2, 0).reshape(blocks.shape[1], 4 * blocks.shape[2])
 
 
 def fill(shape, seed, sample_id, draw: int, stream: int = STREAM["sample"], kind: str = "normal") -> np.ndarray:
     """The noise of B samples, float32 [B, C, H, W]. kind: normal | uniform; the other arguments as for words()."""
     elements = int(np.prod(shape[1:]))
     values = {"normal": normals, "uniform": uniforms}[kind](_blocks(seed, sample_id, draw, stream, elements))
-    return values.transpose(1, 2, 0).reshape(shape[0], -1)[:, :elements].reshape(shape)
+    return values.transpose(1, 2, 0).reshape(shape[0], 4 * values.shape[2])[:, :elements].reshape(shape)
 
 
 def _blocks(seed, sample_id, draw: int, stream: int, elements: int) -> np.ndarray:

@@ -218,11 +218,11 @@ def _check_norm(x, gamma, alpha, beta, level, activation, residual) -> None:
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {sorted(reference.ACTIVATIONS)}, got {activation!r}")
     parameters = {k: p for k, p in (("gamma", gamma), ("alpha", alpha), ("beta", beta)) if p is not None}
-    tables = {p.shape[0] for p in parameters.values() if p.dim() == 2}
-    if len(tables) > 1:
-        raise ValueError(f"gamma, alpha and beta must have as many rows as one another, got {sorted(tables)}")
+    tables = [p.shape[0] for p in parameters.values() if p.dim() == 2]  # number of levels, as each says
+    if any(levels != tables[0] for levels in tables):
+        raise ValueError(f"gamma, alpha and beta must have as many rows as one another, got {tables}")
     for name, p in parameters.items():
-        _check(name, p, x, STATE, (*tables, channels) if p.dim() == 2 else (channels,))
+        _check(name, p, x, STATE, (tables[0], channels) if p.dim() == 2 else (channels,))
         if p.stride(-1) != 1 and channels > 1:
             raise ValueError(f"{name}'s last dimension must be contiguous, got strides {list(p.stride())}")
     if tables and level is None:

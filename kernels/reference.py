@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sgm_engine.kernels.noise import fill
+
 ACTIVATIONS = {"none": lambda x: x, "elu": F.elu, "relu": F.relu, "silu": F.silu}
 
 
@@ -47,3 +49,19 @@ def _per_sample(p: Tensor | None, level: Tensor | None) -> Tensor | None:
     if p is None:
         return None
     return p[None, :, None, None] if p.dim() == 1 else p[level][:, :, None, None]
+
+
+def langevin_update(
+    x: Tensor, score: Tensor, coef: Tensor, row: Tensor, z: Tensor, previous: Tensor | None = None
+) -> Tensor:
+    """a·x + b·score + c·z + d·previous with (a, b, c, d) = coef[row]: one row of a plan, for each sample its own.
+
+    x, score, z, previous: [B, C, H, W]; coef: [R, 4]; row: int64 [B]. A term whose coefficient is 0 is left out.
+    """
+    terms = zip(coef[row].to(x.dtype).T[..., None, None, None], (x, score, z, previous), strict=True)  # [B, 1, 1, 1]
+    return sum(torch.where(k != 0, k * t.to(x.dtype), 0) for k, t in terms if t is not None)
+
+
+def noise(shape, seed: Tensor, sample_id: Tensor, draw: int, stream: int = 0, kind: str = "normal") -> Tensor:
+    """The noise of each sample, float32 [B, C, H, W]: noise.fill as a tensor. seed, sample_id: int64 [B]."""
+    return torch.from_numpy(fill(tuple(shape), seed.numpy(), sample_id.numpy(), draw, stream, kind))
