@@ -123,7 +123,7 @@ def norm(
     sum_out, and sum_out may be x or residual. gamma, alpha, beta: float32 [C], or [L, C] with dense rows; None leaves
     the term out. level: int64 [N], the row of [L, C]. workspace: float32, norm_workspace_size(x) elements, any content.
     variant: "auto" takes the one-pass cluster kernel where device and shape allow; "portable"; "cluster" or an error.
-    Checks and allocates nothing; C above 6,000 is refused by the library.
+    Checks and allocates nothing; more channels than shared memory holds (6,000 at least) are refused.
     """
     batch, channels, height, width = x.shape
     if x.numel() == 0:

@@ -34,6 +34,8 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 struct float2 { float x, y; };
+struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
@@ -166,6 +168,7 @@ struct Float16 { uint16_t bits; };
 
 inline float* shared_floats() { return on_host::machine.fiber->block->shared.data(); }
 inline void opaque(uint32_t&) {}
+inline void store_words(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) { *static_cast<uint4*>(p) = {a, b, c, d}; }
 
 // float32 → 16 bits, to nearest even; a NaN stays one.
 inline uint32_t bf16_bits(float f) {

@@ -51,6 +51,11 @@ __device__ __forceinline__ uint32_t pack_word(Float16, float lo, float hi) {
   return *reinterpret_cast<const uint32_t*>(&both);
 }
 
+// Spelt out, because the compiler splits a 16-byte store whose address it has strength-reduced.
+__device__ __forceinline__ void store_words(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
 // Hides a register's value from the optimizer, which would otherwise keep a packed word's two floats alive beside it.
 __device__ __forceinline__ void opaque(uint32_t& word) { asm volatile("" : "+r"(word)); }
 
@@ -67,23 +72,34 @@ struct Pack {
   static constexpr bool kWhole = V * sizeof(T) >= 4;  // else one 16-bit element, in the lower half of the word
   static constexpr int kWords = kWhole ? V * sizeof(T) / 4 : 1;
   static_assert(kWords <= 4 && (!kWhole || kWords * 4 == V * static_cast<int>(sizeof(T))));
-  struct alignas(4 * kWords) Words { uint32_t word[kWords]; } words;
+  uint32_t word[kWords];
 
   __device__ __forceinline__ void load(const T* p) {
-    if constexpr (kWhole) words = *reinterpret_cast<const Words*>(p);
-    else words.word[0] = p->bits;
+    if constexpr (kWords == 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(p);
+      word[0] = four.x, word[1] = four.y, word[2] = four.z, word[3] = four.w;
+    } else if constexpr (kWords == 2) {
+      const uint2 two = *reinterpret_cast<const uint2*>(p);
+      word[0] = two.x, word[1] = two.y;
+    } else if constexpr (kWhole) {
+      word[0] = *reinterpret_cast<const uint32_t*>(p);
+    } else {
+      word[0] = p->bits;
+    }
   }
   __device__ __forceinline__ void store(T* p) const {
-    if constexpr (kWhole) *reinterpret_cast<Words*>(p) = words;
-    else p->bits = static_cast<uint16_t>(words.word[0]);
+    if constexpr (kWords == 4) store_words(p, word[0], word[1], word[2], word[3]);
+    else if constexpr (kWords == 2) *reinterpret_cast<uint2*>(p) = {word[0], word[1]};
+    else if constexpr (kWhole) *reinterpret_cast<uint32_t*>(p) = word[0];
+    else p->bits = static_cast<uint16_t>(word[0]);
   }
   __device__ __forceinline__ void unpack(float (&v)[V]) const {
 #pragma unroll
     for (int i = 0; i < kWords; ++i)
       if constexpr (sizeof(T) == 4) {
-        v[i] = __uint_as_float(words.word[i]);
+        v[i] = __uint_as_float(word[i]);
       } else {
-        const float2 both = unpack_word(T{}, words.word[i]);
+        const float2 both = unpack_word(T{}, word[i]);
         v[2 * i] = both.x;
         if constexpr (kWhole) v[2 * i + 1] = both.y;
       }
@@ -91,12 +107,12 @@ struct Pack {
   __device__ __forceinline__ void pack(const float (&v)[V]) {
 #pragma unroll
     for (int i = 0; i < kWords; ++i)
-      if constexpr (sizeof(T) == 4) words.word[i] = __float_as_uint(v[i]);
-      else words.word[i] = pack_word(T{}, v[2 * i], kWhole ? v[2 * i + kWhole] : 0.0f);
+      if constexpr (sizeof(T) == 4) word[i] = __float_as_uint(v[i]);
+      else word[i] = pack_word(T{}, v[2 * i], kWhole ? v[2 * i + kWhole] : 0.0f);
   }
   __device__ __forceinline__ void keep_packed() {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) opaque(words.word[i]);
+    for (int i = 0; i < kWords; ++i) opaque(word[i]);
   }
 };
 

@@ -123,19 +123,20 @@ struct Tile {
   // Calls take(c, moments) for each channel c of the tile, counted from 0, in one thread; the same one every time. Ends with a barrier.
   template <class Take>
   __device__ __forceinline__ void moments(float* scratch, Take take) {
-    float thread_mean[kChannels] = {}, thread_m2[kChannels] = {};
+    float pivot[V] = {}, thread_mean[kChannels] = {}, thread_m2[kChannels] = {};
+    if (count > 0) packs[0].unpack(pivot);  // sums of deviations from a value among them keep their digits
 #pragma unroll
     for (int i = 0; i < PER; ++i)
       if (i < count) {
         float v[V];
         packs[i].unpack(v);
 #pragma unroll
-        for (int k = 0; k < V; ++k) thread_mean[NHWC ? k : 0] += v[k];
+        for (int k = 0; k < V; ++k) thread_mean[NHWC ? k : 0] += v[k] - pivot[NHWC ? k : 0];
         packs[i].keep_packed();
       }
     const float inverse = count > 0 ? 1.0f / static_cast<float>(count * kPixels) : 0.0f;
 #pragma unroll
-    for (int j = 0; j < kChannels; ++j) thread_mean[j] *= inverse;
+    for (int j = 0; j < kChannels; ++j) thread_mean[j] = pivot[j] + thread_mean[j] * inverse;
 #pragma unroll
     for (int i = 0; i < PER; ++i)
       if (i < count) {

@@ -8,8 +8,8 @@ namespace {
 
 // grid (N · cluster), clusters of t.slabs
 template <class T, int PER>
-__global__ void __launch_bounds__(kNormThreads, 2) cluster_kernel(const Norm s, const Tiling t) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__global__ void __launch_bounds__(kNormThreads, PER * sizeof(T) > 32 ? 1 : 2) cluster_kernel(const Norm s, const Tiling t) {
+#ifdef SGM_CLUSTERS
   constexpr int V = 16 / sizeof(T);
   Cluster cluster;
   const int64_t n = blockIdx.x / t.slabs;
