@@ -332,9 +332,11 @@ def _save_norm(ctx, inputs, output):
 
 def _backward_norm(ctx, *grads):
     """Recompute through the reference, in float32; under create_graph the result is itself differentiable."""
-    inputs, create_graph = ctx.saved_tensors, torch.is_grad_enabled()
-    x, residual, gamma, alpha, beta, level = (inputs[0], None, *inputs[1:]) if len(inputs) == 5 else inputs
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
+        # Aliases: where x was computed from the residual, the gradient must not find its way back through that history.
+        inputs = [t if t is None else t.view_as(t) for t in ctx.saved_tensors]
+        x, residual, gamma, alpha, beta, level = (inputs[0], None, *inputs[1:]) if len(inputs) == 5 else inputs
         residual = residual if residual is None else residual.float()
         out = reference.noise_conditioned_norm(x.float(), gamma, alpha, beta, level, ctx.activation, residual, ctx.eps)
         out = (out,) if residual is None else out
