@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call: ``arguments`` are read at run time (tensors, ints, floats, None), ``constants`` when compiling."""
+    """One kernel call: ``arguments`` are passed at run time, ``constants`` are compiled in, like every None."""
 
     kernel: Any  # a triton.jit function
     programs: int  # every grid here has one axis: the others end at 65,535 programs

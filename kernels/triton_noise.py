@@ -58,7 +58,7 @@ def low_high(value):
 
 @triton.jit
 def words(quad, draw, seed, sample_id, stream):
-    """The four words of each quad (uint32 block) of one sample; draw uint32, seed and sample_id int64, stream uint32."""
+    """The four words of each quad (uint32 block) of one sample; draw, stream: uint32; seed, sample_id: int64."""
     k0, k1 = low_high(seed)
     id_low, id_high = low_high(sample_id)
     return philox(quad, draw, id_low, id_high ^ stream, k0, k1)
@@ -141,13 +141,13 @@ def locate(element, C: tl.constexpr, HW: tl.constexpr, NHWC: tl.constexpr):
 
 @triton.jit
 def share(program, C: tl.constexpr, HW: tl.constexpr, QUADS: tl.constexpr):
-    """program → (slot, its block in that slot, quads uint32 [QUADS], their elements int64 [QUADS, 4])."""
+    """program → (slot, its quads uint32 [QUADS], their elements int64 [QUADS, 4])."""
     blocks: tl.constexpr = (C * HW + 4 * QUADS - 1) // (4 * QUADS)
     slot = (program // blocks).to(tl.int64)
     block = program % blocks
     quad = block.to(tl.uint32) * QUADS + tl.arange(0, QUADS).to(tl.uint32)
     element = block.to(tl.int64) * (4 * QUADS) + (4 * tl.arange(0, QUADS)[:, None] + tl.arange(0, 4)[None, :])
-    return slot, block, quad, element
+    return slot, quad, element
 
 
 @triton.jit(do_not_specialize=["draw", "stream"])
@@ -163,7 +163,7 @@ def noise_kernel(
     NORMAL: tl.constexpr,
     QUADS: tl.constexpr,
 ):
-    slot, block, quad, element = share(tl.program_id(0), C, HW, QUADS)
+    slot, quad, element = share(tl.program_id(0), C, HW, QUADS)
     seed = tl.load(seed_ptr + slot)
     sample_id = tl.load(sample_id_ptr + slot)
     w0, w1, w2, w3 = words(quad, draw.to(tl.uint32), seed, sample_id, stream.to(tl.uint32))

@@ -1,4 +1,4 @@
-"""Triton: noise-conditioned norm (InstanceNorm++, SPEC of reference.py) with residual and activation, in two kernels.
+"""Triton: noise-conditioned norm (InstanceNorm++; reference.py) with residual and activation, in two kernels.
 
     s = x + residual                                          rounded to x's dtype; written
     μ, v = mean and biased variance of s over H·W, for each (n, c)
@@ -26,9 +26,9 @@ from sgm_engine.kernels.launch import Launch, is_channels_last
 class NormConfig:
     """How a sample [C, H·W] is shared out (not measured on a GPU yet). Powers of two."""
 
-    tile: int = 16384  # elements a program holds in registers at a time
-    partials: int = 8192  # most partials of a sample, hence what each program of `apply` has to merge
-    warps: int = 8
+    tile: int = 16384  # elements a program holds in registers, and works through unless there would be more…
+    partials: int = 8192  # …partials of a sample than this, which every program of `apply` has to merge
+    warps: int = 16
 
 
 CONFIG = NormConfig()
@@ -55,11 +55,8 @@ class Tiling:
         else:
             pixels = min(length, config.tile)
             width = min(padded, config.tile // pixels)
-        tiles = triton.cdiv(size, pixels)
-        slabs = min(tiles, max(1, config.partials // padded))
-        slab = triton.cdiv(tiles, slabs) * pixels
-        if slab == pixels:  # a tile a program: share the pixels evenly
-            slab = triton.cdiv(size, slabs)
+        slabs = min(triton.cdiv(size * width, config.tile), max(1, config.partials // padded))
+        slab = triton.cdiv(size, slabs)
         warps = max(1, min(config.warps, width * pixels // 512))
         return cls(width, pixels, slab, triton.cdiv(size, slab), triton.cdiv(channels, width), warps)
 
@@ -75,10 +72,22 @@ def share(program, C: tl.constexpr, CHANNELS: tl.constexpr, SLABS: tl.constexpr)
 
 
 @triton.jit
-def tile(n, first, end, channel, C: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, NHWC: tl.constexpr):
+def tile(
+    n,
+    first,
+    end,
+    channel,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    NHWC: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
     """Offsets (int64) and mask [PIXELS, CHANNELS] of the pixels first … first + PIXELS − 1, those before end."""
     pixel = (first + tl.arange(0, PIXELS))[:, None]
-    inside = (pixel < end) & (channel < C)[None, :]
+    inside = pixel < end
+    if C % CHANNELS:
+        inside &= (channel < C)[None, :]
     if NHWC:
         return n * (C * HW) + pixel.to(tl.int64) * C + channel[None, :], inside
     else:
@@ -104,8 +113,9 @@ def stats_kernel(
     count = 0.0
     mean = tl.zeros((CHANNELS,), tl.float32)
     m2 = tl.zeros((CHANNELS,), tl.float32)
-    for first in range(slab * SLAB, (slab + 1) * SLAB, PIXELS):
-        offset, inside = tile(n, first, end, channel, C, HW, PIXELS, NHWC)
+    for i in range((SLAB + PIXELS - 1) // PIXELS):
+        first = slab * SLAB + i * PIXELS
+        offset, inside = tile(n, first, end, channel, C, HW, NHWC, CHANNELS, PIXELS)
         x = tl.load(x_ptr + offset, mask=inside, other=0.0)
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + offset, mask=inside, other=0.0)
@@ -128,18 +138,28 @@ def stats_kernel(
 
 
 @triton.jit
-def merge(partial_ptr, n, channel, C: tl.constexpr, HW: tl.constexpr, SLAB: tl.constexpr, SLABS: tl.constexpr):
-    """A sample's partials → mean and biased variance of these channels over H·W (Chan et al. 1983)."""
-    slab = tl.arange(0, triton.next_power_of_2(SLABS))[:, None]
-    inside = (slab < SLABS) & (channel < C)[None, :]
-    at = partial_ptr + (n * SLABS + slab) * 2 * C + channel[None, :]
+def merge(
+    partial_ptr,
+    n,
+    channel,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SLAB: tl.constexpr,
+    SLABS: tl.constexpr,
+):
+    """A sample's partials → mean and biased variance over H·W (Chan et al. 1983); channel and they: [1, CHANNELS]."""
+    # A value for every thread at least: of fewer, Triton 3.7 moves whole tiles through shared memory later on.
+    slab = tl.arange(0, max(triton.next_power_of_2(SLABS), 1024 // CHANNELS))[:, None]
+    inside = (slab < SLABS) & (channel < C)
+    at = partial_ptr + (n * SLABS + slab) * 2 * C + channel
     means = tl.load(at, mask=inside, other=0.0)
     m2 = tl.load(at + C, mask=inside, other=0.0)
     count = tl.minimum(tl.maximum(HW - slab * SLAB, 0), SLAB).to(tl.float32)
     guess = tl.load(partial_ptr + n * SLABS * 2 * C + channel, mask=channel < C, other=0.0)  # shift: keeps every digit
-    mean = guess + tl.sum((means - guess[None, :]) * count, 0) / HW
-    delta = means - mean[None, :]
-    return mean, (tl.sum(m2, 0) + tl.sum(delta * delta * count, 0)) / HW
+    mean = guess + tl.sum((means - guess) * count, 0, keep_dims=True) / HW
+    delta = means - mean
+    return mean, tl.sum(m2 + delta * delta * count, 0, keep_dims=True) / HW
 
 
 @triton.jit
@@ -179,30 +199,34 @@ def apply_kernel(
 ):
     # Backwards: it starts with what `stats` has just left in the cache.
     n, slab, channel = share(tl.num_programs(0) - 1 - tl.program_id(0), C, CHANNELS, SLABS)
-    mean, variance = merge(partial_ptr, n, channel, C, HW, SLAB, SLABS)
+    row = channel[None, :]
+    mean, variance = merge(partial_ptr, n, row, C, HW, CHANNELS, SLAB, SLABS)
     scale = tl.rsqrt(variance + eps)
-    shift = tl.zeros((CHANNELS,), tl.float32)
+    shift = tl.zeros((1, CHANNELS), tl.float32)
     level = tl.zeros((), tl.int64)
     if level_ptr is not None:
         level = tl.load(level_ptr + n)
     if alpha_ptr is not None:
-        channels = tl.arange(0, triton.next_power_of_2(C))
-        means, _ = merge(partial_ptr, n, channels, C, HW, SLAB, SLABS)
-        centre = tl.sum(means, 0) / C
+        ALL: tl.constexpr = triton.next_power_of_2(C)
+        channels = tl.arange(0, ALL)[None, :]
+        means, _ = merge(partial_ptr, n, channels, C, HW, ALL, SLAB, SLABS)
+        centre = tl.sum(means) / C
         spread = tl.where(channels < C, means - centre, 0.0)
-        unbiased = tl.sum(spread * spread, 0) / (C - 1)
-        alpha = tl.load(alpha_ptr + level * alpha_stride + channel, mask=channel < C, other=0.0)
+        unbiased = tl.sum(spread * spread) / (C - 1)
+        alpha = tl.load(alpha_ptr + level * alpha_stride + row, mask=row < C, other=0.0)
         shift = alpha * ((mean - centre) * tl.rsqrt(unbiased + 1e-5))
     if gamma_ptr is not None:
-        gamma = tl.load(gamma_ptr + level * gamma_stride + channel, mask=channel < C, other=0.0)
+        gamma = tl.load(gamma_ptr + level * gamma_stride + row, mask=row < C, other=0.0)
         scale *= gamma
         shift *= gamma
     if beta_ptr is not None:
-        shift += tl.load(beta_ptr + level * beta_stride + channel, mask=channel < C, other=0.0)
-    for first in range(slab * SLAB, (slab + 1) * SLAB, PIXELS):
-        offset, inside = tile(n, first, tl.minimum((slab + 1) * SLAB, HW), channel, C, HW, PIXELS, NHWC)
+        shift += tl.load(beta_ptr + level * beta_stride + row, mask=row < C, other=0.0)
+    end = tl.minimum((slab + 1) * SLAB, HW)
+    for i in range((SLAB + PIXELS - 1) // PIXELS):
+        first = slab * SLAB + i * PIXELS
+        offset, inside = tile(n, first, end, channel, C, HW, NHWC, CHANNELS, PIXELS)
         x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        y = activate((x - mean[None, :]) * scale[None, :] + shift[None, :], ACTIVATION)
+        y = activate((x - mean) * scale + shift, ACTIVATION)
         tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 

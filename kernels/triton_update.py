@@ -22,8 +22,8 @@ ARRIVAL = tl.constexpr(2**40)  # rows are below this; the bits above count the s
 def arrive(row_ptr, stop, blocks: tl.constexpr):
     """Read a slot's row, and advance it once all its programs have read it.
 
-    One atomic does both: it returns the row and counts the caller in, so nobody can read a row already advanced, and the
-    last to arrive writes the final value (row + 1, or row if the slot is idle). No other memory is involved, hence
+    One atomic does both: it returns the row and counts the caller in, so nobody can read a row already advanced, and
+    the last to arrive writes the final value (row + 1, or row if the slot is idle). No other memory is involved, hence
     neither a fence nor a buffer of tickets, and the row is clean whenever the kernel is over.
     """
     before = tl.atomic_add(row_ptr, ARRIVAL, sem="relaxed")
@@ -55,17 +55,12 @@ def update_kernel(
     ADVANCE: tl.constexpr,
     QUADS: tl.constexpr,
 ):
-    slot, block, quad, element = share(tl.program_id(0), C, HW, QUADS)
+    slot, quad, element = share(tl.program_id(0), C, HW, QUADS)
     seed = tl.load(seed_ptr + slot)
     sample_id = tl.load(sample_id_ptr + slot)
-    if stop_ptr is not None:
-        stop = tl.load(stop_ptr + slot)
-    else:
-        stop = ARRIVAL
-    if ADVANCE:
-        row = arrive(row_ptr + slot, stop, (C * HW + 4 * QUADS - 1) // (4 * QUADS))
-    else:
-        row = tl.load(row_ptr + slot)
+    stop = tl.load(stop_ptr + slot) if stop_ptr is not None else ARRIVAL
+    blocks: tl.constexpr = (C * HW + 4 * QUADS - 1) // (4 * QUADS)
+    row = arrive(row_ptr + slot, stop, blocks) if ADVANCE else tl.load(row_ptr + slot)
     if row >= stop:
         return
 
@@ -155,8 +150,8 @@ def langevin_update(
     """out ← a·x + b·score + c·z + d·previous for every live slot; an idle one (row ≥ stop) is neither read nor written.
 
     x, previous, out: float32 [B, C, H, W]; score: float32, bfloat16 or float16; each NCHW or NHWC, dense; out may be x.
-    coef: float32 [R, 4]; draw: int32 [R]; row, stop, seed, sample_id, bad_row: int64 [B]. stop None: all slots are live.
-    bad_row: lowered to the slot's row where a result is not finite. advance: row goes up by 1 in every live slot.
+    coef: float32 [R, 4]; draw: int32 [R]; row, stop, seed, sample_id, bad_row: int64 [B]. stop None: all are live; a live slot's row must be in the table. bad_row: lowered to the slot's row where a result is not finite.
+    advance: row goes up by 1 in every live slot.
     Checks and allocates nothing; pointers may be captured in a CUDA graph.
     """
     with torch.cuda.device_of(x):

@@ -1,0 +1,304 @@
+"""Compile what the Triton launchers launch for every supported GPU, with none at hand, and read what came out.
+
+`python -m sgm_engine.kernels.aot [sm_90 …]` prints a line a kernel and exits 1 if one spills, needs a stack frame,
+misses its 16-byte accesses, or contracts a product and a sum that the definition rounds separately.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sgm_engine.kernels import triton_noise, triton_norm, triton_update
+from sgm_engine.kernels.launch import Launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch, and what its compiled form must show."""
+
+    launch: Launch
+    loads: int = 0  # bytes a program has to read with accesses of 16 bytes or more
+    stores: int = 0  # likewise written
+    shared: int = 16384  # bytes of shared memory at most: a tile that goes through it needs more
+    exact: bool = False  # products and sums rounded separately, subnormals kept
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a case. fused: float32 multiply-adds, those of a rounded square root included."""
+
+    registers: int
+    spills: int
+    stack: int  # bytes
+    shared: int  # bytes
+    loads: dict[int, int]  # global loads by width in bytes
+    stores: dict[int, int]
+    fused: int
+    flushes: bool  # some operation flushes subnormals
+    contracts: bool  # the compiler was free to fuse, or did before the last stage
+    threads: int
+
+    def wide(self, accesses: dict[int, int]) -> int:
+        """Bytes that a program moves by accesses of 16 bytes or more, loops counted once."""
+        return self.threads * sum(width * count for width, count in accesses.items() if width >= 16)
+
+
+def problems(case: Case, report: Report) -> list[str]:
+    """What is wrong with a compiled case; empty if nothing."""
+    limits = {"spills": 0, "stack": 0, "shared": case.shared}
+    found = [f"{what} {getattr(report, what)}" for what, limit in limits.items() if getattr(report, what) > limit]
+    for what, wanted in (("loads", case.loads), ("stores", case.stores)):
+        accesses = getattr(report, what)
+        if report.wide(accesses) < wanted:
+            found.append(f"{what} by width {accesses}: fewer than {wanted} bytes a program in 16-byte accesses")
+    if case.exact and (report.contracts or report.flushes):
+        found.append("multiply-adds are fused" if report.contracts else "subnormals are flushed")
+    return found
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.CompiledKernel:
+    """The launch as Triton would compile it on that GPU: the same types, constants and alignment hints."""
+    signature, constants, hints = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value = {**launch.constants, **launch.arguments}[name]
+        hinted, aligned = not parameter.do_not_specialize, False
+        if isinstance(value, Tensor):
+            signature[name], aligned = POINTERS[value.dtype], value.storage_offset() * value.itemsize % 16 == 0
+        elif name in launch.constants or value is None or (hinted and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, int):
+            signature[name], aligned = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+        else:
+            signature[name] = "fp32"
+        if hinted and aligned:
+            hints[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+def report(case: Case, target: str) -> Report:
+    compiled = compile_launch(case.launch, TARGETS[target])
+    read = _read_nvidia if TARGETS[target].backend == "cuda" else _read_amd
+    return read(compiled, compiled.metadata.num_warps * TARGETS[target].warp_size)
+
+
+def _read_nvidia(compiled: triton.compiler.CompiledKernel, threads: int) -> Report:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        sass = _cuobjdump("--dump-sass", file.name)
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
+    ptx = compiled.asm["ptx"]
+    return Report(
+        registers=registers,
+        spills=local + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        stack=stack,
+        shared=compiled.metadata.shared,
+        loads=_widths(r"\bLDG\.E([.\w]*)", sass),
+        stores=_widths(r"\bSTG\.E([.\w]*)", sass),
+        fused=len(re.findall(r"\bFFMA2?\b", sass)),
+        flushes=".ftz" in ptx,
+        contracts=compiled.metadata.enable_fp_fusion or bool(re.search(r"\b(?:fma|mad)\.\S*f32", ptx)),
+        threads=threads,
+    )
+
+
+def _read_amd(compiled: triton.compiler.CompiledKernel, threads: int) -> Report:
+    text = compiled.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        return int(re.search(rf"{re.escape(key)}:?\s+(\d+)", text)[1])
+
+    return Report(
+        registers=number(".vgpr_count"),
+        spills=number(".vgpr_spill_count") + number(".sgpr_spill_count"),
+        stack=number(".private_segment_fixed_size"),
+        shared=compiled.metadata.shared,
+        loads=_dwords(r"\b(?:global|buffer|flat)_load_(\w+)", text),
+        stores=_dwords(r"\b(?:global|buffer|flat)_store_(\w+)", text),
+        fused=len(re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f32", text)),
+        flushes=number(".amdhsa_float_denorm_mode_32") != 3,
+        contracts=compiled.metadata.enable_fp_fusion or bool(re.search(r"fmuladd|@llvm\.fma", compiled.asm["llir"])),
+        threads=threads,
+    )
+
+
+def _cuobjdump(*arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _widths(pattern: str, sass: str) -> dict[int, int]:
+    """Accesses by width in bytes: LDG.E.128 → 16, LDG.E.U16 → 2, LDG.E → 4."""
+    sizes = [re.search(r"\.[US]?(8|16|64|128|256)\b", suffix) for suffix in re.findall(pattern, sass)]
+    return dict(Counter(int(size[1]) // 8 if size else 4 for size in sizes))
+
+
+def _dwords(pattern: str, text: str) -> dict[int, int]:
+    """Accesses by width in bytes: dwordx4 → 16, dword → 4, ushort or short_d16 → 2."""
+    names = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+    return dict(Counter(names.get(name, 2 if "short" in name else 1) for name in re.findall(pattern, text)))
+
+
+@functools.cache
+def cases() -> dict[str, Case]:
+    """Every kernel, at the shapes of the published and the bundled networks, over dtypes, layouts and options."""
+    return dict([*_noise_cases(), *_update_cases(), *_norm_cases()])
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.float32, nhwc: bool = False) -> Tensor:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return x.to(memory_format=torch.channels_last) if nhwc else x
+
+
+def _slots() -> Tensor:
+    return _tensor(BATCH, dtype=torch.int64)
+
+
+def _noise_cases() -> Iterator[tuple[str, Case]]:
+    quad_bytes = 16 * triton_noise.CONFIG.quads
+    for kind, shape, nhwc in (
+        ("normal", (3, 32, 32), False),
+        ("normal", (3, 32, 32), True),
+        ("normal", (1, 28, 28), False),
+        ("uniform", (3, 32, 32), False),
+        ("normal", (3, 5, 7), False),
+    ):
+        launch = triton_noise.describe(_tensor(BATCH, *shape, nhwc=nhwc), _slots(), _slots(), 3, 0, kind)
+        wide = not nhwc and shape[1] % 2 == 0
+        yield f"noise {kind} {_words(shape, nhwc)}", Case(launch, stores=quad_bytes if wide else 0, exact=True)
+
+
+def _update_cases() -> Iterator[tuple[str, Case]]:
+    quad_bytes = 16 * triton_update.CONFIG.quads
+    for shape, dtype, x_nhwc, score_nhwc, previous, captured in (
+        ((3, 32, 32), torch.bfloat16, False, True, False, True),
+        ((3, 32, 32), torch.bfloat16, False, False, False, True),
+        ((3, 32, 32), torch.float32, False, False, True, True),
+        ((3, 32, 32), torch.float16, False, True, True, True),
+        ((3, 32, 32), torch.float32, True, True, True, True),
+        ((3, 32, 32), torch.float32, False, False, False, False),
+        ((1, 28, 28), torch.float32, False, False, False, True),
+        ((1, 28, 28), torch.bfloat16, False, False, False, True),
+        ((3, 256, 256), torch.bfloat16, False, True, False, True),
+        ((3, 5, 7), torch.float32, False, True, True, True),
+    ):
+        x = _tensor(BATCH, *shape, nhwc=x_nhwc)
+        launch = triton_update.describe(
+            x,
+            _tensor(BATCH, *shape, dtype=dtype, nhwc=score_nhwc),
+            _tensor(9, 4),
+            _tensor(9, dtype=torch.int32),
+            _slots(),
+            _slots() if captured else None,
+            _slots(),
+            _slots(),
+            _slots() if captured else None,
+            _tensor(BATCH, *shape) if previous else None,
+            x if captured else torch.empty_like(x),
+            captured,
+        )
+        wide = not x_nhwc and shape[1] % 2 == 0  # the state; a bfloat16 quad is 8 bytes
+        score_wide = wide and dtype == torch.float32 and not score_nhwc
+        yield (
+            f"update {_words(shape, x_nhwc)} score {_words(dtype, score_nhwc)}"
+            f"{' previous' if previous else ''}{'' if captured else ' pure'}",
+            Case(
+                launch,
+                loads=quad_bytes * (wide + score_wide + (wide and previous)),
+                stores=quad_bytes * wide,
+                exact=True,
+            ),
+        )
+
+
+def _norm_cases() -> Iterator[tuple[str, Case]]:
+    networks = [(128, 32, 32), (256, 16, 16), (64, 28, 28), (128, 14, 14), (32, 28, 28), (64, 14, 14)]
+    variants = [(shape, torch.bfloat16, True, "elu", residual) for shape in networks for residual in (False, True)]
+    variants += [(shape, torch.float32, nhwc, "elu", False) for shape in networks[::2] for nhwc in (True, False)]
+    variants += [((128, 32, 32), torch.bfloat16, True, activation, False) for activation in ("none", "relu", "silu")]
+    variants += [
+        ((128, 32, 32), torch.bfloat16, False, "elu", True),
+        ((128, 32, 32), torch.float16, True, "elu", True),
+        ((128, 256, 256), torch.bfloat16, True, "elu", False),  # several tiles a slab
+        ((1024, 8, 8), torch.bfloat16, True, "none", False),
+        ((5, 7, 3), torch.float32, False, "none", True),  # nothing is aligned
+        ((5, 7, 3), torch.bfloat16, True, "silu", False),
+    ]
+    for shape, dtype, nhwc, activation, residual in variants:
+        x, other = (_tensor(BATCH, *shape, dtype=dtype, nhwc=nhwc) for _ in range(2))
+        gamma, alpha, beta = _tensor(10, 3 * shape[0]).chunk(3, 1)
+        level = _slots()
+        if activation == "none":  # without a level and across-channel term, as in InstanceNorm
+            gamma, alpha, beta, level = gamma[0], None, beta[0], None
+        workspace = _tensor(triton_norm.norm_workspace_size(x))
+        sum_out = torch.empty_like(x) if residual else None
+        stats, apply = triton_norm.describe(
+            x, gamma, alpha, beta, level, activation, other if residual else None, 1e-5, x, sum_out, workspace
+        )
+        tile = stats.constants["CHANNELS"] * min(stats.constants["PIXELS"], stats.constants["SLAB"]) * dtype.itemsize
+        # 16 bytes a thread need an aligned row: all channels of a pixel, or all pixels of a channel.
+        row = (shape[0] if nhwc else shape[1] * shape[2]) * dtype.itemsize
+        tile = tile if row % 16 == 0 else 0
+        words = f"{_words(shape, nhwc)} {_words(dtype)}"
+        if activation in ("elu", "none"):
+            name = f"norm stats {words}{' residual' if residual else ''}{'' if level is not None else ' plain'}"
+            yield name, Case(stats, loads=tile * (1 + residual), stores=tile * residual)
+        if not residual or shape not in networks:
+            yield f"norm apply {words} {activation}", Case(apply, loads=tile, stores=tile)
+
+
+def _words(what: tuple[int, ...] | torch.dtype, nhwc: bool | None = None) -> str:
+    text = "·".join(map(str, what)) if isinstance(what, tuple) else str(what).removeprefix("torch.")
+    return text if nhwc is None else f"{text} {'NHWC' if nhwc else 'NCHW'}"
+
+
+def main(targets: list[str]) -> int:
+    failed = 0
+    for name, case in cases().items():
+        for target in targets or TARGETS:
+            found = report(case, target)
+            wrong = problems(case, found)
+            failed += bool(wrong)
+            print(
+                f"{name:48} {target:7} {found.registers:4} registers {found.shared:6} B shared  "
+                f"loads {found.loads} stores {found.stores}  {'; '.join(wrong) or 'ok'}",
+                flush=True,
+            )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

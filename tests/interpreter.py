@@ -1,0 +1,65 @@
+"""Runs a test file under Triton's interpreter, in a process of its own, and reports each test where it was asked for.
+
+The interpreter has to be chosen before Triton is imported, and then holds for the whole process, which would spoil the
+tests that compile. With a GPU nothing of this happens: the same tests run on CUDA tensors.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+def run_interpreted(module: dict) -> None:
+    """To be called last in a test file, with globals(): without a GPU, its tests report what a child process found."""
+    if DEVICE == "cuda" or INTERPRETED:
+        return
+    for name, test in list(module.items()):
+        if name.startswith("test_"):
+            module[name] = _reporting(test, module["__file__"])
+
+
+def _reporting(test, file: str):
+    @functools.wraps(test)
+    def report(**_):
+        node = os.environ["PYTEST_CURRENT_TEST"].split("::", 1)[1].rsplit(" (", 1)[0]
+        results, output = _run(file)
+        assert node in results, f"{node} did not run in the interpreter:\n{output}"
+        outcome, message = results[node]
+        if outcome == "skipped":
+            pytest.skip(message)
+        if outcome != "passed":
+            pytest.fail(f"in the interpreter: {message}", pytrace=False)
+
+    return report
+
+
+@functools.cache
+def _run(file: str) -> tuple[dict[str, tuple[str, str]], str]:
+    """Name → (passed | skipped | failure | error, text) of every test of the file, and what pytest printed."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", file, "-p", "no:cacheprovider", f"--junitxml={report}"]
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        cases = ElementTree.parse(report).iter("testcase") if report.exists() else ()
+        results = {case.get("name"): _outcome(case) for case in cases}
+    return results, finished.stdout + finished.stderr
+
+
+def _outcome(case: ElementTree.Element) -> tuple[str, str]:
+    for child in case:
+        if child.tag == "skipped":
+            return "skipped", child.get("message")
+        if child.tag in ("failure", "error"):
+            return child.tag, child.text
+    return "passed", ""

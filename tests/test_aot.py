@@ -1,0 +1,95 @@
+"""Every Triton kernel, compiled for every supported GPU without one: no spill, no stack frame, wide accesses, and no
+fused multiply-add where the definition forbids it. Two processes share the work; each case reports on its own."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from sgm_engine.kernels import aot, triton_noise
+from sgm_engine.kernels.launch import Launch
+
+EXACT = triton_noise.EXACT
+
+
+@triton.jit
+def roots_kernel(x_ptr, y_ptr, QUADS: tl.constexpr):
+    """The two rounded square roots that four normals need, and nothing else."""
+    i = tl.program_id(0) * QUADS + tl.arange(0, QUADS)
+    x, y = tl.load(x_ptr + i), tl.load(y_ptr + i)
+    tl.store(x_ptr + i, tl.sqrt_rn(x))
+    tl.store(y_ptr + i, tl.sqrt_rn(y))
+
+
+@triton.jit
+def many_values_kernel(x_ptr, y_ptr, QUADS: tl.constexpr):
+    """Keeps a whole row of products alive across a sum: more values than there are registers."""
+    i = tl.arange(0, QUADS)
+    x = tl.load(x_ptr + i)
+    for _ in range(3):
+        x = x * tl.sum(x * x)
+    tl.store(y_ptr + i, x)
+
+
+def launch(kernel, quads: int, **options) -> Launch:
+    x, y = (torch.empty(quads, device="meta") for _ in range(2))
+    return Launch(kernel, 1, {"x_ptr": x, "y_ptr": y}, {"QUADS": quads}, options)
+
+
+def compile_case(name: str, target: str) -> aot.Report:
+    if name == "roots":
+        options = {"num_warps": triton_noise.CONFIG.warps, **EXACT}
+        return aot.report(aot.Case(launch(roots_kernel, triton_noise.CONFIG.quads, **options)), target)
+    return aot.report(aot.cases()[name], target)
+
+
+@pytest.fixture(scope="session")
+def compiled(request, tmp_path_factory):
+    """(name, target) → future Report, for the tests that were selected."""
+    selected = [item.callspec.params for item in request.session.items if item.originalname == "test_compiles_well"]
+    wanted = dict.fromkeys([("roots", p["target"]) for p in selected] + [(p["name"], p["target"]) for p in selected])
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        yield {job: pool.submit(compile_case, *job) for job in wanted}
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("name", aot.cases())
+def test_compiles_well(name, target, compiled):
+    case, report = aot.cases()[name], compiled[name, target].result()
+    assert aot.problems(case, report) == []
+    if case.exact:  # the only multiply-adds are those inside the rounded square roots
+        roots = compiled["roots", target].result().fused
+        assert report.fused == (0 if "uniform" in name else roots)
+
+
+# The gates can fail ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_contraction_is_seen(target, cache):
+    case = aot.cases()["noise normal 3·32·32 NCHW"]
+    fused = replace(case, launch=replace(case.launch, options={"num_warps": 4}))
+    report = aot.report(fused, target)
+    assert aot.problems(fused, report) == ["multiply-adds are fused"]
+    assert report.fused > 2 * compile_case("roots", target).fused
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_spills_and_narrow_accesses_are_seen(target, cache):
+    case = aot.Case(launch(many_values_kernel, 2**15, num_warps=1), loads=2**17, stores=2**17)
+    found = aot.problems(case, aot.report(case, target))
+    assert any(line.startswith("spills") for line in found), found
+    case = aot.cases()["update 3·32·32 NHWC score float32 NHWC previous"]
+    found = aot.problems(replace(case, loads=10**6), aot.report(case, target))
+    assert len(found) == 1 and found[0].startswith("loads by width"), found
