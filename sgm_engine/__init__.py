@@ -8,18 +8,20 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sgm_engine.bundled import load_bundled
     from sgm_engine.checkpoint import load_checkpoint
-    from sgm_engine.engine import Engine, StepInfo
+    from sgm_engine.engine import Engine
     from sgm_engine.errors import Cancelled, CaptureFailed, EngineBusy, EngineError, SampleDiverged
     from sgm_engine.plan import Plan, ancestral, annealed_langevin, consistent_annealed, ddim, reverse_diffusion
+    from sgm_engine.progress import StepInfo
     from sgm_engine.schedule import geometric
 
 # Imported when first asked for, so that `import sgm_engine` and `sgm --help` do not wait for PyTorch.
 _MODULES = {
     "bundled": ("load_bundled",),
     "checkpoint": ("load_checkpoint",),
-    "engine": ("Engine", "StepInfo"),
+    "engine": ("Engine",),
     "errors": ("Cancelled", "CaptureFailed", "EngineBusy", "EngineError", "SampleDiverged"),
     "plan": ("Plan", "ancestral", "annealed_langevin", "consistent_annealed", "ddim", "reverse_diffusion"),
+    "progress": ("StepInfo",),
     "schedule": ("geometric",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

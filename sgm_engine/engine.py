@@ -11,68 +11,23 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sgm_engine.checks import check_int, check_shape, place
 from sgm_engine.errors import Cancelled, CaptureFailed, Divergence, EngineBusy, SampleDiverged
 from sgm_engine.executor import EagerExecutor, Executor, make_executor
 from sgm_engine.network import Network
 from sgm_engine.plan import Plan, annealed_langevin
+from sgm_engine.progress import Stats, StepInfo, progress_bar
 from sgm_engine.schedule import check_sigmas, nearest_level
 from sgm_engine.slots import NO_BAD_ROW, Job, Slots, Tables, to_device
 
 STRIDE = 16  # steps between two looks at the cancel flag
 MAX_ID, MAX_SEED = 2**56, 2**64
-
-
-@dataclass
-class Stats:
-    """Counts since the engine was made.
-
-    steps: network calls, each on the whole batch · nfe: evaluations that advanced a sample
-    harvested: samples finished · captures: graphs captured
-    """
-
-    steps: int = 0
-    nfe: int = 0
-    harvested: int = 0
-    captures: int = 0
-
-
-class StepInfo:
-    """One step, as a callback sees it; k live slots. Valid during the call only.
-
-    step: steps since the request began · sample_ids, rows, levels, sigmas: length k · x: [k, C, H, W] after the step
-    denoised: [k, C, H, W], x + σ²·score before the step: the network's estimate of the clean image
-    """
-
-    def __init__(self, step: int, slots: Slots, live: list[int], x_before: Tensor, score: Tensor):
-        jobs = [slots.jobs[i] for i in live]
-        self.step = step
-        self.sample_ids = [job.sample_id for job in jobs]
-        self.rows = [slots.done[i] - 1 for i in live]
-        self.levels = [int(job.plan.level[row]) for job, row in zip(jobs, self.rows, strict=True)]
-        self.sigmas = [float(job.plan.sigma[row]) for job, row in zip(jobs, self.rows, strict=True)]
-        self._slots, self._live, self._x_before, self._score = slots, live, x_before, score
-
-    @cached_property
-    def x(self) -> Tensor:
-        return self._pick(self._slots.x)
-
-    @cached_property
-    def denoised(self) -> Tensor:
-        x, score = self._pick(self._x_before), self._pick(self._score).float()
-        variance = torch.tensor(self.sigmas, dtype=torch.float32, device=x.device).square()[:, None, None, None]
-        return x + variance * score
-
-    def _pick(self, t: Tensor) -> Tensor:
-        k = len(self._live)
-        return t[:k] if self._live[-1] == k - 1 else t[to_device(self._live, t.device)]
 
 
 class Engine:
@@ -110,10 +65,10 @@ class Engine:
                 "sigmas: the model has no .sigmas, so pass sigmas=[…], its noise levels in descending order"
             )
         self.sigmas = check_sigmas(sigmas)
-        self.shape = _check_shape(getattr(model, "shape", None) if shape is None else shape)
-        self.device = _place(model, device)
+        self.shape = check_shape(getattr(model, "shape", None) if shape is None else shape)
+        self.device = place(model, device)
         on_gpu = self.device.type == "cuda"
-        self.batch = _check_int("batch", (128 if on_gpu else 16) if batch is None else batch, 1)
+        self.batch = check_int("batch", (128 if on_gpu else 16) if batch is None else batch, 1)
         self._auto = executor == "auto"
         self._network = Network(model, precision, self.device)
         self._executor = make_executor(executor, self._network)
@@ -159,8 +114,8 @@ class Engine:
 
         callback: called after every step. progress: a bar on stderr. SampleDiverged, Cancelled: carry what is finished.
         """
-        n, first_id = _check_int("n", n, 0), _check_int("first_id", first_id, 0, MAX_ID)
-        ids = range(first_id, _check_int("first_id + n", first_id + n, 0, MAX_ID + 1))
+        n, first_id = check_int("n", n, 0), check_int("first_id", first_id, 0, MAX_ID)
+        ids = range(first_id, check_int("first_id + n", first_id + n, 0, MAX_ID + 1))
         plan, seed = self._check(plan, seed, callback)
         out = torch.zeros(n, *self.shape, device=self.device)
         bad_row = torch.full((n,), NO_BAD_ROW, device=self.device)
@@ -236,9 +191,9 @@ class Engine:
         slots, executor, stats = self._slots, self._executor, self._stats
         rows = self._tables.add(plan)
         executor = self._sync()
-        jobs = (Job(_check_int("sample_ids", i, 0, MAX_ID), seed, plan, rows) for i in ids)
+        jobs = (Job(check_int("sample_ids", i, 0, MAX_ID), seed, plan, rows) for i in ids)
         step = 0
-        with _bar(total, plan.nfe, progress) as advance:
+        with progress_bar(total, plan.nfe, progress) as advance:
             slots.refill(jobs)
             while (live := slots.live) and not self._cancel.is_set():
                 steps = 1 if callback else min(slots.steps_to_harvest(), STRIDE)
@@ -315,64 +270,8 @@ class Engine:
             raise ValueError(
                 f"plan row {plan.d.nonzero()[0][0]} has d != 0, but executors keep no history yet: use rows with d = 0"
             )
-        return plan, _check_int("seed", seed, 0, MAX_SEED)
-
-
-def _check_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < low or (high is not None and value >= high):
-        raise ValueError(
-            f"{name} must be at least {low}{f' and below 2**{high.bit_length() - 1}' if high else ''}, got {value}"
-        )
-    return int(value)
-
-
-def _check_shape(shape: object) -> tuple[int, int, int]:
-    if shape is None:
-        raise ValueError("shape: the model has no .shape, so pass shape=(C, H, W), that of one sample")
-    shape = tuple(shape)
-    if len(shape) != 3:
-        raise ValueError(f"shape must be (C, H, W), got {shape}")
-    return tuple(_check_int("shape", s, 1) for s in shape)
-
-
-def _place(model: object, device: torch.device | str | None) -> torch.device:
-    """The device of the model, which is moved there if another one was asked for."""
-    tensors = chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
-    home = next((t.device for t in tensors), None)
-    if device is None:
-        return home or torch.device("cpu")
-    device = torch.device(device)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(
-                f"device='{device}' needs a CUDA build of PyTorch and a GPU; there is none: use device='cpu'"
-            )
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    if home not in (None, device):
-        model.to(device)
-    return device
+        return plan, check_int("seed", seed, 0, MAX_SEED)
 
 
 def _divergence(sample_id: int, plan: Plan, row: int) -> Divergence:
     return Divergence(sample_id, row, int(plan.level[row]), float(plan.sigma[row]))
-
-
-@contextmanager
-def _bar(total: int | None, nfe: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A function to tell of evaluations done; with ``show`` a bar of samples, each step a fraction of them."""
-    if not show:
-        yield lambda evaluations: None
-        return
-    from tqdm import tqdm
-
-    done = 0
-
-    def advance(evaluations: int) -> None:
-        nonlocal done
-        done += evaluations
-        bar.update(done // nfe - bar.n)
-
-    with tqdm(total=total, unit="sample") as bar:
-        yield advance

@@ -142,7 +142,7 @@ EXECUTORS = ("auto", "eager", "native", "graph")
 
 
 def make_executor(name: str, network: Network) -> Executor:
-    """The executor called ``name``. "auto": "graph" on a GPU, "native" on a CPU if it can run the model, else "eager"."""
+    """The executor called ``name``. "auto": "graph" on a GPU; on a CPU "native" if it can, else "eager"."""
     if name not in EXECUTORS:
         raise ValueError(f"executor must be one of {EXECUTORS}, got {name!r}")
     device = network.device

@@ -31,6 +31,10 @@ class Value(NamedTuple):
     width: int
 
 
+def _sum(t: Tensor) -> float:
+    return t.detach().sum(dtype=torch.float64).item()
+
+
 @dataclass
 class _Weights:
     """Parameters that C++ keeps a packed copy of: how to pack them, and what they were when it last happened."""
@@ -40,7 +44,8 @@ class _Weights:
     seen: tuple | None = None
 
     def state(self) -> tuple:
-        return tuple(None if t is None else (t.data_ptr(), t._version) for t in self.tensors)
+        """Where the parameters are and what they hold: a version does not count what is written through ``.data``."""
+        return tuple(None if t is None else (t.data_ptr(), t._version, _sum(t)) for t in self.tensors)
 
     def refresh(self) -> bool:
         if self.seen == self.state():
