@@ -1,0 +1,70 @@
+"""The Langevin update on the CPU against PyTorch: ``pytest bench/test_update.py``.
+
+Each case checks the result first, then reports ratios, above 1 where the kernel is faster: eager (x + α·s + c·randn) and
+compiled (torch.compile of the same formula), and fails below 3 and 1. share: the time of a copy of as many bytes as the
+update must move, from buffers that no cache holds, over the update's time. Making the noise, not memory, is the limit
+here: ``quiet`` is the share of a row without noise.
+"""
+
+import time
+
+import pytest
+import torch
+
+from bench.common import about, copier, paired_ratio
+from sgm_engine import _C
+from sgm_engine.kernels import ops, reference
+
+SHAPES = ((32, 128, 32, 32), (32, 256, 16, 16), (32, 64, 28, 28))
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+STEP, NOISE = 1e-3, 0.04
+
+
+def formula(x, score):
+    return x + STEP * score + NOISE * torch.randn_like(x)
+
+
+@pytest.fixture(params=[1, 2], ids=["1t", "2t"])
+def threads(request):
+    before = torch.get_num_threads(), _C.num_threads()
+    torch.set_num_threads(request.param)
+    _C.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before[0])
+    _C.set_num_threads(before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_update(benchmark, shape, layout, dtype, threads):
+    x, score = (torch.randn(shape).contiguous(memory_format=LAYOUTS[layout]) for _ in "xs")
+    score = score.to(dtype)
+    coef = torch.tensor([[1.0, STEP, NOISE, 0.0], [1.0, STEP, 0.0, 0.0]])
+    draw, ids = torch.tensor([1, 2], dtype=torch.int32), torch.arange(shape[0])
+    rows = [torch.full_like(ids, row) for row in (0, 1)]
+    ours, quiet = (lambda row=row: ops.langevin_update(x, score, coef, draw, row, ids, ids) for row in rows)
+
+    z = reference.noise(shape, ids, ids, 1)
+    torch.testing.assert_close(ours(), reference.langevin_update(x, score, coef, rows[0], z), rtol=0, atol=1e-6)
+
+    torch._dynamo.reset()
+    fused = torch.compile(formula, dynamic=False)
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    with torch.no_grad():
+        eager = paired_ratio(lambda: formula(x, score), ours, clock=clock)
+        compiled = paired_ratio(lambda: fused(x, score), ours, clock=clock)
+        copy, copied = copier()
+        moved = 2 * x.nbytes + score.nbytes
+        share, quiet_share = (paired_ratio(copy, f, clock=clock).median * moved / copied for f in (ours, quiet))
+        benchmark.pedantic(ours, rounds=20, warmup_rounds=2)
+    ratios = {
+        "eager": str(eager),
+        "compiled": str(compiled),
+        "share of copy": round(share, 2),
+        "quiet": round(quiet_share, 2),
+    }
+    benchmark.extra_info |= about(dtype=dtype) | {"threads": threads} | ratios
+    print(f"\n{shape} {layout} {dtype} {threads}t: {ratios}")
+    assert eager.median >= 3, f"only {eager} times as fast as eager PyTorch"
+    assert compiled.median > 1, f"only {compiled} times as fast as torch.compile"
