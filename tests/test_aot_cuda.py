@@ -25,7 +25,17 @@ def nvcc(name: str, *options: str) -> tuple[bytes, str]:
     fmad = ["--fmad=false"] if name.startswith(EXACT) else []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        command = [NVCC, "-std=c++17", "-O3", f"-I{CSRC}", *fmad, *options, str(CSRC / "cuda" / f"{name}.cu"), "-o", str(out)]
+        command = [
+            NVCC,
+            "-std=c++17",
+            "-O3",
+            f"-I{CSRC}",
+            *fmad,
+            *options,
+            str(CSRC / "cuda" / f"{name}.cu"),
+            "-o",
+            str(out),
+        ]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         return out.read_bytes(), run.stdout + run.stderr

@@ -50,7 +50,9 @@ def device(request, monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if cuda.library() is None:
-        pytest.fail("there is a CUDA device but libsgm_cuda.so is not built: SGM_WITH_CUDA=1 python setup.py build_ext --inplace")
+        pytest.fail(
+            "there is a CUDA device but libsgm_cuda.so is not built: SGM_WITH_CUDA=1 python setup.py build_ext --inplace"
+        )
     return "cuda"
 
 
@@ -67,7 +69,9 @@ def bits(t):
 
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
 @each_layout
-@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 1, 4, 4), (3, 3, 5, 7), (2, 5, 3, 3), (1, 3, 40, 40), (2, 6, 4, 4)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 8, 8), (1, 1, 4, 4), (3, 3, 5, 7), (2, 5, 3, 3), (1, 3, 40, 40), (2, 6, 4, 4)]
+)
 def test_noise_is_the_definition(device, shape, layout, kind):
     seed = torch.tensor([-(2**63), 2**63 - 1, 12345])[: shape[0]]
     sample_id = torch.tensor([2**56 - 1, 0, 2**32])[: shape[0]]
@@ -129,9 +133,13 @@ def test_update_is_the_definition(device, shape, layouts, score_dtype):
     stop[1] = state["row"][1]  # idle
     bad_row = torch.full((shape[0],), NO_BAD_ROW, device=device)
     row = state["row"].clone()
-    want = definition(x.cpu().numpy(), score.float().cpu().numpy(), *(state[k].cpu().numpy() for k in state), previous.cpu().numpy())
+    want = definition(
+        x.cpu().numpy(), score.float().cpu().numpy(), *(state[k].cpu().numpy() for k in state), previous.cpu().numpy()
+    )
     want[1] = x[1].cpu().numpy()
-    cuda.langevin_update(x, score, *plan(device), row, stop, state["seed"], state["sample_id"], bad_row, previous, x, True)
+    cuda.langevin_update(
+        x, score, *plan(device), row, stop, state["seed"], state["sample_id"], bad_row, previous, x, True
+    )
     assert (bits(x) == want.view(np.uint32)).all()
     live = torch.ones(shape[0], dtype=torch.int64, device=device)
     live[1] = 0
@@ -145,7 +153,9 @@ def test_update_out_of_place_changes_nothing_else(device, layout):
     state = {k: v.to(device) for k, v in slots(3).items()}
     before = x.clone(), {k: v.clone() for k, v in state.items()}
     out = poisoned(x.shape, layout, device=device)
-    cuda.langevin_update(x, score, *plan(device), state["row"], None, state["seed"], state["sample_id"], None, None, out, False)
+    cuda.langevin_update(
+        x, score, *plan(device), state["row"], None, state["seed"], state["sample_id"], None, None, out, False
+    )
     want = definition(x.cpu().numpy(), score.float().cpu().numpy(), *(state[k].cpu().numpy() for k in state))
     assert (bits(out) == want.view(np.uint32)).all()
     assert torch.equal(x, before[0]) and all(torch.equal(state[k], before[1][k]) for k in state)
@@ -199,7 +209,10 @@ def check_norm(device, shape, dtype, layout, variant, activation="elu", residual
         total = torch.full_like(out, float("nan"))
     workspace = torch.full((cuda.norm_workspace_size(x),), float("nan"), device=device)
     table = on(embedding)
-    views = {k: table[:, i * channels : (i + 1) * channels] if levels > 1 else table[0, i * channels : (i + 1) * channels] for i, k in enumerate("gab")}
+    views = {
+        k: table[:, i * channels : (i + 1) * channels] if levels > 1 else table[0, i * channels : (i + 1) * channels]
+        for i, k in enumerate("gab")
+    }
     views = [views[k] if k in terms else None for k in "gab"]
     cuda.norm(on(x), *views, on(level), activation, on(r), 1e-5, out, total, workspace, variant)
 
@@ -215,7 +228,15 @@ def check_norm(device, shape, dtype, layout, variant, activation="elu", residual
     return out
 
 
-SHAPES = [(2, 16, 8, 8), (3, 24, 5, 7), (1, 64, 28, 28), (2, 131, 3, 3), (1, 128, 16, 16), (1, 2, 100, 96), (1, 8, 1, 1)]
+SHAPES = [
+    (2, 16, 8, 8),
+    (3, 24, 5, 7),
+    (1, 64, 28, 28),
+    (2, 131, 3, 3),
+    (1, 128, 16, 16),
+    (1, 2, 100, 96),
+    (1, 8, 1, 1),
+]
 
 
 @pytest.mark.parametrize("variant", ["auto", "portable"])
@@ -227,7 +248,15 @@ def test_norm(device, shape, dtype, layout, variant):
 
 
 # PERFORMANCE's shapes; pixels that do not divide among the blocks; a last block without any; all the channels that fit.
-CLUSTER = [(2, 128, 32, 32), (3, 256, 16, 16), (1, 64, 28, 28), (1, 32, 3, 7), (5, 8, 31, 31), (1, 512, 1, 17), (1, 1024, 1, 17)]
+CLUSTER = [
+    (2, 128, 32, 32),
+    (3, 256, 16, 16),
+    (1, 64, 28, 28),
+    (1, 32, 3, 7),
+    (5, 8, 31, 31),
+    (1, 512, 1, 17),
+    (1, 1024, 1, 17),
+]
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -255,7 +284,11 @@ def test_norm_of_a_large_mean(device, variant):
 
 @pytest.mark.parametrize("variant", ["cluster", "portable"])
 def test_norm_in_place(device, variant):
-    x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(5)).to(device).contiguous(memory_format=torch.channels_last)
+    x = (
+        torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(5))
+        .to(device)
+        .contiguous(memory_format=torch.channels_last)
+    )
     apart = torch.full_like(x, float("nan"))
     workspace = torch.empty(cuda.norm_workspace_size(x), device=device)
     for out in (apart, x):
