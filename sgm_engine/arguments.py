@@ -8,6 +8,7 @@ from collections.abc import Callable
 import sgm_engine
 
 PLANS = ("annealed_langevin", "consistent_annealed", "reverse_diffusion", "ancestral", "ddim")
+EXECUTORS = ("auto", "eager", "native", "graph")
 PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta")
 MAX_ID, MAX_SEED = 2**56, 2**64
 
@@ -98,7 +99,8 @@ def _sample(p: Parser) -> Parser:
         help="samples computed together; bits hold at one batch (default: 16 on a CPU, 128 on a GPU)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
     add("--precision", choices=("float32", "bfloat16"), default="float32", help="of the network (default: float32)")
-    add("--executor", choices=("auto", "eager", "graph"), default="auto", help="graph: one CUDA graph, replayed")
+    add("--executor", choices=EXECUTORS, default="auto",
+        help="auto: graph (one CUDA graph, replayed) on a GPU; native (all in C++) or eager on a CPU")  # fmt: skip
 
     group = p.add_argument_group("output")
     add = group.add_argument

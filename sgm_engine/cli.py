@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         return _complain(USAGE, error)
     except KeyboardInterrupt:
         return _complain(INTERRUPTED, "interrupted; nothing is half-written")
-    except (OSError, MemoryError, RuntimeError) as error:  # a full disk, a folder that went away, a batch too large
+    except (OSError, MemoryError, RuntimeError, ValueError) as error:  # a full disk, a batch too large, …
         if DEBUG:
             raise
         return _complain(FAULT, f"{str(error) or type(error).__name__} (SGM_DEBUG=1 shows where)")
@@ -51,6 +51,7 @@ def sample(args: argparse.Namespace) -> int:
     with _bad_input():
         ids, out, gif = _targets(args)
         engine, plan, weights = _engine(args)
+        processor = _processor(engine.device)
         if gif or out.form in ("grid", "folder"):
             from sgm_engine.images import check_channels
 
@@ -76,7 +77,7 @@ def sample(args: argparse.Namespace) -> int:
             DIVERGED, f"all {len(diverged)} samples became non-finite, nothing is written: {_some(diverged)}"
         )
     options = ", ".join(f"{name}={value}" for name, value in plan.metadata.items())
-    how = f"{args.precision} on {_processor(engine.device)}, executor {engine.executor}, batch {engine.batch}"
+    how = f"{args.precision} on {processor}, executor {engine.executor}, batch {engine.batch}"
     about = {"sgm_engine": sgm_engine.__version__, "weights": weights.name, "seed": str(args.seed), "how": how}
     out.write(samples[: len(drawn)], drawn, about | {"plan": plan.to_json()})
     if film:

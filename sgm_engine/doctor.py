@@ -23,6 +23,7 @@ def facts() -> dict[str, Any]:
         "cpu": _cpu(),
         "gpu": _gpu(),
         "ops": _ops(),
+        "executor": _executor(),
         "weights": _weights(),
     }
 
@@ -106,7 +107,7 @@ def _ops() -> dict[str, str]:
         try:
             found = ops.launchers(device)
             backends[device] = [_backend(getattr(found, launcher).__module__) for launcher in OPS.values()]
-        except (ImportError, RuntimeError) as error:
+        except (ImportError, RuntimeError, ValueError) as error:
             backends[device] = [f"none: {error}"] * len(OPS)
     rows = zip(OPS, backends["cpu"], backends["cuda"], strict=True)
     return {op: f"CPU tensors: {cpu}; CUDA tensors: {cuda}" for op, cpu, cuda in rows}
@@ -118,6 +119,26 @@ def _backend(module: str) -> str:
         native, why = _native()
         return f"C++ ({native.isa()})" if native else f"none: {why}"
     return f"Triton {_version('triton')}" if name.startswith("triton") else name
+
+
+def _executor() -> dict[str, str]:
+    """What executor="auto" comes to for the bundled weights, by precision."""
+    try:
+        import torch
+
+        from sgm_engine.bundled import load_bundled
+        from sgm_engine.native import refusal
+
+        if torch.cuda.is_available():
+            return {"auto": "graph: there is a GPU"}
+        model, _ = load_bundled()
+        refused = {precision: refusal(model, precision) for precision in ("float32", "bfloat16")}
+        return {
+            p: "native: no GPU, and it takes this model whole" if why is None else f"eager: {why}"
+            for p, why in refused.items()
+        }
+    except (ImportError, ValueError, RuntimeError) as error:
+        return {"auto": f"none: {error}"}
 
 
 def _gpu() -> dict[str, str]:
