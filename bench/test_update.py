@@ -1,9 +1,9 @@
 """The Langevin update on the CPU against PyTorch: ``pytest bench/test_update.py``.
 
-Each case checks the result first, then reports ratios, above 1 where the kernel is faster: eager (x + α·s + c·randn) and
-compiled (torch.compile of the same formula), and fails below 3 and 1. share: the time of a copy of as many bytes as the
-update must move, from buffers that no cache holds, over the update's time. Making the noise, not memory, is the limit
-here: ``quiet`` is the share of a row without noise.
+Each case checks the result first, then reports ratios, above 1 where the kernel is faster: eager (x + α·s + c·randn)
+and compiled (torch.compile of the same formula), and fails below 3 and 1. share of copy: the time of a copy of as many
+bytes as the update must move, from buffers that no cache holds, over the update's time. Making the noise, not memory,
+is the limit here: quiet is the share of a row without noise.
 """
 
 import time
@@ -43,17 +43,23 @@ def test_update(benchmark, shape, layout, dtype, threads):
     coef = torch.tensor([[1.0, STEP, NOISE, 0.0], [1.0, STEP, 0.0, 0.0]])
     draw, ids = torch.tensor([1, 2], dtype=torch.int32), torch.arange(shape[0])
     rows = [torch.full_like(ids, row) for row in (0, 1)]
-    ours, quiet = (lambda row=row: ops.langevin_update(x, score, coef, draw, row, ids, ids) for row in rows)
+    stop, bad_row = ids + 2, torch.full_like(ids, ops.NO_BAD_ROW)
 
     z = reference.noise(shape, ids, ids, 1)
-    torch.testing.assert_close(ours(), reference.langevin_update(x, score, coef, rows[0], z), rtol=0, atol=1e-6)
+    result = ops.langevin_update(x, score, coef, draw, rows[0], ids, ids)
+    torch.testing.assert_close(result, reference.langevin_update(x, score, coef, rows[0], z), rtol=0, atol=1e-6)
 
+    def update(row):  # in place, as the engine runs it
+        launch(state, score, coef, draw, row, stop, ids, ids, bad_row, None, state, False)
+
+    launch, state = ops.launchers("cpu").langevin_update, x.clone()
+    ours, quiet = (lambda row=row: update(row) for row in rows)
     torch._dynamo.reset()
     fused = torch.compile(formula, dynamic=False)
     clock = time.thread_time if threads == 1 else time.perf_counter
     with torch.no_grad():
         eager = paired_ratio(lambda: formula(x, score), ours, clock=clock)
-        compiled = paired_ratio(lambda: fused(x, score), ours, clock=clock)
+        compiled = paired_ratio(lambda: fused(x, score), ours, pairs=6, clock=clock)
         copy, copied = copier()
         moved = 2 * x.nbytes + score.nbytes
         share, quiet_share = (paired_ratio(copy, f, clock=clock).median * moved / copied for f in (ours, quiet))
