@@ -1,0 +1,129 @@
+"""Find the norms that ``noise_conditioned_norm`` computes in a user's module: by their parameters and by what they do.
+
+A candidate is a module whose only parameters are one embedding [L, k·C] or one to three vectors [C]. Its copy
+in float64, with random parameters, is called on random images; they have the roles that make the reference agree.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import permutations
+
+import torch
+from torch import Tensor, nn
+
+from sgm_engine.kernels import ops, reference
+
+TOLERANCE = 1e-9  # in float64
+ROLES = {
+    3: list(permutations(("gamma", "alpha", "beta"))),
+    2: [*permutations(("gamma", "beta")), *permutations(("gamma", "alpha"))],
+    1: [("gamma",), ("beta",), ("alpha",)],
+}
+
+
+class FusedNorm(nn.Module):
+    """noise_conditioned_norm with the parameters of the module that it stands for, read from there at every call.
+
+    roles: of the chunks of the embedding's rows (conditional), or role → name of the parameter.
+    """
+
+    def __init__(self, source: nn.Module, roles: tuple[str, ...] | dict[str, str], channels: int, eps: float):
+        super().__init__()
+        self.source, self.roles, self.channels, self.eps = source, roles, channels, eps
+        self.conditional = isinstance(roles, tuple)
+        self.embedding = _embedding(source) if self.conditional else None
+
+    def forward(self, x: Tensor, level: Tensor | None = None, activation: str = "none", residual: Tensor | None = None):
+        if self.conditional:
+            parameters = dict(zip(self.roles, self.embedding.weight.split(self.channels, dim=1), strict=True))
+        else:
+            parameters = {role: getattr(self.source, name) for role, name in self.roles.items()}
+        level = level if self.conditional else None
+        return ops.noise_conditioned_norm(
+            x, **parameters, level=level, activation=activation, residual=residual, eps=self.eps
+        )
+
+
+def recognise(module: nn.Module) -> FusedNorm | str | None:
+    """What computes the same; None if module is nothing like a norm; if it is like one but differs, why it is left."""
+    if isinstance(module, nn.GroupNorm):
+        return "GroupNorm is not among the fused norms"
+    if isinstance(module, nn.InstanceNorm2d):
+        if module.track_running_stats:
+            return "InstanceNorm2d with running statistics"
+        roles = {"gamma": "weight", "beta": "bias"} if module.affine else {}
+        return _without_hooks(module) or FusedNorm(module, roles, module.num_features, module.eps)
+    parameters = dict(module.named_parameters())
+    if type(module).__module__.startswith("torch.nn.") or not 1 <= len(parameters) <= 3:
+        return None
+    embedding = _embedding(module)
+    if embedding is None and (any("." in name or p.dim() != 1 for name, p in parameters.items())):
+        return None
+    if len({p.shape for p in parameters.values()}) > 1:
+        return None
+    if any(p.dtype != torch.float32 for p in parameters.values()):
+        return "its parameters are not float32"
+    return _without_hooks(module) or _by_behaviour(module, embedding is not None)
+
+
+def _embedding(module: nn.Module) -> nn.Embedding | None:
+    """The embedding that holds all of the module's parameters, if that is how it is made."""
+    owners = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
+    return owners[0] if len(owners) == 1 and type(owners[0]) is nn.Embedding else None
+
+
+def _without_hooks(module: nn.Module) -> str | None:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "it has hooks" if any(hooks) else None
+
+
+@torch.no_grad()
+def _by_behaviour(module: nn.Module, conditional: bool) -> FusedNorm | str:
+    names = [name for name, _ in module.named_parameters()]
+    device = next(module.parameters()).device
+    random = torch.Generator(device).manual_seed(0)
+    try:
+        probe = copy.deepcopy(module).double()
+    except Exception as error:
+        return f"it cannot be copied for a trial ({error})"
+    for p in probe.parameters():
+        p.copy_(torch.randn(p.shape, generator=random, device=device, dtype=torch.float64))
+    values = list(probe.parameters())
+    for parts in (3, 2, 1) if conditional else (len(values),):
+        channels, rest = divmod(values[0].shape[-1], parts if conditional else 1)
+        if rest or channels < 2:
+            continue
+        # Three samples of different offset and spread: the smallest spread shows eps.
+        x = torch.randn(3, channels, 5, 4, generator=random, device=device, dtype=torch.float64)
+        x = x * torch.tensor([1, 0.01, 3.0], device=device)[:, None, None, None].double() + x.mean((2, 3), keepdim=True)
+        level = torch.tensor([0, values[0].shape[0] - 1, values[0].shape[0] // 2], device=device)
+        found = _called(probe, x, level, conditional)
+        if found is None:
+            continue
+        chunks = values[0].split(channels, dim=1) if conditional else values
+        for roles in ROLES[parts]:
+            for eps in _epsilons(module):
+                given = dict(zip(roles, chunks, strict=True))
+                expected = reference.noise_conditioned_norm(x, **given, level=level if conditional else None, eps=eps)
+                if (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
+                    pairs = roles if conditional else dict(zip(roles, names, strict=True))
+                    return FusedNorm(module, pairs, channels, eps)
+    return "it has the parameters of a norm and computes something else"
+
+
+def _called(probe: nn.Module, x: Tensor, level: Tensor, conditional: bool) -> Tensor | None:
+    """What a candidate makes of x; one without level may still take one and ignore it."""
+    for arguments in ((x, level),) if conditional else ((x,), (x, level)):
+        try:
+            found = probe(*arguments)
+        except Exception:  # x has not its number of channels, or it is no norm
+            continue
+        if isinstance(found, Tensor) and found.shape == x.shape:
+            return found
+    return None
+
+
+def _epsilons(module: nn.Module) -> Iterator[float]:
+    yield from dict.fromkeys([*(m.eps for m in module.modules() if isinstance(getattr(m, "eps", None), float)), 1e-5])

@@ -1,0 +1,295 @@
+"""Exact rewrites of a traced network: norms with their activation and sum, pooling, upsampling, sums from zero."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from sgm_engine.recognise import FusedNorm
+
+ADDS = (operator.add, torch.add)
+ZEROS = (torch.zeros, torch.zeros_like)
+ACTIVATIONS = {
+    F.elu: "elu", F.silu: "silu", F.relu: "relu", torch.relu: "relu", torch.relu_: "relu",
+    "relu": "relu", "relu_": "relu", nn.ELU: "elu", nn.ReLU: "relu", nn.SiLU: "silu",
+}  # fmt: skip
+FRESH = (*ADDS, *ZEROS, operator.mul, operator.truediv, operator.sub, F.interpolate, F.elu, F.relu, F.silu, F.avg_pool2d,
+         F.max_pool2d, F.conv2d, torch.conv2d)  # fmt: skip
+
+
+class Left(Exception):
+    """Why a graph is not rewritten."""
+
+
+class PooledConv(nn.Module):
+    """conv, then a 2×2 mean, as one convolution of stride 2 whose kernel is one wider: ¼·Σ of the four shifted kernels.
+
+    kernel: a buffer derived from conv.weight. It is rewritten, in place, as soon as the weight's version or memory has
+    changed; under a gradient to the weight it is derived anew, differentiably.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self._conv = (conv,)  # in a tuple: the user's, not registered here
+        self.register_buffer("kernel", widened(conv.weight.detach()), persistent=False)
+        self._seen = self._version()
+
+    def __deepcopy__(self, memo: dict) -> PooledConv:
+        new = PooledConv.__new__(PooledConv)
+        memo[id(self)] = new
+        for name, value in self.__dict__.items():
+            new.__dict__[name] = copy.deepcopy(value, memo)
+        # A copy that shares the buffer (a cast copy of the network) leaves it to this module.
+        new._seen = None if new.kernel is self.kernel else new._version()
+        return new
+
+    def _version(self) -> tuple:
+        weight = self._conv[0].weight
+        return weight._version, weight.data_ptr(), weight.dtype, self.kernel.data_ptr()
+
+    def stale(self) -> bool:
+        return self._seen is not None and self._seen != self._version()
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        if self._seen is not None:
+            weight = self._conv[0].weight
+            if self.kernel.dtype != weight.dtype or self.kernel.device != weight.device:
+                self.kernel = self.kernel.to(weight)
+            self.kernel.copy_(widened(weight))
+            self._seen = self._version()
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self._conv[0]
+        if torch.is_grad_enabled() and conv.weight.requires_grad:
+            kernel = widened(conv.weight)
+        else:
+            if self.stale():
+                self.sync()
+            kernel = self.kernel
+        return F.conv2d(x, kernel, conv.bias, stride=2, padding=conv.padding, groups=conv.groups)
+
+
+def widened(weight: Tensor) -> Tensor:
+    """[O, I, k, k] → [O, I, k+1, k+1], the mean of the kernel at its four places."""
+    return sum(F.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)) / 4
+
+
+class Rewriter:
+    """Rewrites one graph in place. modules: name → module of the call_module nodes; report(action, where, what)."""
+
+    def __init__(
+        self, graph: fx.Graph, modules: dict[str, nn.Module], values: dict, report: Callable[[str, str], None]
+    ):
+        self.graph, self.modules, self.values = graph, modules, values
+        self.report = lambda what, where: report(what, where.removeprefix("module."))
+        self.places: dict[fx.Node, int] = {}
+
+    def run(self) -> None:
+        self._drop_unused()
+        self._make_additions_functional()
+        for rewrite in (self._upsampling, self._zero_sum, self._mean_pool, self._residual, self._activation):
+            self.places = {node: i for i, node in enumerate(self.graph.nodes)}
+            for node in list(self.graph.nodes):
+                if not node._erased:
+                    rewrite(node)
+            self._drop_unused()
+
+    def _shape(self, node: object) -> tuple | None:
+        value = self.values.get(node) if isinstance(node, fx.Node) else None
+        return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
+
+    def _module(self, node: object) -> nn.Module | None:
+        return self.modules.get(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else None
+
+    def _replace(self, old: fx.Node, new: fx.Node) -> None:
+        self.values.setdefault(new, self.values.get(old))
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def _drop_unused(self) -> None:
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and node.op not in ("output", "placeholder") and not _in_place(node, self._module(node)):
+                self.graph.erase_node(node)
+
+    def _make_additions_functional(self) -> None:
+        """a += b → a + b where nothing else sees a change; any other change in place could make a rewrite wrong."""
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        for node in list(self.graph.nodes):
+            if not _in_place(node, self._module(node)) or self._shape(node.args[0]) is None:
+                continue
+            target = node.args[0]
+            others = [user for user in target.users if user is not node]
+            fresh = all(self._is_fresh(n) for n in (target, *others))
+            if not fresh or any(order[user] > order[node] for user in others):
+                raise Left(f"{node.name} changes in place what is used elsewhere")
+            if node.target is operator.iadd or node.target == "add_":
+                node.op, node.target = "call_function", operator.add
+            elif others:
+                raise Left(f"{node.name} changes in place what is used elsewhere")
+
+    def _is_fresh(self, node: object) -> bool:
+        """Its result is memory of its own, not a view."""
+        if not isinstance(node, fx.Node) or _in_place(node, self._module(node)):
+            return False
+        if node.op == "call_module":
+            return not isinstance(self._module(node), (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout))
+        return node.op == "call_function" and node.target in FRESH
+
+    def _upsampling(self, node: fx.Node) -> None:
+        module = self._module(node)
+        mode = node.kwargs.get("mode") if node.target is F.interpolate else getattr(module, "mode", None)
+        if not (node.target is F.interpolate or isinstance(module, nn.Upsample)) or not node.args:
+            return
+        if mode in ("bilinear", "nearest") and self._shape(node) == self._shape(node.args[0]):
+            self.report("identity upsampling removed", node.name)
+            node.replace_all_uses_with(node.args[0])
+            self.graph.erase_node(node)
+
+    def _zero_sum(self, node: fx.Node) -> None:
+        if not self._is_add(node):
+            return
+        for zero, other in (node.args, node.args[::-1]):
+            is_zero = isinstance(zero, fx.Node) and zero.op == "call_function" and zero.target in ZEROS
+            if is_zero and self._shape(other) == self._shape(node):
+                self.report("sum from zero removed", node.name)
+                node.replace_all_uses_with(other)
+                self.graph.erase_node(node)
+                return
+
+    def _mean_pool(self, node: fx.Node) -> None:
+        """conv → mean pool: one strided convolution; for a 1×1 kernel the pool goes first."""
+        source = self._pooled(node)
+        conv = self._module(source)
+        if type(conv) is not nn.Conv2d or len([u for u in source.users if self._feeds_only(u, node)]) != len(
+            source.users
+        ):
+            return
+        plain = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+        if not plain or isinstance(conv.padding, str) or conv._forward_hooks or conv._forward_pre_hooks:
+            self.report("left: a pooled convolution with stride, dilation, padding mode or hooks", source.target)
+            return
+        with self.graph.inserting_before(node):
+            if conv.kernel_size == (1, 1) and conv.padding == (0, 0):
+                pool = self.graph.call_function(F.avg_pool2d, (source.args[0], 2))
+                new = self.graph.call_module(source.target, (pool,))
+                self.report("2×2 mean before a 1×1 convolution", source.target)
+            else:
+                name = f"pooled_{source.name}"
+                self.modules[name] = PooledConv(conv)
+                new = self.graph.call_module(name, (source.args[0],))
+                self.report("convolution and 2×2 mean as one", source.target)
+        self._replace(node, new)
+
+    def _feeds_only(self, user: fx.Node, end: fx.Node) -> bool:
+        """All that becomes of ``user`` is ``end``."""
+        return user is end or (bool(user.users) and all(self._feeds_only(u, end) for u in user.users))
+
+    def _pooled(self, node: fx.Node) -> fx.Node | None:
+        """What ``node`` is the 2×2 mean of, written as a pool or as a quarter of the four strided slices."""
+        module = self._module(node)
+        if isinstance(module, nn.AvgPool2d):
+            ok = module.kernel_size in (2, (2, 2)) and module.stride in (2, (2, 2)) and module.padding in (0, (0, 0))
+            return node.args[0] if ok and not module.ceil_mode and module.divisor_override is None else None
+        if node.target is F.avg_pool2d:
+            kernel = node.args[1] if len(node.args) > 1 else node.kwargs.get("kernel_size")
+            stride = node.args[2] if len(node.args) > 2 else node.kwargs.get("stride")
+            extra = len(node.args) > 3 or set(node.kwargs) - {"kernel_size", "stride"}
+            return node.args[0] if kernel in (2, (2, 2), [2, 2]) and stride in (None, 2, (2, 2)) and not extra else None
+        if node.target not in (operator.truediv, torch.div, operator.mul, torch.mul) or len(node.args) != 2:
+            return None
+        if node.args[1] not in ((4, 4.0) if node.target in (operator.truediv, torch.div) else (0.25,)):
+            return None
+        terms = list(self._terms(node.args[0]))
+        sources = {t.args[0] for t in terms if isinstance(t, fx.Node) and t.target is operator.getitem}
+        places = {p for t in terms if isinstance(t, fx.Node) and (p := _phase(t)) is not None}
+        even = len(sources) == 1 and all(n % 2 == 0 for n in self._shape(next(iter(sources)))[0][2:])
+        return sources.pop() if len(terms) == 4 and len(places) == 4 and even else None
+
+    def _terms(self, node: object) -> Iterator[object]:
+        """The terms of a sum, without zeros."""
+        if self._is_add(node):
+            for arg in node.args:
+                yield from self._terms(arg)
+        elif node != 0:
+            yield node
+
+    def _is_add(self, node: object) -> bool:
+        return (
+            isinstance(node, fx.Node)
+            and node.op == "call_function"
+            and node.target in ADDS
+            and len(node.args) == 2
+            and not node.kwargs
+        )
+
+    def _residual(self, node: fx.Node) -> None:
+        """norm(a + b) → the norm makes the sum too, and returns both. It moves to where the sum was."""
+        if not isinstance(self._module(node), FusedNorm) or "residual" in node.kwargs:
+            return
+        total, *level = node.args
+        if not self._is_add(total) or not all(isinstance(a, fx.Node) for a in total.args):
+            return
+        a, b = total.args
+        late = any(self.places.get(n, 1 << 60) > self.places.get(total, -1) for n in level)
+        if a is b or late or not self._shape(a) == self._shape(b) == self._shape(total):
+            return
+        with self.graph.inserting_before(total):
+            both = self.graph.call_module(node.target, (a, *level), {**node.kwargs, "residual": b})
+            y, x = (self.graph.call_function(operator.getitem, (both, i)) for i in (0, 1))
+        self.report("sum fused into the norm", node.target)
+        self._replace(node, y)
+        self._replace(total, x)
+        self.values[both] = (self.values[y], self.values[x])
+
+    def _activation(self, node: fx.Node) -> None:
+        """norm → activation, where nothing else reads the norm."""
+        name = self._activation_name(node)
+        norm = node.args[0] if name else None
+        if norm is None or len(norm.users) != 1:
+            return
+        call = norm.args[0] if norm.op == "call_function" and norm.target is operator.getitem else norm
+        if not isinstance(self._module(call), FusedNorm) or "activation" in call.kwargs:
+            return
+        if call is not norm and norm.args[1] != 0:
+            return
+        call.kwargs = {**call.kwargs, "activation": name}
+        self.report(f"norm with {name}", call.target)
+        node.replace_all_uses_with(norm)
+        self.graph.erase_node(node)
+
+    def _activation_name(self, node: fx.Node) -> str | None:
+        module = self._module(node)
+        name = ACTIVATIONS.get(type(module) if module is not None else node.target)
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            return None
+        alpha = getattr(module, "alpha", node.kwargs.get("alpha", node.args[1] if len(node.args) > 1 else 1.0))
+        return None if name == "elu" and alpha != 1.0 else name
+
+
+def _phase(node: fx.Node) -> tuple[int, int] | None:
+    """(row, column) of the slice t[:, :, row::2, column::2]."""
+    index = node.args[1] if node.target is operator.getitem else None
+    if not isinstance(index, tuple) or len(index) != 4 or any(i != slice(None) for i in index[:2]):
+        return None
+    if any(
+        not isinstance(i, slice) or i.step != 2 or i.stop is not None or i.start not in (None, 0, 1) for i in index[2:]
+    ):
+        return None
+    return tuple(i.start or 0 for i in index[2:])
+
+
+def _in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    if node.op == "call_method":
+        return node.target.endswith("_") and not node.target.endswith("__")
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        return bool(node.kwargs.get("inplace")) or in_place or node.target in (
+            operator.iadd, operator.imul, operator.isub, operator.itruediv, operator.setitem)  # fmt: skip
+    return bool(getattr(module, "inplace", False))
