@@ -94,7 +94,9 @@ def _cast_copy(module: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, Tensor]
     for layer in module.modules():
         if isinstance(layer, _CAST):
             for p in layer.parameters(recurse=False):
-                buffer = nn.Parameter(torch.empty_like(p, dtype=torch.bfloat16), requires_grad=False)
+                layout = torch.channels_last if p.dim() == 4 else torch.preserve_format  # as x in bfloat16
+                empty = torch.empty_like(p, dtype=torch.bfloat16, memory_format=layout)
+                buffer = nn.Parameter(empty, requires_grad=False)
                 memo[id(p)] = buffer
                 casts.append((p, buffer))
     return copy.deepcopy(module, memo), casts

@@ -279,6 +279,7 @@ def test_an_exception_leaves_the_engine_usable(error, where):
     e = engine(4, model)
     with pytest.raises(error):
         e.sample(9, 1, PLAN, callback=fail if where == "callback" else None)
+    assert (e._slots.row >= e._slots.stop).all()  # idle on the device too
     armed[0] = False
     assert torch.equal(e.sample(9, 1, PLAN), engine(4).sample(9, 1, PLAN))
 
