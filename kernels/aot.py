@@ -150,7 +150,7 @@ def _read_amd(compiled: triton.compiler.CompiledKernel, threads: int) -> Report:
         stores=_dwords(r"\b(?:global|buffer|flat)_store_(\w+)", text),
         fused=len(re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f32", text)),
         flushes=number(".amdhsa_float_denorm_mode_32") != 3,
-        contracts=compiled.metadata.enable_fp_fusion or bool(re.search(r"fmuladd|@llvm\.fma", compiled.asm["llir"])),
+        contracts=compiled.metadata.enable_fp_fusion or "llvm.fmuladd" in compiled.asm["llir"],
         threads=threads,
     )
 

@@ -150,7 +150,8 @@ def langevin_update(
     """out ← a·x + b·score + c·z + d·previous for every live slot; an idle one (row ≥ stop) is neither read nor written.
 
     x, previous, out: float32 [B, C, H, W]; score: float32, bfloat16 or float16; each NCHW or NHWC, dense; out may be x.
-    coef: float32 [R, 4]; draw: int32 [R]; row, stop, seed, sample_id, bad_row: int64 [B]. stop None: all are live; a live slot's row must be in the table. bad_row: lowered to the slot's row where a result is not finite.
+    coef: float32 [R, 4]; draw: int32 [R]; row, stop, seed, sample_id, bad_row: int64 [B]. A live slot's row must be in
+    the table; stop None: every slot is live. bad_row: lowered to the slot's row where a result is not finite.
     advance: row goes up by 1 in every live slot.
     Checks and allocates nothing; pointers may be captured in a CUDA graph.
     """
