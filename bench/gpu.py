@@ -1,8 +1,8 @@
-"""Everything there is to know about this machine's GPU, by one command: ``python -m bench.gpu [--sanitize] [--out DIR]``.
+"""All about this machine's GPU by one command: ``python -m bench.gpu [--sanitize] [--out DIR] [--only STAGE …]``.
 
-Stages, in order: build · tests · sanitize · kernels · step · end-to-end. One that fails is recorded with its reason and the
-others go on. Writes DATE-GPU.json and .md to the output folder; exit 0 if every stage passed, 1 if not, 2 without a GPU.
-Needs a source tree, torch for CUDA, Triton, a C++ compiler and nvcc; no network. About ten minutes.
+Stages, in order: build · tests · sanitize · kernels · step · end-to-end. One that fails is recorded with its reason and
+the others go on. Writes DATE-GPU.json and .md to the output folder; exit 0 if every stage passed, 1 if not, 2 without a
+GPU. Needs a source tree, torch for CUDA, Triton, a C++ compiler and nvcc; no network. About ten minutes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, object]
 DEVICE = "cuda"
 TARGET_SHARE = 0.85  # of the copy bandwidth, at batches of 128 and more
-NORM_SHAPES = [(128, 32), (256, 16), (64, 28)]  # channels, side (PERFORMANCE: the norms of NCSN)
+NORM_SHAPES = [(128, 32), (256, 16), (64, 28)]  # channels, side: the norms of NCSN on CIFAR-10 and MNIST
 
 
 @dataclass
@@ -455,7 +455,7 @@ def peers(model: torch.nn.Module, batch: int) -> dict[str, Callable]:
 
 
 def step_times() -> list[Row]:
-    """One step of NCSN CIFAR-10 (bf16, channels-last; x float32) by the engine and by each peer, same machine, same run."""
+    """One step of NCSN CIFAR-10 (bf16, channels-last; x float32) by the engine and by each peer, in one run."""
     from sgm_engine.engine import Engine
     from sgm_engine.plan import annealed_langevin
 
@@ -496,7 +496,7 @@ def step_times() -> list[Row]:
 
 
 def end_to_end() -> list[Row]:
-    """Images a second of whole chains by the engine: 1,000 + 1 evaluations each (NCSN CIFAR-10), or a stated part of them."""
+    """Images a second of the engine's chains: 1,001 evaluations each (NCSN CIFAR-10), or a stated part of them."""
     from sgm_engine.engine import Engine
     from sgm_engine.plan import annealed_langevin
 

@@ -32,8 +32,22 @@ _SIGNATURES = {
     ),
     "sgm_cuda_norm": (
         c_int,
-        [_P, _P, _P, _P, c_int, c_int, _P, _P, _P, c_int64, c_int64, c_int64, _P]
-        + [c_int, c_float, c_int64, c_int32, c_int32, _P, c_int, _P],
+        [
+            *[_P] * 4,
+            c_int,
+            c_int,
+            *[_P] * 3,
+            *[c_int64] * 3,
+            _P,
+            c_int,
+            c_float,
+            c_int64,
+            c_int32,
+            c_int32,
+            _P,
+            c_int,
+            _P,
+        ],
     ),
     "sgm_cuda_norm_workspace": (c_int64, [c_int64, c_int32, c_int32, c_int]),
 }
@@ -81,7 +95,7 @@ def langevin_update(
     """out ← a·x + b·score + c·z + d·previous for every live slot; an idle one (row ≥ stop) is neither read nor written.
 
     x, previous, out: float32 [B, C, H, W]; score: float32, bfloat16 or float16; each NCHW or NHWC, dense; out may be x.
-    coef: float32 [R, 4]; draw: int32 [R]; row, stop, seed, sample_id, bad_row: int64 [B]. stop None: all slots are live.
+    coef: float32 [R, 4]; draw: int32 [R]; row, stop, seed, sample_id, bad_row: int64 [B]. stop None: all slots live.
     bad_row: lowered to the slot's row where a result is not finite. advance: row goes up by 1 in every live slot.
     Checks and allocates nothing; pointers may be captured in a CUDA graph.
     """

@@ -91,7 +91,7 @@ inline void entry() {
   yield();
 }
 
-// One cluster: its blocks' threads take turns, each from one barrier to the next.
+// One cluster: the threads of a block take turns, each from one barrier to the next.
 inline void run(const std::vector<dim3>& indices, unsigned threads, size_t shared_bytes, bool reverse) {
   constexpr size_t kStack = 64 * 1024;
   Machine& m = machine;
@@ -117,17 +117,28 @@ inline void run(const std::vector<dim3>& indices, unsigned threads, size_t share
     f.context.uc_stack.ss_size = kStack;
     makecontext(&f.context, entry, 0);
   }
+  const auto turn = [reverse](size_t i, size_t n) { return reverse ? n - 1 - i : i; };
   for (size_t left = fibers.size(); left;) {
-    m.progress = false;
+    const size_t before = left;
+    bool any = false;
     left = 0;
-    for (size_t k = 0; k < fibers.size(); ++k) {
-      Fiber& f = fibers[reverse ? fibers.size() - 1 - k : k];
-      if (f.done) continue;
-      m.fiber = &f;
-      swapcontext(&m.scheduler, &f.context);
-      left += !f.done;
+    for (size_t b = 0; b < indices.size(); ++b) {
+      size_t waiting;
+      do {  // a block goes on alone for as long as it can
+        m.progress = false;
+        waiting = 0;
+        for (size_t k = 0; k < threads; ++k) {
+          Fiber& f = fibers[turn(b, indices.size()) * threads + turn(k, threads)];
+          if (f.done) continue;
+          m.fiber = &f;
+          swapcontext(&m.scheduler, &f.context);
+          waiting += !f.done;
+        }
+        any |= m.progress;
+      } while (m.progress && waiting);
+      left += waiting;
     }
-    if (left && !m.progress) {
+    if (left && !any && left == before) {
       std::fprintf(stderr, "cuda_on_host: %zu threads wait at a barrier that the others never reach\n", left);
       std::abort();
     }

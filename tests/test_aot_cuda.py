@@ -1,4 +1,4 @@
-"""The CUDA C++ sources compiled for every supported GPU, with none at hand: no spills, no stack, wide accesses, no fused arithmetic."""
+"""CUDA C++ compiled for every supported GPU, with none at hand: no spills, no stack, wide accesses, nothing fused."""
 
 import functools
 import os

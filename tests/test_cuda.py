@@ -1,7 +1,7 @@
 """The CUDA C++ kernels, through the launchers that a GPU uses.
 
-Every test runs twice: on a GPU, where there is one, and from the same sources on the CPU (cuda_on_host.h), where barriers,
-arrivals, clusters, masks and every bit of the arithmetic but the fast exponentials are as on the device.
+Every test runs twice: on a GPU, where there is one, and from the same sources on the CPU (cuda_on_host.h), where
+barriers, arrivals, clusters and masks are as on the device, and so is every bit of the noise and of the update.
 """
 
 import os
@@ -50,9 +50,7 @@ def device(request, monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if cuda.library() is None:
-        pytest.fail(
-            "there is a CUDA device but libsgm_cuda.so is not built: SGM_WITH_CUDA=1 python setup.py build_ext --inplace"
-        )
+        pytest.fail("libsgm_cuda.so is not built: SGM_WITH_CUDA=1 python setup.py build_ext --inplace")
     return "cuda"
 
 
@@ -175,7 +173,7 @@ def test_update_records_the_first_bad_row(device, shape, value):
 
 
 def test_update_runs_a_plan_to_its_end_and_stops(device):
-    """Blocks of one slot share its row: it advances once a call, however many there are, and the calls need no reset."""
+    """Blocks of one slot share its row: it advances once a call, however many they are, and nothing needs a reset."""
     x, score, _ = tensors((2, 3, 32, 48), ("nchw",) * 3, torch.float32, device, torch.Generator().manual_seed(3))
     state = {k: v.to(device) for k, v in slots(2).items()}
     row, stop = torch.tensor([0, 2], device=device), torch.tensor([4, 4], device=device)
@@ -247,7 +245,7 @@ def test_norm(device, shape, dtype, layout, variant):
     check_norm(device, shape, DTYPES[dtype], layout, variant)
 
 
-# PERFORMANCE's shapes; pixels that do not divide among the blocks; a last block without any; all the channels that fit.
+# NCSN's shapes; pixels that do not divide among the blocks; a last block without any; all the channels that fit.
 CLUSTER = [
     (2, 128, 32, 32),
     (3, 256, 16, 16),
@@ -308,7 +306,7 @@ def test_norm_propagates_nan(device):
 
 def test_what_the_library_refuses(device):
     x = torch.zeros(1, 12, 4, 4, dtype=torch.bfloat16, device=device).contiguous(memory_format=torch.channels_last)
-    with pytest.raises(RuntimeError, match="sgm_cuda_norm: CUDA error .* not supported"):
+    with pytest.raises(RuntimeError, match=r"sgm_cuda_norm: CUDA error .* not supported"):
         cuda.norm(x, None, None, None, None, "none", None, 1e-5, x, None, torch.empty(1000, device=device), "cluster")
     wide = torch.zeros(1, 13000, 1, 1, device=device)
     workspace = torch.empty(cuda.norm_workspace_size(wide), device=device)
@@ -316,7 +314,7 @@ def test_what_the_library_refuses(device):
         cuda.norm(wide, None, None, None, None, "none", None, 1e-5, wide, None, workspace)
 
 
-# -- Races: on the host, the other order of blocks and threads; on a GPU, repetition ------------------------------------
+# -- Races: on the host, the other order of blocks and threads; on a GPU, repetition -----------------------------------
 
 
 @pytest.mark.parametrize("variant", ["cluster", "portable"])
@@ -357,7 +355,7 @@ def test_backends_agree_bit_for_bit_on_a_gpu():
 
 @gpu
 def test_a_captured_chain_repeats_250_times_on_a_gpu():
-    """Replays of one captured step walk a whole plan; every chain ends in the same bits, with rows at the plan's end."""
+    """Replays of one captured step walk a whole plan; every chain ends in the same bits and at the plan's last row."""
     shape, steps = (16, 3, 32, 32), 20
     coef = torch.tensor([[1, 0.1, 0.2, 0]] * steps, device="cuda")
     draw, seed = torch.arange(1, steps + 1, device="cuda", dtype=torch.int32), torch.arange(16, device="cuda")

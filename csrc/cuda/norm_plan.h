@@ -50,7 +50,7 @@ inline int64_t cluster_shared_bytes(int channels, int vector) {
 }
 
 // The smallest cluster that keeps a thread at 8 packs; a larger one while that leaves multiprocessors idle; 16 packs as a last
-// resort. (Sizes from PERFORMANCE's counts; not tuned on a device yet.)
+// resort. (Not measured on a device yet.)
 inline ClusterPlan cluster_plan(int64_t batch, int channels, int pixels, int vector, int multiprocessors) {
   ClusterPlan plan{};
   Tiling& t = plan.t;
