@@ -120,6 +120,8 @@ def _convert(p: Parser) -> Parser:
     p.add_argument("source", metavar="OLD.pth")
     p.add_argument("target", metavar="NEW.safetensors")
     p.add_argument("--config", metavar="PATH", help="the config.yml that came with it")
+    p.add_argument("--image-size", type=int, metavar="N", help="in pixels, where neither file nor config says it")
+    p.add_argument("--sha256", metavar="HEX", help="digest that OLD.pth must have: finds any damage")
     p.add_argument(
         "--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)"
     )

@@ -102,7 +102,8 @@ def convert(args: argparse.Namespace) -> int:
         from sgm_engine.output import check_writable
 
         check_writable(Path(args.target))
-        config = checkpoint.convert(args.source, args.target, config=args.config, ema=args.ema)
+        options = {"config": args.config, "image_size": args.image_size, "ema": args.ema, "sha256": args.sha256}
+        config = checkpoint.convert(args.source, args.target, **options)
     shape = f"{config.channels}×{config.image_size}×{config.image_size}"
     print(f"written: {args.target} ({config.architecture}, {shape}, ngf {config.ngf}, {len(config.sigmas)} levels)")
     return DONE

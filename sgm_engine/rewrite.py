@@ -18,8 +18,8 @@ ACTIVATIONS = {
     F.elu: "elu", F.silu: "silu", F.relu: "relu", torch.relu: "relu", torch.relu_: "relu",
     "relu": "relu", "relu_": "relu", nn.ELU: "elu", nn.ReLU: "relu", nn.SiLU: "silu",
 }  # fmt: skip
-FRESH = (*ADDS, *ZEROS, operator.mul, operator.truediv, operator.sub, F.interpolate, F.elu, F.relu, F.silu, F.avg_pool2d,
-         F.max_pool2d, F.conv2d, torch.conv2d)  # fmt: skip
+FRESH = (*ADDS, *ZEROS, operator.mul, operator.truediv, operator.sub, F.interpolate, F.elu, F.relu, F.silu,
+         F.avg_pool2d, F.max_pool2d, F.conv2d, torch.conv2d)  # fmt: skip
 
 
 class Left(Exception):

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from plain_networks import Network
+from test_executor import FakeGraphs
 
 from sgm_engine.accelerate import accelerate
 from sgm_engine.checkpoint import load_checkpoint
 from sgm_engine.engine import Engine
+from sgm_engine.executor import GraphExecutor
 from sgm_engine.kernels import ops
 from sgm_engine.kernels.noise import STREAM
 from sgm_engine.plan import annealed_langevin
@@ -72,20 +74,41 @@ def test_two_hundred_steps(version):
     assert allowed < 1e-4 < (noise(shape, 1) - exact).norm() / scale
 
 
-@pytest.mark.parametrize("kind", ["ours", "accelerated"])
+def engine_of(executor, model, precision):
+    """An engine; "graph" is over the fake backend of test_executor.py, whose replays run none of the model's Python."""
+    name = "eager" if executor == "graph" else executor
+    engine = Engine(model, 2, precision=precision, executor=name, shape=(3, 8, 8))
+    if executor == "graph":
+        engine._bind(GraphExecutor(FakeGraphs()))
+    return engine
+
+
+PAIRS = (("ours", "eager"), ("ours", "graph"), ("ours", "native"), ("accelerated", "eager"), ("accelerated", "graph"))
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_an_optimizer_step_changes_the_samples(kind, precision):
+@pytest.mark.parametrize(("kind", "executor"), PAIRS)
+def test_an_optimizer_step_changes_the_samples(kind, executor, precision):
     plain, ours = original(1)
     model = ours if kind == "ours" else accelerate(plain, (3, 8, 8))
     plan = annealed_langevin(ours.sigmas, 1, 1e-4)
-    engine = Engine(model, batch=2, precision=precision, shape=(3, 8, 8))
+    engine = engine_of(executor, model, precision)
     first = engine.sample(2, seed=7, plan=plan)
     assert torch.equal(first, engine.sample(2, seed=7, plan=plan))
+    captures = engine.stats.captures
+    assert captures == (1 if executor == "graph" else 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    x, level = torch.rand(2, 3, 8, 8), torch.tensor([0, 5])
-    model(x, level).square().mean().backward()
+    model(torch.rand(2, 3, 8, 8), torch.tensor([0, 5])).square().mean().backward()
     optimizer.step()
     second = engine.sample(2, seed=7, plan=plan)
     assert not torch.equal(first, second)
-    fresh = Engine(model, batch=2, precision=precision, shape=(3, 8, 8)).sample(2, seed=7, plan=plan)
+    fresh = engine_of(executor, model, precision).sample(2, seed=7, plan=plan)
     assert torch.equal(second, fresh), "as a new engine on the new weights"
+    assert engine.stats.captures == captures, "in place: no new capture"
+    if precision == "float32":  # another object in a parameter's place
+        target = (model.source if kind == "accelerated" else model).res2[0].conv2.conv
+        target.weight = torch.nn.Parameter(target.weight.detach() * 1.5)
+        third = engine.sample(2, seed=7, plan=plan)
+        assert not torch.equal(second, third)
+        assert torch.equal(third, engine_of(executor, model, precision).sample(2, seed=7, plan=plan))
+        assert engine.stats.captures == captures + (executor == "graph")

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from torch import nn
 
@@ -62,7 +61,7 @@ class ModelConfig:
         model = ARCHITECTURES[self.architecture](
             self.sigmas, channels=self.channels, ngf=self.ngf, image_size=self.image_size, **kwargs
         )
-        model.plan = self.plan
+        model.plan = self.plan and dict(self.plan)
         return model
 
     def to_json(self) -> str:
@@ -102,4 +101,4 @@ def _check_plan(plan) -> Mapping[str, bool | int | float | str]:
             raise ValueError(f"plan[{key!r}] must be a number, a string, true or false, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"plan[{key!r}] must be finite, got {value!r}")
-    return MappingProxyType(dict(plan))
+    return dict(plan)
