@@ -327,8 +327,10 @@ def poisoned(slot, step, value, pixel=5):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_divergence_is_named_and_the_others_are_unaffected(slot, step, value):
     clean = engine(4).sample(8, 2, PLAN, first_id=100)
+    e = engine(4, poisoned(slot, step, value))
+    e._tables.add(consistent_annealed(SIGMAS))  # the plan's rows do not begin at 0
     with pytest.raises(SampleDiverged) as error:
-        engine(4, poisoned(slot, step, value)).sample(8, 2, PLAN, first_id=100)
+        e.sample(8, 2, PLAN, first_id=100)
     bad, row = slot + 4 * (step // PLAN.nfe), step % PLAN.nfe
     (divergence,) = error.value.divergences
     assert divergence == (100 + bad, row, PLAN.level[row], PLAN.sigma[row])
