@@ -6,42 +6,50 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from sgm_engine.acceleration import accelerate
     from sgm_engine.bundled import load_bundled
-    from sgm_engine.checkpoint import load_checkpoint
+    from sgm_engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
     from sgm_engine.engine import Engine
     from sgm_engine.errors import Cancelled, CaptureFailed, EngineBusy, EngineError, SampleDiverged
     from sgm_engine.plan import Plan, ancestral, annealed_langevin, consistent_annealed, ddim, reverse_diffusion
     from sgm_engine.progress import StepInfo
     from sgm_engine.schedule import geometric
+    from sgm_engine.score_model import as_score
 
 # Imported when first asked for, so that `import sgm_engine` and `sgm --help` do not wait for PyTorch.
 _MODULES = {
+    "acceleration": ("accelerate",),
     "bundled": ("load_bundled",),
-    "checkpoint": ("load_checkpoint",),
+    "checkpoint": ("CheckpointError", "load_checkpoint", "save_checkpoint"),
     "engine": ("Engine",),
     "errors": ("Cancelled", "CaptureFailed", "EngineBusy", "EngineError", "SampleDiverged"),
     "plan": ("Plan", "ancestral", "annealed_langevin", "consistent_annealed", "ddim", "reverse_diffusion"),
     "progress": ("StepInfo",),
     "schedule": ("geometric",),
+    "score_model": ("as_score",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "Cancelled",
     "CaptureFailed",
+    "CheckpointError",
     "Engine",
     "EngineBusy",
     "EngineError",
     "Plan",
     "SampleDiverged",
     "StepInfo",
+    "accelerate",
     "ancestral",
     "annealed_langevin",
+    "as_score",
     "consistent_annealed",
     "ddim",
     "geometric",
     "load_bundled",
     "load_checkpoint",
     "reverse_diffusion",
+    "save_checkpoint",
 ]
 
 

@@ -9,7 +9,7 @@ from plain_networks import Halved, LevelNorm, Network, Norm
 from torch import nn
 from torch.nn import functional as F
 
-from sgm_engine.accelerate import accelerate
+from sgm_engine.acceleration import accelerate
 from sgm_engine.engine import Engine
 from sgm_engine.models import NCSN
 from sgm_engine.plan import annealed_langevin

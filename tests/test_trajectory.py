@@ -8,7 +8,7 @@ import torch
 from plain_networks import Network
 from test_executor import FakeGraphs
 
-from sgm_engine.accelerate import accelerate
+from sgm_engine.acceleration import accelerate
 from sgm_engine.checkpoint import load_checkpoint
 from sgm_engine.engine import Engine
 from sgm_engine.executor import GraphExecutor
