@@ -76,7 +76,10 @@ def compare_times(base: Path, head: Path, runner: Path, names: list[str], pairs:
     ratios: dict[str, list[float]] = {name: [] for name in names}
     for pair in range(pairs):
         order = [("base", base), ("head", head)]
-        times = {label: measure(package, runner, list(ratios)) for label, package in (order if pair % 2 == 0 else order[::-1])}
+        times = {
+            label: measure(package, runner, list(ratios))
+            for label, package in (order if pair % 2 == 0 else order[::-1])
+        }
         for name in list(ratios):
             before, after = times["base"][name], times["head"][name]
             if isinstance(after, str):
@@ -95,7 +98,9 @@ def report(ratios: dict[str, list[float]]) -> list[str]:
     for name, values in ratios.items():
         bound = lower_bound(values)
         verdict = "SLOWER" if bound > SLOWER else "ok"
-        print(f"  {verdict:6} {name:36} median {statistics.median(values):.3f}  lower bound {bound:.3f}  max {max(values):.3f}")
+        print(
+            f"  {verdict:6} {name:36} median {statistics.median(values):.3f}  lower bound {bound:.3f}  max {max(values):.3f}"
+        )
         if bound > SLOWER:
             slower.append(name)
     return slower
@@ -117,7 +122,9 @@ def compare_instructions(base: Path, head: Path, runner: Path) -> list[str]:
         if after is None:
             raise CannotCompare(f"{case}: the working tree cannot run it")
         ratio = after / before
-        print(f"  {'MORE' if ratio > MORE_INSTRUCTIONS else 'ok':6} {case:36} {before:,} → {after:,} instructions ({ratio:.4f})")
+        print(
+            f"  {'MORE' if ratio > MORE_INSTRUCTIONS else 'ok':6} {case:36} {before:,} → {after:,} instructions ({ratio:.4f})"
+        )
         if ratio > MORE_INSTRUCTIONS:
             grown.append(case)
     return grown

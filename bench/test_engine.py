@@ -1,0 +1,144 @@
+"""The engine end to end on the CPU: a step against PyTorch's, a short chain, start-up time, and exact counts.
+
+Ratios are floors that a regression would break, not boasts: the README's table comes from ``--peers``.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.common import about, paired_ratio
+from sgm_engine.engine import Engine
+from sgm_engine.kernels import reference
+from sgm_engine.models import blocks
+from sgm_engine.models.ncsn import NCSN
+from sgm_engine.plan import annealed_langevin
+
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return NCSN(torch.logspace(0, -2, 10).tolist(), channels=1, ngf=32).eval()
+
+
+def eager_loop(model, plan, x):
+    """Annealed Langevin as it is usually written: the plain formulas, torch.randn_like, one batch."""
+    for level, b, c in zip(plan.level.tolist(), plan.b.tolist(), plan.c.tolist(), strict=True):
+        score = model(x, torch.full((len(x),), level))
+        x = x + b * score + c * torch.randn_like(x)
+    return x
+
+
+@pytest.fixture
+def plain_norm(monkeypatch):
+    """The networks' norms as plain PyTorch formulas: what a user has without the engine."""
+    monkeypatch.setattr(blocks.ops, "noise_conditioned_norm", reference.noise_conditioned_norm)
+
+
+@pytest.mark.quick
+def test_chain_against_eager(benchmark, model, plain_norm):
+    """A short chain of the engine against the eager loop, both on the machine's threads."""
+    plan = annealed_langevin(model.sigmas, steps_per_level=1, denoise=False)
+    engine = Engine(model, batch=BATCH)
+    assert engine.executor == "native"
+    x0 = torch.rand(BATCH, *model.shape)
+    with torch.no_grad():
+        ours = engine._network(x0, torch.zeros(BATCH, dtype=torch.int64))
+        torch.testing.assert_close(ours, model(x0, torch.zeros(BATCH, dtype=torch.int64)), rtol=1e-4, atol=1e-4)
+        ratio = paired_ratio(lambda: eager_loop(model, plan, x0), lambda: engine.sample(BATCH, plan=plan), pairs=5)
+    benchmark.pedantic(lambda: engine.sample(BATCH, plan=plan), rounds=3)
+    benchmark.extra_info |= about() | {
+        "eager": str(ratio),
+        "NFE/s": round(BATCH * plan.nfe / ratio.g_seconds, 1),
+        "samples/s of this plan": round(BATCH / ratio.g_seconds, 2),
+    }
+    print(f"\nchain of {plan.nfe} steps, ngf 32, 28×28, B = {BATCH}: {ratio} times the eager loop")
+    assert ratio.high > 2.0, f"the engine is {ratio} times the eager loop; it was at least twice as fast"
+
+
+class Counter(TorchDispatchMode):
+    """Counts aten calls and what would make a GPU wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.waits = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        self.waits += "_local_scalar_dense" in str(func) or "nonzero" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("executor", "most"), [("native", 4), ("eager", 700)])
+def test_counts_per_step(model, executor, most):
+    """aten calls a step (a difference, so that set-up cancels), and none that waits for the device."""
+    engine = Engine(model, batch=2, executor=executor)
+    counts = []
+    for steps in (1, 3):
+        plan = annealed_langevin(model.sigmas, steps_per_level=steps, denoise=False)
+        engine.sample(2, plan=plan)
+        with Counter() as counter:
+            engine.sample(2, plan=plan)
+        counts.append(counter)
+    per_step = (counts[1].calls - counts[0].calls) / (2 * len(model.sigmas))
+    print(f"\n{executor}: {per_step:.1f} aten calls a step")
+    assert 0 <= per_step <= most
+    assert counts[1].waits == counts[0].waits, "a step reads back to the host"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("executor", ["native", "eager"])
+def test_memory_is_flat(model, executor):
+    """Resident memory over 300 steps after the first 30: no growth beyond 5% (the allocator's own rounding)."""
+    resource = pytest.importorskip("resource")
+    engine = Engine(model, batch=2, executor=executor)
+    plan = annealed_langevin(model.sigmas, steps_per_level=3, denoise=False)
+    engine.sample(2, plan=plan)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(10):
+        engine.sample(2, plan=plan)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after <= 1.05 * before, f"peak resident memory grew from {before} to {after} KiB"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("what", "code", "most"),
+    [
+        ("help", "import sys; sys.argv = ['sgm', '--help']\nfrom sgm_engine.cli import main\nmain()", 0.5),
+        ("import", "import sgm_engine", 0.5),
+        (
+            "first sample",
+            "import sgm_engine as s; m, p = s.load_bundled(); s.Engine(m, batch=1).sample(1, plan=p)",
+            None,
+        ),
+    ],
+    ids=["help", "import", "first_sample"],
+)
+def test_start_up(benchmark, what, code, most):
+    """CPU seconds from an empty process, over those of an interpreter that imports torch; ``most`` is of that."""
+
+    def cpu_seconds(program: str) -> float:
+        before = _children()
+        subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, check=False)
+        return _children() - before
+
+    benchmark.pedantic(lambda: cpu_seconds(code), rounds=3)
+    share = min(cpu_seconds(code) for _ in range(3)) / min(cpu_seconds("import torch") for _ in range(3))
+    benchmark.extra_info |= about() | {"of importing torch": round(share, 2)}
+    print(f"\n{what}: {share:.2f} of the time that importing torch takes")
+    if most is not None:
+        assert share < most, f"{what} takes {share:.2f} of an import of torch: something heavy is imported at the top"
+
+
+def _children() -> float:
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
