@@ -183,9 +183,7 @@ def _pick(file: TorchFile, ema: bool | None) -> _State:
     else:
         weights = content
     if not _is_state(weights):
-        raise CheckpointError(
-            "holds no weights: neither a state_dict nor a list that begins with one"
-        )
+        raise CheckpointError("holds no weights: neither a state_dict nor a list that begins with one")
     if ema and not _is_state(average):
         raise CheckpointError("holds no averaged weights: leave out ema=True")
     stored = _without_prefix(weights)
