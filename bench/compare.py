@@ -1,9 +1,9 @@
-"""Did a kernel get slower? ``python -m bench.compare BASE`` compares revision BASE with the working tree, on this machine.
+"""Did a kernel get slower? ``python -m bench.compare BASE`` compares revision BASE with the working tree.
 
-Both are built and installed side by side. Fresh processes time every workload, one thread, in the order A B B A …, so that a
-drift of the machine's speed cancels within a pair. A workload fails when the lower 95% bound of its median ratio
-(working tree / BASE) is above 1.05, twice in a row. Where valgrind is present, the instructions that the C++ kernels
-execute are counted too and may grow by 2%.
+Both are built and installed side by side on this machine. Fresh processes time every workload, one thread, in the order
+A B B A …, so that a drift of the machine's speed cancels within a pair. A workload fails when the lower 95% bound of its
+median ratio (working tree / BASE) is above 1.05, twice in a row. Where valgrind is present, the instructions that the
+C++ kernels execute are counted too and may grow by 2%.
 
 Exit status: 0 no workload is slower, 1 at least one is, 2 the comparison could not be made.
 """
@@ -75,8 +75,8 @@ def compare_times(base: Path, head: Path, runner: Path, names: list[str], pairs:
     """ratios head/base by workload, one a pair; workloads that BASE cannot run are left out and named."""
     ratios: dict[str, list[float]] = {name: [] for name in names}
     for pair in range(pairs):
-        order = [("base", base), ("head", head)]
-        times = {
+        order = [("base", base), ("head", head)][:: 1 if pair % 2 == 0 else -1]
+        times = {label: measure(package, runner, list(ratios)) for label, package in order}
             label: measure(package, runner, list(ratios))
             for label, package in (order if pair % 2 == 0 else order[::-1])
         }

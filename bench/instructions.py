@@ -1,7 +1,7 @@
 """Instructions that a C++ kernel executes a call, counted by callgrind: the same on a busy machine as on a quiet one.
 
-A process that makes 1 call and one that makes 1 + CALLS differ by CALLS calls and nothing else. Valgrind knows no AVX-512,
-so what is counted is the AVX2 build (the portable one on other machines).
+A process that makes 1 call and one that makes 1 + CALLS differ by CALLS calls and nothing else. Valgrind knows no
+AVX-512, so what is counted is the AVX2 build (the portable one on other machines).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Time workloads in this process, on one thread: ``python -m bench.measure [NAME …]`` prints {name: seconds a call} as JSON.
+"""Time workloads in this process, one thread: ``python -m bench.measure [NAME …]`` prints {name: seconds a call} as JSON.
 
-CPU time of the calling thread, so that a busy machine costs little; the fastest of many blocks, so that what is left of its
-noise (a cold cache, a stolen core) drops out.
+CPU time of the calling thread, so that a busy machine costs little; the fastest of many blocks, so that what is left of
+its noise (a cold cache, a stolen core) drops out.
 """
 
 from __future__ import annotations

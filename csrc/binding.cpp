@@ -42,7 +42,7 @@ void norm(Address x, Address residual, Address y, Address total, Address gamma, 
           int64_t pixels, float eps, int dtype, int activation, bool channels_last) {
   sgm::norm({at<void>(x), at<void>(residual), at<void>(y), at<void>(total), at<float>(gamma), at<float>(alpha), at<float>(beta),
              gamma_stride, alpha_stride, beta_stride, at<int64_t>(level), at<float>(workspace), samples, channels, pixels, eps,
-             static_cast<sgm::DType>(dtype), static_cast<sgm::Activation>(activation), channels_last});
+             static_cast<sgm::Dtype>(dtype), static_cast<sgm::Activation>(activation), channels_last});
 }
 
 void philox(Address counter, Address key, Address words, int64_t n) {

@@ -3,13 +3,13 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "isa.h"
 
 namespace sgm {
 
 constexpr int64_t kNoBadRow = INT64_MAX;
 
-enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 enum class Kind : int { normal = 0, uniform = 1 };
 
 struct Shape {

@@ -5,11 +5,11 @@
 #pragma once
 #include <cstdint>
 
+#include "dtype.h"
 #include "isa.h"
 
 namespace sgm {
 
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 enum class Activation : int { none = 0, elu = 1, relu = 2, silu = 3 };
 
 struct Norm {
@@ -28,7 +28,7 @@ struct Norm {
   float* workspace;      // [samples, 4, padded(channels)] float32, need not be initialised
   int64_t samples, channels, pixels;
   float eps;
-  DType dtype;
+  Dtype dtype;
   Activation activation;
   bool channels_last;
 

@@ -267,18 +267,18 @@ void apply_of(const Norm& a, int64_t n, int64_t begin, int64_t end) {
 
 void norm_statistics(const Norm& a, int64_t n, int64_t begin, int64_t end) {
   switch (a.dtype) {
-    case DType::float32: return statistics_of<Float32>(a, n, begin, end);
-    case DType::bfloat16: return statistics_of<BFloat16>(a, n, begin, end);
-    case DType::float16: return statistics_of<Float16>(a, n, begin, end);
+    case Dtype::float32: return statistics_of<Float32>(a, n, begin, end);
+    case Dtype::bfloat16: return statistics_of<BFloat16>(a, n, begin, end);
+    case Dtype::float16: return statistics_of<Float16>(a, n, begin, end);
   }
 }
 
 void norm_apply(const Norm& a, int64_t n, int64_t begin, int64_t end) {
   fold(a, n, begin, end);
   switch (a.dtype) {
-    case DType::float32: return apply_of<Float32>(a, n, begin, end);
-    case DType::bfloat16: return apply_of<BFloat16>(a, n, begin, end);
-    case DType::float16: return apply_of<Float16>(a, n, begin, end);
+    case Dtype::float32: return apply_of<Float32>(a, n, begin, end);
+    case Dtype::bfloat16: return apply_of<BFloat16>(a, n, begin, end);
+    case Dtype::float16: return apply_of<Float16>(a, n, begin, end);
   }
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def read_idx(path: str | Path) -> Tensor:
-    """One IDX file of unsigned bytes (the format of MNIST; gzipped if it ends in .gz) → uint8 tensor of its own shape."""
+    """One IDX file of unsigned bytes (MNIST's format; gzipped if it ends in .gz) → uint8 tensor of its own shape."""
     path = Path(path)
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         raw = file.read()

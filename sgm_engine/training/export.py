@@ -20,7 +20,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sgm_engine.training.export", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of sgm_engine.training.train")
     parser.add_argument("target", type=Path, help="the .safetensors to write")
-    parser.add_argument("--plan", type=json.loads, default=None, help="JSON: the plan to recommend, a name and its arguments")
+    parser.add_argument(
+        "--plan", type=json.loads, default=None, help="JSON: the plan to recommend, a name and its arguments"
+    )
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float16")
     args = parser.parse_args(argv)
     run = torch.load(args.checkpoint, weights_only=True)

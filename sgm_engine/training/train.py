@@ -46,10 +46,14 @@ def save_atomically(state: dict, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sgm_engine.training.train", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST's IDX files")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint.pt and log.csv; resumed if it has them")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoint.pt and log.csv; resumed if it has them"
+    )
     parser.add_argument("--ngf", type=int, default=32, help="base width of the network")
     parser.add_argument("--levels", type=int, default=12)
-    parser.add_argument("--sigma-begin", type=float, default=5.0, help="largest noise level, in units of the [0, 1] pixels")
+    parser.add_argument(
+        "--sigma-begin", type=float, default=5.0, help="largest noise level, in units of the [0, 1] pixels"
+    )
     parser.add_argument("--sigma-end", type=float, default=0.01)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6000)
@@ -76,7 +80,6 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.load_state_dict(state["optimizer"])
         ema, step = state["ema"], state["step"]
         print(f"resumed at step {step}", flush=True)
-    log = open(args.out / "log.csv", "a", buffering=1)
 
     # The norm is a chain of small memory-bound ops; compiled one by one they take seconds, the whole network minutes.
     torch._dynamo.config.recompile_limit = 64
@@ -105,7 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         running += loss.item()
         if step % 50 == 0:
             rate = 50 * args.batch / (time.time() - began)
-            log.write(f"{step},{running / 50:.3f},{rate:.1f}\n")
+            with open(args.out / "log.csv", "a") as log:
+                log.write(f"{step},{running / 50:.3f},{rate:.1f}\n")
             print(f"step {step}  loss {running / 50:.2f}  {rate:.0f} images/s", flush=True)
             running, began = 0.0, time.time()
         if step % args.save_every == 0 or step == args.steps:
