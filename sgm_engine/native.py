@@ -19,7 +19,8 @@ from sgm_engine.models.ncsn import RefineNet
 from sgm_engine.network import Network
 from sgm_engine.slots import Slots, Tables
 
-PRECISIONS = ("float32", "bfloat16", "direct")
+# "direct" and "winograd" are float32 by one algorithm wherever it applies, "float32" by the cheaper of the two a layer.
+PRECISIONS = ("float32", "bfloat16", "direct", "winograd")
 
 
 class Value(NamedTuple):
@@ -119,6 +120,20 @@ class Graph:
         """Divide the output by sigmas[level]."""
         self._keep((sigmas,), lambda pointer: self.native.set_sigmas(pointer, len(sigmas)))
 
+    def plan(self) -> None:
+        """Choose algorithms, lay out memory and pack every weight; no layer can be added after it."""
+        self.native.plan()
+        self.sync()
+
+    def sync(self) -> int:
+        """Pack the weights that changed since the last time; returns how many layers' they were."""
+        return sum(w.refresh() for w in self.weights)
+
+    def run(self, x: Tensor, level: Tensor, score: Tensor) -> Tensor:
+        """One evaluation of x [B, C, H, W] at level [B] into score; all contiguous, nothing checked but the levels."""
+        self.native.run(x.data_ptr(), level.data_ptr(), score.data_ptr(), len(x))
+        return score
+
     def _value(self, channels: int, height: int, width: int) -> Value:
         return Value(self.native.tensor(channels, height, width), channels, height, width)
 
@@ -170,7 +185,8 @@ class Unsupported(ValueError):
 def lower(graph: Graph, model: nn.Module, height: int, width: int) -> None:
     """Emit the layers of ``model`` for images [model.channels, height, width]."""
     if not isinstance(model, RefineNet):
-        raise Unsupported(f"{type(model).__name__}: the native executor takes NCSN and NCSNv2 networks; use executor='eager'")
+        name = type(model).__name__
+        raise Unsupported(f"{name}: the native executor takes NCSN and NCSNv2 networks; use executor='eager'")
     if height % model.size_divisor() or width % model.size_divisor():
         raise ValueError(f"image size must divide by {model.size_divisor()}, got {height}×{width}")
     h = graph.conv(graph.load(model.channels, height, width, 2.0, -1.0), model.begin_conv)
@@ -242,31 +258,30 @@ class NativeNetwork:
     """``model`` as a callable (x [B, C, H, W] float32, level [B] int64) → score [B, C, H, W] float32, in one native call.
 
     batch: the number of images that it is tuned for; it takes any. height, width: the only image size it takes.
-    precision: "float32", "bfloat16" (convolutions; needs AVX512_BF16) or "direct" (float32 without Winograd).
+    precision: "float32", "bfloat16" (convolutions; needs AVX512_BF16), "direct" or "winograd": see PRECISIONS.
     Weights are packed copies: ``sync`` refreshes those whose parameters changed.
     """
 
     def __init__(self, model: nn.Module, batch: int, height: int, width: int, precision: str = "float32"):
-        self.shape = (model.channels, height, width)
         self.graph = Graph(batch, precision)
         lower(self.graph, model, height, width)
-        self.native = self.graph.native
-        self.native.plan()
-        self.sync()
+        self.shape = (model.channels, height, width)
+        self.graph.plan()
 
     def sync(self) -> int:
-        """Pack the parameters that changed since the last time; returns how many groups of them did."""
-        return sum(w.refresh() for w in self.graph.weights)
+        """Pack the weights that changed since the last time; returns how many layers' they were."""
+        return self.graph.sync()
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         if x.dim() != 4 or tuple(x.shape[1:]) != self.shape or x.dtype != torch.float32 or x.device.type != "cpu":
-            raise ValueError(f"x must be float32 [B, {', '.join(map(str, self.shape))}] on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device}")
+            shape = ", ".join(map(str, self.shape))
+            got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
+            raise ValueError(f"x must be float32 [B, {shape}] on the CPU, got {got}")
         if level.shape != x.shape[:1] or level.dtype != torch.int64 or level.device.type != "cpu":
-            raise ValueError(f"level must be int64 [{len(x)}] on the CPU, got {level.dtype} {tuple(level.shape)} on {level.device}")
-        x, level = x.contiguous(), level.contiguous()
-        score = torch.empty_like(x)
-        self.native.run(x.data_ptr(), level.data_ptr(), score.data_ptr(), len(x))
-        return score
+            got = f"{level.dtype} {tuple(level.shape)} on {level.device}"
+            raise ValueError(f"level must be int64 [{len(x)}] on the CPU, got {got}")
+        x = x.contiguous()
+        return self.graph.run(x, level.contiguous(), torch.empty_like(x))
 
 
 def refusal(model: object, precision: str = "float32") -> str | None:
@@ -305,7 +320,7 @@ class NativeExecutor:
         s, t = self.slots, self.tables
         buffers = {"row": s.row, "stop": s.stop, "seed": s.seed, "sample_id": s.sample_id, "bad_row": s.bad_row}
         tables = {"coef": t.coef, "draw": t.draw, "level": t.level}
-        self.network.native.run_steps(
+        self.network.graph.native.run_steps(
             slots=s.batch,
             x=s.x.data_ptr(),
             nhwc=not s.x.is_contiguous(),

@@ -22,7 +22,8 @@ void bind_executor(py::module_& m) {
   py::enum_<Precision>(m, "Precision", py::module_local())
       .value("float32", Precision::float32)
       .value("bfloat16", Precision::bfloat16)
-      .value("direct", Precision::direct);
+      .value("direct", Precision::direct)
+      .value("winograd", Precision::winograd);
   py::enum_<Activation>(m, "Activation", py::module_local())
       .value("none", Activation::none)
       .value("elu", Activation::elu)

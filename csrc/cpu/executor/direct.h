@@ -30,7 +30,7 @@ static Padded pad_input(const Run& run, const Layer& layer, const Conv& conv) {
         for (int w = 0; w < (inside ? conv.pad_before : p.width); w++) Element::put(row + (int64_t)w * c_in + c, Vec{});
         if (!inside) continue;
         read_row(src + (int64_t)h * in.width * c_in + c, c_in, row + (int64_t)conv.pad_before * c_in + c, c_in, in.width,
-                 affine.scale(image, c), affine.shift(image, c));
+                 affine.pivot(image, c), affine.scale(image, c), affine.shift(image, c));
         for (int w = conv.pad_before + in.width; w < p.width; w++) Element::put(row + (int64_t)w * c_in + c, Vec{});
       }
     }
@@ -81,7 +81,7 @@ static void direct(const Run& run, const Layer& layer, const Conv& conv) {
             store(target + (int64_t)i * out.padded + k, v);
           }
           if (!kept) continue;
-          Moments moments = begin ? Moments::read(kept + k, out.padded) : Moments::zero();
+          Moments moments = begin ? Moments::read(kept + k, out.padded) : Moments::start(Vec{});
           moments.add(target + (int64_t)begin * out.padded + k, out.padded, begin, end - begin);
           moments.write(kept + k, out.padded);
         }

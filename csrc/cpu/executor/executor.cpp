@@ -163,6 +163,7 @@ void Executor::layer(Op op, int input, int output, const std::vector<int>& add, 
 // weights where direct reads 9: with few tiles that is most of its time.
 bool Executor::prefers_winograd(const Conv& conv, int height, int width) const {
   if (precision_ == Precision::direct || conv.kernel != 3) return false;
+  if (precision_ == Precision::winograd) return true;
   const auto live = [&](int n) {  // (output, tap) pairs inside the image along one axis
     return n + 2 * std::max(0, n - conv.dilation);
   };
@@ -181,6 +182,8 @@ void Executor::plan() {
   const int team = std::max(1, num_threads() / batch_);
   std::vector<bool> loaded(tensors_.size());
 
+  if (layers_.empty() || layers_.front().op != Op::load || layers_.back().op != Op::store)
+    refuse("the first layer must be a load, the last a store");
   for (const Layer& layer : layers_) {
     if (layer.op == Op::load) loaded[layer.output] = true;
     if (layer.norm >= 0) tensors_[layer.input].moments = 0;
@@ -252,7 +255,7 @@ void Executor::plan() {
     arena_size_ = std::max(arena_size_, begin + size);
     if (t.moments == 0) {
       t.moments = moments_size_;
-      moments_size_ += 2 * t.padded;
+      moments_size_ += 3 * t.padded;
     }
   }
 }
@@ -345,7 +348,7 @@ void Executor::prepare_teams(int images) {
     }
   }
   const int64_t aligned_rows = round_up64(rows, 16) + 16, aligned_products = round_up64(products, 16) + 16;
-  const int64_t affine_floats = 2 * capacity * affine;
+  const int64_t affine_floats = 3 * capacity * affine;
   for (int i = 0; i < teams; ++i) {
     auto team = std::make_unique<Team>(size);
     Workspace& w = team->workspace;

@@ -16,7 +16,7 @@
 
 namespace sgm::executor {
 
-enum class Precision { float32, bfloat16, direct };
+enum class Precision { float32, bfloat16, direct, winograd };  // direct, winograd: float32 by that algorithm where it can
 
 class Buffer {  // 64-byte aligned floats
  public:

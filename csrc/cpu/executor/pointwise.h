@@ -4,22 +4,6 @@
 
 namespace sgm::SGM_ISA::executor {
 
-// output = scale·x + shift; channels beyond the network's are zero
-static void load_input(const Run& run, const Layer& layer) {
-  const Tensor& out = run.tensor(layer.output);
-  const int pixels = out.height * out.width;
-  const int64_t channel_step = run.batch.nhwc ? 1 : pixels, pixel_step = run.batch.nhwc ? out.channels : 1;
-  if (run.member.rank == 0)
-    for (int image = 0; image < run.images; image++) {
-      const float* x = run.batch.x + (int64_t)run.batch.slot[image] * out.channels * pixels;
-      float* y = run.data(layer.output, image);
-      for (int i = 0; i < pixels; i++)
-        for (int c = 0; c < out.padded; c++)
-          y[(int64_t)i * out.padded + c] = c < out.channels ? x[c * channel_step + i * pixel_step] * layer.scale + layer.shift : 0.f;
-    }
-  run.wait();
-}
-
 // Adds the residuals to one row of an output and counts the row into its moments.
 static void finish_row(const Run& run, const Layer& layer, int image, int h, int c) {
   const Tensor& out = run.tensor(layer.output);
@@ -32,9 +16,27 @@ static void finish_row(const Run& run, const Layer& layer, int image, int h, int
   }
   float* kept = run.moments(layer.output, image);
   if (!kept) return;
-  Moments moments = h ? Moments::read(kept + c, out.padded) : Moments::zero();
+  Moments moments = h ? Moments::read(kept + c, out.padded) : Moments::start(Vec{});
   moments.add(row, out.padded, h * out.width, out.width);
   moments.write(kept + c, out.padded);
+}
+
+// output = scale·x + shift; channels beyond the network's are zero
+static void load_input(const Run& run, const Layer& layer) {
+  const Tensor& out = run.tensor(layer.output);
+  const int pixels = out.height * out.width;
+  const int64_t channel_step = run.batch.nhwc ? 1 : pixels, pixel_step = run.batch.nhwc ? out.channels : 1;
+  if (run.member.rank == 0)
+    for (int image = 0; image < run.images; image++) {
+      const float* x = run.batch.x + (int64_t)run.batch.slot[image] * out.channels * pixels;
+      float* y = run.data(layer.output, image);
+      for (int i = 0; i < pixels; i++)
+        for (int c = 0; c < out.padded; c++)
+          y[(int64_t)i * out.padded + c] = c < out.channels ? x[c * channel_step + i * pixel_step] * layer.scale + layer.shift : 0.f;
+      for (int h = 0; h < out.height; h++)
+        for (int c = 0; c < out.padded; c += kWidth) finish_row(run, layer, image, h, c);
+    }
+  run.wait();
 }
 
 // Calls row(image, h, c) for every row of the output and every channel vector of this member.
@@ -59,7 +61,7 @@ static void activate_layer(const Run& run, const Layer& layer) {
   for_each_row(run, layer, [&](int image, int h, int c) {
     const int64_t offset = (int64_t)h * t.width * t.padded + c;
     read_row(run.data(layer.input, image) + offset, t.padded, run.data(layer.output, image) + offset, t.padded, t.width,
-             affine.scale(image, c), affine.shift(image, c));
+             affine.pivot(image, c), affine.scale(image, c), affine.shift(image, c));
   });
 }
 
@@ -71,7 +73,7 @@ static void mean_pool(const Run& run, const Layer& layer) {
   for_each_row(run, layer, [&](int image, int h, int c) {
     for (int r = 0; r < 2; r++)
       read_row(run.data(layer.input, image) + (int64_t)(2 * h + r) * in.width * in.padded + c, in.padded,
-               rows + (int64_t)r * in.width * kWidth, kWidth, in.width, affine.scale(image, c), affine.shift(image, c));
+               rows + (int64_t)r * in.width * kWidth, kWidth, in.width, affine.pivot(image, c), affine.scale(image, c), affine.shift(image, c));
     float* y = run.data(layer.output, image) + (int64_t)h * out.width * out.padded + c;
     for (int w = 0; w < out.width; w++) {
       const float *top = rows + 2 * w * kWidth, *bottom = top + (int64_t)in.width * kWidth;
@@ -102,8 +104,7 @@ static void pool5(const Run& run, const Layer& layer) {
       float* dst = run.data(layer.output, image) + c;
       for (int ready = 0, h = 0; h < t.height; h++) {
         for (; ready < least(h + kReach + 1, t.height); ready++) {
-          read_row(src + (int64_t)ready * t.width * t.padded, t.padded, line, kWidth, t.width, affine.scale(image, c),
-                   affine.shift(image, c));
+          read_row(src + (int64_t)ready * t.width * t.padded, t.padded, line, kWidth, t.width, affine.pivot(image, c), affine.scale(image, c), affine.shift(image, c));
           float* const out = ring + ready % kRing * row_size;
           for (int w = 0; w < t.width; w++) {
             const int low = most(w - kReach, 0), high = least(w + kReach, t.width - 1);

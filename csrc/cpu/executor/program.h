@@ -14,7 +14,7 @@ namespace sgm::executor {
 struct Tensor {
   int channels, padded, height, width;
   int64_t offset;   // floats an image, into the arena
-  int64_t moments;  // floats an image, into the moments buffer: mean [padded], then Σ(x − mean)² [padded]; -1: not kept
+  int64_t moments;  // floats an image, into the moments buffer: pivot, mean − pivot, Σ(x − mean)², each [padded]; -1: not kept
 };
 
 enum class Op : int {
@@ -98,7 +98,7 @@ struct Workspace {
   float* products;    // [members][36][tiles][vectors × width]
   float* padded;      // activated input with its border, float or bf16
   float* rows;        // [members] rows of one channel vector under transformation
-  float* affine;      // [members][2][capacity][channels]
+  float* affine;      // [members][3][capacity][channels]: a, b, pivot of the folded norm
   int64_t products_stride, rows_stride, affine_stride;  // floats a member
 };
 

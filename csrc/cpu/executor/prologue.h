@@ -4,18 +4,18 @@
 
 namespace sgm::SGM_ISA::executor {
 
-// dst[i] = activation(a·src[i] + b) for `count` vectors, or activation(src[i]) without a norm.
+// dst[i] = activation(a·(src[i] − pivot) + b) for `count` vectors, or activation(src[i]) without a norm.
 template <class Element>
 using RowFunction = void (*)(const float* src, int64_t src_stride, typename Element::Type* dst, int64_t dst_stride,
-                             int count, const float* a, const float* b);
+                             int count, const float* pivot, const float* a, const float* b);
 
 template <class Element, bool kAffine, Activation kActivation>
 static void prologue_row(const float* src, int64_t src_stride, typename Element::Type* dst, int64_t dst_stride, int count,
-                         const float* a, const float* b) {
-  const Vec scale = kAffine ? load(a) : Vec{}, shift = kAffine ? load(b) : Vec{};
+                         const float* pivot, const float* a, const float* b) {
+  const Vec centre = kAffine ? load(pivot) : Vec{}, scale = kAffine ? load(a) : Vec{}, shift = kAffine ? load(b) : Vec{};
   for (int i = 0; i < count; i++) {
     Vec v = load(src + i * src_stride);
-    if constexpr (kAffine) v = v * scale + shift;
+    if constexpr (kAffine) v = (v - centre) * scale + shift;
     Element::put(dst + i * dst_stride, activate<kActivation>(v));
   }
 }
@@ -30,49 +30,56 @@ static RowFunction<Element> row_function(bool affine, Activation activation) {
   return table[affine][(int)activation];
 }
 
-// The norm of a layer, folded: y = a·x + b with a, b [images][padded]; a null pointer without a norm.
+// The norm of a layer, folded: y = a·(x − pivot) + b, each [images][padded]; null pointers without a norm. The pivot is a
+// value of x near its mean (Moments), without which |mean|/std of the digits would be lost.
 struct Affine {
-  const float *a = nullptr, *b = nullptr;
+  const float *pivots = nullptr, *a = nullptr, *b = nullptr;
   int padded = 0;
+  const float* pivot(int image, int channel) const { return pivots ? pivots + (int64_t)image * padded + channel : nullptr; }
   const float* scale(int image, int channel) const { return a ? a + (int64_t)image * padded + channel : nullptr; }
   const float* shift(int image, int channel) const { return b ? b + (int64_t)image * padded + channel : nullptr; }
 };
 
-// a = γ·rstd, b = γ·(α·ms − mean·rstd) + β, where ms is the mean, standardised across channels (unbiased variance).
+// a = γ·rstd, b = γ·(α·ms − (mean − pivot)·rstd) + β, where ms is the mean, standardised across channels (unbiased variance).
 // Every member folds for itself: cheaper than a barrier.
 static Affine fold_norm(const Run& run, const Layer& layer) {
   const Tensor& t = run.tensor(layer.input);
-  if (layer.norm < 0) return {nullptr, nullptr, t.padded};
+  if (layer.norm < 0) return {nullptr, nullptr, nullptr, t.padded};
   const Norm& norm = run.program.norms[layer.norm];
   const Workspace& w = run.workspace;
   float* const a = w.affine + run.member.rank * w.affine_stride;
-  float* const b = a + w.affine_stride / 2;
+  float* const b = a + w.affine_stride / 3;
+  float* const pivots = b + w.affine_stride / 3;
   const int channels = norm.channels;
   const float pixels = (float)(t.height * t.width);
   for (int image = 0; image < run.images; image++) {
-    const float* mean = run.moments(layer.input, image);
-    const float* squares = mean + t.padded;
+    const float* pivot = run.moments(layer.input, image);
+    const float *mean = pivot + t.padded, *squares = mean + t.padded;  // the mean relative to the pivot
     const float* gamma = norm.table + (norm.row ? run.batch.level[image] * norm.row : 0);
     const float *alpha = gamma + channels, *beta = alpha + channels;
     double centre = 0, spread = 0;
     if (norm.has_alpha) {
-      for (int c = 0; c < channels; c++) centre += mean[c];
+      for (int c = 0; c < channels; c++) centre += (double)pivot[c] + mean[c];
       centre /= channels;
-      for (int c = 0; c < channels; c++) spread += (mean[c] - centre) * (mean[c] - centre);
+      for (int c = 0; c < channels; c++) {
+        const double d = (double)pivot[c] + mean[c] - centre;
+        spread += d * d;
+      }
       spread /= channels - 1;
     }
     const float across = norm.has_alpha ? (float)(1 / __builtin_sqrt(spread + norm.eps)) : 0.f;
     float* const ai = a + (int64_t)image * t.padded;
     float* const bi = b + (int64_t)image * t.padded;
+    memcpy(pivots + (int64_t)image * t.padded, pivot, t.padded * sizeof(float));
     for (int c = 0; c < channels; c++) {
       const float rstd = 1.f / __builtin_sqrtf(squares[c] / pixels + norm.eps);
-      const float standardised = (float)(mean[c] - centre) * across;
+      const float standardised = (float)((double)pivot[c] + mean[c] - centre) * across;
       ai[c] = gamma[c] * rstd;
       bi[c] = gamma[c] * (alpha[c] * standardised - mean[c] * rstd) + beta[c];
     }
     for (int c = channels; c < t.padded; c++) ai[c] = bi[c] = 0.f;
   }
-  return {a, b, t.padded};
+  return {pivots, a, b, t.padded};
 }
 
 }  // namespace sgm::SGM_ISA::executor

@@ -89,13 +89,16 @@ struct Bf16 {
 };
 #endif
 
-// Running mean and Σ(x − mean)² of a channel vector; blocks are centred on their own mean, then merged (Chan, Golub &
-// LeVeque 1983), so that |mean| ≫ std costs no digits.
+// Running mean and Σ(x − mean)² of a channel vector. The mean is kept relative to the image's first value, and blocks are
+// centred on their own mean, then merged (Chan, Golub & LeVeque 1983): |mean| ≫ std costs no digits.
 struct Moments {
-  Vec mean, squares;
-  SGM_INLINE Moments zero() { return {Vec{}, Vec{}}; }
-  SGM_INLINE Moments read(const float* p, int padded) { return {load(p), load(p + padded)}; }
-  inline __attribute__((always_inline)) void write(float* p, int padded) const { store(p, mean), store(p + padded, squares); }
+  Vec pivot, mean, squares;
+  SGM_INLINE Moments start(Vec pivot) { return {pivot, Vec{}, Vec{}}; }
+  SGM_INLINE Moments read(const float* p, int padded) { return {load(p), load(p + padded), load(p + 2 * padded)}; }
+  inline __attribute__((always_inline)) void write(float* p, int padded) const {
+    store(p, pivot), store(p + padded, mean), store(p + 2 * padded, squares);
+  }
+  // block_mean relative to the pivot
   inline __attribute__((always_inline)) void merge(Vec block_mean, Vec block_squares, int before, int count) {
     const float weight = (float)count / (float)(before + count);
     const Vec delta = block_mean - mean;
@@ -104,11 +107,12 @@ struct Moments {
   }
   // count values at p, stride floats apart
   inline __attribute__((always_inline)) void add(const float* p, int64_t stride, int before, int count) {
-    Vec sum = load(p), squares_about_mean = Vec{};
-    for (int i = 1; i < count; i++) sum += load(p + i * stride);
+    if (before == 0) *this = start(load(p));
+    Vec sum = Vec{}, squares_about_mean = Vec{};
+    for (int i = 0; i < count; i++) sum += load(p + i * stride) - pivot;
     const Vec block_mean = sum * (1.f / (float)count);
     for (int i = 0; i < count; i++) {
-      const Vec d = load(p + i * stride) - block_mean;
+      const Vec d = (load(p + i * stride) - pivot) - block_mean;
       squares_about_mean += d * d;
     }
     merge(block_mean, squares_about_mean, before, count);
@@ -130,7 +134,7 @@ struct Run {
   }
   float* moments(int id, int image) const {
     const Tensor& t = tensor(id);
-    return t.moments < 0 ? nullptr : workspace.moments + t.moments * workspace.capacity + (int64_t)image * 2 * t.padded;
+    return t.moments < 0 ? nullptr : workspace.moments + t.moments * workspace.capacity + (int64_t)image * 3 * t.padded;
   }
   // this member's share [first, last) of n units
   void share(int n, int& first, int& last) const {

@@ -73,7 +73,7 @@ static void input_planes(const Run& run, const Layer& layer, const Conv& conv, c
         store(row, Vec{});
         const float* src = run.data(layer.input, image) + c +
                            ((int64_t)(s.phase_row + y * conv.dilation) * in.width + s.phase_col) * in.padded;
-        read_row(src, line, row + kWidth, kWidth, s.width, affine.scale(image, c), affine.shift(image, c));
+        read_row(src, line, row + kWidth, kWidth, s.width, affine.pivot(image, c), affine.scale(image, c), affine.shift(image, c));
         memset(row + (s.width + 1) * kWidth, 0, (columns - s.width - 1) * kWidth * sizeof(float));
       }
       for (int t = 0; t < s.tiles; t++, plane += in.padded) {
@@ -137,13 +137,12 @@ static void output_block(const Run& run, const Layer& layer, const Conv& conv, i
     if (k >= out.padded) return;
     const Vec bias = load(conv.bias + k);
     const float* product = products + j * kWidth;
-    Moments moments = Moments::zero();
+    Moments moments = Moments::start(Vec{});
     for (int g = chunk.first; g < chunk.last; g++) {
       const int image = g / conv.strip_count, index = g % conv.strip_count;
       const Strip& s = conv.strips[index];
       float* const kept = run.moments(layer.output, image);
-      if (index == 0) moments = Moments::zero();
-      else if (g == chunk.first && kept) moments = Moments::read(kept + k, out.padded);
+      if (index > 0 && g == chunk.first && kept) moments = Moments::read(kept + k, out.padded);
       const float* const add[2] = {layer.add[0] < 0 ? nullptr : run.data(layer.add[0], image) + k,
                                    layer.add[1] < 0 ? nullptr : run.data(layer.add[1], image) + k};
       float* const target = run.data(layer.output, image) + k;
@@ -174,6 +173,8 @@ static void output_block(const Run& run, const Layer& layer, const Conv& conv, i
           SGM_UNROLL for (int q = 0; q < kSide; q++) {
             if (q >= columns) break;
             y[p][q] = finish(y[p][q] + bias, add, target, origin + p * row_step + q * column_step);
+            if (before == 0 && p + q == 0) moments = Moments::start(y[0][0]);
+            y[p][q] -= moments.pivot;
             sum += y[p][q];
           }
         }
