@@ -1,4 +1,4 @@
-"""Time workloads in this process, one thread: ``python -m bench.measure [NAME …]`` prints {name: seconds a call} as JSON.
+"""Time workloads in this process, one thread: ``python -m bench.measure [NAME …]`` prints JSON: seconds a call.
 
 CPU time of the calling thread, so that a busy machine costs little; the fastest of many blocks, so that what is left of
 its noise (a cold cache, a stolen core) drops out.
