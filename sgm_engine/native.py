@@ -140,7 +140,9 @@ class Graph:
     def _keep(self, tensors: tuple[Tensor | None, ...], pack: Callable[..., None]) -> None:
         self.weights.append(_Weights(tensors, pack))
 
-    def _layer(self, op, x: Value | None, out: Value | None, *, add=(), norm=None, activation="none", conv=-1, **affine):
+    def _layer(
+        self, op, x: Value | None, out: Value | None, *, add=(), norm=None, activation="none", conv=-1, **affine
+    ):
         self.native.layer(
             op=op,
             input=-1 if x is None else x.id,
@@ -255,7 +257,7 @@ def _refine_block(graph: Graph, block: blocks.RefineBlock, xs: list[Value]) -> V
 
 
 class NativeNetwork:
-    """``model`` as a callable (x [B, C, H, W] float32, level [B] int64) → score [B, C, H, W] float32, in one native call.
+    """``model`` as a callable (x float32 [B, C, H, W], level int64 [B]) → score float32, as x; one native call.
 
     batch: the number of images that it is tuned for; it takes any. height, width: the only image size it takes.
     precision: "float32", "bfloat16" (convolutions; needs AVX512_BF16), "direct" or "winograd": see PRECISIONS.

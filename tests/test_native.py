@@ -1,4 +1,4 @@
-"""The native executor: layers against float64, whole networks against the originals, chains against the eager executor."""
+"""The native executor: layers against float64, networks against the originals, chains against the eager executor."""
 
 import copy
 import resource
@@ -89,7 +89,7 @@ def conv_reference(x, conv, norm, activation, adds, pool, level):
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_convolutions_of_any_shape(data):
-    """Odd sizes down to one pixel, dilations beyond the image, channels that fill no vector, every prologue and epilogue."""
+    """Down to one pixel, dilations beyond the image, channels that fill no vector, every prologue and epilogue."""
     draw = data.draw
     pool = draw(st.booleans())
     n = draw(st.integers(1, 3))
@@ -148,7 +148,7 @@ def test_layers_that_are_not_convolutions(isa, size):
 
 @pytest.mark.parametrize("precision", ["direct", "winograd"])
 def test_statistics_survive_a_mean_far_from_zero(isa, precision):
-    """|mean| is 800 std: the values lie on a grid that float32 holds exactly; E[x²] − E[x]² would keep no digit of the std."""
+    """|mean| is 800 std, on a grid that float32 holds exactly; E[x²] − E[x]² would keep hardly a digit of the std."""
     torch.manual_seed(0)
     x = 4096 + torch.randint(-8, 9, (2, 6, 16, 16)) / 8.0
     norm = random_norm(6, "plain")
