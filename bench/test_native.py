@@ -17,7 +17,7 @@ from sgm_engine.models import NCSN
 from sgm_engine.native import NativeNetwork
 from sgm_engine.schedule import geometric
 
-TOLERANCE = {"float32": 5e-6, "bfloat16": 3e-2}  # of the whole network, against float64
+TOLERANCE = {"float32": 5e-6, "bfloat16": 5e-2}  # of the whole network at random weights, against float64
 NETWORKS = {"ngf32-28": (32, 1, 28), "ngf128-32": (128, 3, 32)}
 
 
@@ -66,7 +66,10 @@ def onnx_file(model, x, level):
 
     pytest.importorskip("onnx")
     file = BytesIO()
-    torch.onnx.export(model, (x, level), file, dynamo=False, input_names=["x", "level"], opset_version=17)
+    keep = torch.onnx.TrainingMode.PRESERVE  # of the mode, and with it of the plain norm
+    torch.onnx.export(
+        model, (x, level), file, dynamo=False, input_names=["x", "level"], opset_version=17, training=keep
+    )
     return file.getvalue()
 
 
