@@ -102,7 +102,9 @@ def build_cpu(ninja: Ninja, module: Path) -> None:
     python = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
     common = f"{' '.join(CXX)} -I{CSRC} {os.environ.get('CXXFLAGS', '')}"
     ninja.rule("cxx", f"{cxx} -MD -MF $out.d {common} $flags -c $in -o $out")
-    ninja.rule("link", f"{cxx} -shared -pthread $in -o $out {os.environ.get('LDFLAGS', '')}", deps=False)
+    # Linked beside and moved into place: a process that has the old module loaded keeps it.
+    link = f"{cxx} -shared -pthread $in -o $out.new {os.environ.get('LDFLAGS', '')} && mv -f $out.new $out"
+    ninja.rule("link", link, deps=False)
     objects = []
     for source in sorted(CSRC.rglob("*.cpp")):
         name = str(source.relative_to(CSRC)).replace("/", ".")
@@ -127,7 +129,7 @@ def build_cuda(ninja: Ninja, library: Path, nvcc: str) -> None:
     archs += " -gencode arch=compute_90,code=compute_90"
     flags = f"-std=c++17 -O3 -I{CSRC} -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden {archs}"
     ninja.rule("nvcc", f"{nvcc} -MD -MF $out.d {flags} $exact -c $in -o $out")
-    ninja.rule("nvlink", f"{nvcc} -shared -cudart static {archs} $in -o $out", deps=False)
+    ninja.rule("nvlink", f"{nvcc} -shared -cudart static {archs} $in -o $out.new && mv -f $out.new $out", deps=False)
     exact = {s: "--fmad=false" if s.name.startswith(EXACT) else "" for s in sources}
     objects = [ninja.edge("nvcc", ninja.folder / f"cuda.{s.name}.o", [s], exact=exact[s]) for s in sources]
     ninja.edge("nvlink", library, objects)

@@ -34,8 +34,8 @@ class Engine:
     """``Engine(model).sample(64)`` → float32 [64, C, H, W].
 
     model: ``model(x [B, C, H, W] float32, level [B] int64) → score``; an nn.Module is shared, never copied or changed,
-        except that ``device`` moves it there (module.to). Changes of its parameters count from the next request on;
-        within a running one after ``sync_weights()``, or at once where they lie in no copy: float32, eager or graph.
+        except that ``device`` moves it there (module.to). A running request follows changes of its parameters in place,
+        an optimizer's for one, within 16 steps; parameters replaced or written through ``.data`` count from the next one.
     batch: slots computed together; the compute batch is always this, so a request of fewer samples is no cheaper.
         None: 16 on a CPU, 128 on a GPU.
     sigmas [L] descending and shape (C, H, W): None takes ``model.sigmas`` and ``model.shape``.
@@ -198,6 +198,8 @@ class Engine:
             while (live := slots.live) and not self._cancel.is_set():
                 steps = 1 if callback else min(slots.steps_to_harvest(), STRIDE)
                 before = slots.x.clone() if callback else None
+                if self._network.changed():  # an optimizer step since; copies of the weights follow
+                    executor = self._sync()
                 executor.run(steps)
                 slots.advance(steps)
                 step += steps

@@ -298,7 +298,7 @@ def refusal(model: object, precision: str = "float32") -> str | None:
 class NativeExecutor:
     """Runs chains inside C++: the network, the update and the rows, ``steps`` of them in one call without the GIL.
 
-    Packed weights follow the module's parameters at ``sync_weights``, not in between.
+    Packed weights follow the module's parameters at ``sync_weights``, which the engine calls when one has changed.
     """
 
     name, captures = "native", 0

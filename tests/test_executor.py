@@ -367,15 +367,30 @@ def test_bfloat16_is_near_float32(net):
     assert 1e-5 < error < 5e-2
 
 
+@pytest.mark.parametrize("executor, precision", [("eager", "float32"), ("eager", "bfloat16"), ("native", "float32")])
+def test_a_running_request_follows_the_weights(net, executor, precision):
+    engine = Engine(net, 4, executor=executor, precision=precision)
+    seen = []
+
+    def callback(info):
+        seen.append(engine._executor.score.abs().max().item())
+        if info.step == 2:
+            with torch.no_grad():
+                net.end_conv.weight.zero_()
+                net.end_conv.bias.zero_()
+
+    engine.sample(4, plan=PLAN, callback=callback)
+    assert all(value > 0 for value in seen[:2]) and not any(seen[2:])
+
+
 def test_sync_weights_within_a_request(net):
     engine = eager_engine(net, precision="bfloat16")
     seen = []
 
     def callback(info):
         if info.step == 2:
-            with torch.no_grad():
-                net.end_conv.weight.zero_()
-                net.end_conv.bias.zero_()
+            net.end_conv.weight.data.zero_()  # a write that no version tells of
+            net.end_conv.bias.data.zero_()
         if info.step == 4:
             engine.sync_weights()
         seen.append(engine._executor.score.abs().max().item())
