@@ -35,7 +35,7 @@ class Engine:
 
     model: ``model(x [B, C, H, W] float32, level [B] int64) → score``; an nn.Module is shared, never copied or changed,
         except that ``device`` moves it there (module.to). A running request follows changes of its parameters in place,
-        an optimizer's for one, within 16 steps; parameters replaced or written through ``.data`` count from the next one.
+        an optimizer's for one, within 16 steps; parameters replaced or written through ``.data`` wait for the next.
     batch: slots computed together; the compute batch is always this, so a request of fewer samples is no cheaper.
         None: 16 on a CPU, 128 on a GPU.
     sigmas [L] descending and shape (C, H, W): None takes ``model.sigmas`` and ``model.shape``.
