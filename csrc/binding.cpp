@@ -39,10 +39,10 @@ void langevin_update(Address x, bool x_nhwc, Address score, bool score_nhwc, int
 
 void norm(Address x, Address residual, Address y, Address total, Address gamma, Address alpha, Address beta, int64_t gamma_stride,
           int64_t alpha_stride, int64_t beta_stride, Address level, Address workspace, int64_t samples, int64_t channels,
-          int64_t pixels, float eps, int dtype, int activation, bool channels_last) {
+          int64_t pixels, float eps, int dtype, int activation, bool channels_last, int64_t groups) {
   sgm::norm({at<void>(x), at<void>(residual), at<void>(y), at<void>(total), at<float>(gamma), at<float>(alpha), at<float>(beta),
              gamma_stride, alpha_stride, beta_stride, at<int64_t>(level), at<float>(workspace), samples, channels, pixels, eps,
-             static_cast<sgm::Dtype>(dtype), static_cast<sgm::Activation>(activation), channels_last});
+             static_cast<sgm::Dtype>(dtype), static_cast<sgm::Activation>(activation), channels_last, groups});
 }
 
 void philox(Address counter, Address key, Address words, int64_t n) {
@@ -81,7 +81,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("x"), py::arg("residual"), py::arg("y"), py::arg("total"), py::arg("gamma"), py::arg("alpha"), py::arg("beta"),
         py::arg("gamma_stride"), py::arg("alpha_stride"), py::arg("beta_stride"), py::arg("level"), py::arg("workspace"),
         py::arg("samples"), py::arg("channels"), py::arg("pixels"), py::arg("eps"), py::arg("dtype"), py::arg("activation"),
-        py::arg("channels_last"));
+        py::arg("channels_last"), py::arg("groups") = 0);
   m.def("norm_workspace_size", [](int64_t samples, int64_t channels) { return samples * sgm::Norm::workspace_size(channels); },
         "float32 elements that norm's workspace has.", py::arg("samples"), py::arg("channels"));
   m.def("philox", &philox, nogil, "uint32 counters [4, n] and keys [2, n] to words [4, n].", py::arg("counter"), py::arg("key"),

@@ -278,6 +278,15 @@ def _norm_cases() -> Iterator[tuple[str, Case]]:
             yield name, Case(stats, loads=tile * (1 + residual), stores=tile * residual)
         if not residual or shape not in networks:
             yield f"norm apply {words} {activation}", Case(apply, loads=tile, stores=tile)
+    for shape, nhwc in (((128, 32, 32), True), ((1024, 8, 8), False)):  # GroupNorm
+        x, parameter = _tensor(BATCH, *shape, dtype=torch.bfloat16, nhwc=nhwc), _tensor(shape[0])
+        workspace = _tensor(triton_norm.norm_workspace_size(x))
+        stats, group, apply = triton_norm.describe(
+            x, parameter, None, parameter, None, "silu", None, 1e-5, x, None, workspace, groups=32
+        )
+        tile = 2 * stats.constants["CHANNELS"] * min(stats.constants["PIXELS"], stats.constants["SLAB"])
+        yield f"norm group {_words(shape, nhwc)}", Case(group)
+        yield f"norm apply {_words(shape, nhwc)} groups", Case(apply, loads=tile, stores=tile)
 
 
 def _words(what: tuple[int, ...] | torch.dtype, nhwc: bool | None = None) -> str:

@@ -56,6 +56,7 @@ def norm(
     out: Tensor,
     sum_out: Tensor | None,
     workspace: Tensor,
+    groups: int | None = None,
 ) -> None:
     """out ← act(norm(x)), or act(norm(x + residual)) with the sum written to sum_out (see csrc/cpu/norm.h).
 
@@ -66,6 +67,7 @@ def norm(
         x.data_ptr(), _address(residual), out.data_ptr(), _address(sum_out),
         *(_address(p) for p in (gamma, alpha, beta)), *(_row_stride(p) for p in (gamma, alpha, beta)), _address(level),
         workspace.data_ptr(), n, c, h * w, eps, DTYPE[x.dtype], ACTIVATION[activation], _nhwc(x),
+        groups or 0,
     )  # fmt: skip
 
 

@@ -130,6 +130,7 @@ def norm(
     sum_out: Tensor | None,
     workspace: Tensor,
     variant: str = "auto",
+    groups: int | None = None,
 ) -> None:
     """out ← act(norm(x)), or act(norm(x + residual)) with the sum written to sum_out.
 
@@ -137,8 +138,10 @@ def norm(
     sum_out, and sum_out may be x or residual. gamma, alpha, beta: float32 [C], or [L, C] with dense rows; None leaves
     the term out. level: int64 [N], the row of [L, C]. workspace: float32, norm_workspace_size(x) elements, any content.
     variant: "auto" takes the one-pass cluster kernel where device and shape allow; "portable"; "cluster" or an error.
-    Checks and allocates nothing; more channels than shared memory holds (6,000 at least) are refused.
+    Checks and allocates nothing; groups, and more channels than shared memory holds (6,000 at least), are refused.
     """
+    if groups is not None:
+        raise NotImplementedError(f"the CUDA library's norm has no groups, got groups={groups}: use triton_norm.norm")
     batch, channels, height, width = x.shape
     if x.numel() == 0:
         return

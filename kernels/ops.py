@@ -26,7 +26,7 @@ class Launchers(NamedTuple):
 
     noise_fill(out, seed, sample_id, draw, stream, kind)
     langevin_update(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, out, advance)
-    norm(x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace)
+    norm(x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace, groups=None)
     norm_workspace_size(x) → float32 elements
     """
 
@@ -116,18 +116,22 @@ def noise_conditioned_norm(
     activation: str = "none",
     residual: Tensor | None = None,
     eps: float = 1e-5,
+    groups: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """act(γ·(x̂ + α·ms) + β) with the level's own γ, α, β: InstanceNorm++, see reference.noise_conditioned_norm.
 
     x: float32, bfloat16 or float16 [N, C, H, W]; the result has its dtype and layout. gamma, alpha, beta: float32 [C],
     or [L, C] (rows may be strided) gathered by level, int64 [N]; None leaves the term out. residual: like x; the norm
     is then of x + residual, rounded to x's dtype, and (y, x + residual) is returned. activation: one of
-    reference.ACTIVATIONS. Statistics in float32, centred. Differentiable, twice, by recomputation. Levels are checked
-    on the CPU only.
+    reference.ACTIVATIONS. groups: GroupNorm, statistics over that many groups of channels; it must divide C, and alpha
+    must be None. Statistics in float32, centred. Differentiable, twice, by recomputation. Levels are checked on the CPU
+    only.
     """
     if residual is None:
-        return torch.ops.sgm_engine.noise_conditioned_norm(x, gamma, alpha, beta, level, activation, eps)
-    return torch.ops.sgm_engine.noise_conditioned_norm_residual(x, residual, gamma, alpha, beta, level, activation, eps)
+        return torch.ops.sgm_engine.noise_conditioned_norm(x, gamma, alpha, beta, level, activation, eps, groups)
+    return torch.ops.sgm_engine.noise_conditioned_norm_residual(
+        x, residual, gamma, alpha, beta, level, activation, eps, groups
+    )
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
@@ -206,7 +210,7 @@ def _check_update(x, score, coef, draw, row, seed, sample_id, previous) -> None:
         _check_vector(name, t, x, torch.int64, x.shape[0])
 
 
-def _check_norm(x, gamma, alpha, beta, level, activation, residual) -> None:
+def _check_norm(x, gamma, alpha, beta, level, activation, residual, groups) -> None:
     _check_images("x", x, NETWORK)
     batch, channels, height, width = x.shape
     if height * width == 0 or channels == 0:
@@ -215,6 +219,10 @@ def _check_norm(x, gamma, alpha, beta, level, activation, residual) -> None:
         _check("residual", residual, x, (x.dtype,), x.shape)
     if alpha is not None and channels < 2:
         raise ValueError(f"alpha needs at least 2 channels for a variance across them, got {channels}: pass alpha=None")
+    if groups is not None and (groups < 1 or channels % groups):
+        raise ValueError(f"groups must divide the channels evenly, got {groups} groups of {channels} channels")
+    if groups is not None and alpha is not None:
+        raise ValueError("alpha must be None with groups: it weighs the means of single channels, which a group merges")
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {sorted(reference.ACTIVATIONS)}, got {activation!r}")
     parameters = {k: p for k, p in (("gamma", gamma), ("alpha", alpha), ("beta", beta)) if p is not None}
@@ -303,8 +311,8 @@ def _backward_update(ctx, grad):
     )
 
 
-def _norm(x, residual, gamma, alpha, beta, level, activation, eps):
-    _check_norm(x, gamma, alpha, beta, level, activation, residual)
+def _norm(x, residual, gamma, alpha, beta, level, activation, eps, groups=None):
+    _check_norm(x, gamma, alpha, beta, level, activation, residual, groups)
     tables = [p for p in (gamma, alpha, beta) if p is not None and p.dim() == 2]
     if level is not None and level.numel() and level.device.type == "cpu":
         low, high = (int(v) for v in level.aminmax())
@@ -316,17 +324,17 @@ def _norm(x, residual, gamma, alpha, beta, level, activation, eps):
     residual = None if residual is None else _like(x, residual)
     launch = launchers(x.device.type)
     workspace = torch.empty(launch.norm_workspace_size(x), dtype=torch.float32, device=x.device)
-    launch.norm(x, gamma, alpha, beta, level, activation, residual, eps, out, total, workspace)
+    launch.norm(x, gamma, alpha, beta, level, activation, residual, eps, out, total, workspace, groups)
     return out, total
 
 
-def _fake_norm(x, residual, gamma, alpha, beta, level, activation, eps):
-    _check_norm(x, gamma, alpha, beta, level, activation, residual)
+def _fake_norm(x, residual, gamma, alpha, beta, level, activation, eps, groups=None):
+    _check_norm(x, gamma, alpha, beta, level, activation, residual, groups)
     return torch.empty_like(_dense(x)), None if residual is None else torch.empty_like(_dense(x))
 
 
 def _save_norm(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.eps = inputs
+    *tensors, ctx.activation, ctx.eps, ctx.groups = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -338,7 +346,9 @@ def _backward_norm(ctx, *grads):
         inputs = [t if t is None else t.view_as(t) for t in ctx.saved_tensors]
         x, residual, gamma, alpha, beta, level = (inputs[0], None, *inputs[1:]) if len(inputs) == 5 else inputs
         residual = residual if residual is None else residual.float()
-        out = reference.noise_conditioned_norm(x.float(), gamma, alpha, beta, level, ctx.activation, residual, ctx.eps)
+        out = reference.noise_conditioned_norm(
+            x.float(), gamma, alpha, beta, level, ctx.activation, residual, ctx.eps, ctx.groups
+        )
         out = (out,) if residual is None else out
         wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
         grads = [g.to(o.dtype) for g, o in zip(grads, out, strict=True)]
@@ -366,7 +376,9 @@ _register(
 torch.library.register_autograd(
     "sgm_engine::langevin_update", _backward_update, setup_context=_save_update, lib=_library
 )
-_norm_arguments = "Tensor? gamma, Tensor? alpha, Tensor? beta, Tensor? level, str activation, float eps"
+_norm_arguments = (
+    "Tensor? gamma, Tensor? alpha, Tensor? beta, Tensor? level, str activation, float eps, int? groups=None"
+)
 _register(
     f"noise_conditioned_norm(Tensor x, {_norm_arguments}) -> Tensor",
     lambda x, *rest: _norm(x, None, *rest)[0],

@@ -20,18 +20,23 @@ def noise_conditioned_norm(
     activation: str = "none",
     residual: Tensor | None = None,
     eps: float = 1e-5,
+    groups: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """act(γ·(x̂ + α·ms) + β), InstanceNorm++ with the noise level's own γ, α, β (NCSN, arXiv 1907.05600, appendix A).
 
     x: [N, C, H, W]. gamma, alpha, beta: [C], or [L, C] gathered by ``level`` [N]; None leaves the term out, so that
     alpha=None is InstanceNorm. residual: like x; the norm is then of x + residual, and (y, x + residual) is returned.
+    groups: x̂ is over the pixels of all channels of a group (GroupNorm, arXiv 1803.08494); it divides C, alpha is None.
     """
     if residual is not None:
         x = x + residual
     gamma, alpha, beta = (_per_sample(p, level) for p in (gamma, alpha, beta))
-    mean = x.mean((2, 3), keepdim=True)  # [N, C, 1, 1]
-    centred = x - mean
-    y = centred * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + eps)  # biased variance over H·W
+    n, c, h, w = x.shape
+    part = x if groups is None else x.reshape(n, groups, c // groups * h, w)
+    mean = part.mean((2, 3), keepdim=True)  # [N, C or groups, 1, 1]
+    centred = part - mean
+    y = centred * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + eps)  # biased variance
+    y = y.reshape(x.shape)
     if alpha is not None:
         spread = mean - mean.mean(1, keepdim=True)
         variance = spread.square().sum(1, keepdim=True) / (x.shape[1] - 1)  # unbiased over C

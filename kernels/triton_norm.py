@@ -8,6 +8,9 @@
 `stats` reads x once and writes a partial (μ, M2) for each slab of pixels; `apply` merges a sample's partials by Chan's
 formula, reduces over the channels and writes y. The mean comes first and the squares are centred; s − μ is taken before
 the scale, so a large mean costs no digits. No atomics: the bits depend on the sample and the configuration alone.
+
+With groups (GroupNorm) a small kernel between the two merges the partials of each group's channels, once, and not in
+every program of `apply`, which then reads its channels' μ and v.
 """
 
 from __future__ import annotations
@@ -163,6 +166,32 @@ def merge(
 
 
 @triton.jit
+def group_kernel(
+    partial_ptr,  # float32 [N, SLABS, 2, C]: slab 0 becomes each channel's mean and biased variance, over its group
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    SLAB: tl.constexpr,
+    SLABS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    SIZE: tl.constexpr = C // GROUPS
+    MEMBERS: tl.constexpr = triton.next_power_of_2(SIZE)
+    n = (tl.program_id(0) // GROUPS).to(tl.int64)
+    member = tl.arange(0, MEMBERS)[None, :]
+    inside = member < SIZE
+    channel = tl.where(inside, tl.program_id(0) % GROUPS * SIZE + member, C)
+    means, variances = merge(partial_ptr, n, channel, C, HW, MEMBERS, SLAB, SLABS)
+    guess = tl.sum(means, 1, keep_dims=True) / SIZE
+    mean = guess + tl.sum(tl.where(inside, means - guess, 0.0), 1, keep_dims=True) / SIZE
+    delta = means - mean
+    variance = tl.sum(tl.where(inside, variances + delta * delta, 0.0), 1, keep_dims=True) / SIZE
+    tl.debug_barrier()  # slab 0 has been read by every thread
+    to = partial_ptr + n * SLABS * 2 * C + channel
+    tl.store(to, tl.broadcast_to(mean, (1, MEMBERS)), mask=inside)
+    tl.store(to + C, tl.broadcast_to(variance, (1, MEMBERS)), mask=inside)
+
+
+@triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == "elu":
         return tl.where(y > 0, y, tl.exp(tl.minimum(y, 0.0)) - 1.0)
@@ -179,7 +208,7 @@ def activate(y, ACTIVATION: tl.constexpr):
 def apply_kernel(
     x_ptr,  # [N, C, H, W]: the sum, if there is a residual
     out_ptr,  # like x; may be x
-    partial_ptr,  # float32 [N, SLABS, 2, C]
+    partial_ptr,  # float32 [N, SLABS, 2, C], as `stats` or, with groups, group_kernel left it
     gamma_ptr,  # float32 [C] or [L, C], or None
     alpha_ptr,
     beta_ptr,
@@ -196,11 +225,17 @@ def apply_kernel(
     PIXELS: tl.constexpr,
     SLAB: tl.constexpr,
     SLABS: tl.constexpr,
+    GROUPS: tl.constexpr,  # or None
 ):
     # Backwards: it starts with what `stats` has just left in the cache.
     n, slab, channel = share(tl.num_programs(0) - 1 - tl.program_id(0), C, CHANNELS, SLABS)
     row = channel[None, :]
-    mean, variance = merge(partial_ptr, n, row, C, HW, CHANNELS, SLAB, SLABS)
+    if GROUPS is not None:
+        at = partial_ptr + n * SLABS * 2 * C + row
+        mean = tl.load(at, mask=row < C, other=0.0)
+        variance = tl.load(at + C, mask=row < C, other=0.0)
+    else:
+        mean, variance = merge(partial_ptr, n, row, C, HW, CHANNELS, SLAB, SLABS)
     scale = tl.rsqrt(variance + eps)
     shift = tl.zeros((1, CHANNELS), tl.float32)
     level = tl.zeros((), tl.int64)
@@ -248,7 +283,9 @@ def describe(
     out: Tensor,
     sum_out: Tensor | None,
     workspace: Tensor,
-) -> tuple[Launch, Launch]:
+    groups: int | None = None,
+) -> tuple[Launch, ...]:
+    """stats, group_kernel if there are groups, apply."""
     batch, channels, height, width = x.shape
     nhwc = is_channels_last(x)
     tiling = Tiling.of(channels, height * width, nhwc)
@@ -268,10 +305,12 @@ def describe(
         apply[f"{name}_ptr"] = parameter
         apply[f"{name}_stride"] = 0 if parameter is None or parameter.dim() == 1 else parameter.stride(0)
     apply |= {"level_ptr": level, "eps": eps}
-    return (
-        Launch(stats_kernel, programs, stats, constants, options),
-        Launch(apply_kernel, programs, apply, constants | {"ACTIVATION": activation}, options),
-    )
+    launches = [Launch(stats_kernel, programs, stats, constants, options)]
+    if groups is not None:
+        shared = {name: constants[name] for name in ("C", "HW", "SLAB", "SLABS")} | {"GROUPS": groups}
+        launches.append(Launch(group_kernel, batch * groups, {"partial_ptr": workspace}, shared, options))
+    constants = constants | {"ACTIVATION": activation, "GROUPS": groups}
+    return *launches, Launch(apply_kernel, programs, apply, constants, options)
 
 
 def norm(
@@ -286,14 +325,17 @@ def norm(
     out: Tensor,
     sum_out: Tensor | None,
     workspace: Tensor,
+    groups: int | None = None,
 ) -> None:
     """out ← act(norm(x)), or act(norm(x + residual)) with the sum written to sum_out.
 
     x: float32, bfloat16 or float16 [N, C, H, W], NCHW or NHWC, dense; residual, out, sum_out: like x; out may be x or
     sum_out, and sum_out may be x or residual. gamma, alpha, beta: float32 [C], or [L, C] with dense rows; None leaves
     the term out. level: int64 [N], the row of [L, C]. workspace: float32, norm_workspace_size(x) elements, any content.
+    groups: divides C, statistics are then over a group's channels; alpha is None.
     Checks and allocates nothing.
     """
     with torch.cuda.device_of(x):
-        for launch in describe(x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace):
+        arguments = (x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace, groups)
+        for launch in describe(*arguments):
             launch()

@@ -169,8 +169,9 @@ def accelerate(
     """module(x, level) on the fused ops: the same outputs to rounding (2e-6), over the same parameters, sooner.
 
     module: any network called as module(x [N, C, H, W], level [N]); the original NCSN and NCSNv2 classes, or one that
-        contains InstanceNorm++ (conditional or plain), InstanceNorm2d, means after convolutions, … Recognised by
-        structure and behaviour, not by name. It is not changed; moving or casting the result moves or casts it.
+        contains InstanceNorm++ (conditional or plain), InstanceNorm2d, GroupNorm, means after convolutions, …
+        Recognised by structure and behaviour, not by name. It is not changed; moving or casting the result moves or
+        casts it.
     shape: (C, H, W) of one sample, to trace and report at once; None takes ``module.shape`` if it has one, or else the
         first call's. Another shape is traced when it comes. level_dtype: of ``level``, for modules that take sigmas.
 

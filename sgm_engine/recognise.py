@@ -26,35 +26,39 @@ ROLES = {
 class FusedNorm(nn.Module):
     """noise_conditioned_norm with the parameters of the module that it stands for, read from there at every call.
 
-    roles: of the chunks of the embedding's rows (conditional), or role → name of the parameter.
+    roles: of the chunks of the embedding's rows (conditional), or role → name of the parameter. groups: of a GroupNorm.
     """
 
-    def __init__(self, source: nn.Module, roles: tuple[str, ...] | dict[str, str], channels: int, eps: float):
+    def __init__(
+        self,
+        source: nn.Module,
+        roles: tuple[str, ...] | dict[str, str],
+        channels: int,
+        eps: float,
+        groups: int | None = None,
+    ):
         super().__init__()
-        self.source, self.roles, self.channels, self.eps = source, roles, channels, eps
+        self.source, self.roles, self.channels, self.eps, self.groups = source, roles, channels, eps, groups
         self.conditional = isinstance(roles, tuple)
         self.embedding = _embedding(source) if self.conditional else None
 
     def forward(self, x: Tensor, level: Tensor | None = None, activation: str = "none", residual: Tensor | None = None):
+        if self.groups is not None and x.dim() != 4:  # of tokens, in a network that was not traced
+            return self.source(x)
         if self.conditional:
             parameters = dict(zip(self.roles, self.embedding.weight.split(self.channels, dim=1), strict=True))
         else:
             parameters = {role: getattr(self.source, name) for role, name in self.roles.items()}
         level = level if self.conditional else None
         return ops.noise_conditioned_norm(
-            x, **parameters, level=level, activation=activation, residual=residual, eps=self.eps
+            x, **parameters, level=level, activation=activation, residual=residual, eps=self.eps, groups=self.groups
         )
 
 
 def recognise(module: nn.Module) -> FusedNorm | str | None:
     """What computes the same; None if module is nothing like a norm; if it is like one but differs, why it is left."""
-    if isinstance(module, nn.GroupNorm):
-        return "GroupNorm is not among the fused norms"
-    if isinstance(module, nn.InstanceNorm2d):
-        if module.track_running_stats:
-            return "InstanceNorm2d with running statistics"
-        roles = {"gamma": "weight", "beta": "bias"} if module.affine else {}
-        return _without_hooks(module) or FusedNorm(module, roles, module.num_features, module.eps)
+    if isinstance(module, (nn.InstanceNorm2d, nn.GroupNorm)):
+        return _of_torch(module)
     parameters = dict(module.named_parameters())
     if type(module).__module__.startswith("torch.nn.") or not 1 <= len(parameters) <= 3:
         return None
@@ -66,6 +70,36 @@ def recognise(module: nn.Module) -> FusedNorm | str | None:
     if any(p.dtype != torch.float32 for p in parameters.values()):
         return "its parameters are not float32"
     return _without_hooks(module) or _by_behaviour(module, embedding is not None)
+
+
+def _of_torch(norm: nn.InstanceNorm2d | nn.GroupNorm) -> FusedNorm | str:
+    if getattr(norm, "track_running_stats", False):
+        return "InstanceNorm2d with running statistics"
+    if any(p.dtype != torch.float32 for p in norm.parameters()):
+        return "its parameters are not float32"
+    roles = {"gamma": "weight", "beta": "bias"}  # a parameter that is None has no part
+    roles = {role: name for role, name in roles.items() if getattr(norm, name) is not None}
+    groups = getattr(norm, "num_groups", None)
+    channels = norm.num_features if groups is None else norm.num_channels
+    fused = FusedNorm(norm, roles, channels, norm.eps, groups)
+    if type(norm) not in (nn.InstanceNorm2d, nn.GroupNorm) and not _agrees(fused):
+        return "it extends a norm of torch.nn and computes something else"
+    return _without_hooks(norm) or fused
+
+
+@torch.no_grad()
+def _agrees(fused: FusedNorm) -> bool:
+    """In float32: what extends GroupNorm often casts to it."""
+    try:
+        probe = copy.deepcopy(fused)
+        for p in probe.source.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+        device = next((p.device for p in probe.source.parameters()), None)
+        x = torch.randn(3, fused.channels, 5, 4, generator=torch.Generator().manual_seed(1)).to(device) + 1
+        ours, theirs = probe(x), probe.source(x)
+        return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= 1e-5 * ours.abs().max())
+    except Exception:  # it wants another call
+        return False
 
 
 def _embedding(module: nn.Module) -> nn.Embedding | None:

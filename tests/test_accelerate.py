@@ -211,7 +211,9 @@ def test_norms_are_known_by_what_they_do():
     assert recognise(nn.InstanceNorm2d(4, track_running_stats=True)) == "InstanceNorm2d with running statistics"
     for other in (Loud(6, 5), Whitened(6)):
         assert "computes something else" in recognise(other)
-    assert recognise(nn.GroupNorm(2, 4)).startswith("GroupNorm")
+    assert recognise(nn.GroupNorm(2, 4)).groups == 2 and recognise(nn.GroupNorm(2, 4, affine=False)).roles == {}
+    assert recognise(Float32GroupNorm(2, 4)).groups == 2 and "computes something else" in recognise(Halving(2, 4))
+    assert recognise(nn.GroupNorm(2, 4).half()) == "its parameters are not float32"
     assert (
         recognise(nn.Conv2d(1, 1, 1)) is None and recognise(nn.ELU()) is None and recognise(nn.BatchNorm2d(3)) is None
     )
@@ -321,12 +323,76 @@ def test_what_cannot_be_traced_keeps_its_norms():
     assert relative(fast(X, LEVEL), net(X, LEVEL)) <= 2e-6
 
 
+class Float32GroupNorm(nn.GroupNorm):
+    """As diffusion code often has it."""
+
+    def forward(self, x):
+        return super().forward(x.float()).type(x.dtype)
+
+
+class Halving(nn.GroupNorm):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+class GroupNormBlock(nn.Module):
+    """norm → SiLU → conv, twice, with a skip: a residual block of a U-Net."""
+
+    def __init__(self, channels, norm=nn.GroupNorm, affine=True):
+        super().__init__()
+        self.norm1, self.norm2 = norm(4, channels, affine=affine), norm(2, channels, eps=1e-3, affine=affine)
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+
+
+def group_norm_network(**options):
+    """Norms for both activations and without one, and one of tokens [N, C, H·W]."""
+
+    def run(m, x, y):
+        h = m["block2"](m["block1"](m["conv"](x)))
+        h = h + m["tokens"](h.flatten(2)).unflatten(2, x.shape[2:])
+        return m["out"](F.elu(m["last"](m["plain"](h))))
+
+    ends = {"conv": nn.Conv2d(1, 8, 3, padding=1), "out": nn.Conv2d(8, 1, 3, padding=1)}
+    norms = {name: nn.GroupNorm(groups, 8) for name, groups in (("tokens", 2), ("plain", 8), ("last", 1))}
+    net = Wrapped(run, **ends, **norms, block1=GroupNormBlock(8, **options), block2=GroupNormBlock(8, **options))
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.3)
+    return net.eval()
+
+
 @torch.no_grad()
-def test_group_norm_is_left_and_said():
-    net = Wrapped(lambda m, x, y: F.silu(m["g"](m["c"](x))), c=nn.Conv2d(1, 4, 3), g=nn.GroupNorm(2, 4))
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"norm": Float32GroupNorm}], ids=str)
+def test_group_norms(options):
+    net = group_norm_network(**options)
     fast = accelerate(net, (1, 16, 16))
-    assert torch.equal(fast(X, LEVEL), net(X, LEVEL))
-    assert "left GroupNorm is not among the fused norms: 1 (layers.g)" in str(fast.report)
+    expected = copy.deepcopy(net).double()(X.double(), LEVEL) if "norm" not in options else net(X, LEVEL)
+    assert relative(fast(X, LEVEL), expected) <= 2e-6 and relative(fast(X, LEVEL), net(X, LEVEL)) <= 2e-6
+    assert {p.data_ptr() for p in fast.parameters()} == {p.data_ptr() for p in net.parameters()}
+    assert {what: len(where) for what, where in fast.report.replaced.items()} == {
+        "norm": 6, "norm with silu": 4, "norm with elu": 1, "sum fused into the norm": 2,
+    }  # fmt: skip
+    assert fast.report.left == {"a norm of something else than float images [N, C, H, W]": ["layers.tokens"]}
+    net.layers["last"].weight.mul_(3)
+    assert relative(fast(X, LEVEL), net(X, LEVEL)) <= 2e-6
+    plan = annealed_langevin([1.0, 0.1], steps_per_level=1, step_lr=1e-5)
+    engine, plain = (Engine(model, batch=2, sigmas=[1.0, 0.1], shape=(1, 16, 16)) for model in (fast, net))
+    assert relative(engine.sample(2, plan=plan), plain.sample(2, plan=plan)) <= 2e-6
+
+
+@torch.no_grad()
+def test_group_norms_where_only_norms_can_be_replaced():
+    def run(m, x, y):
+        h = m["g"](m["c"](x))
+        tokens = m["g"](h.flatten(2)).unflatten(2, h.shape[2:])
+        return h if h.sum() > 1e9 else F.silu(tokens + h)
+
+    net = Wrapped(run, c=nn.Conv2d(1, 4, 3), g=nn.GroupNorm(2, 4))
+    fast = accelerate(net, (1, 16, 16))
+    assert relative(fast(X, LEVEL), net(X, LEVEL)) <= 2e-6
+    assert fast.report.replaced == {"norm": ["layers.g"]} and "between its norms" in str(fast.report)
 
 
 @torch.no_grad()

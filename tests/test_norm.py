@@ -44,11 +44,12 @@ def poisoned(x):
     return buffer.as_strided(x.shape, x.stride(), GUARD), buffer
 
 
-def launch(x, gamma=None, alpha=None, beta=None, level=None, activation="none", residual=None, eps=1e-5):
+def launch(x, gamma=None, alpha=None, beta=None, level=None, activation="none", residual=None, eps=1e-5, groups=None):
     """The launcher on poisoned memory; (y, sum or None)."""
     (y, y_buffer), (total, total_buffer) = poisoned(x), poisoned(x)
     workspace = torch.full((_C.norm_workspace_size(*x.shape[:2]) + GUARD,), float("nan"))
-    cpu.norm(x, gamma, alpha, beta, level, activation, residual, eps, y, None if residual is None else total, workspace)
+    sum_out = None if residual is None else total
+    cpu.norm(x, gamma, alpha, beta, level, activation, residual, eps, y, sum_out, workspace, groups)
     for buffer in (y_buffer, total_buffer, workspace):
         assert buffer[-GUARD:].isnan().all(), "written past the end"
     assert y_buffer[:GUARD].isnan().all() and total_buffer[:GUARD].isnan().all(), "written before the beginning"
@@ -109,6 +110,42 @@ def test_every_variant(isa):
 
 
 @pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("groups", [1, 2, 9, 36])
+def test_every_variant_with_groups(groups, isa):
+    """Groups of 36, 18, 4 channels and 1, which no vector of channels and no thread's share ends with."""
+    _C.set_isa(isa)
+    gamma, _, beta = embedding(4, 36)
+    level = torch.tensor([3, 0, 1])
+    for dtype, layout, activation, added in itertools.product(DTYPES, LAYOUTS, ACTIVATIONS, (False, True)):
+        x = images((3, 36, 9, 11), dtype, layout, mean=1.0)
+        residual = images(x.shape, dtype, layout, seed=5) if added else None
+        y, total = launch(x, gamma, None, beta, level, activation, residual, groups=groups)
+        assert total is None or torch.equal(total, x + residual)
+        check(y, x, gamma, None, beta, level, activation, residual=residual, groups=groups)
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "shape, groups", [((2, 1, 1, 1), 1), ((1, 5, 1, 1), 5), ((1, 10, 1, 1), 2), ((2, 51, 7, 3), 17)]
+)
+def test_odd_groups(shape, groups, layout, isa):
+    _C.set_isa(isa)
+    x = images(shape, layout=layout, mean=30.0)
+    check(launch(x, groups=groups)[0], x, groups=groups)
+    check(launch(x, activation="silu", eps=1e-2, groups=groups)[0], x, activation="silu", eps=1e-2, groups=groups)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_groups_with_means_far_above_std(layout):
+    """All channels of a group near 1000: the spread between them and within them are both 0.1."""
+    x = 1000 + images((2, 24, 16, 16), layout=layout, mean=0.1, std=0.1)
+    y, _ = launch(x, groups=6)
+    assert worst(y, reference.noise_conditioned_norm(x.double(), groups=6)) < 3e-6
+    check(y, x, groups=6)
+
+
+@pytest.mark.parametrize("isa", _C.isas())
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 20, 32, 32), (1, 17, 7, 9)])
 def test_mean_far_above_std(shape, layout, isa):
@@ -155,14 +192,17 @@ def test_sum_is_rounded_like_torch(dtype, isa):
         assert torch.equal(total.nan_to_num(7, 8, 9), expected)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 128, 8, 8), (3, 70, 5, 7), (5, 16, 4, 4), (2, 3, 1, 1)])
-def test_threads_change_no_bit(shape, layout):
+def test_threads_change_no_bit(shape, layout, grouped):
     x, residual, level = images(shape, layout=layout), images(shape, layout=layout, seed=3), torch.arange(shape[0])
+    gamma, alpha, beta = embedding(5, shape[1])
+    alpha, groups = (None, shape[1] // (2 if shape[1] % 2 == 0 else 3)) if grouped else (alpha, None)
     results = []
     for threads in (1, 2, 3, 7):
         _C.set_num_threads(threads)
-        results += [launch(x, *embedding(5, shape[1]), level, "elu", residual) for _ in range(5)]
+        results += [launch(x, gamma, alpha, beta, level, "elu", residual, groups=groups) for _ in range(5)]
     for y, total in results[1:]:
         assert torch.equal(y, results[0][0]) and torch.equal(total, results[0][1])
 
@@ -245,6 +285,31 @@ def test_the_rule_notices(defect):
     check(_formula(x, *arguments, None), x, *arguments)
     with pytest.raises(AssertionError, match="limit"):
         check(_formula(x, *arguments, defect), x, *arguments)
+
+
+def _group_norm(x, groups, defect):
+    """Group norm in float32 as someone might get it wrong."""
+    part = x.unflatten(1, (groups, -1)) if defect != "strided groups" else x.unflatten(1, (-1, groups)).transpose(1, 2)
+    mean, n = part.mean((2, 3, 4), keepdim=True), part[0, 0].numel()
+    variance = (part - mean).square().sum((2, 3, 4), keepdim=True) / (n - 1 if defect == "N − 1" else n)
+    if defect == "no spread between channels":
+        variance = part.var((3, 4), correction=0, keepdim=True).mean(2, keepdim=True)
+    part = (part - mean) * torch.rsqrt(variance + 1e-5)
+    return (part if defect != "strided groups" else part.transpose(1, 2)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("defect", ["strided groups", "N − 1", "no spread between channels"])
+def test_the_rule_notices_wrong_groups(defect):
+    x = images((2, 24, 6, 6), mean=1.0)
+    check(_group_norm(x, 4, None), x, groups=4)
+    with pytest.raises(AssertionError, match="limit"):
+        check(_group_norm(x, 4, defect), x, groups=4)
+
+
+def test_agrees_with_torch_group_norm():
+    x, (gamma, _, beta) = images((3, 18, 10, 10), mean=1.0), (p[0] for p in embedding(1, 18))
+    found = ops.noise_conditioned_norm(x, gamma, None, beta, groups=6)
+    torch.testing.assert_close(found, F.group_norm(x, 6, gamma, beta), rtol=1e-5, atol=2e-6)
 
 
 def test_agrees_with_torch_instance_norm():

@@ -58,21 +58,26 @@ def test_opcheck_norm(format, dtype):
     torch.library.opcheck(torch.ops.sgm_engine.noise_conditioned_norm, (), arguments)
     arguments["residual"] = torch.randn(2, 3, 4, 5).to(dtype).requires_grad_()
     torch.library.opcheck(torch.ops.sgm_engine.noise_conditioned_norm_residual, (), arguments)
+    arguments |= dict(alpha=None, groups=3)
+    torch.library.opcheck(torch.ops.sgm_engine.noise_conditioned_norm_residual, (), arguments)
 
 
+@pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_norm_gradients_are_the_references(activation, with_residual):
+def test_norm_gradients_are_the_references(activation, with_residual, groups):
     """First and second derivatives."""
 
     def derivatives(op, dtype):
         torch.manual_seed(0)
-        arguments = norm_arguments()
+        arguments = norm_arguments() if groups is None else norm_arguments((2, 6, 4, 5))
+        if groups is not None:
+            del arguments["alpha"]
         if with_residual:
-            arguments["residual"] = torch.randn(2, 3, 4, 5)
+            arguments["residual"] = torch.randn_like(arguments["x"])
         arguments = {k: v.to(dtype).requires_grad_() if v.is_floating_point() else v for k, v in arguments.items()}
         leaves = [v for v in arguments.values() if v.requires_grad]
-        out = op(**arguments, activation=activation)
+        out = op(**arguments, activation=activation, groups=groups)
         out = out if with_residual else (out,)
         first = torch.autograd.grad(sum(o.pow(3).sum() for o in out), leaves, create_graph=True)
         return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]
@@ -165,6 +170,9 @@ BAD_NORMS = [
     ("level", dict(level=torch.tensor([-1, 0])), ValueError),
     ("level", dict(level=torch.zeros(2, dtype=torch.int32)), TypeError),
     ("level", dict(gamma=None, alpha=None, beta=None), ValueError),
+    ("groups", dict(alpha=None, groups=2), ValueError),
+    ("groups", dict(alpha=None, groups=0), ValueError),
+    ("alpha must be None with groups", dict(groups=3), ValueError),
     ("activation", dict(activation="gelu"), ValueError),
     ("residual", dict(residual=X.half()), TypeError),
     ("residual", dict(residual=X[:1]), ValueError),

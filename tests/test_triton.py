@@ -306,18 +306,20 @@ def norm_inputs(shape, dtype, layout, offset=1.0, seed=0):
     return x, residual, gamma, alpha, beta, level
 
 
-def run_norm(x, gamma=None, alpha=None, beta=None, level=None, activation="none", residual=None, eps=1e-5, out=None):
+def run_norm(
+    x, gamma=None, alpha=None, beta=None, level=None, activation="none", residual=None, eps=1e-5, out=None, groups=None
+):
     out = poisoned(x) if out is None else out
     total = None if residual is None else poisoned(x)
     workspace = torch.full((triton_norm.norm_workspace_size(x),), float("nan"), device=DEVICE)
-    triton_norm.norm(x, gamma, alpha, beta, level, activation, residual, eps, out, total, workspace)
+    triton_norm.norm(x, gamma, alpha, beta, level, activation, residual, eps, out, total, workspace, groups)
     return out if residual is None else (out, total)
 
 
-def assert_as_accurate(found, x, *arguments):
+def assert_as_accurate(found, x, *arguments, **options):
     """Error against float64 ≤ 2 × that of the float32 formula, rounded to the same dtype, + 2 ulps (float32) of max."""
-    expected = reference.noise_conditioned_norm(x.double(), *arguments)
-    formula = reference.noise_conditioned_norm(x.float(), *arguments).to(found.dtype)
+    expected = reference.noise_conditioned_norm(x.double(), *arguments, **options)
+    formula = reference.noise_conditioned_norm(x.float(), *arguments, **options).to(found.dtype)
     error, allowed = ((t.double() - expected).abs().max().item() for t in (found, formula))
     atol = 2 * torch.finfo(torch.float32).eps * expected.abs().max().item()
     assert error <= 2 * allowed + atol, f"error {error:.3g}, of the formula {allowed:.3g}"
@@ -344,6 +346,31 @@ def test_norm_of_a_sum(shape, layout, dtype):
     assert torch.equal(total, x + residual)
     assert total.stride() == found.stride() == x.stride()
     assert_as_accurate(found, total, *parameters, "elu")
+
+
+@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    "shape, groups",
+    [((2, 128, 16, 16), 32), ((2, 12, 7, 5), 1), ((2, 12, 7, 5), 4), ((2, 12, 7, 5), 12), ((1, 6, 96, 96), 2)],
+    ids=str,
+)
+def test_norm_of_groups(shape, groups, layout):
+    """Groups of 4, 12, 3, 1 channels, and of 3 in several slabs."""
+    for dtype in NORM_DTYPES:
+        x, residual, gamma, _, beta, level = norm_inputs(shape, dtype, layout)
+        x += torch.arange(shape[1], device=DEVICE, dtype=dtype)[:, None, None] % 5  # the channels' means differ
+        arguments = (gamma, None, beta, level, "silu")
+        assert_as_accurate(run_norm(x, *arguments, groups=groups), x, *arguments, groups=groups)
+        found, total = run_norm(x, *arguments, residual, groups=groups)
+        assert torch.equal(total, x + residual)
+        assert_as_accurate(found, total, *arguments, groups=groups)
+        assert_as_accurate(run_norm(x, groups=groups, eps=1e-2), x, groups=groups, eps=1e-2)
+
+
+@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+def test_large_means_in_groups(layout):
+    x, _, gamma, _, beta, level = norm_inputs((2, 64, 28, 28), torch.float32, layout, 1e3)
+    assert_as_accurate(run_norm(x, gamma, None, beta, level, groups=8), x, gamma, None, beta, level, groups=8)
 
 
 @pytest.mark.parametrize("activation", ["none", "elu", "relu", "silu"])

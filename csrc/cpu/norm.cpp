@@ -8,12 +8,14 @@ namespace sgm {
 
 void norm(const Norm& a) {
   const auto statistics = SGM_PICK(norm_statistics);
+  const auto merge = SGM_PICK(norm_merge);
   const auto apply = SGM_PICK(norm_apply);
   const int64_t threads = num_threads();
   const int64_t whole = a.samples - a.samples % threads;
   parallel_for(whole, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       statistics(a, n, 0, a.channels);
+      if (a.groups) merge(a, n);
       apply(a, n, 0, a.channels);
     }
   });
@@ -30,6 +32,10 @@ void norm(const Norm& a) {
     });
   };
   in_blocks(statistics);
+  if (a.groups)
+    parallel_for(a.samples - whole, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) merge(a, whole + i);
+    });
   in_blocks(apply);
 }
 

@@ -7,6 +7,7 @@
 //   rest     what the rounding took from μ
 //   scale    Σ(x − μ)² after statistics, γ·rsqrt(var + eps) in apply
 //   shift    γ·α·ms + β − rest·scale, from apply on
+// With groups, merge gives every channel of a group the group's μ, and the group's Σ(x − μ)² divided by its channels.
 // Blocks of channels read each other's mean and rest, so these two stay as statistics left them.
 #include "cpu/norm.h"
 
@@ -264,6 +265,24 @@ void apply_of(const Norm& a, int64_t n, int64_t begin, int64_t end) {
 }
 
 }  // namespace
+
+// Chan's formula for parts of equal count. In double, like fold.
+void norm_merge(const Norm& a, int64_t n) {
+  const Workspace w(a, n);
+  const int64_t size = a.channels / a.groups;
+  for (int64_t first = 0; first < a.channels; first += size) {
+    const auto mean_of = [&](int64_t i) { return w.mean[first + i] + double(w.rest[first + i]); };
+    const double mean = sum_over(size, mean_of) / size;
+    const double between = sum_over(size, [&](int64_t i) { return (mean_of(i) - mean) * (mean_of(i) - mean); });
+    const double within = sum_over(size, [&](int64_t i) { return double(w.scale[first + i]); });
+    const double square = (within + between * a.pixels) / size;
+    for (int64_t c = first; c < first + size; ++c) {
+      w.mean[c] = float(mean);
+      w.rest[c] = float(mean - w.mean[c]);
+      w.scale[c] = float(square);
+    }
+  }
+}
 
 void norm_statistics(const Norm& a, int64_t n, int64_t begin, int64_t end) {
   switch (a.dtype) {
