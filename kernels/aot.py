@@ -268,25 +268,29 @@ def _norm_cases() -> Iterator[tuple[str, Case]]:
         stats, apply = triton_norm.describe(
             x, gamma, alpha, beta, level, activation, other if residual else None, 1e-5, x, sum_out, workspace
         )
-        tile = stats.constants["CHANNELS"] * min(stats.constants["PIXELS"], stats.constants["SLAB"]) * dtype.itemsize
         # 16 bytes a thread need an aligned row: all channels of a pixel, or all pixels of a channel.
-        row = (shape[0] if nhwc else shape[1] * shape[2]) * dtype.itemsize
-        tile = tile if row % 16 == 0 else 0
+        aligned = (shape[0] if nhwc else shape[1] * shape[2]) * dtype.itemsize % 16 == 0
+        first, tile = (_tile(launch) * dtype.itemsize * aligned for launch in (stats, apply))
         words = f"{_words(shape, nhwc)} {_words(dtype)}"
         if activation in ("elu", "none"):
             name = f"norm stats {words}{' residual' if residual else ''}{'' if level is not None else ' plain'}"
-            yield name, Case(stats, loads=tile * (1 + residual), stores=tile * residual)
+            yield name, Case(stats, loads=first * (1 + residual), stores=first * residual)
         if not residual or shape not in networks:
             yield f"norm apply {words} {activation}", Case(apply, loads=tile, stores=tile)
     for shape, nhwc in (((128, 32, 32), True), ((1024, 8, 8), False)):  # GroupNorm
         x, parameter = _tensor(BATCH, *shape, dtype=torch.bfloat16, nhwc=nhwc), _tensor(shape[0])
         workspace = _tensor(triton_norm.norm_workspace_size(x))
-        stats, group, apply = triton_norm.describe(
+        _, group, apply = triton_norm.describe(
             x, parameter, None, parameter, None, "silu", None, 1e-5, x, None, workspace, groups=32
         )
-        tile = 2 * stats.constants["CHANNELS"] * min(stats.constants["PIXELS"], stats.constants["SLAB"])
+        tile = 2 * _tile(apply)
         yield f"norm group {_words(shape, nhwc)}", Case(group)
         yield f"norm apply {_words(shape, nhwc)} groups", Case(apply, loads=tile, stores=tile)
+
+
+def _tile(launch: Launch) -> int:
+    """Elements of the tile that a program of the norm works on at once."""
+    return launch.constants["CHANNELS"] * min(launch.constants["PIXELS"], launch.constants["SLAB"])
 
 
 def _words(what: tuple[int, ...] | torch.dtype, nhwc: bool | None = None) -> str:

@@ -32,6 +32,7 @@ class NormConfig:
     tile: int = 16384  # elements a program holds in registers, and works through unless there would be more…
     partials: int = 8192  # …partials of a sample than this, which every program of `apply` has to merge
     warps: int = 16
+    wide: int = 1024  # channels from which a program takes half a tile: a sum over pixels needs scratch for all of them
 
 
 CONFIG = NormConfig()
@@ -55,12 +56,14 @@ class Tiling:
         if nhwc:
             width = min(padded, config.tile)
             pixels = min(length, config.tile // width)
+            if width >= config.wide:
+                pixels = max(1, pixels // 2)
         else:
             pixels = min(length, config.tile)
             width = min(padded, config.tile // pixels)
         slabs = min(triton.cdiv(size * width, config.tile), max(1, config.partials // padded))
         slab = triton.cdiv(size, slabs)
-        warps = max(1, min(config.warps, width * pixels // 512))
+        warps = max(1, min(config.warps, width * pixels // (1024 if nhwc and width >= config.wide else 512)))
         return cls(width, pixels, slab, triton.cdiv(size, slab), triton.cdiv(channels, width), warps)
 
 
@@ -310,6 +313,8 @@ def describe(
         shared = {name: constants[name] for name in ("C", "HW", "SLAB", "SLABS")} | {"GROUPS": groups}
         launches.append(Launch(group_kernel, batch * groups, {"partial_ptr": workspace}, shared, options))
     constants = constants | {"ACTIVATION": activation, "GROUPS": groups}
+    if activation == "silu":  # its quotient keeps more values alive: with a whole tile registers spill on sm_80
+        constants["PIXELS"] = max(1, tiling.pixels // 2)
     return *launches, Launch(apply_kernel, programs, apply, constants, options)
 
 
