@@ -198,7 +198,7 @@ class Engine:
             while (live := slots.live) and not self._cancel.is_set():
                 steps = 1 if callback else min(slots.steps_to_harvest(), STRIDE)
                 before = slots.x.clone() if callback else None
-                if self._network.changed():  # an optimizer step since; copies of the weights follow
+                if self._network.versions() != self._seen:  # an optimizer step since: copies of the weights follow
                     executor = self._sync()
                 executor.run(steps)
                 slots.advance(steps)
@@ -220,6 +220,7 @@ class Engine:
         """The executor with fresh weights; a model that cannot be captured goes to the eager one for good if "auto"."""
         if self._network.replaced():
             self._bind(self._executor)
+        self._seen = self._network.versions()
         try:
             self._executor.sync_weights()
         except CaptureFailed as error:

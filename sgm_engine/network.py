@@ -37,7 +37,6 @@ class Network:
         self._modal = self.module is not None and any(isinstance(m, _MODAL) for m in self.module.modules())
         self._forward = model
         self._known = _tensors(self.module)
-        self._versions: list[int] = []
         self._copied: list[Tensor] = []
         self._casts: list[tuple[Tensor, Tensor]] = []  # (parameter, its bfloat16 buffer)
 
@@ -60,20 +59,19 @@ class Network:
         for module in self.module.modules() if self.module is not None else ():
             if hasattr(module, "sync_weights"):  # kernels that a module derives from its own weights
                 module.sync_weights()
-        now = _tensors(self.module)
-        self._versions = [t._version for t in now]
         if self.precision == "float32":
             return
         with torch.no_grad():
+            now = _tensors(self.module)
             if not _same(self._copied, now):
                 self._copied = now
                 self._forward, self._casts = _cast_copy(self.module)
             for parameter, buffer in self._casts:
                 buffer.copy_(parameter)
 
-    def changed(self) -> bool:
-        """Whether a parameter or buffer was changed in place since the last ``sync``; writes through ``.data`` hide."""
-        return self._versions != [t._version for t in self._known]
+    def versions(self) -> list[int]:
+        """A number for each parameter and buffer, which changes in place raise; writes through ``.data`` do not."""
+        return [t._version for t in self._known]
 
     def replaced(self) -> bool:
         """Whether the module has other Parameter or buffer objects than when this was last asked."""

@@ -383,6 +383,15 @@ def test_a_running_request_follows_the_weights(net, executor, precision):
     assert all(value > 0 for value in seen[:2]) and not any(seen[2:])
 
 
+@pytest.mark.parametrize("executor", ["eager", "native"])
+def test_unchanged_weights_are_looked_at_once_a_request(net, executor, monkeypatch):
+    engine = Engine(net, 2, executor=executor)
+    calls, sync = [], engine._executor.sync_weights
+    monkeypatch.setattr(engine._executor, "sync_weights", lambda: (calls.append(1), sync()))
+    engine.sample(6, plan=PLAN)
+    assert engine.stats.steps > 2 and len(calls) == 1
+
+
 def test_sync_weights_within_a_request(net):
     engine = eager_engine(net, precision="bfloat16")
     seen = []
