@@ -10,7 +10,7 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,15 +59,16 @@ def paired_ratio(
         order = ((0, f), (1, g)) if pair % 2 == 0 else ((1, g), (0, f))
         found = {i: seconds(h, calls[i], clock) for i, h in order}
         times.append((found[0], found[1]))
-    ratios = [a / b for a, b in times]
+    return median_ratio(*zip(*times, strict=True))
+
+
+def median_ratio(f_seconds: Sequence[float], g_seconds: Sequence[float]) -> Ratio:
+    """The ratio of times taken in pairs."""
+    ratios = [a / b for a, b in zip(f_seconds, g_seconds, strict=True)]
     draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=pairs)) for _ in range(1000))
-    return Ratio(
-        statistics.median(ratios),
-        medians[25],
-        medians[974],
-        *(statistics.median(column) for column in zip(*times, strict=True)),
-    )
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(1000))
+    medians_of_both = statistics.median(f_seconds), statistics.median(g_seconds)
+    return Ratio(statistics.median(ratios), medians[25], medians[974], *medians_of_both)
 
 
 def copier(megabytes: int = 256) -> tuple[Callable[[], object], int]:

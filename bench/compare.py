@@ -24,7 +24,7 @@ from pathlib import Path
 from bench.workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
-SLOWER, PAIRS, MORE_INSTRUCTIONS = 1.05, 10, 1.02
+SLOWER, PAIRS, MORE_INSTRUCTIONS = 1.05, 16, 1.02
 
 
 class CannotCompare(Exception):

@@ -11,9 +11,8 @@ from sgm_engine import _C
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--benchmark-quick", action="store_true", help="only what is marked quick: the gates of .ci/run")
-    group.addoption(
-        "--peers", action="store_true", help="also the networks against every peer installed (half an hour)"
-    )
+    group.addoption("--peers", action="store_true", help="also the networks against every peer installed (hours)")
+    group.addoption("--peer", action="append", default=[], metavar="NAME", help="only this peer (may be repeated)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +33,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if config.getoption("--peers"):
+        from bench import table
+
+        files = table.write()
+        if files:
+            terminalreporter.write_line(table.markdown(table.load()))
+            terminalreporter.write_line("written: " + ", ".join(str(file) for file in files))
 
 
 @pytest.fixture(params=[pytest.param(1, id="1t"), pytest.param(2, id="2t", marks=pytest.mark.full)])

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-CALLS = 8
+CALLS = 256
 CASES = ("update", "noise", "norm nhwc", "norm nchw")
 
 

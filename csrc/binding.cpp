@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/norm.h"
+#include "cpu/peak.h"
 #include "cpu/pool.h"
 #include "isa.h"
 #include "update.h"
@@ -69,6 +70,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_num_threads", &sgm::set_num_threads, "Resize the pool.", py::arg("n"), py::call_guard<py::gil_scoped_release>());
 
   const auto nogil = py::call_guard<py::gil_scoped_release>();
+  m.def("multiply_adds", [](bool bf16, int64_t rounds) { return SGM_PICK(multiply_adds)(bf16, rounds); }, nogil,
+        "csrc/cpu/peak.h: operations that `rounds` rounds of multiply-adds on registers were, for bench/.", py::arg("bf16"),
+        py::arg("rounds"));
   m.def("noise_fill", &noise_fill, nogil, "csrc/update.h, NoiseFill. kind: 0 normal, 1 uniform.", py::arg("out"), py::arg("nhwc"),
         py::arg("batch"), py::arg("channels"), py::arg("pixels"), py::arg("seed"), py::arg("sample_id"), py::arg("draw"),
         py::arg("stream"), py::arg("kind"));
