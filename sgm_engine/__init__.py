@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from sgm_engine.errors import Cancelled, CaptureFailed, EngineBusy, EngineError, SampleDiverged
     from sgm_engine.plan import Plan, ancestral, annealed_langevin, consistent_annealed, ddim, reverse_diffusion
     from sgm_engine.progress import StepInfo
-    from sgm_engine.schedule import geometric
+    from sgm_engine.samplers import dpm_solver_2m, euler, heun, plan_of_nfe, predictor_corrector, sde_dpm_solver_2m
+    from sgm_engine.schedule import cosine, geometric, karras, linear, ncsnv2
     from sgm_engine.score_model import as_score
 
 # Imported when first asked for, so that `import sgm_engine` and `sgm --help` do not wait for PyTorch.
@@ -25,7 +26,8 @@ _MODULES = {
     "errors": ("Cancelled", "CaptureFailed", "EngineBusy", "EngineError", "SampleDiverged"),
     "plan": ("Plan", "ancestral", "annealed_langevin", "consistent_annealed", "ddim", "reverse_diffusion"),
     "progress": ("StepInfo",),
-    "schedule": ("geometric",),
+    "samplers": ("dpm_solver_2m", "euler", "heun", "plan_of_nfe", "predictor_corrector", "sde_dpm_solver_2m"),
+    "schedule": ("cosine", "geometric", "karras", "linear", "ncsnv2"),
     "score_model": ("as_score",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -44,12 +46,22 @@ __all__ = [
     "annealed_langevin",
     "as_score",
     "consistent_annealed",
+    "cosine",
     "ddim",
+    "dpm_solver_2m",
+    "euler",
     "geometric",
+    "heun",
+    "karras",
+    "linear",
     "load_bundled",
     "load_checkpoint",
+    "ncsnv2",
+    "plan_of_nfe",
+    "predictor_corrector",
     "reverse_diffusion",
     "save_checkpoint",
+    "sde_dpm_solver_2m",
 ]
 
 

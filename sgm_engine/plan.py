@@ -1,22 +1,26 @@
 """A sampler is a table: one row per network evaluation, and functions that return such tables.
 
-Row r moves the state by    x ← a·x + b·score(x, level) + c·z + d·previous,    z ~ N(0, I), one draw a row.
+Row r moves the state by    x ← a·x + b·score(x, level) + c·z + d·previous,    z ~ N(0, I), one draw a row,
+and then stores for later   previous ← e·x + f·score   (x as it was before the row), unless e = f = 0.
+The first samplers are here, those of few steps in samplers.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from sgm_engine.schedule import check_sigmas
+from sgm_engine.plan_report import describe, plot, refuse_divergence
+from sgm_engine.schedule import check_sigmas, nearest_level
 
-FORMAT, VERSION = "sgm-plan", 1
-COLUMNS = ("level", "sigma", "a", "b", "c", "d")
+FORMAT, VERSION = "sgm-plan", 2
+COLUMNS = ("level", "sigma", "a", "b", "c", "d", "e", "f", "adaptive")
+SINCE_2 = ("e", "f", "adaptive")  # columns that version 1 does not have; all zero unless given
 STARTS = ("uniform", "normal")
 
 
@@ -24,7 +28,8 @@ STARTS = ("uniform", "normal")
 class Plan:
     """A frozen table of R rows, and the distribution that a chain starts from.
 
-    level: int64 [R], index into the model's sigmas. sigma: [R], that row's noise in units of x. a, b, c, d: [R].
+    level: int64 [R], index into the model's sigmas. sigma: [R], that row's noise in units of x. a, b, c, d, e, f: [R].
+    adaptive: [R], 0 or 1; where 1, b is divided by r² and c by r, the root mean square of the sample's own score.
     start: x₀ = start_shift + start_scale·u, with u uniform on [0, 1) or standard normal.
     metadata: anything JSON can hold; it travels with the plan and changes nothing.
 
@@ -42,6 +47,9 @@ class Plan:
     start_shift: float = 0.0
     name: str = "custom"
     metadata: dict[str, Any] = field(default_factory=dict)
+    e: np.ndarray | None = None
+    f: np.ndarray | None = None
+    adaptive: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         level = np.array(self.level)
@@ -70,23 +78,42 @@ class Plan:
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         if self.start_scale < 0:
             raise ValueError(f"start_scale must be >= 0, got {self.start_scale}")
-        self._refuse_divergence()
+        if not np.isin(self.adaptive, (0, 1)).all():
+            raise ValueError(f"adaptive must be 0 or 1, got {self.adaptive[~np.isin(self.adaptive, (0, 1))][0]}")
+        self._refuse_unstored()
+        refuse_divergence(self)
 
     def _freeze(self, name: str, column: np.ndarray) -> None:
         column.setflags(write=False)
         object.__setattr__(self, name, column)
 
-    def _refuse_divergence(self) -> None:
-        """Data that is one point has score (μ − x)/σ², so a row scales the distance to it by a − b/σ² (when d = 0)."""
-        factor = self.a - self.b / self.sigma**2
-        bad = np.flatnonzero((self.d == 0) & (factor <= -1 + 1e-9))
-        if len(bad):
-            i = bad[0]
+    def _refuse_unstored(self) -> None:
+        use, store = np.flatnonzero(self.d), np.flatnonzero(self.stores)
+        if len(use) and (not len(store) or use[0] <= store[0]):
             raise ValueError(
-                f"b[{i}] = {self.b[i]:g} must diverge at sigma[{i}] = {self.sigma[i]:g}: b/sigma² is "
-                f"{self.b[i] / self.sigma[i] ** 2:.3g} and has to stay below 1 + a = {1 + self.a[i]:g}; "
-                "lower the step size (step_lr)"
+                f"d[{use[0]}] = {self.d[use[0]]:g} uses previous, which no row before it stores: give one an e or f"
             )
+
+    @property
+    def stores(self) -> np.ndarray:
+        """bool [R]: the rows that store something into previous."""
+        return (self.e != 0) | (self.f != 0)
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """The distinct sigmas of the rows, descending: what a model has to be conditioned on (``at_sigmas``)."""
+        return np.unique(self.sigma)[::-1]
+
+    def on_levels(self, sigmas) -> Plan:
+        """These rows for a model that knows the levels ``sigmas`` [L] only, each at the nearest one (log scale), σ_l.
+
+        The score at σ is taken as (σ_l/σ)² times the score at σ_l: the denoised image is then that level's own. Exact
+        where σ is a level; otherwise an approximation, better the closer the levels. docs/samplers.md has figures.
+        """
+        sigmas = check_sigmas(sigmas)
+        level = nearest_level(self.sigma, sigmas)
+        factor = (sigmas[level] / self.sigma) ** 2
+        return replace(self, level=level, sigma=sigmas[level], b=self.b * factor, f=self.f * factor)
 
     @property
     def nfe(self) -> int:
@@ -96,7 +123,8 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """sha256 of everything that decides a sample: the table and the start, not the name or the metadata."""
-        content = {k: v for k, v in self._as_dict().items() if k not in ("name", "metadata")}
+        unused = {name for name in SINCE_2 if not getattr(self, name).any()}
+        content = {k: v for k, v in self._as_dict().items() if k not in {"name", "metadata"} | unused}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -105,20 +133,13 @@ class Plan:
     def __hash__(self) -> int:
         return hash(self.digest)
 
-    def describe(self) -> str:
-        """The table as text, runs of equal rows on one line."""
-        table = np.stack([getattr(self, name) for name in COLUMNS], 1)
-        first = [0, *(np.flatnonzero((table[1:] != table[:-1]).any(1)) + 1)]
-        law = "U[0, 1)" if self.start == "uniform" else "N(0, 1)"
-        start = f"{self.start_shift:g} + {self.start_scale:g}·{law}"
-        lines = [
-            f"{self.name}: {self.nfe} network evaluations a sample; start {start}",
-            f"{'rows':>11} {'level':>5} " + " ".join(f"{name:>10}" for name in COLUMNS[1:]),
-        ]
-        for i, j in zip(first, [*first[1:], self.nfe], strict=True):
-            rows = f"{i}" if j == i + 1 else f"{i}–{j - 1}"
-            lines.append(f"{rows:>11} {self.level[i]:>5} " + " ".join(f"{value:>10.5g}" for value in table[i, 1:]))
-        return "\n".join(lines)
+    def describe(self, sigmas=None) -> str:
+        """The table as text, runs of equal rows on one line, below what examine(plan, sigmas) finds."""
+        return describe(self, sigmas)
+
+    def plot(self, path=None, sigmas=None):
+        """The table as a figure (matplotlib), saved to ``path`` if given: noise, step and history over the rows."""
+        return plot(self, path, sigmas)
 
     def to_json(self) -> str:
         """The plan as JSON text; floats survive exactly."""
@@ -134,9 +155,9 @@ class Plan:
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ValueError(f'not a plan: expected an object with "format": "{FORMAT}"')
         version = content.pop("version", None)
-        if version != VERSION:
-            raise ValueError(f"plan version {version!r} is not supported: this release reads version {VERSION}")
-        known = set(cls.__dataclass_fields__)
+        if isinstance(version, bool) or version not in (1, VERSION):
+            raise ValueError(f"plan version {version!r} is not supported: this release reads versions 1 and {VERSION}")
+        known = set(cls.__dataclass_fields__) - (set(SINCE_2) if version == 1 else set())
         if content.keys() != known:
             missing, unknown = sorted(known - content.keys()), sorted(content.keys() - known)
             raise ValueError(f"plan fields differ: missing {missing}, unknown {unknown}")
@@ -226,16 +247,19 @@ def ancestral(sigmas, start_scale: float | None = None, start_shift: float = 0.0
     return _plan("ancestral", sigmas, table, True, _prior(sigmas, start_scale, start_shift), {})
 
 
-def ddim(sigmas, start_scale: float | None = None, start_shift: float = 0.0) -> Plan:
-    """DDIM (arXiv 2010.02502), the Euler step of the probability flow in σ: no noise after the start."""
+def ddim(sigmas, eta: float = 0.0, start_scale: float | None = None, start_shift: float = 0.0) -> Plan:
+    """DDIM (arXiv 2010.02502), one row at each of sigmas [L]; eta in [0, 1] is the share of the ancestral noise.
+
+    eta 0 is the Euler step of the probability flow in σ, without noise after the start; eta 1 is ``ancestral``.
+    """
     sigmas = check_sigmas(sigmas)
-    table = (
-        np.arange(len(sigmas) - 1),
-        np.ones(len(sigmas) - 1),
-        sigmas[:-1] * (sigmas[:-1] - sigmas[1:]),
-        np.zeros(len(sigmas) - 1),
-    )
-    return _plan("ddim", sigmas, table, True, _prior(sigmas, start_scale, start_shift), {})
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    now, after = sigmas[:-1], sigmas[1:]
+    noise = eta * after * np.sqrt(1 - (after / now) ** 2)
+    drift = now**2 - now * np.sqrt(after**2 - noise**2)
+    table = (np.arange(len(now)), np.ones(len(now)), drift, noise)
+    return _plan("ddim", sigmas, table, True, _prior(sigmas, start_scale, start_shift), {"eta": float(eta)})
 
 
 def _plan(name, sigmas, table, denoise, start_law, options) -> Plan:

@@ -200,7 +200,7 @@ def _edited(**changes):
         ("", "invalid JSON"),
         ("[1]", "not a plan"),
         ('{"a": [1]}', "not a plan"),
-        (_edited(version=2), "version 2 is not supported"),
+        (_edited(version=3), "version 3 is not supported: this release reads versions 1 and 2"),
         (_edited(version=None), "version None"),
         (_edited(extra=1), r"unknown \['extra'\]"),
         (_edited(b="1"), "b "),
@@ -232,4 +232,4 @@ def test_digest_is_of_what_decides_a_sample():
 def test_describe_groups_equal_rows():
     text = annealed_langevin(SIGMAS).describe()
     assert "1001 network evaluations" in text and "100–199" in text
-    assert len(text.splitlines()) == 2 + 10 + 1
+    assert len(text.splitlines()) == 3 + 10 + 1
