@@ -28,7 +28,8 @@ struct NoiseFill {
 };
 
 // t = a·x; t += b·score; t += c·z; t += d·previous: every product and every sum rounded to float32, terms whose
-// coefficient c or d is 0 left out. z is the normal noise of (seed, sample id, draw, stream 0).
+// coefficient c or d is 0 left out. z is the normal noise of (seed, sample id, draw, stream 0). Where there is a gain,
+// b is (b·gain)·gain and c is c·gain. Then previous = e·x, += f·score, of the old x, unless keep is null or e = f = 0.
 struct Update {
   Shape shape;
   const float* x;
@@ -36,7 +37,7 @@ struct Update {
   const void* score;  // of score_dtype
   bool score_nhwc;
   Dtype score_dtype;
-  const float* previous;  // or null, if d is 0 in every live row
+  float* previous;  // or null, if d, e and f are 0 in every live row
   bool previous_nhwc;
   float* out;  // may be x, if of the same layout
   bool out_nhwc;
@@ -47,10 +48,12 @@ struct Update {
   const int64_t* stop;      // [B]: a slot with row >= stop is idle, nothing of it is read or written; or null: none is
   const int64_t *seed, *sample_id;  // [B]
   int64_t* bad_row;         // [B]: lowered to the row whose result was not finite; or null
+  const float* keep;        // [rows, 2]: e, f; or null
+  const float* gain;        // [B], or null
 };
 
-// Throws std::out_of_range if a live slot's row is not in [0, rows), std::invalid_argument if its d asks for a previous
-// that is null; nothing is written then.
+// Throws std::out_of_range if a live slot's row is not in [0, rows), std::invalid_argument if its d, e or f asks for a
+// previous that is null; nothing is written then.
 void langevin_update(const Update& update);
 void advance_rows(int64_t batch, int64_t* row, const int64_t* stop);  // live slots: row += 1
 void noise_fill(const NoiseFill& fill);

@@ -28,7 +28,7 @@ _SIGNATURES = {
     "sgm_cuda_noise_fill": (c_int, [_P, _P, _P, c_int64, c_int64, c_int64, c_int, c_uint32, c_uint32, c_int, _P]),
     "sgm_cuda_langevin_update": (
         c_int,
-        [_P, _P, c_int, _P, _P, _P, _P, _P, _P, _P, _P, _P, c_int64, c_int64, c_int64, c_int, c_int, _P],
+        [_P, _P, c_int, *[_P] * 11, c_int64, c_int64, c_int64, c_int, c_int, _P],
     ),
     "sgm_cuda_norm": (
         c_int,
@@ -91,12 +91,15 @@ def langevin_update(
     previous: Tensor | None,
     out: Tensor,
     advance: bool,
+    keep: Tensor | None = None,
+    gain: Tensor | None = None,
 ) -> None:
     """out ← a·x + b·score + c·z + d·previous for every live slot; an idle one (row ≥ stop) is neither read nor written.
 
     x, previous, out: float32 [B, C, H, W]; score: float32, bfloat16 or float16; each NCHW or NHWC, dense; out may be x.
     coef: float32 [R, 4]; draw: int32 [R]; row, stop, seed, sample_id, bad_row: int64 [B]. stop None: all slots live.
     bad_row: lowered to the slot's row where a result is not finite. advance: row goes up by 1 in every live slot.
+    keep: float32 [R, 2], (e, f): previous ← e·x + f·score, the old x, unless both are 0. gain: float32 [B], b·gain², c·gain.
     Checks and allocates nothing; pointers may be captured in a CUDA graph.
     """
     batch, channels, height, width = x.shape
@@ -107,6 +110,7 @@ def langevin_update(
     )
     pointers = (x.data_ptr(), score.data_ptr(), DTYPE[score.dtype], coef.data_ptr(), draw.data_ptr(), row.data_ptr())
     slots = (_pointer(stop), seed.data_ptr(), sample_id.data_ptr(), _pointer(bad_row), _pointer(previous))
+    slots += (_pointer(keep), _pointer(gain))
     sizes = (batch, channels, height * width)
     _call("sgm_cuda_langevin_update", x, *pointers, *slots, out.data_ptr(), *sizes, layouts, advance)
 

@@ -25,7 +25,7 @@ class Launchers(NamedTuple):
     """Unchecked functions of one device type; their tensors must be as the ops below ask, and dense.
 
     noise_fill(out, seed, sample_id, draw, stream, kind)
-    langevin_update(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, out, advance)
+    langevin_update(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, out, advance, keep, gain)
     norm(x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace, groups=None)
     norm_workspace_size(x) → float32 elements
     """
@@ -76,6 +76,8 @@ def langevin_update_(
     sample_id: Tensor,
     bad_row: Tensor,
     previous: Tensor | None = None,
+    keep: Tensor | None = None,
+    gain: Tensor | None = None,
 ) -> None:
     """x ← a·x + b·score + c·z (+ d·previous) in every slot with row < stop, whose row then goes up by one.
 
@@ -84,10 +86,14 @@ def langevin_update_(
     the uint32 draw of z. row, stop, seed, sample_id, bad_row: int64 [B]. bad_row (start it at NO_BAD_ROW) is lowered to
     the row that gave a result that is not finite. An idle slot (row >= stop) is left as it is. Rounded as csrc/update.h
     says; z is the noise of stream "sample". Rows are checked on the CPU only: on a GPU that would wait for it.
+    keep: float32 [R, 2], (e, f) of each row; unless both are 0, previous is then written: e·x + f·score, of the x that
+    was. gain: float32 [B]; b is then (b·gain)·gain, c is c·gain.
     """
     if torch.is_grad_enabled() and (x.requires_grad or score.requires_grad):
         raise RuntimeError("langevin_update_ has no gradient: call it under torch.no_grad(), or use langevin_update")
-    torch.ops.sgm_engine.langevin_update_(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous)
+    torch.ops.sgm_engine.langevin_update_(
+        x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, keep, gain
+    )
 
 
 def langevin_update(
@@ -266,17 +272,26 @@ def _fake_noise_fill_(out, seed, sample_id, draw, stream, kind):
     _check_noise(out, seed, sample_id, draw, stream, kind)
 
 
-def _check_update_(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous=None):
+def _check_update_(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous=None, keep=None, gain=None):
     _check_update(x, score, coef, draw, row, seed, sample_id, previous)
     _check_dense("x", x)
     _check_vector("stop", stop, x, torch.int64, x.shape[0])
     _check_vector("bad_row", bad_row, x, torch.int64, x.shape[0])
+    if keep is not None:
+        if previous is None:
+            raise ValueError("previous is None, but keep stores into it: pass a tensor like x")
+        _check_dense("previous", previous)
+        _check("keep", keep, x, STATE, (draw.shape[0], 2))
+        if not keep.is_contiguous():
+            raise ValueError(f"keep must be contiguous, got strides {list(keep.stride())}: call keep.contiguous()")
+    if gain is not None:
+        _check_vector("gain", gain, x, torch.float32, x.shape[0])
 
 
-def _langevin_update_(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous=None):
-    _check_update_(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous)
+def _langevin_update_(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous=None, keep=None, gain=None):
+    _check_update_(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, keep, gain)
     update = launchers(x.device.type).langevin_update
-    update(x, _dense(score), coef, draw, row, stop, seed, sample_id, bad_row, _dense(previous), x, True)
+    update(x, _dense(score), coef, draw, row, stop, seed, sample_id, bad_row, _dense(previous), x, True, keep, gain)
 
 
 def _langevin_update(x, score, coef, draw, row, seed, sample_id, previous=None):
@@ -363,7 +378,7 @@ _register(
 )
 _register(
     "langevin_update_(Tensor(a!) x, Tensor score, Tensor coef, Tensor draw, Tensor(b!) row, Tensor stop, Tensor seed, "
-    "Tensor sample_id, Tensor(c!) bad_row, Tensor? previous=None) -> ()",
+    "Tensor sample_id, Tensor(c!) bad_row, Tensor(d!)? previous=None, Tensor? keep=None, Tensor? gain=None) -> ()",
     _langevin_update_,
     _check_update_,
 )

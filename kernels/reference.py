@@ -57,14 +57,31 @@ def _per_sample(p: Tensor | None, level: Tensor | None) -> Tensor | None:
 
 
 def langevin_update(
-    x: Tensor, score: Tensor, coef: Tensor, row: Tensor, z: Tensor, previous: Tensor | None = None
+    x: Tensor,
+    score: Tensor,
+    coef: Tensor,
+    row: Tensor,
+    z: Tensor,
+    previous: Tensor | None = None,
+    gain: Tensor | None = None,
 ) -> Tensor:
     """a·x + b·score + c·z + d·previous with (a, b, c, d) = coef[row]: one row of a plan, for each sample its own.
 
     x, score, z, previous: [B, C, H, W]; coef: [R, 4]; row: int64 [B]. A term whose coefficient is 0 is left out.
+    gain: [B]; b is then b·gain², c is c·gain: steps measured by the size of the sample's score.
     """
-    terms = zip(coef[row].to(x.dtype).T[..., None, None, None], (x, score, z, previous), strict=True)  # [B, 1, 1, 1]
+    a, b, c, d = coef[row].to(x.dtype).T[..., None, None, None]  # [B, 1, 1, 1]
+    if gain is not None:
+        gain = gain.to(x.dtype)[:, None, None, None]
+        b, c = b * gain * gain, c * gain
+    terms = ((a, x), (b, score), (c, z), (d, previous))
     return sum(torch.where(k != 0, k * t.to(x.dtype), 0) for k, t in terms if t is not None)
+
+
+def remember(x: Tensor, score: Tensor, keep: Tensor, row: Tensor, previous: Tensor) -> Tensor:
+    """What previous [B, C, H, W] is after a row: e·x + f·score with (e, f) = keep[row], or itself if both are 0."""
+    e, f = keep[row].to(x.dtype).T[..., None, None, None]
+    return torch.where((e != 0) | (f != 0), e * x + f * score.to(x.dtype), previous)
 
 
 def noise(shape, seed: Tensor, sample_id: Tensor, draw: int, stream: int = 0, kind: str = "normal") -> Tensor:

@@ -1,5 +1,7 @@
 """Triton: the sampler's step, x ← a·x + b·score + c·z (+ d·previous), with z made in registers.
 
+Where the row says so, previous ← e·x + f·score follows, of the old x. A gain of the slot scales b (twice) and c.
+
 Slot i of the batch reads its own row of the plan: (a, b, c, d) = coef[row[i]], draw[row[i]]. Products and sums are
 rounded one by one in float32, in the order written; a term whose c or d is zero is left out. So, given equal scores,
 the result is bit-identical to every other backend's. One read of x, one of score, one write.
@@ -37,7 +39,7 @@ def arrive(row_ptr, stop, blocks: tl.constexpr):
 def update_kernel(
     x_ptr,  # float32 [B, C, H, W]
     score_ptr,  # float32, bfloat16 or float16, like x
-    previous_ptr,  # float32, like x, or None
+    previous_ptr,  # float32, like x, or None; written where keep says so
     out_ptr,  # float32, like x; may be x
     coef_ptr,  # float32 [R, 4]
     draw_ptr,  # int32 [R], the bits of a uint32
@@ -46,6 +48,8 @@ def update_kernel(
     seed_ptr,  # int64 [B]
     sample_id_ptr,  # int64 [B]
     bad_row_ptr,  # int64 [B], or None
+    keep_ptr,  # float32 [R, 2], or None
+    gain_ptr,  # float32 [B], or None
     C: tl.constexpr,
     HW: tl.constexpr,
     X_NHWC: tl.constexpr,
@@ -71,6 +75,10 @@ def update_kernel(
     a = tl.load(coef_ptr + row * 4)
     b = tl.load(coef_ptr + row * 4 + 1)
     c = tl.load(coef_ptr + row * 4 + 2)
+    if gain_ptr is not None:
+        gain = tl.load(gain_ptr + slot)
+        b = (b * gain) * gain
+        c = c * gain
     t = a * x
     t = t + b * score.to(tl.float32)
     if c != 0:
@@ -80,9 +88,14 @@ def update_kernel(
         t = t + c * interleave(z0, z1, z2, z3, QUADS)
     if previous_ptr is not None:
         d = tl.load(coef_ptr + row * 4 + 3)
+        offset = base + locate(element, C, HW, PREVIOUS_NHWC)
         if d != 0:
-            offset = base + locate(element, C, HW, PREVIOUS_NHWC)
             t = t + d * tl.load(previous_ptr + offset, mask=inside, other=0.0)
+        if keep_ptr is not None:
+            e = tl.load(keep_ptr + row * 2)
+            f = tl.load(keep_ptr + row * 2 + 1)
+            if (e != 0) | (f != 0):
+                tl.store(previous_ptr + offset, e * x + f * score.to(tl.float32), mask=inside)
     tl.store(out_ptr + base + locate(element, C, HW, OUT_NHWC), t, mask=inside)
     if bad_row_ptr is not None:
         bad = tl.max((inside & ~(tl.abs(t) < float("inf"))).to(tl.int32), axis=1)  # [QUADS]; NaN compares false
@@ -103,6 +116,8 @@ def describe(
     previous: Tensor | None,
     out: Tensor,
     advance: bool,
+    keep: Tensor | None = None,
+    gain: Tensor | None = None,
     config: NoiseConfig = CONFIG,
 ) -> Launch:
     batch, channels, height, width = x.shape
@@ -118,6 +133,8 @@ def describe(
         "seed_ptr": seed,
         "sample_id_ptr": sample_id,
         "bad_row_ptr": bad_row,
+        "keep_ptr": keep,
+        "gain_ptr": gain,
     }
     constants = {
         "C": channels,
@@ -146,14 +163,17 @@ def langevin_update(
     previous: Tensor | None,
     out: Tensor,
     advance: bool,
+    keep: Tensor | None = None,
+    gain: Tensor | None = None,
 ) -> None:
     """out ← a·x + b·score + c·z + d·previous for every live slot; an idle one (row ≥ stop) is neither read nor written.
 
     x, previous, out: float32 [B, C, H, W]; score: float32, bfloat16 or float16; each NCHW or NHWC, dense; out may be x.
     coef: float32 [R, 4]; draw: int32 [R]; row, stop, seed, sample_id, bad_row: int64 [B]. A live slot's row must be in
     the table; stop None: every slot is live. bad_row: lowered to the slot's row where a result is not finite.
-    advance: row goes up by 1 in every live slot.
+    advance: row goes up by 1 in every live slot. keep: float32 [R, 2], (e, f): previous ← e·x + f·score, of the old x,
+    unless both are 0. gain: float32 [B]: b·gain², c·gain.
     Checks and allocates nothing; pointers may be captured in a CUDA graph.
     """
     with torch.cuda.device_of(x):
-        describe(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, out, advance)()
+        describe(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, out, advance, keep, gain)()

@@ -190,6 +190,7 @@ class Engine:
         """The loop. Yields (sample ids, x, bad_row within the plan) of every harvest; tensors stay on the device."""
         slots, executor, stats = self._slots, self._executor, self._stats
         rows = self._tables.add(plan)
+        slots.prepare(plan)
         executor = self._sync()
         jobs = (Job(check_int("sample_ids", i, 0, MAX_ID), seed, plan, rows) for i in ids)
         step = 0
@@ -268,10 +269,6 @@ class Engine:
             raise ValueError(
                 f"plan row {i} has sigma {plan.sigma[i]:g} at level {plan.level[i]}, where the model has "
                 f"{self.sigmas[plan.level[i]]:g}: make the plan from this model's sigmas"
-            )
-        if plan.d.any():
-            raise ValueError(
-                f"plan row {plan.d.nonzero()[0][0]} has d != 0, but executors keep no history yet: use rows with d = 0"
             )
         return plan, check_int("seed", seed, 0, MAX_SEED)
 

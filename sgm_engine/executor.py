@@ -66,7 +66,11 @@ class EagerExecutor:
         s, t = self.slots, self.tables
         torch.index_select(t.level, 0, s.row, out=self.level)
         self.score = self.network(s.x, self.level)
-        ops.langevin_update_(s.x, self.score, t.coef, t.draw, s.row, s.stop, s.seed, s.sample_id, s.bad_row)
+        if s.gain is not None:
+            s.measure(self.score, t.adaptive)
+        keep = None if s.previous is None else t.keep
+        slots = (s.row, s.stop, s.seed, s.sample_id, s.bad_row, s.previous)
+        ops.langevin_update_(s.x, self.score, t.coef, t.draw, *slots, keep, s.gain)
 
 
 class GraphBackend(Protocol):
@@ -116,7 +120,7 @@ class GraphExecutor(EagerExecutor):
     def sync_weights(self) -> None:
         self.network.sync()
         s, t = self.slots, self.tables
-        reads = [*self.network.tensors(), s.x, s.counters, t.coef, t.draw, t.level]
+        reads = [*self.network.tensors(), *s.tensors(), *t.tensors()]
         if [r.data_ptr() for r in reads] != [h.data_ptr() for h in self._held]:
             self._held, self._replay = [], None  # the old graph and its memory go first
             self._replay = self._capture()

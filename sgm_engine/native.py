@@ -322,6 +322,12 @@ class NativeExecutor:
         s, t = self.slots, self.tables
         buffers = {"row": s.row, "stop": s.stop, "seed": s.seed, "sample_id": s.sample_id, "bad_row": s.bad_row}
         tables = {"coef": t.coef, "draw": t.draw, "level": t.level}
+        if s.previous is not None:
+            buffers |= {"previous": s.previous}
+            tables |= {"keep": t.keep}
+        if s.gain is not None:
+            buffers |= {"gain": s.gain}
+            tables |= {"adaptive": t.adaptive}
         self.network.graph.native.run_steps(
             slots=s.batch,
             x=s.x.data_ptr(),

@@ -24,8 +24,9 @@ SAMPLE_STREAM = STREAM["sample"]  # of a chain's start (draw 0) and of its steps
 class Tables:
     """Plans as device tensors, one after the other; every row of every plan has its own index.
 
-    coef: float32 [R, 4] (a, b, c, d) · draw: int32 [R], 1, 2, … within each plan · level: int64 [R]. R is a capacity
-    plus one row, so that the row of a slot that has finished at the very end is still valid to look up.
+    coef: float32 [R, 4] (a, b, c, d) · keep: float32 [R, 2] (e, f) · adaptive: bool [R] · level: int64 [R]
+    draw: int32 [R], 1, 2, … within each plan. R is a capacity plus one row, so that the row of a slot that has finished
+    at the very end is still valid to look up.
     """
 
     def __init__(self, device: torch.device, capacity: int = 2048):
@@ -42,17 +43,24 @@ class Tables:
                 self._allocate(1 << (plan.nfe - 1).bit_length())
             self._rows, self._used = {}, 0
         rows = range(self._used, self._used + plan.nfe)
-        table = torch.stack([torch.from_numpy(getattr(plan, name).copy()) for name in "abcd"], 1)
-        self.coef[rows.start : rows.stop] = table.to(torch.float32)
+        table = torch.stack([torch.from_numpy(getattr(plan, name).copy()) for name in "abcdef"], 1).to(torch.float32)
+        self.coef[rows.start : rows.stop], self.keep[rows.start : rows.stop] = table[:, :4], table[:, 4:]
+        self.adaptive[rows.start : rows.stop] = torch.from_numpy(plan.adaptive == 1)
         self.draw[rows.start : rows.stop] = torch.arange(1, plan.nfe + 1, dtype=torch.int32)
         self.level[rows.start : rows.stop] = torch.from_numpy(plan.level.copy())
         self._rows[plan.digest], self._used = rows, rows.stop
         return rows
 
+    def tensors(self) -> list[Tensor]:
+        """What a step reads."""
+        return [self.coef, self.keep, self.adaptive, self.draw, self.level]
+
     def _allocate(self, capacity: int) -> None:
         self.capacity, self._used = capacity, 0
         self._rows: dict[str, range] = {}
         self.coef = torch.zeros(capacity + 1, 4, device=self.device)
+        self.keep = torch.zeros(capacity + 1, 2, device=self.device)
+        self.adaptive = torch.zeros(capacity + 1, dtype=torch.bool, device=self.device)
         self.draw = torch.zeros(capacity + 1, dtype=torch.int32, device=self.device)
         self.level = torch.zeros(capacity + 1, dtype=torch.int64, device=self.device)
 
@@ -72,6 +80,7 @@ class Slots:
 
     x: float32 [B, C, H, W], dense in ``memory_format`` · row, stop, seed, sample_id, bad_row: int64 [B].
     bad_row is the first row whose result was not finite, else NO_BAD_ROW. seed carries a uint64's bits.
+    previous: like x, and gain: float32 [B], once a plan needs them (``prepare``), else None.
     """
 
     def __init__(
@@ -85,6 +94,8 @@ class Slots:
         self.x = torch.zeros(batch, *shape, device=device).to(memory_format=memory_format)
         self.counters = torch.zeros(5, batch, dtype=torch.int64, device=device)
         self.row, self.stop, self.seed, self.sample_id, self.bad_row = self.counters.unbind(0)
+        self.previous: Tensor | None = None
+        self.gain: Tensor | None = None
         self.jobs: list[Job | None] = [None] * batch
         self.done = [0] * batch  # rows that the slot's job has behind it
 
@@ -92,6 +103,22 @@ class Slots:
     def live(self) -> list[int]:
         """The slots that hold an unfinished sample."""
         return [i for i, job in enumerate(self.jobs) if job is not None]
+
+    def prepare(self, plan: Plan) -> None:
+        """Have the buffers that ``plan`` needs; the first plan that does makes them, for good."""
+        if self.previous is None and plan.stores.any():
+            self.previous = torch.zeros_like(self.x)
+        if self.gain is None and plan.adaptive.any():
+            self.gain = torch.ones(self.batch, device=self.device)
+
+    def tensors(self) -> list[Tensor]:
+        """What a step reads and writes."""
+        return [t for t in (self.x, self.counters, self.previous, self.gain) if t is not None]
+
+    def measure(self, score: Tensor, adaptive: Tensor) -> None:
+        """gain ← 1 over the root mean square of each sample's score [B, C, H, W] where its row is adaptive, else 1."""
+        rms = score.float().square().mean((1, 2, 3)).sqrt()
+        torch.where(adaptive[self.row], rms.reciprocal(), torch.ones_like(rms), out=self.gain)
 
     def refill(self, jobs: Iterator[Job]) -> None:
         """Start the next of ``jobs`` in every idle slot, as long as there are any."""

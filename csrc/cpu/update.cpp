@@ -19,6 +19,8 @@ void langevin_update(const Update& u) {
                               std::to_string(u.rows - 1) + ": lower stop or lengthen the table");
     if (!u.previous && u.coef[4 * u.row[b] + 3] != 0)
       throw std::invalid_argument("coef[" + std::to_string(u.row[b]) + "] has d != 0, but previous is None: pass the previous term");
+    if (!u.previous && u.keep && (u.keep[2 * u.row[b]] != 0 || u.keep[2 * u.row[b] + 1] != 0))
+      throw std::invalid_argument("keep[" + std::to_string(u.row[b]) + "] stores into previous, but previous is None: pass a tensor like x");
   }
   const auto range = SGM_PICK(update_range);
   const Cut c = cut(u);

@@ -47,7 +47,8 @@ inline void load(const void* data, Dtype dtype, int64_t offset, int64_t stride, 
 }
 
 struct Row {
-  float a, b, c, d;
+  float a, b, c, d, e, f;
+  bool keeps() const { return e != 0 || f != 0; }
 };
 
 // out[i] for i in [0, n); returns the largest |out[i]| as bits, so that >= 0x7F800000 means "not finite".
@@ -70,6 +71,11 @@ inline int32_t step(Row k, int n, const float* x, const float* s, const float* z
   if (k.c != 0) return step<true, false>(k, n, x, s, z, previous, out);
   if (previous) return step<false, true>(k, n, x, s, z, previous, out);
   return step<false, false>(k, n, x, s, z, previous, out);
+}
+
+inline void keep(Row k, int n, const float* x, const float* s, float* out) {
+  SGM_INDEPENDENT
+  for (int i = 0; i < n; ++i) out[i] = mul_add(k.f, s[i], mul(k.e, x[i]));
 }
 
 inline void lower(int64_t* target, int64_t value) {
@@ -107,7 +113,9 @@ struct Step {
   Draw begin(int64_t slot_) {
     slot = slot_, sample = slot * u.shape.sample();
     const float* c = u.coef + 4 * u.row[slot];
-    k = {c[0], c[1], c[2], c[3]};
+    const float* e = u.keep ? u.keep + 2 * u.row[slot] : nullptr;
+    k = {c[0], c[1], c[2], c[3], e ? e[0] : 0, e ? e[1] : 0};
+    if (u.gain) k.b = mul(mul(k.b, u.gain[slot]), u.gain[slot]), k.c = mul(k.c, u.gain[slot]);
     return make_draw(u.seed[slot], u.sample_id[slot], static_cast<uint32_t>(u.draw[u.row[slot]]), 0);
   }
   bool live(int64_t b) const { return !u.stop || u.row[b] < u.stop[b]; }
@@ -117,7 +125,7 @@ struct Step {
   void finish(int32_t largest) {
     if (largest >= 0x7F800000 && u.bad_row) lower(u.bad_row + slot, u.row[slot]);
   }
-  const float* previous() const { return k.d != 0 ? u.previous : nullptr; }
+  float* previous() const { return k.d != 0 ? u.previous : nullptr; }
 
   void run(int64_t offset, int n, const float* z) {  // n <= 4·kBlock
     offset += sample;
@@ -125,7 +133,10 @@ struct Step {
     const float* s = static_cast<const float*>(u.score) + offset;
     if (u.score_dtype != Dtype::float32) load(u.score, u.score_dtype, offset, 1, n, converted), s = converted;
     const float* p = previous();
+    alignas(64) float kept[4 * kBlock];
+    if (k.keeps()) keep(k, n, u.x + offset, s, kept);  // before out, which may be x, is written
     finish(step(k, n, u.x + offset, s, z, p ? p + offset : nullptr, u.out + offset));
+    if (k.keeps()) std::copy(kept, kept + n, u.previous + offset);
   }
 
   void pixels(int64_t channel, int64_t pixel, int n, const float* z) {  // n <= kTilePixels
@@ -138,6 +149,10 @@ struct Step {
     finish(step(k, n, x, s, z, previous() ? p : nullptr, out));
     float* to = u.out + at(u.out_nhwc);
     for (int i = 0; i < n; ++i) to[i * stride(u.out_nhwc)] = out[i];
+    if (!k.keeps()) return;
+    keep(k, n, x, s, p);
+    to = u.previous + at(u.previous_nhwc);
+    for (int i = 0; i < n; ++i) to[i * stride(u.previous_nhwc)] = p[i];
   }
 };
 

@@ -1,4 +1,5 @@
-// langevin_update: x ← a·x + b·score + c·z (+ d·previous), every slot at its own row of the plan's table.
+// langevin_update: x ← a·x + b·score + c·z (+ d·previous), every slot at its own row of the plan's table; then, where the
+// row says so, previous ← e·x + f·score of the old x. A slot's gain, where there is one, scales b (twice) and c.
 // One read of x, one of score, one write; z is made in registers. Each product and each sum is rounded on its own
 // (--fmad=false, and intrinsics in the shared headers), so the result equals every other backend's bit for bit.
 #include "device.cuh"
@@ -10,7 +11,7 @@ namespace {
 struct Update {
   const float* x;            // [B, C, H, W], as are the next three; each NCHW or NHWC
   const void* score;
-  const float* previous;     // or null
+  float* previous;           // or null
   float* out;                // x itself in place
   const float* coef;         // [R, 4]: a, b, c, d
   const int32_t* draw;       // [R]
@@ -19,6 +20,8 @@ struct Update {
   const int64_t* seed;       // [B]
   const int64_t* sample_id;  // [B]
   int64_t* bad_row;          // [B], or null
+  const float* keep;         // [R, 2]: e, f; or null
+  const float* gain;         // [B], or null
   int64_t channels, pixels;  // C, H·W
   bool x_nhwc, score_nhwc, previous_nhwc, out_nhwc, advance;
 };
@@ -45,8 +48,11 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const Update u) {
   const int64_t row = current_row(u.row + slot);
   if (u.stop && row >= u.stop[slot]) return;  // idle
 
-  const float a = u.coef[4 * row], b = u.coef[4 * row + 1], c = u.coef[4 * row + 2];
+  const float gain = u.gain ? u.gain[slot] : 1.0f;
+  const float a = u.coef[4 * row], b = mul(mul(u.coef[4 * row + 1], gain), gain), c = mul(u.coef[4 * row + 2], gain);
   const float d = u.previous ? u.coef[4 * row + 3] : 0.0f;
+  const float e = u.keep ? u.keep[2 * row] : 0.0f, f = u.keep ? u.keep[2 * row + 1] : 0.0f;
+  const bool keeps = e != 0 || f != 0;
   const Draw noise = make_draw(u.seed[slot], u.sample_id[slot], static_cast<uint32_t>(u.draw[row]), 0);
   const int64_t start = slot * u.channels * u.pixels;
   bool good = true;
@@ -66,11 +72,13 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const Update u) {
         t = add(t, mul(b, score[q][k]));
         if (c != 0) t = add(t, mul(c, z[k]));
         if (d != 0) t = add(t, mul(d, previous[q][k]));
+        if (keeps) previous[q][k] = add(mul(e, x[q][k]), mul(f, score[q][k]));
         x[q][k] = t;
         good &= finite(t);
       }
     }
     patch.store(u.out + start, u.out_nhwc, x);
+    if (keeps) patch.store(u.previous + start, u.previous_nhwc, previous);
   }
   if (!good && u.bad_row) atomicMin(reinterpret_cast<long long*>(u.bad_row + slot), static_cast<long long>(row));
   if (!u.advance) return;
@@ -84,10 +92,10 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const Update u) {
 // Layouts are bits: 1 x, 2 score, 4 previous, 8 out is NHWC. Returns a cudaError_t.
 SGM_API int sgm_cuda_langevin_update(const float* x, const void* score, int score_dtype, const float* coef, const int32_t* draw, int64_t* row,
                                      const int64_t* stop, const int64_t* seed, const int64_t* sample_id, int64_t* bad_row,
-                                     const float* previous, float* out, int64_t batch, int64_t channels, int64_t pixels, int layouts,
+                                     float* previous, const float* keep, const float* gain, float* out, int64_t batch, int64_t channels, int64_t pixels, int layouts,
                                      int advance, void* stream) {
   using namespace sgm::cuda;
-  const Update u{x,       score,   previous,          out,  coef, draw, row, stop, seed, sample_id, bad_row, channels, pixels,
+  const Update u{x,       score,   previous,          out,  coef, draw, row, stop, seed, sample_id, bad_row, keep, gain, channels, pixels,
                  (layouts & 1) != 0, (layouts & 2) != 0, (layouts & 4) != 0, (layouts & 8) != 0, advance != 0};
   const size_t score_bytes = score_dtype == kFloat32 ? 16 : 8;
   const bool all_aligned = aligned(x, 16) && aligned(out, 16) && aligned(previous, 16) && aligned(score, score_bytes);

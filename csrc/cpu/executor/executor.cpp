@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -305,8 +306,7 @@ void Executor::check_chain(const Chain& chain, int64_t steps) const {
                               std::to_string(end - 1) + ", but the table has rows 0 to " + std::to_string(chain.rows - 1));
     for (int64_t r = chain.row[b]; r < end; ++r) {
       check_level(chain.level[r], "level", r);
-      if (chain.coef[4 * r + 3] != 0)
-        refuse("coef[" + std::to_string(r) + "] has d != 0, which the native executor does not run: use executor='eager'");
+      if (!chain.previous && chain.coef[4 * r + 3] != 0) refuse("coef[" + std::to_string(r) + "] has d != 0, but previous is absent");
     }
   }
 }
@@ -394,6 +394,19 @@ void Executor::run(const float* x, const int64_t* level, float* score, int image
   });
 }
 
+namespace {
+
+// What b (twice) and c of an adaptive row are multiplied by: 1 over the root mean square of the sample's score.
+float inverse_rms(const float* score, int64_t n) {
+  double sums[8] = {};
+  for (int64_t i = 0; i < n; ++i) sums[i % 8] += static_cast<double>(score[i]) * score[i];
+  double sum = 0;
+  for (const double s : sums) sum += s;
+  return static_cast<float>(1 / std::sqrt(sum / static_cast<double>(n)));
+}
+
+}  // namespace
+
 void Executor::run_steps(const Chain& chain, int64_t steps, const std::function<bool()>& stop_requested) {
   check_chain(chain, steps);
   const Program program = this->program();
@@ -411,6 +424,8 @@ void Executor::run_steps(const Chain& chain, int64_t steps, const std::function<
     update.coef = chain.coef, update.draw = chain.draw, update.rows = chain.rows;
     update.row = chain.row + first, update.stop = chain.stop + first;
     update.seed = chain.seed + first, update.sample_id = chain.sample_id + first, update.bad_row = chain.bad_row + first;
+    if (chain.previous) update.previous = chain.previous + first * size, update.previous_nhwc = chain.nhwc, update.keep = chain.keep;
+    if (chain.gain) update.gain = chain.gain + first;
     const int64_t pieces = (last - first) * update_pieces(update);
     for (int64_t step = 0; step < steps; ++step) {
       int slot[kMicroBatch], live = 0;
@@ -419,6 +434,12 @@ void Executor::run_steps(const Chain& chain, int64_t steps, const std::function<
         if (chain.row[b] < chain.stop[b]) level[live] = chain.level[chain.row[b]], slot[live++] = b;
       if (live == 0) return;
       backend_.forward(program, team.workspace, member, {live, slot, chain.x, chain.nhwc, level, chain.score});
+      if (chain.gain && member.rank == 0)
+        for (int i = 0; i < live; ++i) {
+          const int b = slot[i];
+          chain.gain[b] = chain.adaptive[chain.row[b]] ? inverse_rms(chain.score + b * size, size) : 1;
+        }
+      if (chain.gain) barrier();
       update_range(update, pieces * member.rank / member.size, pieces * (member.rank + 1) / member.size);
       barrier();
       if (member.rank == 0) {

@@ -45,6 +45,10 @@ struct Chain {
   int64_t* row;  // advanced by one a step while row < stop
   const int64_t *stop, *seed, *sample_id;
   int64_t* bad_row;
+  float* previous;       // like x, or null if no plan uses it
+  const float* keep;     // [rows][2], or null
+  float* gain;           // [slots], or null if no plan has adaptive rows
+  const bool* adaptive;  // [rows]
 };
 
 class Executor {
