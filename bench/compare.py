@@ -2,8 +2,9 @@
 
 Both are built and installed side by side on this machine. Fresh processes time every workload, one thread, in the
 order A B B A …, so that a drift of the machine's speed cancels within a pair. A workload fails when the lower 95%
-bound of its median ratio (working tree / BASE) is above 1.05, twice in a row. Where valgrind is present, the
-instructions that the C++ kernels execute are counted too and may grow by 2%.
+bound of its median ratio (working tree / BASE) is above 1.05, twice in a row. Exact counts are compared too: the
+registers of every GPU kernel (compiled for sm_90) may not take another allocation unit, and where valgrind is present,
+the instructions that the C++ kernels execute may grow by 2%.
 
 Exit status: 0 no workload is slower, 1 at least one is, 2 the comparison could not be made.
 """
@@ -124,12 +125,29 @@ def compare_instructions(base: Path, head: Path, runner: Path) -> list[str]:
     return grown
 
 
+def compare_registers(base: Path, head: Path, runner: Path, sources: dict[Path, Path]) -> list[str]:
+    """Names of the GPU kernels that take more registers than BASE's."""
+    from bench.registers import grown
+
+    counts = []
+    for package in (base, head):
+        command = [sys.executable, "-m", "bench.registers", str(sources[package])]
+        counts.append(json.loads(run(command, runner, environment(package, runner))))
+    before, after = counts
+    more = grown(before, after)
+    for name in more:
+        print(f"  MORE   {name}: {before[name]} → {after[name]} registers")
+    print(f"  registers of {len(before.keys() & after.keys())} GPU kernels compared, {len(more)} take more")
+    return more
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("base", help="the git revision to compare the working tree with, such as HEAD~1 or origin/main")
     parser.add_argument("--pairs", type=int, default=PAIRS, help=f"pairs of processes (default {PAIRS}; at least 5)")
     parser.add_argument("--only", metavar="TEXT", default="", help="only the workloads whose name contains TEXT")
     parser.add_argument("--repeat", type=int, default=1, help="repeat the whole comparison, to see how often it alarms")
+    parser.add_argument("--times-only", action="store_true", help="leave out the counts of registers and instructions")
     args = parser.parse_args(argv)
     names = [name for name in WORKLOADS if args.only in name]
     if not names:
@@ -143,6 +161,7 @@ def main(argv: list[str] | None = None) -> int:
             run(["git", "worktree", "add", "--detach", str(worktree), args.base], ROOT)
             try:
                 install(worktree, base)
+                shutil.copytree(worktree / "csrc", scratch / "csrc")
             finally:
                 run(["git", "worktree", "remove", "--force", str(worktree)], ROOT)
             install(ROOT, head)
@@ -156,7 +175,10 @@ def main(argv: list[str] | None = None) -> int:
                 failures += bool(slower)
             if args.repeat > 1:
                 print(f"{failures} of {args.repeat} comparisons failed")
-            grown = compare_instructions(base, head, runner)
+            grown = []
+            if not args.times_only:
+                grown += compare_registers(base, head, runner, {base: scratch / "csrc", head: ROOT / "csrc"})
+                grown += compare_instructions(base, head, runner)
         except CannotCompare as problem:
             print(f"bench.compare: {problem}", file=sys.stderr)
             return 2

@@ -28,7 +28,7 @@ NETWORKS = {
     "bundled MNIST": lambda: load_bundled()[0],
 }
 TOLERANCE = {"float32": 5e-6, "bfloat16": 5e-2}  # relative, of the whole network, against float64
-SECONDS, ROUNDS = 40, (5, 25)  # rounds of a case: as many as fit into the seconds, within these bounds
+SECONDS, ROUNDS = 20, (5, 15)  # rounds of a case: as many as fit into the seconds, within these bounds
 
 
 def error(y: torch.Tensor, want: torch.Tensor) -> float:

@@ -1,0 +1,92 @@
+"""The yardsticks of bench/: bounds, ratios, counts and the table, on figures whose answer is known."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from bench import compare, table
+from bench.common import Ratio, median_ratio
+from bench.peers import PEERS, plain
+from bench.registers import grown
+from sgm_engine.models import NCSN, NCSNv2
+
+PAIRS = compare.PAIRS
+
+
+def test_lower_bound_is_exact():
+    """Of 2ⁿ equally likely patterns of signs, it lies above the median in at most 5%, and is as high as that allows."""
+    n = 12
+    above = 0
+    for signs in itertools.product((-1, 1), repeat=n):  # values ±(1 … n): the median of the law is 0
+        above += compare.lower_bound([s * (i + 1) for i, s in enumerate(signs)]) > 0
+    assert above / 2**n <= 0.05
+    assert compare.lower_bound(list(range(n))) == 2  # the third smallest: P = 79/4096; the fourth: 299/4096 > 5%
+
+
+def test_lower_bound_needs_five():
+    with pytest.raises(ValueError, match="4 pairs are too few"):
+        compare.lower_bound([1.0] * 4)
+
+
+def noisy(ratio: float, seed: int, noise: float = 0.05) -> list[float]:
+    """Pairs of a noisy machine: most within some per cent, one in ten off by a half."""
+    draw = random.Random(seed)
+    return [ratio * draw.lognormvariate(0, noise if draw.random() < 0.9 else 0.5) for _ in range(PAIRS)]
+
+
+def test_the_gate_separates_ten_per_cent_from_none(capsys):
+    alarms = [bool(compare.report({"kernel": noisy(1.0, seed)})) for seed in range(200)]
+    caught = [bool(compare.report({"kernel": noisy(1.1, seed, 0.03)})) for seed in range(200)]
+    assert sum(alarms) == 0
+    assert sum(caught) >= 190
+    assert "SLOWER" in capsys.readouterr().out
+
+
+def test_median_ratio():
+    ratio = median_ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+    assert (ratio.median, ratio.f_seconds, ratio.g_seconds) == (2.0, 4.0, 2.0)
+    assert 2.0 <= ratio.low <= ratio.high <= 3.0
+
+
+def test_registers_count_in_units_of_eight():
+    before = {"a": 31, "b": 32, "gone": 8}
+    assert grown(before, {"a": 32, "b": 33, "new": 255}) == ["b"]
+
+
+@pytest.mark.parametrize("own_statistics", [True, False])
+@pytest.mark.parametrize("kind", [NCSN, NCSNv2])
+def test_the_peers_network_is_the_same_network(kind, own_statistics):
+    torch.manual_seed(0)
+    model = kind([1.0, 0.1, 0.01], channels=1, ngf=8, image_size=8).eval()
+    x, level = torch.rand(2, 1, 8, 8), torch.tensor([0, 2])
+    copy = plain(model, own_statistics)
+    assert not any("Norm" in type(m).__name__ and type(m).__name__ != "PlainNorm" for m in copy.children())
+    with torch.no_grad():
+        torch.testing.assert_close(copy(x, level), model(x, level), rtol=1e-4, atol=1e-4 * model(x, level).abs().max())
+        for p in model.parameters():
+            p.add_(0.1)
+        assert not torch.allclose(copy(x, level), model(x, level)), "the copy shares its parameters"
+
+
+@pytest.fixture
+def row(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "FOLDER", tmp_path)
+    ratios = {name: Ratio(1.5 + i, 1.4 + i, 1.6 + i, 0.3, 0.2) for i, name in enumerate(PEERS)}
+    case = {"network": "net", "batch": 8, "dtype": "float32", "threads": 1, "device": "cpu", "torch": "2"}
+    speed = {"ms": 200.0, "TFLOP/s": 0.5, "share of multiply-add peak": 2.0}
+    return case | speed | {"ratios": ratios, "left out": {"X": "no bfloat16"}}
+
+
+def test_table(row, tmp_path):
+    table.keep(row)
+    table.keep(row | {"batch": 1})
+    table.keep(row | {"ms": 100.0})  # replaces the first
+    rows = table.load()
+    assert [(r["batch"], r["ms"]) for r in rows] == [(1, 200.0), (8, 100.0)]
+    text = table.markdown(rows)
+    assert "| net | 8 | float32 | 100.0 | 0.500 | 2.00 | 1.50 [1.40, 1.60] |" in text and "— X: no bfloat16." in text
+    pytest.importorskip("matplotlib")
+    assert [file.name for file in table.write()] == ["peers.json", "peers.md", "peers.png"]
+    assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
