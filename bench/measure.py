@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from bench.workloads import WORKLOADS
 
-BLOCK_SECONDS, BLOCKS = 0.02, 15
+BLOCK_SECONDS, BLOCKS = 0.02, 8
 
 
 def seconds_a_call(call: Callable[[], object], block: float = BLOCK_SECONDS, blocks: int = BLOCKS) -> float:
