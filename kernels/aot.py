@@ -203,7 +203,7 @@ def _noise_cases() -> Iterator[tuple[str, Case]]:
 
 def _update_cases() -> Iterator[tuple[str, Case]]:
     quad_bytes = 16 * triton_update.CONFIG.quads
-    for shape, dtype, x_nhwc, score_nhwc, previous, captured in (
+    for shape, dtype, x_nhwc, score_nhwc, previous, captured, *keep in (
         ((3, 32, 32), torch.bfloat16, False, True, False, True),
         ((3, 32, 32), torch.bfloat16, False, False, False, True),
         ((3, 32, 32), torch.float32, False, False, True, True),
@@ -214,6 +214,8 @@ def _update_cases() -> Iterator[tuple[str, Case]]:
         ((1, 28, 28), torch.bfloat16, False, False, False, True),
         ((3, 256, 256), torch.bfloat16, False, True, False, True),
         ((3, 5, 7), torch.float32, False, True, True, True),
+        ((3, 32, 32), torch.float32, False, False, True, True, True),
+        ((3, 32, 32), torch.bfloat16, False, True, True, True, True),
     ):
         x = _tensor(BATCH, *shape, nhwc=x_nhwc)
         launch = triton_update.describe(
@@ -229,16 +231,18 @@ def _update_cases() -> Iterator[tuple[str, Case]]:
             _tensor(BATCH, *shape) if previous else None,
             x if captured else torch.empty_like(x),
             captured,
+            _tensor(9, 2) if keep else None,
+            _tensor(BATCH) if keep else None,
         )
         wide = not x_nhwc and shape[1] % 2 == 0  # the state; a bfloat16 quad is 8 bytes
         score_wide = wide and dtype == torch.float32 and not score_nhwc
         yield (
             f"update {_words(shape, x_nhwc)} score {_words(dtype, score_nhwc)}"
-            f"{' previous' if previous else ''}{'' if captured else ' pure'}",
+            f"{' previous' if previous else ''}{' kept, gain' if keep else ''}{'' if captured else ' pure'}",
             Case(
                 launch,
                 loads=quad_bytes * (wide + score_wide + (wide and previous)),
-                stores=quad_bytes * wide,
+                stores=quad_bytes * wide * (1 + len(keep)),
                 exact=True,
             ),
         )

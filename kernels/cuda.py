@@ -99,7 +99,8 @@ def langevin_update(
     x, previous, out: float32 [B, C, H, W]; score: float32, bfloat16 or float16; each NCHW or NHWC, dense; out may be x.
     coef: float32 [R, 4]; draw: int32 [R]; row, stop, seed, sample_id, bad_row: int64 [B]. stop None: all slots live.
     bad_row: lowered to the slot's row where a result is not finite. advance: row goes up by 1 in every live slot.
-    keep: float32 [R, 2], (e, f): previous ← e·x + f·score, the old x, unless both are 0. gain: float32 [B], b·gain², c·gain.
+    keep: float32 [R, 2], (e, f): previous ← e·x + f·score, of the old x, unless both are 0. gain: float32 [B]: b·gain²,
+    c·gain.
     Checks and allocates nothing; pointers may be captured in a CUDA graph.
     """
     batch, channels, height, width = x.shape

@@ -9,8 +9,11 @@ if TYPE_CHECKING:
     from sgm_engine.acceleration import accelerate
     from sgm_engine.bundled import load_bundled
     from sgm_engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+    from sgm_engine.conditioning import at_sigmas
     from sgm_engine.engine import Engine
     from sgm_engine.errors import Cancelled, CaptureFailed, EngineBusy, EngineError, SampleDiverged
+    from sgm_engine.guidance import classifier_free, classifier_guided, posterior, with_drift
+    from sgm_engine.inverse import LinearOperator
     from sgm_engine.plan import Plan, ancestral, annealed_langevin, consistent_annealed, ddim, reverse_diffusion
     from sgm_engine.progress import StepInfo
     from sgm_engine.samplers import dpm_solver_2m, euler, heun, plan_of_nfe, predictor_corrector, sde_dpm_solver_2m
@@ -24,6 +27,14 @@ _MODULES = {
     "checkpoint": ("CheckpointError", "load_checkpoint", "save_checkpoint"),
     "engine": ("Engine",),
     "errors": ("Cancelled", "CaptureFailed", "EngineBusy", "EngineError", "SampleDiverged"),
+    "conditioning": ("at_sigmas",),
+    "guidance": (
+        "classifier_free",
+        "classifier_guided",
+        "posterior",
+        "with_drift",
+    ),
+    "inverse": ("LinearOperator",),
     "plan": ("Plan", "ancestral", "annealed_langevin", "consistent_annealed", "ddim", "reverse_diffusion"),
     "progress": ("StepInfo",),
     "samplers": ("dpm_solver_2m", "euler", "heun", "plan_of_nfe", "predictor_corrector", "sde_dpm_solver_2m"),
@@ -38,6 +49,7 @@ __all__ = [
     "Engine",
     "EngineBusy",
     "EngineError",
+    "LinearOperator",
     "Plan",
     "SampleDiverged",
     "StepInfo",
@@ -45,6 +57,9 @@ __all__ = [
     "ancestral",
     "annealed_langevin",
     "as_score",
+    "at_sigmas",
+    "classifier_free",
+    "classifier_guided",
     "consistent_annealed",
     "cosine",
     "ddim",
@@ -58,10 +73,12 @@ __all__ = [
     "load_checkpoint",
     "ncsnv2",
     "plan_of_nfe",
+    "posterior",
     "predictor_corrector",
     "reverse_diffusion",
     "save_checkpoint",
     "sde_dpm_solver_2m",
+    "with_drift",
 ]
 
 

@@ -8,6 +8,9 @@ from collections.abc import Callable
 import sgm_engine
 
 PLANS = ("annealed_langevin", "consistent_annealed", "reverse_diffusion", "ancestral", "ddim")
+SAMPLERS = ("ancestral", "reverse_diffusion", "ddim", "euler", "heun", "dpm_solver_2m", "sde_dpm_solver_2m",
+            "predictor_corrector")  # fmt: skip
+SCHEDULES = ("geometric", "karras", "linear", "cosine")
 EXECUTORS = ("auto", "eager", "native", "graph")
 PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta")
 MAX_ID, MAX_SEED = 2**56, 2**64
@@ -83,7 +86,14 @@ def _sample(p: Parser) -> Parser:
     add("--config", metavar="PATH", help="the config.yml that came with a .pth")
 
     add = p.add_argument_group("plan", "Whatever is not given here comes with the weights.").add_argument
-    add("--plan", choices=PLANS, metavar="NAME", help=", ".join(PLANS))
+    add("--plan", type=_plan, metavar="NAME", help=f"{', '.join(PLANS)}; or FILE.json, a plan that was saved")
+    add("--sampler", choices=SAMPLERS, metavar="NAME", help=f"few steps, with --nfe: {', '.join(SAMPLERS)}")
+    add("--nfe", type=_at_least(1), metavar="N", help="network evaluations a sample, with --sampler")
+    add(
+        "--schedule", choices=SCHEDULES, metavar="NAME", help=f"of its sigmas: {', '.join(SCHEDULES)} (default: karras)"
+    )
+    add("--conditioning", choices=("interpolated", "nearest"),
+        help="between the model's levels: its norms' rows interpolated (default), or its nearest level")  # fmt: skip
     add("--steps-per-level", type=_at_least(1), metavar="N", help="network evaluations (NFE) at each noise level")
     add("--step-lr", type=float, metavar="X", help="step size α at the last level; α·(σ/σ_last)² at the others")
     add(
@@ -92,7 +102,9 @@ def _sample(p: Parser) -> Parser:
         help="x + α·s + √(2α)·z (code), or half that α, as NCSN's paper writes",
     )
     add("--denoise", action=yes_no, help="end with x + σ²·s, a step without noise")
-    add("--eta", type=float, metavar="X", help="of consistent_annealed; 1 denoises and noises afresh")
+    add(
+        "--eta", type=float, metavar="X", help="of consistent_annealed (1 denoises and noises afresh) and of ddim (0–1)"
+    )
 
     add = p.add_argument_group("execution").add_argument
     add("--batch", type=_at_least(1), metavar="N",
@@ -148,6 +160,13 @@ def _at_least(low: int, high: int | None = None) -> Callable[[str], int]:
         return value
 
     return integer
+
+
+def _plan(text: str) -> str:
+    """The name of a plan, or the path of one."""
+    if text not in PLANS and not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(PLANS)}, or FILE.json, got {text!r}")
+    return text
 
 
 def _ids(text: str) -> list[int]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import sgm_engine
-from sgm_engine.arguments import PLAN_OPTIONS, BadInput, parser
+from sgm_engine.arguments import BadInput, parser
 
 DONE, FAULT, USAGE, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
 FILMED = 64  # samples in a GIF
@@ -149,14 +149,13 @@ def _targets(args: argparse.Namespace):
 
 def _engine(args: argparse.Namespace):
     """(Engine, Plan, path of the weights)."""
-    from sgm_engine.bundled import bundled_path, plan_for
+    from sgm_engine.bundled import bundled_path
     from sgm_engine.checkpoint import load_checkpoint
     from sgm_engine.engine import Engine
+    from sgm_engine.plan_choice import chosen
 
     weights = Path(args.checkpoint).expanduser() if args.checkpoint else bundled_path()
-    model = load_checkpoint(weights, args.config)
-    given = {name: getattr(args, name) for name in PLAN_OPTIONS}
-    plan = plan_for(model, args.plan, **{name: value for name, value in given.items() if value is not None})
+    model, plan = chosen(load_checkpoint(weights, args.config), args)
     device = args.device
     if device == "auto":
         import torch

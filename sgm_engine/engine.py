@@ -20,8 +20,10 @@ from torch import Tensor
 from sgm_engine.checks import check_int, check_shape, place
 from sgm_engine.errors import Cancelled, CaptureFailed, Divergence, EngineBusy, SampleDiverged
 from sgm_engine.executor import EagerExecutor, Executor, make_executor
+from sgm_engine.known import REDRAWS, Known, check_known
 from sgm_engine.network import Network
 from sgm_engine.plan import Plan, annealed_langevin
+from sgm_engine.plan_report import refuse_divergence
 from sgm_engine.progress import Stats, StepInfo, progress_bar
 from sgm_engine.schedule import check_sigmas, nearest_level
 from sgm_engine.slots import NO_BAD_ROW, Job, Slots, Tables, to_device
@@ -77,6 +79,7 @@ class Engine:
         layout = torch.channels_last if nhwc else torch.contiguous_format
         self._slots = Slots(self.batch, self.shape, self.device, layout)
         self._tables = Tables(self.device)
+        self._known: Known | None = None  # made when first needed
         self._bind(self._executor)
         self._lock, self._owner = threading.Lock(), None
         self._cancel = threading.Event()
@@ -115,32 +118,33 @@ class Engine:
         callback: called after every step. progress: a bar on stderr. SampleDiverged, Cancelled: carry what is finished.
         """
         n, first_id = check_int("n", n, 0), check_int("first_id", first_id, 0, MAX_ID)
-        ids = range(first_id, check_int("first_id + n", first_id + n, 0, MAX_ID + 1))
-        plan, seed = self._check(plan, seed, callback)
-        out = torch.zeros(n, *self.shape, device=self.device)
-        bad_row = torch.full((n,), NO_BAD_ROW, device=self.device)
-        finished: list[int] = []
+        return self._sample(n, seed, plan, first_id, callback, progress, None)
 
-        def keep() -> tuple[list[Divergence], list[int]]:
-            """What diverged and the indices of what is good; waits for the device."""
-            rows = bad_row.tolist()
-            diverged = [_divergence(first_id + i, plan, rows[i]) for i in sorted(finished) if rows[i] != NO_BAD_ROW]
-            return diverged, [i for i in sorted(finished) if rows[i] == NO_BAD_ROW]
+    def inpaint(
+        self,
+        known: Tensor,
+        mask: Tensor,
+        n: int | None = None,
+        seed: int = 0,
+        plan: Plan | None = None,
+        first_id: int = 0,
+        redraw: str = "level",
+        callback: Callable[[StepInfo], object] | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Samples whose pixels agree with ``known`` where ``mask`` is True: float32 [n, C, H, W], otherwise as sample.
 
-        with self._request():
-            for ids_done, x, bad in self._run(ids, seed, plan, callback, progress, n):
-                index = [i - first_id for i in ids_done]
-                out.index_copy_(0, to_device(index, self.device), x)
-                bad_row.index_copy_(0, to_device(index, self.device), bad)
-                finished += index
-            cancelled = bool(self._slots.live)
-            diverged, good = keep()
-        if cancelled:
-            message = f"cancelled with {len(good)} of {n} samples finished (.sample_ids, .samples)"
-            raise Cancelled(message, diverged, [first_id + i for i in good], out[good])
-        if diverged:
-            raise SampleDiverged(diverged, [first_id + i for i in good], out[good])
-        return out
+        known: floats [n, C, H, W], or [C, H, W] for all n. mask: bool, broadcast to known. Before every row known
+        pixels are set to known + σ·z, in the result to known. redraw: z anew at each "level" (as NCSN's programs do) or
+        at each "step" (NCSNv2's).
+        A heuristic: the samples lean towards the posterior and do not follow it exactly; docs/samplers.md has figures.
+        """
+        if redraw not in REDRAWS:
+            raise ValueError(f"redraw must be one of {REDRAWS}, got {redraw!r}")
+        n = None if n is None else check_int("n", n, 0)
+        known, mask = check_known(known, mask, n, self.shape, self.device)
+        first_id = check_int("first_id", first_id, 0, MAX_ID)
+        return self._sample(len(known), seed, plan, first_id, callback, progress, (known, mask, redraw))
 
     def stream(
         self,
@@ -168,6 +172,34 @@ class Engine:
         """Refresh copies of the weights in the middle of a request (every request starts with fresh ones)."""
         self._sync()
 
+    def _sample(self, n, seed, plan, first_id, callback, progress, known) -> Tensor:
+        ids = range(first_id, check_int("first_id + n", first_id + n, 0, MAX_ID + 1))
+        plan, seed = self._check(plan, seed, callback)
+        out = torch.zeros(n, *self.shape, device=self.device)
+        bad_row = torch.full((n,), NO_BAD_ROW, device=self.device)
+        finished: list[int] = []
+
+        def keep() -> tuple[list[Divergence], list[int]]:
+            """What diverged and the indices of what is good; waits for the device."""
+            rows = bad_row.tolist()
+            diverged = [_divergence(first_id + i, plan, rows[i]) for i in sorted(finished) if rows[i] != NO_BAD_ROW]
+            return diverged, [i for i in sorted(finished) if rows[i] == NO_BAD_ROW]
+
+        with self._request():
+            for ids_done, x, bad in self._run(ids, seed, plan, callback, progress, n, known):
+                index = [i - first_id for i in ids_done]
+                out.index_copy_(0, to_device(index, self.device), x)
+                bad_row.index_copy_(0, to_device(index, self.device), bad)
+                finished += index
+            cancelled = bool(self._slots.live)
+            diverged, good = keep()
+        if cancelled:
+            message = f"cancelled with {len(good)} of {n} samples finished (.sample_ids, .samples)"
+            raise Cancelled(message, diverged, [first_id + i for i in good], out[good])
+        if diverged:
+            raise SampleDiverged(diverged, [first_id + i for i in good], out[good])
+        return out
+
     def _stream(self, ids, seed, plan, callback, progress, total, on_diverged) -> Iterator[tuple[int, Tensor]]:
         diverged: list[Divergence] = []
         with self._request():
@@ -186,13 +218,19 @@ class Engine:
         if diverged and on_diverged is None:
             raise SampleDiverged(diverged, [], nothing)
 
-    def _run(self, ids, seed, plan, callback, progress, total) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    def _run(
+        self, ids, seed, plan, callback, progress, total, known=None
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """The loop. Yields (sample ids, x, bad_row within the plan) of every harvest; tensors stay on the device."""
         slots, executor, stats = self._slots, self._executor, self._stats
         rows = self._tables.add(plan)
         slots.prepare(plan)
+        if known is not None:
+            self._known = self._known or Known(slots)
+            self._known.begin(*known)
+            slots.known = self._known
         executor = self._sync()
-        jobs = (Job(check_int("sample_ids", i, 0, MAX_ID), seed, plan, rows) for i in ids)
+        jobs = (Job(check_int("sample_ids", i, 0, MAX_ID), seed, plan, rows, k) for k, i in enumerate(ids))
         step = 0
         with progress_bar(total, plan.nfe, progress) as advance:
             slots.refill(jobs)
@@ -250,6 +288,7 @@ class Engine:
                 yield
             finally:
                 self._slots.clear()
+                self._slots.known = None
                 self._owner = None
 
     def _check(self, plan, seed, callback) -> tuple[Plan, int]:
@@ -261,15 +300,20 @@ class Engine:
         levels = len(self.sigmas)
         if plan.level.max() >= levels:
             raise ValueError(
-                f"plan uses level {plan.level.max()}, but the model has {levels} sigmas (levels 0–{levels - 1})"
+                f"plan uses level {plan.level.max()}, but the model has {levels} sigmas (levels 0–{levels - 1}): take "
+                "plan.on_levels(model.sigmas), or an Engine of at_sigmas(model, plan.sigmas)"
             )
         foreign = np.flatnonzero(nearest_level(plan.sigma, self.sigmas) != plan.level)
         if len(foreign):
             i = foreign[0]
             raise ValueError(
                 f"plan row {i} has sigma {plan.sigma[i]:g} at level {plan.level[i]}, where the model has "
-                f"{self.sigmas[plan.level[i]]:g}: make the plan from this model's sigmas"
+                f"{self.sigmas[plan.level[i]]:g}: make the plan from this model's sigmas, take "
+                "plan.on_levels(model.sigmas), or an Engine of at_sigmas(model, plan.sigmas)"
             )
+        curvature = getattr(self.model, "curvature", None)
+        if curvature is not None:
+            refuse_divergence(plan, curvature(plan.sigma))
         return plan, check_int("seed", seed, 0, MAX_SEED)
 
 

@@ -64,6 +64,8 @@ class EagerExecutor:
 
     def step(self) -> None:
         s, t = self.slots, self.tables
+        if s.known is not None:
+            s.known.impose(s, t)
         torch.index_select(t.level, 0, s.row, out=self.level)
         self.score = self.network(s.x, self.level)
         if s.gain is not None:
@@ -120,7 +122,7 @@ class GraphExecutor(EagerExecutor):
     def sync_weights(self) -> None:
         self.network.sync()
         s, t = self.slots, self.tables
-        reads = [*self.network.tensors(), *s.tensors(), *t.tensors()]
+        reads = [*self.network.tensors(), *s.tensors(), *t.tensors(), *(s.known.tensors(t) if s.known else ())]
         if [r.data_ptr() for r in reads] != [h.data_ptr() for h in self._held]:
             self._held, self._replay = [], None  # the old graph and its memory go first
             self._replay = self._capture()

@@ -46,15 +46,19 @@ def propagate(plan: Plan, variance: float = 0.0) -> tuple[np.ndarray, np.ndarray
     return np.array(factors), np.array(stds)
 
 
-def refuse_divergence(plan: Plan) -> None:
-    """Data that is one point has score (μ − x)/σ², so a row scales the distance to it by a − b/σ² (when d = 0)."""
-    ratio = np.where(plan.adaptive == 1, plan.b, plan.b / plan.sigma**2)
+def refuse_divergence(plan: Plan, curvature: np.ndarray | float = 0.0) -> None:
+    """Data that is one point has score (μ − x)/σ², so a row scales the distance to it by a − b/σ² (when d = 0).
+
+    curvature: what terms beside the model add to 1/σ² at each row. ValueError names the first row that must diverge.
+    """
+    ratio = np.where(plan.adaptive == 1, plan.b, plan.b * (1 / plan.sigma**2 + curvature))
     bad = np.flatnonzero((plan.d == 0) & (plan.a - ratio <= -1 + 1e-9))
     if len(bad):
         i = bad[0]
+        what = "b/sigma²" if np.ndim(curvature) == 0 else "b·(1/sigma² + the curvature of the terms)"
         raise ValueError(
-            f"b[{i}] = {plan.b[i]:g} must diverge at sigma[{i}] = {plan.sigma[i]:g}: b/sigma² is "
-            f"{ratio[i]:.3g} and has to stay below 1 + a = {1 + plan.a[i]:g}; lower the step size (step_lr)"
+            f"b[{i}] = {plan.b[i]:g} must diverge at sigma[{i}] = {plan.sigma[i]:g}: {what} is {ratio[i]:.3g} and has to "
+            f"stay below 1 + a = {1 + plan.a[i]:g}; lower the step size (step_lr)"
         )
     if plan.d.any():
         factor = np.abs(propagate(plan)[0])

@@ -65,9 +65,9 @@ CONDITIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 class ScoreModel(nn.Module):
     """forward(x [N, C, H, W], level [N] int64) → score, float32 [N, C, H, W]. Make one with :func:`as_score`."""
 
-    def __init__(self, model: Callable, sigmas: np.ndarray, row: Row, condition: np.ndarray):
+    def __init__(self, model: Callable, sigmas: np.ndarray, row: Row, condition: np.ndarray, options: dict):
         super().__init__()
-        self.model = model
+        self.model, self.options = model, options  # as_score's, for at_sigmas
         self.plain = not np.any(row.s)
         levels = len(sigmas)
         for name, value in (("sigmas", sigmas), ("c_in", row.c_in), ("q", row.q), ("s", row.s)):
@@ -87,6 +87,15 @@ class ScoreModel(nn.Module):
     @property
     def plan(self):
         return getattr(self.model, "plan", None)
+
+    def at_sigmas(self, sigmas) -> ScoreModel:
+        """The same network at other levels; see conditioning.at_sigmas."""
+        if self.options["condition"] in ("level", "timestep"):
+            told = self.options["condition"]
+            raise ValueError(
+                f"this model is told whole numbers ({told}), not sigmas: take plan.on_levels(model.sigmas) instead"
+            )
+        return as_score(self.model, sigmas=sigmas, **self.options)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         c_in, q, s = (column[level][:, None, None, None] for column in (self.c_in, self.q, self.s))
@@ -153,7 +162,8 @@ def as_score(
         told = CONDITIONS[condition](sigmas)
     else:
         raise ValueError(f"condition must be timestep or one of {', '.join(CONDITIONS)}, got {condition!r}")
-    score = ScoreModel(model, sigmas, row, told)
+    options = {"kind": kind, "condition": condition, "sigma_data": sigma_data}
+    score = ScoreModel(model, sigmas, row, told, options)
     device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
     score.train(getattr(model, "training", False))
     return score if device is None else score.to(device)

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sgm_engine.kernels import ops
 from sgm_engine.kernels.noise import STREAM
 from sgm_engine.kernels.ops import NO_BAD_ROW
+from sgm_engine.known import Known
 from sgm_engine.plan import Plan
 
 SAMPLE_STREAM = STREAM["sample"]  # of a chain's start (draw 0) and of its steps (draw k)
@@ -25,8 +27,9 @@ class Tables:
     """Plans as device tensors, one after the other; every row of every plan has its own index.
 
     coef: float32 [R, 4] (a, b, c, d) · keep: float32 [R, 2] (e, f) · adaptive: bool [R] · level: int64 [R]
-    draw: int32 [R], 1, 2, … within each plan. R is a capacity plus one row, so that the row of a slot that has finished
-    at the very end is still valid to look up.
+    draw: int32 [R], 1, 2, … within each plan · level_draw: int32 [R], that of the first row at the same sigma
+    known: float32 [R, 4], (1, 0, σ, 0), what puts noise on known pixels
+    R is a capacity plus one row, so that the row of a slot that has finished at the very end can still be looked up.
     """
 
     def __init__(self, device: torch.device, capacity: int = 2048):
@@ -47,6 +50,10 @@ class Tables:
         self.coef[rows.start : rows.stop], self.keep[rows.start : rows.stop] = table[:, :4], table[:, 4:]
         self.adaptive[rows.start : rows.stop] = torch.from_numpy(plan.adaptive == 1)
         self.draw[rows.start : rows.stop] = torch.arange(1, plan.nfe + 1, dtype=torch.int32)
+        runs = np.cumsum(np.diff(plan.sigma, prepend=0) != 0) - 1  # number of the run of equal sigma
+        first = np.flatnonzero(np.diff(runs, prepend=-1))[runs] + 1
+        self.level_draw[rows.start : rows.stop] = torch.from_numpy(first.astype(np.int32))
+        self.known[rows.start : rows.stop, 2] = torch.from_numpy(plan.sigma.astype(np.float32))
         self.level[rows.start : rows.stop] = torch.from_numpy(plan.level.copy())
         self._rows[plan.digest], self._used = rows, rows.stop
         return rows
@@ -62,17 +69,20 @@ class Tables:
         self.keep = torch.zeros(capacity + 1, 2, device=self.device)
         self.adaptive = torch.zeros(capacity + 1, dtype=torch.bool, device=self.device)
         self.draw = torch.zeros(capacity + 1, dtype=torch.int32, device=self.device)
+        self.level_draw = torch.zeros_like(self.draw)
+        self.known = torch.tensor([1.0, 0, 0, 0], device=self.device).repeat(capacity + 1, 1)
         self.level = torch.zeros(capacity + 1, dtype=torch.int64, device=self.device)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One sample to draw. rows: its plan's rows in the Tables. seed: uint64."""
+    """One sample to draw. rows: its plan's rows in the Tables. seed: uint64. index: its number in the request."""
 
     sample_id: int
     seed: int
     plan: Plan
     rows: range
+    index: int = 0
 
 
 class Slots:
@@ -96,6 +106,7 @@ class Slots:
         self.row, self.stop, self.seed, self.sample_id, self.bad_row = self.counters.unbind(0)
         self.previous: Tensor | None = None
         self.gain: Tensor | None = None
+        self.known: Known | None = None  # while a request inpaints
         self.jobs: list[Job | None] = [None] * batch
         self.done = [0] * batch  # rows that the slot's job has behind it
 
@@ -145,7 +156,10 @@ class Slots:
         for i in finished:
             self.jobs[i] = None
         index = to_device(finished, self.device)
-        return jobs, self.x.index_select(0, index).contiguous(), self.bad_row.index_select(0, index)
+        x = self.x.index_select(0, index)
+        if self.known is not None:
+            x = self.known.finish(x, index)
+        return jobs, x.contiguous(), self.bad_row.index_select(0, index)
 
     def clear(self) -> None:
         """Make every slot idle, whatever it held."""
@@ -156,10 +170,13 @@ class Slots:
         """Write counters and initial state of slots whose jobs share a plan: one transfer, then device work only."""
         plan = taken[0][1].plan
         columns = [
-            (slot, job.rows.start, job.rows.stop, as_int64(job.seed), job.sample_id, NO_BAD_ROW) for slot, job in taken
+            (slot, job.rows.start, job.rows.stop, as_int64(job.seed), job.sample_id, NO_BAD_ROW, job.index)
+            for slot, job in taken
         ]
-        values = to_device(columns, self.device).t().contiguous()  # [6, k]
-        slot, counters = values[0], values[1:]
+        values = to_device(columns, self.device).t().contiguous()  # [7, k]
+        slot, counters = values[0], values[1:6]
+        if self.known is not None:
+            self.known.start(slot, values[6], counters[3])
         x = torch.empty(len(taken), *self.shape, device=self.device)
         ops.noise_fill_(x, counters[2], counters[3], 0, SAMPLE_STREAM, plan.start)
         x.mul_(plan.start_scale).add_(plan.start_shift)

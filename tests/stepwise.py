@@ -63,7 +63,9 @@ def update(defect=None):
             return np.broadcast_to(one, shape)
         return noise.fill((1, *shape), seed, sample_id, draw, 0, kind)[0]
 
-    def langevin_update_(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous=None, keep=None, gain=None):
+    def langevin_update_(
+        x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous=None, keep=None, gain=None
+    ):
         for i in range(len(x)):
             r = int(row[i])
             if r >= int(stop[i]):

@@ -145,6 +145,26 @@ def test_update_is_the_definition(device, shape, layouts, score_dtype):
     assert (bad_row == NO_BAD_ROW).all()
 
 
+@pytest.mark.parametrize("layouts", [("nchw",) * 3, ("nhwc",) * 3, ("nhwc", "nchw", "nhwc")])
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (4, 3, 3, 5), (4, 4, 4, 2)])
+def test_history_and_gain_equal_cpp(device, shape, layouts):
+    """tests/test_update.py holds the C++ to the definition."""
+    from sgm_engine.kernels import cpu
+
+    keep, gain = torch.tensor([[1, 0.3], [0, 0], [0, 1], [-0.7, 2]]), torch.tensor([0.5, 1, 2, 3])
+    found = []
+    for update, where in ((cuda.langevin_update, device), (cpu.langevin_update, "cpu")):
+        x, score, previous = tensors(shape, layouts, torch.bfloat16, where, torch.Generator().manual_seed(5))
+        state = {k: v.to(where) for k, v in slots(4).items()}
+        stop = torch.tensor([4, 4, 2, 4], device=where)  # slot 2 is idle
+        before = previous.clone()
+        slot = (state["row"], stop, state["seed"], state["sample_id"], None)
+        update(x, score, *plan(where), *slot, previous, x, True, keep.to(where), gain.to(where))
+        assert [torch.equal(a, b) for a, b in zip(previous, before, strict=True)] == [0, 1, 1, 0]
+        found.append((bits(x), bits(previous)))
+    assert (found[0][0] == found[1][0]).all() and (found[0][1] == found[1][1]).all()
+
+
 @each_layout
 def test_update_out_of_place_changes_nothing_else(device, layout):
     x, score, _ = tensors((3, 3, 8, 8), (layout,) * 3, torch.bfloat16, device, torch.Generator().manual_seed(1))

@@ -391,7 +391,11 @@ TEN = geometric(1, 0.01, 10)
             ValueError,
             "plan row 0 has sigma 1 at level 1, where the model has 0.316",
         ),
-        (lambda e: e.sample(1, plan=Plan([0], [1.0], [1], [0], [0], [0.5])), ValueError, "uses previous, which no row before it stores"),
+        (
+            lambda e: e.sample(1, plan=Plan([0], [1.0], [1], [0], [0], [0.5])),
+            ValueError,
+            "uses previous, which no row before it stores",
+        ),
         (lambda e: list(e.stream([1.5])), TypeError, "sample_ids must be an integer, got 1.5"),
         (lambda e: e.stream([0], seed="x"), TypeError, "seed must be an integer"),
         (lambda e: e.stream([0], plan=annealed_langevin), TypeError, "plan must be a Plan"),

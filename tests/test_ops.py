@@ -44,6 +44,8 @@ def test_opcheck_update(score_dtype):
     arguments = update_arguments()
     arguments["score"] = arguments["score"].to(score_dtype)
     torch.library.opcheck(torch.ops.sgm_engine.langevin_update_, (), arguments)
+    arguments |= dict(keep=torch.tensor([[1.0, 0.3], [0, 0]]), gain=torch.tensor([0.5, 2]))
+    torch.library.opcheck(torch.ops.sgm_engine.langevin_update_, (), arguments)
     arguments = pure_arguments(x=torch.randn(2, 3, 4, 5, requires_grad=True), score=arguments["score"].requires_grad_())
     torch.library.opcheck(torch.ops.sgm_engine.langevin_update, (), arguments)
 

@@ -211,6 +211,24 @@ def test_update_is_the_definition(shape, layouts, dtype):
     assert arguments["bad_row"].tolist() == [NO_BAD_ROW] * 5
 
 
+@pytest.mark.parametrize("layouts", ["CCC", "LCL", "LLC"])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (3, 16, 16)], ids=str)
+def test_history_and_gain_equal_cpp(shape, layouts):
+    """tests/test_update.py holds the C++ to the definition."""
+    x, score, previous = ({"C": NCHW, "L": NHWC}[letter] for letter in layouts)
+    arguments = update_arguments(shape, torch.bfloat16, (x, score, previous, x))
+    keep, gain = np.array([[1, 0.3], [0, 0], [0, 1], [-0.7, 2], [1, 1]]), np.array([0.5, 1, 2, 3, 4])
+    arguments |= {"keep": on_device(keep, torch.float32), "gain": on_device(gain, torch.float32)}
+    there = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    there = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in there.items()}
+    before = there["previous"].clone()
+    triton_update.langevin_update(**arguments)
+    cpu.langevin_update(**there)
+    for name in ("out", "previous"):
+        assert torch.equal(bits(arguments[name][:4]), bits(there[name][:4])), name
+    assert [torch.equal(a, b) for a, b in zip(there["previous"], before, strict=True)] == [0, 1, 0, 0, 1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_update_equals_cpp(dtype):
     arguments = update_arguments((3, 16, 16), dtype, (NCHW, NHWC, NCHW, NHWC))

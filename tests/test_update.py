@@ -26,6 +26,7 @@ SHAPES = [
 #                 a      b     c     d: with and without noise and previous, and a row that changes nothing
 COEF = torch.tensor([[1, 0.1, 0.5, 0], [0.9, -0.3, 0, 0.7], [1.1, 0.2, 0.3, -0.4], [1, 0.02, 0, 0], [1, 0, 0, 0]])
 DRAW = torch.tensor([1, 2, -1, 4, 5], dtype=torch.int32)  # −1 is draw 2^32 − 1
+KEEP = torch.tensor([[1, 0.3], [0, 1], [0, 0], [1, 0], [-0.7, 2]])  # e, f
 
 
 @pytest.fixture(params=_C.isas())
@@ -80,6 +81,19 @@ class Case:
         return x
 
 
+def kept(case, gain=None) -> tuple[np.ndarray, np.ndarray]:
+    """x and previous after the row, by the definition."""
+    x, s, p = case.x.numpy(), case.score.float().numpy(), case.previous.numpy()
+    a, b, c, d = COEF[case.row].numpy().T[..., None, None, None]
+    e, f = KEEP[case.row].numpy().T[..., None, None, None]
+    if gain is not None:
+        g = gain.numpy()[:, None, None, None]
+        b, c = (b * g) * g, c * g
+    t = a * x + b * s
+    t = np.where(c != 0, t + c * case.z(), t)
+    return np.where(d != 0, t + d * p, t), np.where((e != 0) | (f != 0), e * x + f * s, p)
+
+
 def same_bits(a, b) -> bool:
     return np.array_equal(np.ascontiguousarray(a).view(np.uint32), np.ascontiguousarray(b).view(np.uint32))
 
@@ -99,6 +113,43 @@ def test_bits_in_every_layout(shape, dtype, isa):
         case.row = row.clone()
         assert same_bits(case.run_in_place(formats), expected), formats
         assert torch.equal(case.row, row + 1) and torch.equal(case.bad_row, torch.full_like(row, ops.NO_BAD_ROW))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("measured", [False, True], ids=["", "gain"])
+def test_history_in_every_layout(shape, dtype, measured, isa):
+    """previous is read first and then written, from the x and score of before; a gain scales b twice and c once."""
+    case = Case(shape, dtype, seed=1)
+    case.row = torch.arange(shape[0]) * 2 % 5 if shape[0] < 3 else torch.tensor([4, 1, 2])
+    gain = torch.rand(shape[0]) * 3 if measured else None
+    row, (x_after, previous_after) = case.row.clone(), kept(case, gain)
+    for formats in itertools.product(LAYOUTS, repeat=3):
+        x, score, previous = (
+            t.clone(memory_format=f) for t, f in zip((case.x, case.score, case.previous), formats, strict=True)
+        )
+        slots = (row.clone(), case.stop, case.seed, case.sample_id, case.bad_row)
+        ops.langevin_update_(x, score, COEF, DRAW, *slots, previous, KEEP, gain)
+        assert same_bits(x, x_after) and same_bits(previous, previous_after), formats
+
+
+def test_history_of_idle_slots_is_left_alone():
+    case = Case((3, 3, 8, 8))
+    case.row, case.stop = torch.tensor([0, 1, 3]), torch.tensor([0, 5, 3])
+    previous = case.previous.clone()
+    slots = (case.row, case.stop, case.seed, case.sample_id, case.bad_row)
+    ops.langevin_update_(case.x.clone(), case.score, COEF, DRAW, *slots, previous, KEEP)
+    assert same_bits(previous[[0, 2]], case.previous[[0, 2]]) and same_bits(previous[1], case.score[1])
+
+
+def test_the_reference_remembers_the_same():
+    case, gain = Case((4, 3, 5, 5)), torch.tensor([0.5, 1, 2, 4])
+    x, previous = kept(case, gain)
+    z = torch.from_numpy(case.z())
+    found = reference.langevin_update(case.x, case.score, COEF, case.row, z, case.previous, gain)
+    np.testing.assert_allclose(found, x, rtol=1e-6, atol=1e-6)
+    found = reference.remember(case.x, case.score, KEEP, case.row, case.previous)
+    np.testing.assert_allclose(found, previous, rtol=1e-6, atol=1e-6)
 
 
 def test_every_float16(isa):
