@@ -1,4 +1,4 @@
-"""What can be checked of bench/gpu.py without a GPU: arguments, stages, results, and the programs it would time."""
+"""What can be checked of bench/gpu without a GPU: arguments, stages, results, and the programs it would time."""
 
 import datetime
 import json
@@ -9,9 +9,9 @@ import pytest
 import test_cuda
 import torch
 
-from bench import gpu
+from bench.gpu import __main__ as gpu
+from bench.gpu import kernels, stages
 from sgm_engine.kernels import cuda
-from sgm_engine.models import NCSN
 
 host_library = test_cuda.host_library
 
@@ -33,7 +33,7 @@ def test_arguments():
     assert refused.value.code == 2
 
 
-def stages():
+def some_stages():
     def breaks():
         raise RuntimeError("no such kernel")
 
@@ -43,15 +43,15 @@ def stages():
 
 def test_a_failing_stage_is_recorded_and_the_others_go_on():
     said = []
-    done = gpu.run_stages(stages(), said.append)
+    done = stages.run_stages(some_stages(), said.append)
     assert [s.name for s in done] == ["good", "breaks", "partly", "last"]
     assert [s.failed for s in done] == [None, "RuntimeError: no such kernel", "x: wrong", None]
     assert len(said) == 4 and "no such kernel" in said[1]
 
 
 def test_results_hold_every_stage(tmp_path):
-    done = gpu.run_stages(stages(), lambda line: None)
-    path = gpu.write_results(
+    done = stages.run_stages(some_stages(), lambda line: None)
+    path = stages.write_results(
         tmp_path / "new", {"gpu": "NVIDIA H200 (80)", "torch": "2"}, done, datetime.date(2030, 1, 2)
     )
     assert path.name == "2030-01-02-nvidia-h200-80.md"
@@ -67,7 +67,7 @@ def test_exit_status(tmp_path, monkeypatch, status):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "describe_machine", lambda: {"gpu": "fake"})
     monkeypatch.setattr(gpu, "make_importable", lambda: None)
-    fake = stages()
+    fake = some_stages()
     monkeypatch.setattr(
         gpu,
         "STAGES",
@@ -76,28 +76,18 @@ def test_exit_status(tmp_path, monkeypatch, status):
     assert gpu.main(["--out", str(tmp_path)]) == status
 
 
-def test_peers_run_the_same_network():
-    torch.manual_seed(0)
-    model = NCSN([1.0, 0.1], channels=3, ngf=8, image_size=8).eval()
-    x, level = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
-    with torch.no_grad():
-        torch.testing.assert_close(
-            gpu.peer_network(model, torch.float32)(x, level), model(x, level), rtol=1e-4, atol=1e-4
-        )
-
-
 def test_what_the_sanitizer_watches_runs(host_library, monkeypatch):
     monkeypatch.setattr(cuda, "library", lambda: host_library)
-    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    gpu.exercise()
+    kernels.exercise()
 
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_kernel_is_checked_before_it_is_timed(host_library, monkeypatch, residual):
     monkeypatch.setattr(cuda, "library", lambda: host_library)
-    monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    call, check = gpu.norm_case(cuda, 2, 16, 8, torch.bfloat16, torch.channels_last, residual, "cluster")
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    call, check = kernels.norm_case(cuda, 2, 16, 8, torch.bfloat16, torch.channels_last, residual, "cluster")
     assert check() is not None  # nothing was written yet
     call()
     assert check() is None

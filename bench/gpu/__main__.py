@@ -1,0 +1,72 @@
+"""The command: ``python -m bench.gpu``."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import bench.gpu
+from bench.gpu.checks import ROOT, build, make_importable, sanitize, tests
+from bench.gpu.kernels import kernels
+from bench.gpu.network import end_to_end, step_times
+from bench.gpu.stages import Row, run_stages, write_results
+
+
+def describe_machine() -> Row:
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=bench.gpu.__doc__.splitlines()[0])
+    parser.add_argument("--sanitize", action="store_true", help="also run compute-sanitizer's four tools")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "bench" / "results", metavar="DIR", help="default: bench/results"
+    )
+    parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}")
+    return parser.parse_args(arguments)
+
+
+STAGES: dict[str, Callable[[], list[Row]]] = {
+    "build": build,
+    "tests": tests,
+    "sanitize": sanitize,
+    "kernels": kernels,
+    "step": step_times,
+    "end-to-end": end_to_end,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    if not torch.cuda.is_available():
+        print("bench.gpu: there is no CUDA device on this machine, so there is nothing to measure", file=sys.stderr)
+        return 2
+    make_importable()
+    names = options.only or [name for name in STAGES if name != "sanitize" or options.sanitize]
+    machine = describe_machine()
+    stages = run_stages({name: STAGES[name] for name in STAGES if name in names})
+    path = write_results(options.out, machine, stages, datetime.date.today())
+    print(path.read_text())
+    print(f"written to {path} and {path.with_suffix('.json').name}")
+    return 1 if any(stage.failed for stage in stages) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
