@@ -65,6 +65,9 @@ def environment(package: Path, runner: Path) -> dict[str, str]:
         "SGM_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
+        # glibc keeps what is freed: a fresh mapping a call would time the kernel's page faults, not ours
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     }
 
 
