@@ -1,13 +1,14 @@
 """The table of peers: rows kept in bench/results/peers.json, written as Markdown and drawn as a chart beside it.
 
-``python -m bench.table`` writes both again from the rows. A row replaces an older one of the same case and device, so
-that a table can be made in several runs; each carries its own date and commit.
+``python -m bench.table`` writes both again from the rows, with ``--readme`` the README's table too. A row replaces an
+older one of the same case and device, so that a table can be made in several runs; each has its own date and commit.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bench.common import Ratio
 from bench.peers import PEERS
 
 FOLDER = Path(__file__).parent / "results"
+README, MARKS = FOLDER.parent.parent / "README.md", ("<!-- peers -->", "<!-- end of peers -->")
 CASE = ("network", "batch", "dtype", "threads", "device")
 
 
@@ -31,7 +33,7 @@ def keep(row: dict) -> None:
     case = [row[key] for key in CASE]
     row["date"] = datetime.date.today().isoformat()
     rows = [other for other in load() if [other[key] for key in CASE] != case]
-    rows = sorted([*rows, row], key=lambda r: [r["device"], r["threads"], r["network"], -len(r["dtype"]), r["batch"]])
+    rows = sorted([*rows, row], key=lambda r: [r["device"], r["threads"], r["network"], len(r["dtype"]), r["batch"]])
     FOLDER.mkdir(exist_ok=True)
     for_json = [r | {"ratios": {name: asdict(ratio) for name, ratio in r["ratios"].items()}} for r in rows]
     part = FOLDER / "peers.json.part"
@@ -71,6 +73,30 @@ def markdown(rows: list[dict]) -> str:
         reasons = {f"{name}: {reason}" for row in some for name, reason in row["left out"].items()}
         text += ["", *(f"— {reason}." for reason in sorted(reasons)), ""]
     return "\n".join(text)
+
+
+def short(rows: list[dict], threads: int = 1) -> str:
+    """The README's table: medians, batch 1, 8 and 32 in one cell."""
+    names = ["OpenVINO", "ONNX Runtime", "torch.compile, freezing", "eager, channels-last"]
+    cases = dict.fromkeys((row["network"], row["dtype"]) for row in rows if row["threads"] == threads)
+    text = ["| network | precision | " + " | ".join(names) + " |", "|" + "---|" * (2 + len(names))]
+    for network, dtype in cases:
+        some = [r for r in rows if (r["network"], r["dtype"], r["threads"]) == (network, dtype, threads)]
+        cells = []
+        for name in names:
+            found = {r["batch"]: r["ratios"][name].median for r in some if name in r["ratios"]}
+            cells.append(" / ".join(f"{found[b]:.1f}" if b in found else "–" for b in (1, 8, 32)) if found else "")
+        text.append(f"| {network} | {dtype} | " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
+def write_readme(file: Path = README) -> None:
+    """Put ``short`` between the README's two marks."""
+    before, mark, rest = file.read_text().partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (mark and end):
+        raise ValueError(f"{file} lacks the marks {MARKS[0]} and {MARKS[1]}")
+    file.write_text(f"{before}{mark}\n{short(load())}\n{end}{after}")
 
 
 def chart(rows: list[dict], file: Path, batch: int = 8) -> None:
@@ -122,3 +148,5 @@ def write() -> list[Path]:
 
 if __name__ == "__main__":
     print(*write(), sep="\n")
+    if "--readme" in sys.argv:
+        write_readme()

@@ -115,15 +115,16 @@ def take_turns(calls, clock, peak) -> tuple[dict[str, list[float]], list[float]]
 
 
 @pytest.mark.peers
-def test_two_threads_against_one():
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_two_threads_against_one(batch):
     """Wall time: the fastest call of many, since what else runs on the second core can only add."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core")
     torch.manual_seed(0)
     model = NETWORKS["NCSN MNIST"]().eval()
-    x, level = torch.rand(8, *model.shape), torch.arange(8) % 10
+    x, level = torch.rand(batch, *model.shape), torch.arange(batch) % 10
     before = _C.num_threads()
-    native = NativeNetwork(model, 8, *model.shape[1:])
+    native = NativeNetwork(model, batch, *model.shape[1:])
     fastest = {1: float("inf"), 2: float("inf")}
     try:
         for _ in range(12):
@@ -137,5 +138,5 @@ def test_two_threads_against_one():
     finally:
         _C.set_num_threads(before)
     ratio = fastest[1] / fastest[2]
-    print(f"\ntwo threads {ratio:.2f} times as fast as one")
+    print(f"\nB={batch}: two threads {ratio:.2f} times as fast as one")
     assert ratio > 1.5, f"a second thread brings only {ratio:.2f}"

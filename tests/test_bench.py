@@ -90,3 +90,13 @@ def test_table(row, tmp_path):
     pytest.importorskip("matplotlib")
     assert [file.name for file in table.write()] == ["peers.json", "peers.md", "peers.png"]
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readmes_table_is_the_measured_one():
+    rows = table.load()
+    assert rows and table.short(rows) in table.README.read_text(), "python -m bench.table --readme"
+
+
+def test_short_table(row):
+    rows = [row, row | {"batch": 32}, row | {"threads": 2, "batch": 1}]
+    assert "| net | float32 | – / 6.5 / 6.5 | – / 5.5 / 5.5 | – / 4.5 / 4.5 | – / 2.5 / 2.5 |" in table.short(rows)
