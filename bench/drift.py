@@ -1,0 +1,44 @@
+"""How far bfloat16 takes a chain away from float32: ``python -m bench.drift [--n 16] [--seed 0]``.
+
+The same samples of the bundled weights, the same noise, drawn in both precisions. Printed at the end of each level: the
+root mean square difference of the states over all pixels, in units of x and of that level's sigma.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from sgm_engine import Engine, load_bundled
+
+
+def states(precision: str, n: int, seed: int) -> tuple[list[Tensor], object]:
+    """The states after each row, float32 [rows][n, C, H, W], and the plan."""
+    model, plan = load_bundled()
+    kept: list[Tensor] = []
+    engine = Engine(model, batch=n, precision=precision)
+    engine.sample(n, seed=seed, plan=plan, callback=lambda info: kept.append(info.x.clone()))
+    return kept, plan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.drift", description=__doc__.splitlines()[0])
+    parser.add_argument("--n", type=int, default=16, help="samples (default: 16)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    (exact, plan), (rounded, _) = (states(precision, args.n, args.seed) for precision in ("float32", "bfloat16"))
+    print("   row      sigma   rms difference    of sigma")
+    for row in range(plan.nfe):
+        if row + 1 == plan.nfe or plan.sigma[row + 1] != plan.sigma[row]:
+            rms = (exact[row] - rounded[row]).square().mean().sqrt().item()
+            print(f"{row:6d} {plan.sigma[row]:10.4g} {rms:16.3g} {rms / plan.sigma[row]:11.3g}")
+    far = (exact[-1] - rounded[-1]).square().mean((1, 2, 3)).sqrt()
+    spread = torch.cdist(exact[-1].flatten(1), exact[-1].flatten(1))
+    typical = spread[spread > 0].median().item() / exact[-1][0].numel() ** 0.5
+    print(f"a sample differs by {far.median():.3g} (median), {far.max():.3g} (most); two samples by {typical:.3g}")
+
+
+if __name__ == "__main__":
+    main()
