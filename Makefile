@@ -2,7 +2,8 @@
 #: make test      the tests
 #: make lint      ruff
 #: make bench     the benchmarks
-#: make setup     what the last three install, and nothing else
+#: make sanitize  the C++ under the sanitizers of addresses, undefined behaviour and threads: some minutes
+#: make setup     what the last four install, and nothing else
 #: make clean     remove what make made
 #:
 #: PYTHON=python3.12   which Python     VENV=.venv   where to install     ARGS="--n 16"   more for sgm sample or pytest
@@ -17,7 +18,7 @@ BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*
 # nvcc takes minutes: without a GPU its library is left out, unless SGM_WITH_CUDA=1 asks for it.
 export SGM_WITH_CUDA ?= $(if $(shell command -v nvidia-smi 2>/dev/null),auto,0)
 
-.PHONY: help setup sample test lint bench clean
+.PHONY: help setup sample test lint bench sanitize clean
 help:
 	@sed -n 's/^#: \{0,1\}//p' Makefile
 
@@ -35,6 +36,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@$(BIN)/python -m pytest bench $(ARGS)
+
+sanitize: $(VENV)/.dev
+	@$(BIN)/python -m tests.sanitize
 
 # Editable, so that a change in Python needs no new install and a change in csrc/ rebuilds.
 $(VENV)/.installed: $(BUILT_FROM) | $(BIN)/python

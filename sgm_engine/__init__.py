@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from sgm_engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
     from sgm_engine.conditioning import at_sigmas
     from sgm_engine.engine import Engine
-    from sgm_engine.errors import Cancelled, CaptureFailed, EngineBusy, EngineError, SampleDiverged
+    from sgm_engine.errors import Cancelled, CaptureFailed, EngineBusy, EngineError, JobBusy, SampleDiverged
     from sgm_engine.guidance import classifier_free, classifier_guided, posterior, with_drift
     from sgm_engine.inverse import LinearOperator
+    from sgm_engine.jobs.job import Job, generate
     from sgm_engine.plan import Plan, ancestral, annealed_langevin, consistent_annealed, ddim, reverse_diffusion
     from sgm_engine.progress import StepInfo
     from sgm_engine.samplers import dpm_solver_2m, euler, heun, plan_of_nfe, predictor_corrector, sde_dpm_solver_2m
@@ -26,7 +27,7 @@ _MODULES = {
     "bundled": ("load_bundled",),
     "checkpoint": ("CheckpointError", "load_checkpoint", "save_checkpoint"),
     "engine": ("Engine",),
-    "errors": ("Cancelled", "CaptureFailed", "EngineBusy", "EngineError", "SampleDiverged"),
+    "errors": ("Cancelled", "CaptureFailed", "EngineBusy", "EngineError", "JobBusy", "SampleDiverged"),
     "conditioning": ("at_sigmas",),
     "guidance": (
         "classifier_free",
@@ -35,6 +36,7 @@ _MODULES = {
         "with_drift",
     ),
     "inverse": ("LinearOperator",),
+    "jobs.job": ("Job", "generate"),
     "plan": ("Plan", "ancestral", "annealed_langevin", "consistent_annealed", "ddim", "reverse_diffusion"),
     "progress": ("StepInfo",),
     "samplers": ("dpm_solver_2m", "euler", "heun", "plan_of_nfe", "predictor_corrector", "sde_dpm_solver_2m"),
@@ -49,6 +51,8 @@ __all__ = [
     "Engine",
     "EngineBusy",
     "EngineError",
+    "Job",
+    "JobBusy",
     "LinearOperator",
     "Plan",
     "SampleDiverged",
@@ -65,6 +69,7 @@ __all__ = [
     "ddim",
     "dpm_solver_2m",
     "euler",
+    "generate",
     "geometric",
     "heun",
     "karras",

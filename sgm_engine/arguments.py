@@ -6,14 +6,16 @@ import argparse
 from collections.abc import Callable
 
 import sgm_engine
+from sgm_engine.sample_ids import SampleIds
 
 PLANS = ("annealed_langevin", "consistent_annealed", "reverse_diffusion", "ancestral", "ddim")
 SAMPLERS = ("ancestral", "reverse_diffusion", "ddim", "euler", "heun", "dpm_solver_2m", "sde_dpm_solver_2m",
             "predictor_corrector")  # fmt: skip
 SCHEDULES = ("geometric", "karras", "linear", "cosine")
 EXECUTORS = ("auto", "eager", "native", "graph")
+FORMATS = ("png", "npz", "safetensors", "webdataset")
 PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta")
-MAX_ID, MAX_SEED = 2**56, 2**64
+MAX_SEED = 2**64
 
 EXAMPLES = """\
 examples:
@@ -21,11 +23,14 @@ examples:
   sgm sample --gif annealing.gif           and how they came out of the noise
   sgm sample --n 1000 --out digits.npz     what FID tools read: arr_0, uint8 [N, H, W, C]
   sgm sample --ids 0-63,1000 --out digits/ PNG files; sample 1000 gets the noise that it always gets
+  sgm sample --n 50000 --out run/ --format npz     a job in shards: stopped or killed, the same command goes on
+  torchrun --nproc-per-node 8 -m sgm_engine sample --n 50000 --out run/ --format npz
   sgm sample --checkpoint checkpoint.pth --config config.yml --step-lr 1e-5 --out mine.safetensors
 
 exit codes:
   0 done · 1 a fault while running · 2 bad input, nothing was drawn · 3 some samples diverged, the others are written
-  · 130 interrupted. What is written appears complete under its name, or not at all.
+  · 4 another process writes this job · 5 sgm verify found damage · 130 interrupted (SIGINT) · 143 terminated (SIGTERM).
+  What is written appears complete under its name, or not at all.
 """
 
 OVERVIEW = """\
@@ -51,6 +56,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser(sample: Callable, convert: Callable, doctor: Callable) -> Parser:
     """The parser; ``args.run(args)`` is one of the functions given here, each of which returns an exit code."""
+    from sgm_engine.jobs import command as job_commands
+
     top = Parser(prog="sgm", description=sgm_engine.__doc__, epilog=OVERVIEW)
     top.add_argument("--version", action="version", version=f"sgm-engine {sgm_engine.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -58,6 +65,7 @@ def parser(sample: Callable, convert: Callable, doctor: Callable) -> Parser:
     _sample(add("sample", help="draw samples", epilog=EXAMPLES)).set_defaults(run=sample)
     _convert(add("convert", help="a published .pth → .safetensors")).set_defaults(run=convert)
     _doctor(add("doctor", help="say what is installed, what will run, and why")).set_defaults(run=doctor)
+    job_commands.register(commands)
     return top
 
 
@@ -117,11 +125,19 @@ def _sample(p: Parser) -> Parser:
     group = p.add_argument_group("output")
     add = group.add_argument
     add("--out", default="samples.png", metavar="PATH",
-        help=".png: one grid; .npz: uint8; .safetensors: float32; name/: PNG files (default: samples.png)")  # fmt: skip
+        help=".png: one grid; .npz: uint8; .safetensors: float32; name/: shards (default: samples.png)")  # fmt: skip
     add("--gif", metavar="PATH", help="the annealing of the first 64 samples, as the network denoises them")
     add = group.add_mutually_exclusive_group().add_argument
     add("--progress", action=yes_no, help="a bar (default: on a terminal)")
     add("--quiet", action="store_true", help="print nothing but errors")
+
+    add = p.add_argument_group("jobs", "For --out FOLDER/. The same command goes on with what is missing.").add_argument
+    add("--format", choices=FORMATS, help=f"{', '.join(FORMATS)} (default: png)")
+    add("--shard-size", type=_at_least(1), metavar="N", help="sample ids in a shard (default: 256)")
+    add("--worker", metavar="I/K", help="take share I of K (default: from torchrun or a Slurm array, else everything)")
+    add("--ray", nargs="?", const="local", metavar="ADDRESS",
+        help="draw with Ray actors: here, or on the cluster at ray://… (needs the extra [ray])")  # fmt: skip
+    add("--actors", type=_at_least(1), metavar="N", help="with --ray (default: one for each GPU, or each CPU core)")
     return p
 
 
@@ -169,16 +185,10 @@ def _plan(text: str) -> str:
     return text
 
 
-def _ids(text: str) -> list[int]:
-    """ "0-63,100" → [0, …, 63, 100]."""
-    number, ids = _at_least(0, MAX_ID), []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        low = number(first)
-        high = number(last) if dash else low
-        if high < low:
-            raise argparse.ArgumentTypeError(f"a range goes up, got {part!r}")
-        ids.extend(range(low, high + 1))
-    if len(set(ids)) < len(ids):
-        raise argparse.ArgumentTypeError(f"a sample id comes twice in {text!r}")
-    return ids
+def _ids(text: str) -> SampleIds:
+    try:
+        if not text:
+            raise ValueError("name at least one sample id")
+        return SampleIds.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, in {text!r}") from None

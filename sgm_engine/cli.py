@@ -7,52 +7,66 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import sgm_engine
 from sgm_engine.arguments import BadInput, parser
+from sgm_engine.console import (
+    BUSY,
+    DEBUG,
+    DIVERGED,
+    DONE,
+    FAULT,
+    INTERRUPTED,
+    TERMINATED,
+    USAGE,
+    Terminated,
+    bad_input,
+    complain,
+    say,
+    some,
+    terminable,
+)
+from sgm_engine.errors import JobBusy
 
-DONE, FAULT, USAGE, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
 FILMED = 64  # samples in a GIF
-DEBUG = bool(os.environ.get("SGM_DEBUG"))  # tracebacks instead of one line
 
 
 def main(argv: list[str] | None = None) -> int:
-    warnings.showwarning = lambda message, *where: _say(f"warning: {message}")
+    warnings.showwarning = lambda message, *where: say(f"warning: {message}")
     for stream in (sys.stdout, sys.stderr):  # a terminal without σ shows a question mark
         stream.reconfigure(errors="replace")
     try:
-        args = parser(sample, convert, doctor).parse_args(argv)
-        return args.run(args)
+        with terminable():
+            args = parser(sample, convert, doctor).parse_args(argv)
+            return args.run(args)
     except BadInput as error:
-        return _complain(USAGE, error)
+        return complain(USAGE, error)
+    except JobBusy as error:
+        return complain(BUSY, error)
+    except Terminated:
+        return complain(TERMINATED, "terminated; nothing is half-written")
     except KeyboardInterrupt:
-        return _complain(INTERRUPTED, "interrupted; nothing is half-written")
+        return complain(INTERRUPTED, "interrupted; nothing is half-written")
     except (OSError, MemoryError, RuntimeError, ValueError) as error:  # a full disk, a batch too large, …
         if DEBUG:
             raise
-        return _complain(FAULT, f"{str(error) or type(error).__name__} (SGM_DEBUG=1 shows where)")
-
-
-def _complain(code: int, error: object) -> int:
-    _say(error)
-    return code
-
-
-def _say(what: object) -> None:
-    """One line on stderr, whatever is in it."""
-    print(f"sgm: {' '.join(str(what).split())}", file=sys.stderr)
+        return complain(FAULT, f"{str(error) or type(error).__name__} (SGM_DEBUG=1 shows where)")
 
 
 def sample(args: argparse.Namespace) -> int:
     """``sgm sample``: whatever can be refused is refused before the first network evaluation."""
-    with _bad_input():
+    from sgm_engine.jobs import command
+
+    with bad_input():
+        job = command.wanted(args)
+    if job:
+        return command.sample(args)
+    with bad_input():
         ids, out, gif = _targets(args)
         engine, plan, weights = _engine(args)
         processor = _processor(engine.device)
-        if gif or out.form in ("grid", "folder"):
+        if gif or out.form == "grid":
             from sgm_engine.images import check_channels
 
             check_channels(engine.shape[0])
@@ -73,8 +87,8 @@ def sample(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
 
     if diverged and not drawn:
-        return _complain(
-            DIVERGED, f"all {len(diverged)} samples became non-finite, nothing is written: {_some(diverged)}"
+        return complain(
+            DIVERGED, f"all {len(diverged)} samples became non-finite, nothing is written: {some(diverged)}"
         )
     options = ", ".join(f"{name}={value}" for name, value in plan.metadata.items())
     how = f"{args.precision} on {processor}, executor {engine.executor}, batch {engine.batch}"
@@ -91,13 +105,13 @@ def sample(args: argparse.Namespace) -> int:
         print(f"how: {how}")
         print(f"written: {out.path}" + (f" and {gif}" if gif else ""))
     if diverged:
-        return _complain(DIVERGED, f"{len(diverged)} samples became non-finite and are left out: {_some(diverged)}")
+        return complain(DIVERGED, f"{len(diverged)} samples became non-finite and are left out: {some(diverged)}")
     return DONE
 
 
 def convert(args: argparse.Namespace) -> int:
     """``sgm convert``: an original checkpoint → our .safetensors."""
-    with _bad_input():
+    with bad_input():
         from sgm_engine import checkpoint
         from sgm_engine.output import check_writable
 
@@ -122,17 +136,6 @@ def doctor(args: argparse.Namespace) -> int:
     return DONE
 
 
-@contextmanager
-def _bad_input() -> Iterator[None]:
-    """Errors in here are the user's to mend: BadInput."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        if DEBUG:
-            raise
-        raise BadInput(error) from error
-
-
 def _targets(args: argparse.Namespace):
     """(sample ids, Output, path of the GIF or None), all checked."""
     from sgm_engine.output import Output, check_writable
@@ -149,19 +152,30 @@ def _targets(args: argparse.Namespace):
 
 def _engine(args: argparse.Namespace):
     """(Engine, Plan, path of the weights)."""
+    from sgm_engine.engine import Engine
+
+    model, plan, weights = load_model(args)
+    return Engine(model, args.batch, device_of(args.device), args.precision, args.executor), plan, weights
+
+
+def load_model(args: argparse.Namespace):
+    """(model, Plan, path of the weights)."""
     from sgm_engine.bundled import bundled_path
     from sgm_engine.checkpoint import load_checkpoint
-    from sgm_engine.engine import Engine
     from sgm_engine.plan_choice import chosen
 
     weights = Path(args.checkpoint).expanduser() if args.checkpoint else bundled_path()
-    model, plan = chosen(load_checkpoint(weights, args.config), args)
-    device = args.device
-    if device == "auto":
-        import torch
+    return *chosen(load_checkpoint(weights, args.config), args), weights
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Engine(model, args.batch, device, args.precision, args.executor), plan, weights
+
+def device_of(name: str) -> str:
+    """--device as PyTorch names it: the GPU of this process where torchrun started several."""
+    import torch
+
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    rank = os.environ.get("LOCAL_RANK", "")
+    return f"cuda:{int(rank) % torch.cuda.device_count()}" if rank.isdecimal() and torch.cuda.is_available() else "cuda"
 
 
 def _processor(device) -> str:
@@ -173,7 +187,3 @@ def _processor(device) -> str:
     from sgm_engine import _C
 
     return f"{device.type} ({_C.isa()}, {_C.num_threads()} threads)"
-
-
-def _some(things: list) -> str:
-    return ", ".join(map(str, things[:4])) + (", …" if len(things) > 4 else "")

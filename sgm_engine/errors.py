@@ -32,6 +32,10 @@ class CaptureFailed(EngineError):
     """The step could not be captured as a CUDA graph."""
 
 
+class JobBusy(EngineError):
+    """Another process writes the shards that a job was to write."""
+
+
 class _Unfinished(EngineError):
     """Carries what did finish: samples [k, C, H, W] in the order of sample_ids; from a stream, which has yielded what
     it had, both are empty. divergences: the samples that became non-finite."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,22 @@ def grid(images: np.ndarray, columns: int | None = None, pad: int = 2, backgroun
 def save_png(path: str | Path, image: np.ndarray) -> None:
     """image uint8 [H, W, C], C = 1 (grey) or 3 (RGB), written as PNG whatever the suffix of path."""
     _pillow_image(image).save(path, format="PNG")
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """image uint8 [H, W, C], C = 1 or 3, as the bytes of a PNG file; the same for the same image."""
+    buffer = io.BytesIO()
+    save_png(buffer, image)
+    return buffer.getvalue()
+
+
+def read_png(content: bytes) -> np.ndarray:
+    """The uint8 [H, W, C] of a PNG file's bytes, grey or RGB."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as picture:
+        pixels = np.asarray(picture)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
 def save_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float = 4.0, hold: float = 1.5) -> None:

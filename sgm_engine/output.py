@@ -1,18 +1,17 @@
-"""Samples on disk. Everything appears under its final name complete, or not at all.
+"""Samples in one file. It appears under its final name complete, or not at all.
 
-A file is written beside its target, flushed to the disk and renamed over it. A folder of PNG files is staged the same
-way and renamed as a whole. What the name ends in decides the form:
+A file is written beside its target, flushed to the disk and renamed over it. What the name ends in decides the form:
 
     x.png           one grid
     x.npz           `arr_0` uint8 [N, H, W, C], what FID tools read, and `sample_id` int64 [N]
     x.safetensors   `samples` float32 [N, C, H, W], neither clamped nor rounded, and `sample_id` int64 [N]
-    x/              one PNG a sample, {sample_id:06d}.png
+    x/              a folder of shards: jobs/
 """
 
 from __future__ import annotations
 
+import io
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,33 +21,34 @@ import numpy as np
 
 from sgm_engine import images
 
-_FORMS = {".png": "grid", ".npz": "npz", ".safetensors": "safetensors", "": "folder"}
+_FORMS = {".png": "grid", ".npz": "npz", ".safetensors": "safetensors"}
+
+
+def is_folder(text: str) -> bool:
+    """A trailing slash or an existing folder means a folder whatever its name, and so does a name without a suffix."""
+    path = Path(text).expanduser()
+    return text.endswith(("/", os.sep)) or path.is_dir() or not path.suffix
 
 
 @dataclass(frozen=True)
 class Output:
-    """A place that samples will be written to, and the form they take there."""
+    """A file that samples will be written to, and the form they take there."""
 
     path: Path
     form: str
 
     @classmethod
     def parse(cls, text: str) -> Output:
-        """The form from the text; a trailing slash or an existing folder means a folder whatever its name."""
         path = Path(text).expanduser()
-        if text.endswith(("/", os.sep)) or path.is_dir():
-            return cls(path, "folder")
-        if path.suffix.lower() not in _FORMS:
+        if is_folder(text) or path.suffix.lower() not in _FORMS:
             raise ValueError(
                 f"cannot tell what to write from {text!r}: use .png (one grid), .npz (uint8), .safetensors (float) "
-                "or a folder name ending in / (PNG files)"
+                "or a folder name ending in / (shards)"
             )
         return cls(path, _FORMS[path.suffix.lower()])
 
     def check(self) -> None:
-        """OSError or ValueError if this cannot be written: found out before the sampling rather than after it."""
-        if self.form == "folder" and self.path.is_dir() and any(self.path.iterdir()):
-            raise ValueError(f"output folder {self.path} is not empty: name a new one")
+        """OSError if this cannot be written: found out before the sampling rather than after it."""
         check_writable(self.path)
 
     def write(self, samples, sample_ids, about: Mapping[str, str] | None = None) -> None:
@@ -58,6 +58,21 @@ class Output:
             raise ValueError(f"write: {len(samples)} samples came with {len(ids)} sample ids")
         with staged(self.path) as tmp:
             _WRITERS[self.form](tmp, samples, ids, about or {})
+
+
+def npz_bytes(samples, ids: np.ndarray) -> bytes:
+    """samples [N, C, H, W] in [0, 1], ids int64 [N] → an .npz file: arr_0 uint8 [N, H, W, C] and sample_id."""
+    buffer = io.BytesIO()
+    np.savez(buffer, arr_0=images.to_uint8(samples), sample_id=ids)
+    return buffer.getvalue()
+
+
+def safetensors_bytes(samples, ids: np.ndarray, about: Mapping[str, str] | None = None) -> bytes:
+    """samples [N, C, H, W], ids int64 [N] → a .safetensors file: samples float32 and sample_id, with notes."""
+    from safetensors.numpy import save
+
+    tensors = {"samples": np.ascontiguousarray(samples, np.float32), "sample_id": ids}
+    return save(tensors, metadata=dict(about) if about else None)
 
 
 def check_writable(path: Path) -> None:
@@ -74,16 +89,15 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Yields a name beside ``path`` to create a file or folder under; renamed to ``path`` at the end, else removed."""
+    """Yields a name beside ``path`` to create a file under; renamed to ``path`` at the end, else removed."""
     tmp = _beside(path)
     try:
         yield tmp
-        for file in [*tmp.iterdir(), tmp] if tmp.is_dir() else [tmp]:
-            _flush(file)
+        _flush(tmp)
         os.replace(tmp, path)
         _flush(path.parent)
     except BaseException:  # Ctrl-C too: half a result is not left behind
-        shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
         raise
 
 
@@ -104,22 +118,11 @@ def _write_grid(tmp: Path, samples, ids: np.ndarray, about: Mapping[str, str]) -
 
 
 def _write_npz(tmp: Path, samples, ids: np.ndarray, about: Mapping[str, str]) -> None:
-    with open(tmp, "wb") as file:  # given a name instead, NumPy would add .npz to it
-        np.savez(file, arr_0=images.to_uint8(samples), sample_id=ids)
+    tmp.write_bytes(npz_bytes(samples, ids))
 
 
 def _write_safetensors(tmp: Path, samples, ids: np.ndarray, about: Mapping[str, str]) -> None:
-    from safetensors.numpy import save
-
-    tensors = {"samples": np.ascontiguousarray(samples, np.float32), "sample_id": ids}
-    tmp.write_bytes(save(tensors, metadata=dict(about)))
+    tmp.write_bytes(safetensors_bytes(samples, ids, about))
 
 
-def _write_folder(tmp: Path, samples, ids: np.ndarray, about: Mapping[str, str]) -> None:
-    pixels = images.to_uint8(samples)
-    tmp.mkdir()
-    for sample_id, image in zip(ids, pixels, strict=True):
-        images.save_png(tmp / f"{sample_id:06d}.png", image)
-
-
-_WRITERS = {"grid": _write_grid, "npz": _write_npz, "safetensors": _write_safetensors, "folder": _write_folder}
+_WRITERS = {"grid": _write_grid, "npz": _write_npz, "safetensors": _write_safetensors}

@@ -46,7 +46,8 @@ def test_every_form_holds_the_same_samples(draw, tmp_path):
         x = data.get_tensor("samples")
         assert data.metadata()["seed"] == "0" and '"annealed_langevin"' in data.metadata()["plan"]
     assert np.array_equal(np.floor(np.clip(x, 0, 1).transpose(0, 2, 3, 1) * 255 + 0.5), pixels)
-    assert sorted(os.listdir(tmp_path / "s")) == [f"{i:06d}.png" for i in range(5)]
+    pictures = [f"{i:06d}.png" for i in range(5)]
+    assert sorted(os.listdir(tmp_path / "s")) == [".sgm", *pictures, "README.md", "manifest", "run.json"]
     for i in range(5):
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"s/{i:06d}.png")), pixels[i, :, :, 0])
     grid = np.asarray(Image.open(tmp_path / "s.png"))  # 3 columns, 2 rows, 2 pixels between

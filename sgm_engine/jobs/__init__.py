@@ -1,0 +1,13 @@
+"""Jobs: many samples to disk, in shards that survive anything. docs/jobs.md is the page for users.
+
+spec.py      what a job is, and the hash of it: equal hashes, equal bytes
+folder.py    where everything lies; nothing appears under its name before it is complete and on the disk
+lock.py      one writer for each share of the shards
+formats.py   a shard as files: npz, safetensors, png, webdataset
+source.py    shards drawn by an engine, one stream of samples over all of them
+writer.py    a thread that encodes and writes while the next shard is drawn
+worker.py    which share is this process's, under torchrun or Slurm
+job.py       Job.run ties them together
+ray_pool.py  the same shards drawn by Ray actors
+verify.py, merge.py, resample.py, command.py    what the commands do
+"""

@@ -1,0 +1,45 @@
+"""The README.md of a job's folder: what is known about the samples, and what only their maker can add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sgm_engine.jobs.formats import FORMATS
+from sgm_engine.jobs.spec import JobSpec
+
+CARD = """\
+# {count} samples
+
+Drawn with sgm-engine {engine}: seed {seed}, sample ids {ids}, shape {shape} (C × H × W), in {shards} shards of
+{shard_size} ids, as {format} ({values}).
+
+- Weights: sha256 `{weights}`{checkpoint}
+- Plan: {plan}, {nfe} network evaluations a sample; the whole table is in `run.json`
+- Computed in {precision} by the {executor} executor, batch {batch}, on {device}, PyTorch {torch}
+- Run hash: `{run}`
+
+`manifest/` has a record for each shard: its files with their sha256, and the samples that became non-finite and were
+left out. From the folder above:
+
+    sgm verify DIR                        # every shard against its record
+    sgm merge DIR --out all.npz           # one file
+    sgm resample DIR --id {first} --out x.safetensors   # one sample again, the same bytes
+
+## To be filled in
+
+- Training data of the model, and its licence:
+- Licence of these samples, and what they may be used for:
+- Known flaws, and what was measured (FID, …):
+"""
+
+
+def model_card(spec: JobSpec, notes: Mapping[str, Any]) -> str:
+    """Nothing in it depends on when or by which worker it was written."""
+    values = "float32, as drawn" if FORMATS[spec.format].lossless else "8 bits a value, from [0, 1]"
+    checkpoint = f" ({notes['checkpoint']})" if notes.get("checkpoint") else ""
+    options = ", ".join(f"{name}={value}" for name, value in spec.plan.metadata.items())
+    facts = spec.identity | vars(spec.geometry) | {"plan": f"{spec.plan.name}({options})", "nfe": spec.plan.nfe}
+    facts |= {"count": len(spec.ids), "shards": spec.shards, "run": spec.run, "first": spec.ids[0] if spec.ids else 0}
+    facts |= {"shape": " × ".join(map(str, spec.shape)), "values": values, "checkpoint": checkpoint}
+    return CARD.format(**facts)

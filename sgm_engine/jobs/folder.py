@@ -1,0 +1,199 @@
+"""The folder of a job. What has a final name is complete, checked against its digest, and on the disk.
+
+run.json             what the job is (spec.py)
+README.md            a model card to fill in
+shard-000000.npz …   the samples (formats.py)
+manifest/000000.json the record of shard 0, written after its files: run hash, ids, digests, diverged samples
+.sgm/                locks, and files that are being written
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sgm_engine.errors import Divergence
+from sgm_engine.jobs.formats import FORMATS
+from sgm_engine.jobs.lock import locked
+from sgm_engine.jobs.spec import JobError, JobSpec
+from sgm_engine.jobs.worker import Worker
+
+RUN, CARD, MANIFEST, WORK = "run.json", "README.md", "manifest", ".sgm"
+
+
+class ShardError(JobError):
+    """What is wrong with a shard. kind: "missing", "corrupt" or "foreign" (it belongs to another job or place)."""
+
+    def __init__(self, shard: int, kind: str, why: str):
+        super().__init__(f"shard {shard} is {kind}: {why}")
+        self.shard, self.kind, self.why = shard, kind, why
+
+
+class Folder:
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path).expanduser()
+        self.manifest = self.path / MANIFEST
+        self._tmp, self._locks = self.path / WORK / "tmp", self.path / WORK / "locks"
+        self._prefix, self._numbers = "", count()
+
+    def load(self) -> tuple[JobSpec, dict[str, Any]]:
+        """The job that lies here and the notes of its run.json. JobError: none, or a damaged one."""
+        try:
+            return JobSpec.from_json((self.path / RUN).read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            raise JobError(f"{self.path} holds no job: there is no {RUN}") from None
+        except ValueError as error:
+            raise JobError(f"{self.path / RUN}: {error}") from None
+
+    def check(self, spec: JobSpec) -> None:
+        """JobError unless this is a place for ``spec``: no folder yet, an empty one, or one with this very job."""
+        if (self.path / RUN).exists():
+            then, _ = self.load()
+            if changes := then.changes(spec):
+                raise JobError(f"{self.path} holds another job: {changes}. Ask for the same, or name another folder")
+        elif self.path.exists():
+            if not self.path.is_dir():
+                raise JobError(f"{self.path} is a file: name a folder")
+            others = {entry.name for entry in self.path.iterdir()} - {WORK}
+            if others and RUN not in others:  # it may have appeared just now
+                raise JobError(f"output folder {self.path} is not empty and holds no job: name a new one")
+        elif not self.path.parent.is_dir():
+            raise JobError(f"cannot write {self.path}: there is no folder {self.path.parent}")
+
+    @contextmanager
+    def writing(self, spec: JobSpec, worker: Worker, notes: Mapping[str, Any], card: str) -> Iterator[None]:
+        """Hold the share of ``worker``: JobBusy if somebody else does. The job's own files are there inside."""
+        self.check(spec)
+        for folder in (self.path, self._tmp, self._locks, self.manifest):
+            folder.mkdir(parents=folder not in (self.path, self.manifest), exist_ok=True)
+        with locked(self._locks, worker):
+            self._prefix = f"{worker}."
+            for leftover in self._tmp.iterdir():  # of a process that was killed: nobody else has this share now
+                owner = leftover.name.split(".")[0]
+                if owner == str(worker) or not owner.endswith(f"-of-{worker.count}"):
+                    leftover.unlink(missing_ok=True)
+            self._create(RUN, spec.to_json(notes).encode())
+            self.check(spec)  # another worker may have been first, with another job
+            self._create(CARD, card.encode())
+            yield
+
+    def publish(self, spec: JobSpec, shard: int, files: Mapping[str, bytes], diverged: Iterable[Divergence]) -> None:
+        """Files first, then the record that vouches for them: a kill in between costs a shard, never a lie."""
+        digests = {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in files.items()}
+        record = {"run": spec.run, "shard": shard, "ids": str(spec.shard_ids(shard)), "files": digests}
+        record["diverged"] = [d._asdict() for d in diverged]
+        self._write(self.path, files)
+        self._write(self.manifest, {self._record(shard).name: json.dumps(record, indent=1).encode()})
+
+    def recorded(self) -> set[int]:
+        """The shards that have a record, good or bad: a listing, nothing is read."""
+        names = [entry.name for entry in self.manifest.iterdir()] if self.manifest.is_dir() else []
+        return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal()}
+
+    def diverged(self, shard: int) -> list[Divergence]:
+        """The quarantined samples of a shard whose record is good."""
+        return [Divergence(**d) for d in json.loads(self._record(shard).read_bytes())["diverged"]]
+
+    def problem(self, spec: JobSpec, shard: int) -> ShardError | None:
+        """What is wrong with a shard: everything is read and its digest compared. None: it is what was drawn."""
+        try:
+            self.read(spec, shard)
+        except ShardError as error:
+            return error
+        return None
+
+    def read(self, spec: JobSpec, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int64 [n], samples) of a shard, compared with its record. ShardError says what is wrong with it."""
+        form, name, all_ids = FORMATS[spec.format], f"{MANIFEST}/{self._record(shard).name}", spec.shard_ids(shard)
+        try:
+            record = json.loads(self._record(shard).read_bytes())
+            belongs = (record["run"], record["shard"], record["ids"]) == (spec.run, shard, str(all_ids))
+            diverged = {Divergence(**d).sample_id for d in record["diverged"]}
+            digests = {name: (entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()}
+        except FileNotFoundError:
+            raise ShardError(shard, "missing", f"{name} is not there") from None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ShardError(shard, "corrupt", f"{name} is no record") from None
+        if not belongs:
+            raise ShardError(shard, "foreign", f"{name} is of another job or another shard")
+        ids = [i for i in all_ids if i not in diverged]
+        if list(digests) != form.names(shard, ids):
+            raise ShardError(shard, "corrupt", f"{name} names other files than its ids have")
+        contents = {file: self._read_file(shard, file, *digest) for file, digest in digests.items()}
+        found, samples = form.decode(contents)
+        if found.tolist() != ids:
+            raise ShardError(shard, "foreign", f"it holds other samples than {all_ids}")
+        return found, samples
+
+    def _read_file(self, shard: int, name: str, size: int, digest: str) -> bytes:
+        try:
+            content = (self.path / name).read_bytes()
+        except FileNotFoundError:
+            raise ShardError(shard, "missing", f"{name} is not there") from None
+        if len(content) != size:
+            raise ShardError(shard, "corrupt", f"{name} has {len(content)} bytes, its record says {size}")
+        if _sha256(content) != digest:
+            raise ShardError(shard, "corrupt", f"the sha256 of {name} is not that of its record")
+        return content
+
+    def unexpected(self, spec: JobSpec) -> list[str]:
+        """Names in the folder that are no part of the job. PNG files of a shard that was cut off are part of it."""
+        form, known = FORMATS[spec.format], {RUN, CARD, MANIFEST, WORK}
+        records = {f"{shard:06d}.json" for shard in range(spec.shards)}
+        strangers = [f"{MANIFEST}/{e.name}" for e in self.manifest.iterdir() if e.name not in records]
+        for shard in range(spec.shards):
+            known.update(form.names(shard, spec.shard_ids(shard)))
+        return sorted(strangers + [entry.name for entry in self.path.iterdir() if entry.name not in known])
+
+    def _record(self, shard: int) -> Path:
+        return self.manifest / f"{shard:06d}.json"
+
+    def _create(self, name: str, content: bytes) -> None:
+        """Write a file that is not there yet, whoever else tries the same."""
+        target = self.path / name
+        if target.exists():
+            return
+        with self._staged({name: content}) as (tmp,), suppress(FileExistsError):
+            os.link(tmp, target)
+            _flush(self.path)
+
+    def _write(self, folder: Path, files: Mapping[str, bytes]) -> None:
+        with self._staged(files) as staged:
+            for tmp, name in zip(staged, files, strict=True):
+                os.replace(tmp, folder / name)
+            _flush(folder)
+
+    @contextmanager
+    def _staged(self, files: Mapping[str, bytes]) -> Iterator[list[Path]]:
+        """The contents in temporary files, on the disk; what is not renamed inside is removed at the end."""
+        staged = []
+        try:
+            for content in files.values():
+                staged.append(self._tmp / f"{self._prefix}{os.getpid()}.{next(self._numbers)}")
+                staged[-1].write_bytes(content)
+            for tmp in staged:
+                _flush(tmp)
+            yield staged
+        finally:
+            for tmp in staged:
+                tmp.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

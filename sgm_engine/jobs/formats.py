@@ -1,0 +1,120 @@
+"""A shard as files, and back. Equal samples give equal bytes: no dates, no names of machines, one order.
+
+npz          shard-000000.npz           arr_0 uint8 [n, H, W, C], what FID tools read; sample_id int64 [n]
+safetensors  shard-000000.safetensors   samples float32 [n, C, H, W], as they were drawn; sample_id int64 [n]
+png          000000.png, 000001.png, …  one file a sample, by its id
+webdataset   shard-000000.tar           ID.png and ID.json a sample; id with 9 digits
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from sgm_engine import images
+from sgm_engine.output import npz_bytes, safetensors_bytes
+
+Contents = Mapping[str, bytes]  # file name → its bytes
+
+
+class Format(Protocol):
+    """lossless: floats as they were drawn, [n, C, H, W]; otherwise uint8 [n, H, W, C], and the data range is [0, 1]."""
+
+    name: str
+    lossless: bool
+
+    def names(self, shard: int, ids: Iterable[int]) -> list[str]:
+        """The files that hold the samples ``ids`` of a shard."""
+
+    def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray) -> Contents:
+        """ids int64 [n], samples float32 [n, C, H, W], finite."""
+
+    def decode(self, contents: Contents) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, samples), as far as the format keeps them."""
+
+
+class Npz:
+    name, lossless = "npz", False
+
+    def names(self, shard: int, ids: Iterable[int]) -> list[str]:
+        return [f"shard-{shard:06d}.npz"]
+
+    def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray) -> Contents:
+        return {self.names(shard, ids)[0]: npz_bytes(samples, ids)}
+
+    def decode(self, contents: Contents) -> tuple[np.ndarray, np.ndarray]:
+        (content,) = contents.values()
+        with np.load(io.BytesIO(content), allow_pickle=False) as data:
+            return data["sample_id"], data["arr_0"]
+
+
+class Safetensors:
+    name, lossless = "safetensors", True
+
+    def names(self, shard: int, ids: Iterable[int]) -> list[str]:
+        return [f"shard-{shard:06d}.safetensors"]
+
+    def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray) -> Contents:
+        return {self.names(shard, ids)[0]: safetensors_bytes(samples, ids)}
+
+    def decode(self, contents: Contents) -> tuple[np.ndarray, np.ndarray]:
+        from safetensors.numpy import load
+
+        (content,) = contents.values()
+        tensors = load(content)
+        return tensors["sample_id"], tensors["samples"]
+
+
+class Png:
+    name, lossless = "png", False
+
+    def names(self, shard: int, ids: Iterable[int]) -> list[str]:
+        return [f"{i:06d}.png" for i in ids]
+
+    def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray) -> Contents:
+        pixels = images.to_uint8(samples)
+        return {name: images.png_bytes(image) for name, image in zip(self.names(shard, ids), pixels, strict=True)}
+
+    def decode(self, contents: Contents) -> tuple[np.ndarray, np.ndarray]:
+        ids = [int(name.removesuffix(".png")) for name in contents]
+        return np.array(ids, np.int64), _stack(contents.values())
+
+
+class WebDataset:
+    name, lossless = "webdataset", False
+
+    def names(self, shard: int, ids: Iterable[int]) -> list[str]:
+        return [f"shard-{shard:06d}.tar"]
+
+    def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray) -> Contents:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for i, image in zip(ids.tolist(), images.to_uint8(samples), strict=True):
+                for suffix, content in (("png", images.png_bytes(image)), ("json", _json({"sample_id": i}))):
+                    member = tarfile.TarInfo(f"{i:09d}.{suffix}")  # its date is 1970, its owner root
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        return {self.names(shard, ids)[0]: buffer.getvalue()}
+
+    def decode(self, contents: Contents) -> tuple[np.ndarray, np.ndarray]:
+        (content,) = contents.values()
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            pictures = {m.name: tar.extractfile(m).read() for m in tar if m.name.endswith(".png")}
+        return Png().decode(pictures)
+
+
+FORMATS: dict[str, Format] = {f.name: f for f in (Npz(), Safetensors(), Png(), WebDataset())}
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+def _stack(pictures: Iterable[bytes]) -> np.ndarray:
+    found = [images.read_png(picture) for picture in pictures]
+    return np.stack(found) if found else np.zeros((0, 0, 0, 0), np.uint8)

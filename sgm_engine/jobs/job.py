@@ -1,0 +1,225 @@
+"""Jobs: many samples to a folder, shard by shard; a job can be stopped, killed and run again until it is complete."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from sgm_engine.checks import check_int
+from sgm_engine.engine import MAX_SEED, Engine
+from sgm_engine.errors import Divergence
+from sgm_engine.images import check_channels
+from sgm_engine.jobs.card import model_card
+from sgm_engine.jobs.folder import Folder, ShardError
+from sgm_engine.jobs.formats import FORMATS
+from sgm_engine.jobs.source import Drawn, EngineSource, Source
+from sgm_engine.jobs.spec import SHARD_SIZE, Geometry, JobSpec, weights_digest
+from sgm_engine.jobs.worker import Worker
+from sgm_engine.jobs.writer import Writer
+from sgm_engine.plan import Plan
+from sgm_engine.sample_ids import SampleIds
+
+
+@dataclass(frozen=True)
+class Progress:
+    """After a shard is on the disk: this worker's samples and shards so far and in all, earlier runs included."""
+
+    samples: int
+    samples_in_all: int
+    shards: int
+    shards_in_all: int
+    rate: float  # samples/s of this run
+    seconds_left: float
+
+    def __str__(self) -> str:
+        left = time.strftime("%H:%M:%S", time.gmtime(self.seconds_left % 86400))
+        days = f"{int(self.seconds_left // 86400)} d " if self.seconds_left >= 86400 else ""
+        return (
+            f"{self.samples} of {self.samples_in_all} samples, {self.shards} of {self.shards_in_all} shards, "
+            f"{self.rate:.3g} samples/s, {days}{left} left"
+        )
+
+
+@dataclass
+class Report:
+    """What one ``Job.run`` did. complete: every shard of the job is on the disk, those of other workers included."""
+
+    worker: Worker
+    shards: int = 0  # drawn and written by this run
+    samples: int = 0
+    seconds: float = 0.0
+    found: int = 0  # shards of this worker's share that were there already, and good
+    redrawn: list[ShardError] = field(default_factory=list)  # recorded shards that were damaged, and drawn again
+    diverged: list[Divergence] = field(default_factory=list)  # of the share, earlier runs included; never written
+    stopped: bool = False
+    complete: bool = False
+
+
+class Job:
+    """Samples of one seed and plan, in shards in a folder. Equal arguments resume; other arguments are refused.
+
+    engine: draws the samples; its precision, executor and batch are part of the job, as are the weights.
+    out: the folder. n: sample ids 0 to n − 1; or ids: SampleIds, their text ("0-63,100") or an iterable of integers.
+    format: "png", "npz" (uint8, for data in [0, 1]), "webdataset", or "safetensors" (float32, as drawn).
+    shard_size: sample ids in a shard. Shards do not depend on who draws them.
+    weights: what tells this model from others, by default the sha256 of its parameters and buffers.
+    notes: kept in run.json, no part of what the job is.
+
+    ValueError and TypeError name the argument; JobError (a ValueError) if the folder holds something else.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        out: str | os.PathLike,
+        n: int | None = None,
+        *,
+        ids: SampleIds | str | Iterable[int] | None = None,
+        seed: int = 0,
+        plan: Plan | None = None,
+        format: str = "png",
+        shard_size: int = SHARD_SIZE,
+        weights: str | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ):
+        if not isinstance(engine, Engine):
+            raise TypeError(f"engine must be an Engine, got {type(engine).__name__}: Engine(model, batch=…)")
+        plan, seed = engine._check(plan, seed, None)
+        weights = weights_digest(engine.model) if weights is None else weights
+        self.spec = make_spec(Geometry.of(engine), engine.shape, weights, plan, seed, n, ids, format, shard_size)
+        self._prepare(EngineSource(engine), out, notes)
+
+    @classmethod
+    def from_source(cls, source: Source, spec: JobSpec, out: str | os.PathLike, notes=None) -> Job:
+        """A job whose shards come from elsewhere than an engine in this process."""
+        job = cls.__new__(cls)
+        job.spec = spec
+        job._prepare(source, out, notes)
+        return job
+
+    def _prepare(self, source: Source, out: str | os.PathLike, notes: Mapping[str, Any] | None) -> None:
+        self.source, self.folder, self.notes = source, Folder(out), dict(notes or {})
+        self._stop = threading.Event()
+        self.folder.check(self.spec)
+
+    def run(
+        self,
+        worker: Worker | None = None,
+        progress: bool = False,
+        on_shard: Callable[[Progress], object] | None = None,
+    ) -> Report:
+        """Draw and write what is missing of this worker's share.
+
+        worker: its share; None: from torchrun's or Slurm's variables, else everything. progress: a bar on stderr.
+        on_shard: called, from the writing thread, with a Progress after each shard.
+
+        Shards that are there are read and compared with their records; damaged ones are drawn again. Samples that
+        become non-finite are recorded and left out. Raises JobBusy if another process writes this share, OSError if a
+        shard cannot be written: what is complete stays, and the next run goes on there.
+        """
+        worker = Worker.from_environment() if worker is None else worker
+        report = Report(worker)
+        try:
+            self._run(report, progress, on_shard)
+        finally:
+            report.stopped = self._stop.is_set()
+            self._stop.clear()
+        report.complete = len(self.folder.recorded()) >= self.spec.shards
+        return report
+
+    def stop(self) -> None:
+        """End the running ``run`` (or else the next) within a few steps, from any thread or a signal handler.
+
+        What is complete is written first.
+        """
+        self._stop.set()
+        self.source.cancel()
+
+    def diverged(self) -> list[Divergence]:
+        """The quarantined samples of a complete job, whoever drew them."""
+        return [d for shard in range(self.spec.shards) for d in self.folder.diverged(shard)]
+
+    def _run(self, report: Report, progress: bool, on_shard: Callable | None) -> None:
+        worker = report.worker
+        with self.folder.writing(self.spec, worker, self.notes, model_card(self.spec, self.notes)):
+            missing = self._missing(report)
+            start = time.perf_counter()
+            write = partial(self._write, report, on_shard, start)
+            with Writer(write, on_error=self.stop) as writer:
+                for drawn in self.source.draw(self.spec, missing, writer.settle, self._stop.is_set, progress):
+                    writer.put(drawn)
+            report.seconds = time.perf_counter() - start
+
+    def _missing(self, report: Report) -> list[int]:
+        """The shards of the share to draw; counts and collects what is there."""
+        missing, recorded = [], self.folder.recorded()
+        for shard in report.worker.share(self.spec.shards):
+            if self._stop.is_set():
+                break
+            problem = self.folder.problem(self.spec, shard)
+            if problem is None:
+                report.found += 1
+                report.diverged += self.folder.diverged(shard)
+                continue
+            missing.append(shard)
+            if shard in recorded:
+                report.redrawn.append(problem)
+        return missing
+
+    def _write(self, report: Report, on_shard: Callable | None, start: float, drawn: Drawn) -> None:
+        shard, ids, samples, diverged = drawn
+        self.folder.publish(self.spec, shard, FORMATS[self.spec.format].encode(shard, ids, samples), diverged)
+        report.shards += 1
+        report.samples += len(ids)
+        report.diverged += diverged
+        if on_shard:
+            on_shard(self._progress(report, time.perf_counter() - start))
+
+    def _progress(self, report: Report, seconds: float) -> Progress:
+        """Counts by whole shards; only the last shard of a job may be shorter."""
+        share, size = report.worker.share(self.spec.shards), self.spec.shard_size
+        short = size * self.spec.shards - len(self.spec.ids) if self.spec.shards - 1 in share else 0
+        in_all, done = len(share) * size - short, report.found + report.shards
+        samples = in_all if done == len(share) else done * size
+        rate = report.samples / seconds if seconds > 0 else 0.0
+        left = (in_all - samples) / rate if rate else 0.0
+        return Progress(samples, in_all, done, len(share), rate, left)
+
+
+def generate(
+    engine: Engine,
+    out: str | os.PathLike,
+    n: int | None = None,
+    *,
+    worker: Worker | None = None,
+    progress: bool = False,
+    on_shard: Callable[[Progress], object] | None = None,
+    **job,
+) -> Report:
+    """``Job(engine, out, n, **job).run(…)``: start a job, or go on with it; call it again until ``.complete``."""
+    return Job(engine, out, n, **job).run(worker, progress, on_shard)
+
+
+def make_spec(geometry, shape, weights, plan, seed, n, ids, format, shard_size) -> JobSpec:
+    """The spec from a job's arguments, checked."""
+    if (n is None) == (ids is None):
+        raise ValueError(f"pass n (sample ids 0 to n − 1) or ids, one of them; got n={n!r} and ids={ids!r}")
+    if ids is None:
+        ids = range(check_int("n", n, 0))
+    try:
+        ids = SampleIds.parse(ids) if isinstance(ids, str) else SampleIds.of(ids)
+    except ValueError as error:
+        raise ValueError(f"ids: {error}") from None
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if format in ("png", "webdataset"):
+        check_channels(shape[0])
+    if not isinstance(weights, str) or not weights:
+        raise TypeError(f"weights must be a text that names the model's weights, got {weights!r}")
+    seed, shard_size = check_int("seed", seed, 0, MAX_SEED), check_int("shard_size", shard_size, 1)
+    return JobSpec(weights, plan, seed, ids, tuple(shape), format, shard_size, geometry)

@@ -1,0 +1,45 @@
+"""``sgm resample``: one sample of a job again, by itself, with the same bytes."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from sgm_engine.engine import Engine
+from sgm_engine.images import to_uint8
+from sgm_engine.jobs.folder import Folder, ShardError
+from sgm_engine.jobs.formats import FORMATS
+from sgm_engine.jobs.spec import Geometry, JobError, JobSpec, weights_digest
+
+
+def resample(
+    engine: Engine, path: str | os.PathLike, sample_id: int, weights: str | None = None
+) -> tuple[np.ndarray, bool]:
+    """(float32 [C, H, W], whether it was compared with the job's own): sample ``sample_id`` of the job in ``path``.
+
+    engine: with the job's weights, precision, executor and batch, on its kind of device; weights: as given to the job.
+    JobError: the engine is another one, the id is not the job's, or the bytes are not those in its shard. Raises
+    SampleDiverged for a sample that the job has quarantined.
+    """
+    folder = Folder(path)
+    spec, _ = folder.load()
+    weights = weights_digest(engine.model) if weights is None else weights
+    if changes := _changes(spec, Geometry.of(engine), weights):
+        raise JobError(f"this would not draw the samples of {folder.path}: {changes}")
+    if sample_id not in spec.ids:
+        raise JobError(f"sample id {sample_id} is not among the ids of {folder.path}: {spec.ids}")
+    x = engine.sample(1, spec.seed, spec.plan, first_id=sample_id)[0].cpu().numpy()
+    try:
+        ids, stored = folder.read(spec, spec.ids.index(sample_id) // spec.shard_size)
+    except ShardError:
+        return x, False
+    mine = x if FORMATS[spec.format].lossless else to_uint8(x[None])[0]
+    if mine.tobytes() != stored[ids == sample_id].tobytes():
+        raise JobError(f"sample {sample_id} is not what {folder.path} holds: was the model's code changed since?")
+    return x, True
+
+
+def _changes(spec: JobSpec, geometry: Geometry, weights: str) -> str:
+    now = JobSpec(weights, spec.plan, spec.seed, spec.ids, spec.shape, spec.format, spec.shard_size, geometry)
+    return spec.changes(now)

@@ -1,0 +1,125 @@
+"""Where shards come from: an engine, or anything else that draws them (ray_pool.py)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from sgm_engine.engine import Engine
+from sgm_engine.errors import Cancelled, Divergence, EngineError
+from sgm_engine.jobs.spec import Geometry, JobSpec
+
+
+class Drawn(NamedTuple):
+    """A shard in memory. ids int64 [n], samples float32 [n, C, H, W]: the good ones; diverged: the others."""
+
+    shard: int
+    ids: np.ndarray
+    samples: np.ndarray
+    diverged: list[Divergence]
+
+
+class Source(Protocol):
+    def draw(
+        self, spec: JobSpec, shards: Sequence[int], settle: Callable[[], None], stopped: Callable[[], bool], bar: bool
+    ) -> Iterator[Drawn]:
+        """The shards in any order; ends early once ``stopped()``. settle: waits until what was yielded is on disk."""
+
+    def cancel(self) -> None:
+        """Make a running ``draw`` end soon; from any thread or a signal handler."""
+
+
+class EngineSource:
+    """One stream of samples over all shards, so that the batch is full from the first shard to the last."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def cancel(self) -> None:
+        self.engine.cancel()
+
+    def draw(
+        self, spec: JobSpec, shards: Sequence[int], settle: Callable[[], None], stopped: Callable[[], bool], bar: bool
+    ) -> Iterator[Drawn]:
+        open_shards: deque[_Open] = deque()
+        finished: deque[Drawn] = deque()
+        versions = self.engine._network.versions()
+
+        def feed() -> Iterator[int]:
+            for shard in shards:
+                ids = spec.shard_ids(shard)
+                open_shards.append(_Open(shard, ids, spec.shape))
+                for place, sample_id in enumerate(ids):
+                    if place == len(ids) - 1:
+                        settle()  # before this shard can be complete: a kill costs one finished shard at the most
+                    if stopped():
+                        return
+                    yield sample_id
+
+        def add(sample_id: int, found) -> None:
+            if open_shards[0].add(sample_id, found):
+                finished.append(open_shards.popleft().drawn())
+
+        total = sum(len(spec.shard_ids(shard)) for shard in shards)
+        stream = self.engine.stream(
+            _Sized(feed(), total), spec.seed, spec.plan, progress=bar, on_diverged=lambda d: add(d.sample_id, d)
+        )
+        try:
+            for sample_id, x in stream:
+                add(sample_id, x)
+                while finished:
+                    self._check(spec, versions)
+                    yield finished.popleft()
+        except Cancelled:
+            return
+        self._check(spec, versions)
+        yield from finished  # a shard whose last sample diverged
+
+    def _check(self, spec: JobSpec, versions: list[int]) -> None:
+        """EngineError if samples may have been drawn by other weights, or in another way, than the job says."""
+        if self.engine._network.versions() != versions:
+            raise EngineError("the model's weights changed while a job drew from it: give the job a copy of the model")
+        if Geometry.of(self.engine) != spec.geometry:
+            raise EngineError(
+                f"the engine went from executor {spec.geometry.executor} to {self.engine.executor} while the job ran: "
+                f"start it with executor={self.engine.executor!r}"
+            )
+
+
+class _Open:
+    """A shard that is being drawn; samples arrive in the order of its ids."""
+
+    def __init__(self, shard: int, ids: Iterable[int], shape: tuple[int, int, int]):
+        self.shard, self.left = shard, len(ids)
+        self.ids, self.samples = [], np.empty((self.left, *shape), np.float32)
+        self.diverged: list[Divergence] = []
+
+    def add(self, sample_id: int, found) -> bool:
+        """found: a tensor or a Divergence. True: the shard is complete."""
+        if isinstance(found, Divergence):
+            self.diverged.append(found)
+        else:
+            self.samples[len(self.ids)] = found.cpu()
+            self.ids.append(sample_id)
+        self.left -= 1
+        return not self.left
+
+    def drawn(self) -> Drawn:
+        n = len(self.ids)
+        return Drawn(self.shard, np.array(self.ids, np.int64), self.samples[:n], self.diverged)
+
+
+class _Sized:
+    """An iterator that says how many there will be, for the engine's bar."""
+
+    def __init__(self, items: Iterator[int], total: int):
+        self._items, self._total = items, total
+
+    def __iter__(self) -> Iterator[int]:
+        return self._items
+
+    def __len__(self) -> int:
+        return self._total

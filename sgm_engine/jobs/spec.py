@@ -1,0 +1,158 @@
+"""What a job is: all that decides a byte of its shards, and the hash of it. Where and by whom it runs is not here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import sgm_engine
+from sgm_engine.plan import Plan
+from sgm_engine.sample_ids import SampleIds
+
+if TYPE_CHECKING:
+    from sgm_engine.engine import Engine
+
+FORMAT, VERSION = "sgm-job", 1
+SHARD_SIZE = 256
+
+
+class JobError(ValueError):
+    """A folder that is not what it should be: another job's, no job's, damaged. One line, with the remedy."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How samples are computed, as far as their bits depend on it. Thread counts are not here: they change nothing."""
+
+    precision: str
+    executor: str
+    batch: int
+    device: str  # "cpu avx512_bf16", "cuda NVIDIA H100"
+    torch: str
+
+    @classmethod
+    def of(cls, engine: Engine) -> Geometry:
+        import torch
+
+        if engine.device.type == "cuda":
+            processor = torch.cuda.get_device_name(engine.device)
+        else:
+            from sgm_engine import _C
+
+            processor = _C.isa()
+        device = f"{engine.device.type} {processor}"
+        return cls(engine.precision, engine.executor, engine.batch, device, torch.__version__)
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """weights: sha256 of the network's parameters. shape: (C, H, W). seed: uint64. ids: in the order of the shards.
+
+    shard_size: sample ids a shard, the last one may have fewer. Shard k holds ids[k·shard_size : (k+1)·shard_size].
+    """
+
+    weights: str
+    plan: Plan
+    seed: int
+    ids: SampleIds
+    shape: tuple[int, int, int]
+    format: str
+    shard_size: int
+    geometry: Geometry
+    engine: str = sgm_engine.__version__
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self.ids) // self.shard_size)
+
+    def shard_ids(self, shard: int) -> SampleIds:
+        return self.ids[shard * self.shard_size : (shard + 1) * self.shard_size]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share for their shards to belong together, as JSON values, from the cause to the form."""
+        return {
+            "weights": self.weights,
+            "plan": self.plan.digest,
+            "seed": str(self.seed),  # JSON readers keep 53 bits of a number
+            "ids": str(self.ids),
+            "shape": list(self.shape),
+            **vars(self.geometry),
+            "engine": self.engine,
+            "format": self.format,
+            "shard_size": self.shard_size,
+        }
+
+    @cached_property
+    def run(self) -> str:
+        """The run hash: sha256 of the identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def changes(self, now: JobSpec, ignore: tuple[str, ...] = ()) -> str:
+        """What differs in ``now``, in words; empty if nothing does."""
+        before, after = self.identity, now.identity
+        names = [name for name in before if before[name] != after[name] and name not in ignore]
+        return ", ".join(f"{name} was {_short(before[name])} and is now {_short(after[name])}" for name in names)
+
+    def to_json(self, notes: Mapping[str, Any]) -> str:
+        """The text of run.json. notes: kept there, no part of the identity."""
+        content = {"format": FORMAT, "version": VERSION, "run": self.run, "samples": len(self.ids)}
+        content |= {"shards": self.shards, "job": self.identity, "notes": dict(notes)}
+        return json.dumps(content | {"plan": json.loads(self.plan.to_json())}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> tuple[JobSpec, dict[str, Any]]:
+        """The spec and the notes of a run.json. ValueError: not one, or changed by hand."""
+        try:
+            content = json.loads(text)
+            if content["format"] != FORMAT or content["version"] != VERSION:
+                raise ValueError(f"it is {content['format']!r} version {content['version']!r}, not {FORMAT} {VERSION}")
+            job, plan = content["job"], Plan.from_json(json.dumps(content["plan"]))
+            geometry = Geometry(**{name: job[name] for name in Geometry.__dataclass_fields__})
+            own = {name: job[name] for name in ("weights", "format", "shard_size", "engine")}
+            ids, shape = SampleIds.parse(job["ids"]), tuple(job["shape"])
+            spec = cls(plan=plan, seed=int(job["seed"]), ids=ids, shape=shape, geometry=geometry, **own)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a job's run.json: {type(error).__name__}: {error}") from None
+        if spec.identity != job or spec.run != content.get("run"):
+            raise ValueError("its run hash does not fit its content: it was changed or damaged")
+        return spec, content["notes"]
+
+
+def weights_digest(model: Callable) -> str:
+    """sha256 over class, configuration and every parameter and buffer (name, dtype, shape, bytes) of an nn.Module.
+
+    The same network gives the same digest from a .pth, a .safetensors or a trainer. The code of its forward is no part
+    of it. ValueError for a function or a module without parameters, which say nothing about themselves.
+    """
+    from torch import nn
+
+    if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
+        raise ValueError(
+            f"weights: a {type(model).__name__} without parameters cannot be told from another: pass weights='…', "
+            "a name or digest that changes whenever the model does"
+        )
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    if hasattr(getattr(model, "config", None), "to_json"):
+        digest.update(model.config.to_json().encode())
+    for name, tensor in sorted(chain(model.named_parameters(), model.named_buffers()), key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor) -> memoryview:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:16]}…"
