@@ -178,7 +178,7 @@ def _print(job, report) -> None:
     print(f"plan: {spec.plan.name}({', '.join(f'{k}={v}' for k, v in spec.plan.metadata.items())})")
     print(f"how: {geometry.precision} on {geometry.device}, executor {geometry.executor}, batch {geometry.batch}")
     share = f", worker {report.worker.index} of {report.worker.count}" if report.worker.count > 1 else ""
-    there = len(job.folder.recorded())
+    there = len(job.folder.recorded(spec))
     print(f"written: {job.folder.path} ({there} of {spec.shards} shards are there{share})")
 
 

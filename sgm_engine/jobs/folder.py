@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,14 @@ class ShardError(JobError):
     def __init__(self, shard: int, kind: str, why: str):
         super().__init__(f"shard {shard} is {kind}: {why}")
         self.shard, self.kind, self.why = shard, kind, why
+
+
+class Record(NamedTuple):
+    """ids: the good ones. files: (size in bytes, sha256) by name."""
+
+    ids: list[int]
+    diverged: list[Divergence]
+    files: dict[str, tuple[int, str]]
 
 
 class Folder:
@@ -72,17 +80,20 @@ class Folder:
     def writing(self, spec: JobSpec, worker: Worker, notes: Mapping[str, Any], card: str) -> Iterator[None]:
         """Hold the share of ``worker``: JobBusy if somebody else does. The job's own files are there inside."""
         self.check(spec)
-        for folder in (self.path, self._tmp, self._locks, self.manifest):
-            folder.mkdir(parents=folder not in (self.path, self.manifest), exist_ok=True)
+        for folder in (self.path, self._tmp, self._locks):
+            folder.mkdir(parents=folder is not self.path, exist_ok=True)
         with locked(self._locks, worker):
             self._prefix = f"{worker}."
             for leftover in self._tmp.iterdir():  # of a process that was killed: nobody else has this share now
                 owner = leftover.name.split(".")[0]
                 if owner == str(worker) or not owner.endswith(f"-of-{worker.count}"):
                     leftover.unlink(missing_ok=True)
-            self._create(RUN, spec.to_json(notes).encode())
+            self._create(RUN, spec.to_json(notes).encode())  # before all else: it makes this folder a job's
             self.check(spec)  # another worker may have been first, with another job
             self._create(CARD, card.encode())
+            self.manifest.mkdir(exist_ok=True)
+            _flush(self.path)
+            _flush(self.path.parent)
             yield
 
     def publish(self, spec: JobSpec, shard: int, files: Mapping[str, bytes], diverged: Iterable[Divergence]) -> None:
@@ -93,45 +104,44 @@ class Folder:
         self._write(self.path, files)
         self._write(self.manifest, {self._record(shard).name: json.dumps(record, indent=1).encode()})
 
-    def recorded(self) -> set[int]:
+    def recorded(self, spec: JobSpec) -> set[int]:
         """The shards that have a record, good or bad: a listing, nothing is read."""
         names = [entry.name for entry in self.manifest.iterdir()] if self.manifest.is_dir() else []
-        return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal()}
+        found = {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal()}
+        return {shard for shard in found if shard < spec.shards}
 
-    def diverged(self, shard: int) -> list[Divergence]:
-        """The quarantined samples of a shard whose record is good."""
-        return [Divergence(**d) for d in json.loads(self._record(shard).read_bytes())["diverged"]]
-
-    def problem(self, spec: JobSpec, shard: int) -> ShardError | None:
-        """What is wrong with a shard: everything is read and its digest compared. None: it is what was drawn."""
+    def record(self, spec: JobSpec, shard: int) -> Record:
+        """What was written of a shard; ShardError if there is no record, or none of this shard of this job."""
+        path, name = self._record(shard), f"{MANIFEST}/{self._record(shard).name}"
         try:
-            self.read(spec, shard)
-        except ShardError as error:
-            return error
-        return None
-
-    def read(self, spec: JobSpec, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int64 [n], samples) of a shard, compared with its record. ShardError says what is wrong with it."""
-        form, name, all_ids = FORMATS[spec.format], f"{MANIFEST}/{self._record(shard).name}", spec.shard_ids(shard)
-        try:
-            record = json.loads(self._record(shard).read_bytes())
-            belongs = (record["run"], record["shard"], record["ids"]) == (spec.run, shard, str(all_ids))
-            diverged = {Divergence(**d).sample_id for d in record["diverged"]}
-            digests = {name: (entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()}
+            content = json.loads(path.read_bytes())
+            belongs = (content["run"], content["shard"], content["ids"]) == (
+                spec.run,
+                shard,
+                str(spec.shard_ids(shard)),
+            )
+            diverged = [Divergence(**d) for d in content["diverged"]]
+            files = {file: (digest["bytes"], digest["sha256"]) for file, digest in content["files"].items()}
         except FileNotFoundError:
             raise ShardError(shard, "missing", f"{name} is not there") from None
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ShardError(shard, "corrupt", f"{name} is no record") from None
         if not belongs:
             raise ShardError(shard, "foreign", f"{name} is of another job or another shard")
-        ids = [i for i in all_ids if i not in diverged]
-        if list(digests) != form.names(shard, ids):
+        bad = {d.sample_id for d in diverged}
+        ids = [i for i in all_ids if i not in bad]
+        if list(files) != FORMATS[spec.format].names(shard, ids):
             raise ShardError(shard, "corrupt", f"{name} names other files than its ids have")
-        contents = {file: self._read_file(shard, file, *digest) for file, digest in digests.items()}
-        found, samples = form.decode(contents)
-        if found.tolist() != ids:
-            raise ShardError(shard, "foreign", f"it holds other samples than {all_ids}")
-        return found, samples
+        return Record(ids, diverged, files)
+
+    def read(self, spec: JobSpec, shard: int) -> tuple[Record, np.ndarray]:
+        """A shard's record and samples. ShardError unless the files are, byte for byte, those that were written."""
+        record = self.record(spec, shard)
+        contents = {name: self._read_file(shard, name, *digest) for name, digest in record.files.items()}
+        ids, samples = FORMATS[spec.format].decode(contents)
+        if ids.tolist() != record.ids:
+            raise ShardError(shard, "foreign", f"it holds other samples than {spec.shard_ids(shard)}")
+        return record, samples
 
     def _read_file(self, shard: int, name: str, size: int, digest: str) -> bytes:
         try:
@@ -145,13 +155,12 @@ class Folder:
         return content
 
     def unexpected(self, spec: JobSpec) -> list[str]:
-        """Names in the folder that are no part of the job. PNG files of a shard that was cut off are part of it."""
+        """Names in the folder that are no part of the job. Files of a shard that was cut off are part of it."""
         form, known = FORMATS[spec.format], {RUN, CARD, MANIFEST, WORK}
         records = {f"{shard:06d}.json" for shard in range(spec.shards)}
         strangers = [f"{MANIFEST}/{e.name}" for e in self.manifest.iterdir() if e.name not in records]
-        for shard in range(spec.shards):
-            known.update(form.names(shard, spec.shard_ids(shard)))
-        return sorted(strangers + [entry.name for entry in self.path.iterdir() if entry.name not in known])
+        names = (entry.name for entry in self.path.iterdir() if entry.name not in known)
+        return sorted(strangers + [name for name in names if not form.owns(name, spec.shards, spec.ids)])
 
     def _record(self, shard: int) -> Path:
         return self.manifest / f"{shard:06d}.json"

@@ -18,6 +18,7 @@ import numpy as np
 
 from sgm_engine import images
 from sgm_engine.output import npz_bytes, safetensors_bytes
+from sgm_engine.sample_ids import SampleIds
 
 Contents = Mapping[str, bytes]  # file name → its bytes
 
@@ -31,6 +32,9 @@ class Format(Protocol):
     def names(self, shard: int, ids: Iterable[int]) -> list[str]:
         """The files that hold the samples ``ids`` of a shard."""
 
+    def owns(self, name: str, shards: int, ids: SampleIds) -> bool:
+        """Whether a job of so many shards and these ids may have a file of that name."""
+
     def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray) -> Contents:
         """ids int64 [n], samples float32 [n, C, H, W], finite."""
 
@@ -38,11 +42,21 @@ class Format(Protocol):
         """(ids, samples), as far as the format keeps them."""
 
 
-class Npz:
-    name, lossless = "npz", False
+class _OneFile:
+    """One file a shard."""
+
+    suffix: str
 
     def names(self, shard: int, ids: Iterable[int]) -> list[str]:
-        return [f"shard-{shard:06d}.npz"]
+        return [f"shard-{shard:06d}.{self.suffix}"]
+
+    def owns(self, name: str, shards: int, ids: SampleIds) -> bool:
+        number = name.removeprefix("shard-").removesuffix(f".{self.suffix}")
+        return number.isdecimal() and int(number) < shards and self.names(int(number), ids) == [name]
+
+
+class Npz(_OneFile):
+    name, suffix, lossless = "npz", "npz", False
 
     def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray) -> Contents:
         return {self.names(shard, ids)[0]: npz_bytes(samples, ids)}
@@ -53,11 +67,8 @@ class Npz:
             return data["sample_id"], data["arr_0"]
 
 
-class Safetensors:
-    name, lossless = "safetensors", True
-
-    def names(self, shard: int, ids: Iterable[int]) -> list[str]:
-        return [f"shard-{shard:06d}.safetensors"]
+class Safetensors(_OneFile):
+    name, suffix, lossless = "safetensors", "safetensors", True
 
     def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray) -> Contents:
         return {self.names(shard, ids)[0]: safetensors_bytes(samples, ids)}
@@ -76,26 +87,31 @@ class Png:
     def names(self, shard: int, ids: Iterable[int]) -> list[str]:
         return [f"{i:06d}.png" for i in ids]
 
+    def owns(self, name: str, shards: int, ids: SampleIds) -> bool:
+        number = name.removesuffix(".png")
+        return number.isdecimal() and int(number) in ids and self.names(0, [int(number)]) == [name]
+
     def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray) -> Contents:
         pixels = images.to_uint8(samples)
         return {name: images.png_bytes(image) for name, image in zip(self.names(shard, ids), pixels, strict=True)}
 
     def decode(self, contents: Contents) -> tuple[np.ndarray, np.ndarray]:
         ids = [int(name.removesuffix(".png")) for name in contents]
-        return np.array(ids, np.int64), _stack(contents.values())
+        pictures = [images.read_png(content) for content in contents.values()]
+        return np.array(ids, np.int64), np.stack(pictures) if pictures else np.zeros((0, 0, 0, 0), np.uint8)
 
 
-class WebDataset:
-    name, lossless = "webdataset", False
-
-    def names(self, shard: int, ids: Iterable[int]) -> list[str]:
-        return [f"shard-{shard:06d}.tar"]
+class WebDataset(_OneFile):
+    name, suffix, lossless = "webdataset", "tar", False
 
     def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray) -> Contents:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for i, image in zip(ids.tolist(), images.to_uint8(samples), strict=True):
-                for suffix, content in (("png", images.png_bytes(image)), ("json", _json({"sample_id": i}))):
+                for suffix, content in (
+                    ("png", images.png_bytes(image)),
+                    ("json", json.dumps({"sample_id": i}).encode()),
+                ):
                     member = tarfile.TarInfo(f"{i:09d}.{suffix}")  # its date is 1970, its owner root
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -109,12 +125,3 @@ class WebDataset:
 
 
 FORMATS: dict[str, Format] = {f.name: f for f in (Npz(), Safetensors(), Png(), WebDataset())}
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True).encode()
-
-
-def _stack(pictures: Iterable[bytes]) -> np.ndarray:
-    found = [images.read_png(picture) for picture in pictures]
-    return np.stack(found) if found else np.zeros((0, 0, 0, 0), np.uint8)

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -129,7 +130,7 @@ class Job:
         finally:
             report.stopped = self._stop.is_set()
             self._stop.clear()
-        report.complete = len(self.folder.recorded()) >= self.spec.shards
+        report.complete = len(self.folder.recorded(self.spec)) >= self.spec.shards
         return report
 
     def stop(self) -> None:
@@ -142,7 +143,7 @@ class Job:
 
     def diverged(self) -> list[Divergence]:
         """The quarantined samples of a complete job, whoever drew them."""
-        return [d for shard in range(self.spec.shards) for d in self.folder.diverged(shard)]
+        return [d for shard in range(self.spec.shards) for d in self.folder.record(self.spec, shard).diverged]
 
     def _run(self, report: Report, progress: bool, on_shard: Callable | None) -> None:
         worker = report.worker
@@ -151,24 +152,26 @@ class Job:
             start = time.perf_counter()
             write = partial(self._write, report, on_shard, start)
             with Writer(write, on_error=self.stop) as writer:
-                for drawn in self.source.draw(self.spec, missing, writer.settle, self._stop.is_set, progress):
-                    writer.put(drawn)
+                drawing = self.source.draw(self.spec, missing, writer.settle, self._stop.is_set, progress)
+                with closing(drawing):
+                    for drawn in drawing:
+                        writer.put(drawn)
             report.seconds = time.perf_counter() - start
 
     def _missing(self, report: Report) -> list[int]:
         """The shards of the share to draw; counts and collects what is there."""
-        missing, recorded = [], self.folder.recorded()
+        missing, recorded = [], self.folder.recorded(self.spec)
         for shard in report.worker.share(self.spec.shards):
             if self._stop.is_set():
                 break
-            problem = self.folder.problem(self.spec, shard)
-            if problem is None:
+            try:
+                record, _ = self.folder.read(self.spec, shard)
                 report.found += 1
-                report.diverged += self.folder.diverged(shard)
-                continue
-            missing.append(shard)
-            if shard in recorded:
-                report.redrawn.append(problem)
+                report.diverged += record.diverged
+            except ShardError as error:
+                missing.append(shard)
+                if shard in recorded:
+                    report.redrawn.append(error)
         return missing
 
     def _write(self, report: Report, on_shard: Callable | None, start: float, drawn: Drawn) -> None:

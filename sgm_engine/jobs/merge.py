@@ -59,10 +59,9 @@ def _ids(folder: Folder, spec: JobSpec) -> Iterator[int]:
     """The ids that are there according to the records."""
     for shard in range(spec.shards):
         try:
-            diverged = {d.sample_id for d in folder.diverged(shard)}
-        except (OSError, ValueError, KeyError, TypeError):
-            raise _unusable(folder, folder.problem(spec, shard)) from None
-        yield from (i for i in spec.shard_ids(shard) if i not in diverged)
+            yield from folder.record(spec, shard).ids
+        except ShardError as error:
+            raise _unusable(folder, error) from None
 
 
 def _samples(parts: list[Part]) -> Iterator[np.ndarray]:
@@ -74,7 +73,7 @@ def _samples(parts: list[Part]) -> Iterator[np.ndarray]:
                 raise _unusable(folder, error) from None
 
 
-def _unusable(folder: Folder, error: ShardError | None) -> JobError:
+def _unusable(folder: Folder, error: ShardError) -> JobError:
     return JobError(f"{folder.path}: {error}. Run its `sgm sample` again, then merge")
 
 

@@ -31,11 +31,11 @@ def resample(
         raise JobError(f"sample id {sample_id} is not among the ids of {folder.path}: {spec.ids}")
     x = engine.sample(1, spec.seed, spec.plan, first_id=sample_id)[0].cpu().numpy()
     try:
-        ids, stored = folder.read(spec, spec.ids.index(sample_id) // spec.shard_size)
+        record, stored = folder.read(spec, spec.ids.index(sample_id) // spec.shard_size)
     except ShardError:
         return x, False
     mine = x if FORMATS[spec.format].lossless else to_uint8(x[None])[0]
-    if mine.tobytes() != stored[ids == sample_id].tobytes():
+    if mine.tobytes() != stored[record.ids.index(sample_id)].tobytes():
         raise JobError(f"sample {sample_id} is not what {folder.path} holds: was the model's code changed since?")
     return x, True
 

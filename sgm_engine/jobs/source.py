@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from sgm_engine.engine import Engine
 from sgm_engine.errors import Cancelled, Divergence, EngineError
-from sgm_engine.jobs.spec import Geometry, JobSpec
+from sgm_engine.jobs.spec import Geometry, JobSpec, changed
 
 
 class Drawn(NamedTuple):
@@ -67,26 +68,21 @@ class EngineSource:
         stream = self.engine.stream(
             _Sized(feed(), total), spec.seed, spec.plan, progress=bar, on_diverged=lambda d: add(d.sample_id, d)
         )
-        try:
+        with closing(stream), suppress(Cancelled):
             for sample_id, x in stream:
                 add(sample_id, x)
                 while finished:
                     self._check(spec, versions)
                     yield finished.popleft()
-        except Cancelled:
-            return
         self._check(spec, versions)
-        yield from finished  # a shard whose last sample diverged
+        yield from finished  # shards whose last sample diverged
 
     def _check(self, spec: JobSpec, versions: list[int]) -> None:
         """EngineError if samples may have been drawn by other weights, or in another way, than the job says."""
         if self.engine._network.versions() != versions:
             raise EngineError("the model's weights changed while a job drew from it: give the job a copy of the model")
-        if Geometry.of(self.engine) != spec.geometry:
-            raise EngineError(
-                f"the engine went from executor {spec.geometry.executor} to {self.engine.executor} while the job ran: "
-                f"start it with executor={self.engine.executor!r}"
-            )
+        if changes := changed(vars(spec.geometry), vars(Geometry.of(self.engine))):
+            raise EngineError(f"these samples are not computed as the job's are: {changes}. Start it with what is now")
 
 
 class _Open:

@@ -95,9 +95,7 @@ class JobSpec:
 
     def changes(self, now: JobSpec, ignore: tuple[str, ...] = ()) -> str:
         """What differs in ``now``, in words; empty if nothing does."""
-        before, after = self.identity, now.identity
-        names = [name for name in before if before[name] != after[name] and name not in ignore]
-        return ", ".join(f"{name} was {_short(before[name])} and is now {_short(after[name])}" for name in names)
+        return changed(*({k: v for k, v in spec.identity.items() if k not in ignore} for spec in (self, now)))
 
     def to_json(self, notes: Mapping[str, Any]) -> str:
         """The text of run.json. notes: kept there, no part of the identity."""
@@ -122,6 +120,12 @@ class JobSpec:
         if spec.identity != job or spec.run != content.get("run"):
             raise ValueError("its run hash does not fit its content: it was changed or damaged")
         return spec, content["notes"]
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two dictionaries of the same keys, in words."""
+    names = [name for name in before if before[name] != now[name]]
+    return ", ".join(f"{name} was {_short(before[name])} and is now {_short(now[name])}" for name in names)
 
 
 def weights_digest(model: Callable) -> str:

@@ -43,12 +43,12 @@ def verify(path: str | os.PathLike) -> Verification:
     found = Verification(spec)
     for shard in range(spec.shards):
         try:
-            ids, _ = folder.read(spec, shard)
+            record, _ = folder.read(spec, shard)
         except ShardError as error:
             found.problems.append(error)
             continue
         found.good += 1
-        found.samples += len(ids)
-        found.diverged += folder.diverged(shard)
+        found.samples += len(record.ids)
+        found.diverged += record.diverged
     found.unexpected = folder.unexpected(spec)
     return found
