@@ -125,9 +125,10 @@ def resample(args: argparse.Namespace) -> int:
         from sgm_engine.bundled import bundled_path
         from sgm_engine.checkpoint import load_checkpoint
         from sgm_engine.engine import Engine
+        from sgm_engine.images import png_bytes, to_uint8
         from sgm_engine.jobs.folder import Folder
         from sgm_engine.jobs.resample import resample
-        from sgm_engine.output import Output
+        from sgm_engine.output import Output, staged
 
         spec, notes = Folder(args.folder).load()
         out = Output.parse(args.out or f"sample-{args.id}.safetensors")
@@ -138,7 +139,11 @@ def resample(args: argparse.Namespace) -> int:
         device = geometry.device.split()[0]
         engine = Engine(model, geometry.batch, device, geometry.precision, geometry.executor)
         x, compared = resample(engine, args.folder, args.id)
-    out.write(x[None], [args.id])
+    if out.form == "grid":  # the picture itself, as a folder of PNG files holds it
+        with staged(out.path) as tmp:
+            tmp.write_bytes(png_bytes(to_uint8(x[None])[0]))
+    else:
+        out.write(x[None], [args.id])
     print(f"written: {out.path} ({'equal to' if compared else 'not compared, for it is not there, with'} "
           f"sample {args.id} of {args.folder})")  # fmt: skip
     return DONE

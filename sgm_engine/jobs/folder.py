@@ -114,12 +114,8 @@ class Folder:
         """What was written of a shard; ShardError if there is no record, or none of this shard of this job."""
         path, name = self._record(shard), f"{MANIFEST}/{self._record(shard).name}"
         try:
-            content = json.loads(path.read_bytes())
-            belongs = (content["run"], content["shard"], content["ids"]) == (
-                spec.run,
-                shard,
-                str(spec.shard_ids(shard)),
-            )
+            content, all_ids = json.loads(path.read_bytes()), spec.shard_ids(shard)
+            belongs = (content["run"], content["shard"], content["ids"]) == (spec.run, shard, str(all_ids))
             diverged = [Divergence(**d) for d in content["diverged"]]
             files = {file: (digest["bytes"], digest["sha256"]) for file, digest in content["files"].items()}
         except FileNotFoundError:
@@ -138,7 +134,10 @@ class Folder:
         """A shard's record and samples. ShardError unless the files are, byte for byte, those that were written."""
         record = self.record(spec, shard)
         contents = {name: self._read_file(shard, name, *digest) for name, digest in record.files.items()}
-        ids, samples = FORMATS[spec.format].decode(contents)
+        try:
+            ids, samples = FORMATS[spec.format].decode(contents)
+        except Exception as error:  # every library has its own; the digests were right, so somebody made them so
+            raise ShardError(shard, "foreign", f"its files are no {spec.format}: {error}") from None
         if ids.tolist() != record.ids:
             raise ShardError(shard, "foreign", f"it holds other samples than {spec.shard_ids(shard)}")
         return record, samples

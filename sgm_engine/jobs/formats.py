@@ -108,10 +108,8 @@ class WebDataset(_OneFile):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for i, image in zip(ids.tolist(), images.to_uint8(samples), strict=True):
-                for suffix, content in (
-                    ("png", images.png_bytes(image)),
-                    ("json", json.dumps({"sample_id": i}).encode()),
-                ):
+                about = json.dumps({"sample_id": i}).encode()
+                for suffix, content in (("png", images.png_bytes(image)), ("json", about)):
                     member = tarfile.TarInfo(f"{i:09d}.{suffix}")  # its date is 1970, its owner root
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))

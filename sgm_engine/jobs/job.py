@@ -91,9 +91,10 @@ class Job:
         if not isinstance(engine, Engine):
             raise TypeError(f"engine must be an Engine, got {type(engine).__name__}: Engine(model, batch=…)")
         plan, seed = engine._check(plan, seed, None)
+        source = EngineSource(engine, weights)
         weights = weights_digest(engine.model) if weights is None else weights
         self.spec = make_spec(Geometry.of(engine), engine.shape, weights, plan, seed, n, ids, format, shard_size)
-        self._prepare(EngineSource(engine), out, notes)
+        self._prepare(source, out, notes)
 
     @classmethod
     def from_source(cls, source: Source, spec: JobSpec, out: str | os.PathLike, notes=None) -> Job:

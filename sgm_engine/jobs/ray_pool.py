@@ -36,7 +36,7 @@ class Painter:
 
             options = options | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
         self.engine = Engine(model, **options)
-        self.source = EngineSource(self.engine)
+        self.source = EngineSource(self.engine, weights="the driver's")
 
     def describe(self, plan: Plan | None, seed: int) -> tuple[Geometry, tuple[int, int, int], Plan]:
         return Geometry.of(self.engine), self.engine.shape, self.engine._check(plan, seed, None)[0]

@@ -11,7 +11,7 @@ import numpy as np
 
 from sgm_engine.engine import Engine
 from sgm_engine.errors import Cancelled, Divergence, EngineError
-from sgm_engine.jobs.spec import Geometry, JobSpec, changed
+from sgm_engine.jobs.spec import Geometry, JobError, JobSpec, changed, weights_digest
 
 
 class Drawn(NamedTuple):
@@ -36,8 +36,9 @@ class Source(Protocol):
 class EngineSource:
     """One stream of samples over all shards, so that the batch is full from the first shard to the last."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, weights: str | None = None):
+        """weights: what the job's user calls them; None: their digest, which is compared when drawing begins."""
+        self.engine, self._named = engine, weights is not None
 
     def cancel(self) -> None:
         self.engine.cancel()
@@ -48,6 +49,8 @@ class EngineSource:
         open_shards: deque[_Open] = deque()
         finished: deque[Drawn] = deque()
         versions = self.engine._network.versions()
+        if not self._named and weights_digest(self.engine.model) != spec.weights:
+            raise JobError("the model's weights are not those that the job was made with: make another job")
 
         def feed() -> Iterator[int]:
             for shard in shards:
