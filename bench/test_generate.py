@@ -1,7 +1,7 @@
 """A job against the bare engine: what shards, digests, records and the writing thread cost.
 
-The clock is the process's CPU time, in which a thread beside the sampling is not free: the stricter figure, and one that
-holds on a busy machine. The wall time, with fsync and the overlap in it, is printed beside it.
+The clock is the process's CPU time, in which a thread beside the sampling is not free: the stricter figure, and one
+that holds on a busy machine. The wall time, with fsync and the overlap in it, is printed beside it.
 """
 
 import itertools

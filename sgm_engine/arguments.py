@@ -24,7 +24,7 @@ examples:
   sgm sample --n 1000 --out digits.npz     what FID tools read: arr_0, uint8 [N, H, W, C]
   sgm sample --ids 0-63,1000 --out digits/ PNG files; sample 1000 gets the noise that it always gets
   sgm sample --n 50000 --out run/ --format npz     a job in shards: stopped or killed, the same command goes on
-  torchrun --nproc-per-node 8 -m sgm_engine sample --n 50000 --out run/ --format npz
+  torchrun --nproc-per-node 8 -m -- sgm_engine sample --n 50000 --out run/ --format npz
   sgm sample --checkpoint checkpoint.pth --config config.yml --step-lr 1e-5 --out mine.safetensors
 
 exit codes:

@@ -221,6 +221,24 @@ def racers(folder: Path, weights, rounds: int = 50, count: int = 4) -> dict[str,
     return found
 
 
+def endless(weights, out, log) -> None:
+    """A command that takes long enough to be stopped; its stderr goes to ``log``."""
+    from sgm_engine import cli
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
+    options = ["--batch", "4", "--steps-per-level", "50", "--step-lr", "1e-4", "--shard-size", "4", "--format", "npz"]
+    with open(log, "w") as stderr, redirect_stderr(stderr):
+        sys.exit(cli.main(["sample", "--checkpoint", str(weights), *options, "--out", f"{out}/", "--n", "100000"]))
+
+
+def peak_memory(out, n: int, pipe) -> None:
+    """Run a job; send the peak of resident memory in KiB."""
+    import resource
+
+    toy_job(out, n, 100).run()
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kills", type=int, metavar="N", help="that many SIGKILLs")

@@ -122,4 +122,4 @@ class WebDataset(_OneFile):
         return Png().decode(pictures)
 
 
-FORMATS: dict[str, Format] = {f.name: f for f in (Npz(), Safetensors(), Png(), WebDataset())}
+FORMATS: dict[str, Format] = {f.name: f for f in (Png(), Npz(), Safetensors(), WebDataset())}
