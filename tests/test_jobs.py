@@ -658,6 +658,15 @@ def test_the_commands(sgm, tiny_weights, tmp_path):
     assert done.returncode == 4 and done.stderr.count("\n") == 1
 
 
+def test_a_plan_between_the_levels_is_drawn_again_too(sgm, tiny_weights, tmp_path):
+    few = ["--sampler", "heun", "--nfe", 5]
+    done = sgm("sample", "--checkpoint", tiny_weights, "--batch", 4, "--n", 3, *few, "--out", "run/")
+    assert done.returncode == 0, done.stderr
+    done = sgm("resample", "run", "--id", 2, "--out", "two.png")
+    assert done.returncode == 0 and "equal to sample 2" in done.stdout, done.stderr
+    assert (tmp_path / "two.png").read_bytes() == (tmp_path / "run" / "000002.png").read_bytes()
+
+
 def test_a_diverged_job_ends_with_its_own_code(sgm, tiny_weights, monkeypatch, tmp_path):
     from sgm_engine import checkpoint
 

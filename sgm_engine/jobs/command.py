@@ -127,7 +127,7 @@ def resample(args: argparse.Namespace) -> int:
         from sgm_engine.engine import Engine
         from sgm_engine.images import png_bytes, to_uint8
         from sgm_engine.jobs.folder import Folder
-        from sgm_engine.jobs.resample import resample
+        from sgm_engine.jobs.resample import model_of, resample
         from sgm_engine.output import Output, staged
 
         spec, notes = Folder(args.folder).load()
@@ -137,6 +137,7 @@ def resample(args: argparse.Namespace) -> int:
         model = load_checkpoint(checkpoint or bundled_path(), args.config or notes.get("config"))
         geometry = spec.geometry
         device = geometry.device.split()[0]
+        model = model_of(spec, model)
         engine = Engine(model, geometry.batch, device, geometry.precision, geometry.executor)
         x, compared = resample(engine, args.folder, args.id)
     if out.form == "grid":  # the picture itself, as a folder of PNG files holds it

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 import numpy as np
+from torch import nn
 
+from sgm_engine.conditioning import at_sigmas
 from sgm_engine.engine import Engine
 from sgm_engine.images import to_uint8
 from sgm_engine.jobs.folder import Folder, ShardError
@@ -38,6 +40,17 @@ def resample(
     if mine.tobytes() != stored[record.ids.index(sample_id)].tobytes():
         raise JobError(f"sample {sample_id} is not what {folder.path} holds: was the model's code changed since?")
     return x, True
+
+
+def model_of(spec: JobSpec, model: nn.Module) -> nn.Module:
+    """``model``, or as it is between its levels, at the plan's own sigmas: whichever the job was drawn from."""
+    if weights_digest(model) == spec.weights:
+        return model
+    try:
+        other = at_sigmas(model, spec.plan.sigmas)
+    except ValueError:  # not between these levels
+        return model
+    return other if weights_digest(other) == spec.weights else model
 
 
 def _changes(spec: JobSpec, geometry: Geometry, weights: str) -> str:
