@@ -47,7 +47,8 @@ $(VENV)/.installed: $(BUILT_FROM) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	@$(PIP) -e '.[test,lint]'
+	@$(PIP) -e '.[test,lint,integrations]'
+	@$(PIP) --no-deps azula deepinv k-diffusion  # see pyproject.toml
 	@touch $@
 
 $(BIN)/python:

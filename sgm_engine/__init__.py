@@ -11,7 +11,17 @@ if TYPE_CHECKING:
     from sgm_engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
     from sgm_engine.conditioning import at_sigmas
     from sgm_engine.engine import Engine
-    from sgm_engine.errors import Cancelled, CaptureFailed, EngineBusy, EngineError, JobBusy, SampleDiverged
+    from sgm_engine.errors import (
+        Cancelled,
+        CaptureFailed,
+        DeadlineExceeded,
+        EngineBusy,
+        EngineError,
+        JobBusy,
+        QueueFull,
+        SampleDiverged,
+        ServiceClosed,
+    )
     from sgm_engine.guidance import classifier_free, classifier_guided, posterior, with_drift
     from sgm_engine.inverse import LinearOperator
     from sgm_engine.jobs.job import Job, generate
@@ -20,6 +30,7 @@ if TYPE_CHECKING:
     from sgm_engine.samplers import dpm_solver_2m, euler, heun, plan_of_nfe, predictor_corrector, sde_dpm_solver_2m
     from sgm_engine.schedule import cosine, geometric, karras, linear, ncsnv2
     from sgm_engine.score_model import as_score
+    from sgm_engine.service import SamplerService
 
 # Imported when first asked for, so that `import sgm_engine` and `sgm --help` do not wait for PyTorch.
 _MODULES = {
@@ -27,7 +38,17 @@ _MODULES = {
     "bundled": ("load_bundled",),
     "checkpoint": ("CheckpointError", "load_checkpoint", "save_checkpoint"),
     "engine": ("Engine",),
-    "errors": ("Cancelled", "CaptureFailed", "EngineBusy", "EngineError", "JobBusy", "SampleDiverged"),
+    "errors": (
+        "Cancelled",
+        "CaptureFailed",
+        "DeadlineExceeded",
+        "EngineBusy",
+        "EngineError",
+        "JobBusy",
+        "QueueFull",
+        "SampleDiverged",
+        "ServiceClosed",
+    ),
     "conditioning": ("at_sigmas",),
     "guidance": (
         "classifier_free",
@@ -42,12 +63,14 @@ _MODULES = {
     "samplers": ("dpm_solver_2m", "euler", "heun", "plan_of_nfe", "predictor_corrector", "sde_dpm_solver_2m"),
     "schedule": ("cosine", "geometric", "karras", "linear", "ncsnv2"),
     "score_model": ("as_score",),
+    "service": ("SamplerService",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "Cancelled",
     "CaptureFailed",
     "CheckpointError",
+    "DeadlineExceeded",
     "Engine",
     "EngineBusy",
     "EngineError",
@@ -55,7 +78,10 @@ __all__ = [
     "JobBusy",
     "LinearOperator",
     "Plan",
+    "QueueFull",
     "SampleDiverged",
+    "SamplerService",
+    "ServiceClosed",
     "StepInfo",
     "accelerate",
     "ancestral",

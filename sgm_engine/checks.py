@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+MAX_ID, MAX_SEED = 2**56, 2**64
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -26,6 +29,32 @@ def check_shape(shape: object) -> tuple[int, int, int]:
     if len(shape) != 3:
         raise ValueError(f"shape must be (C, H, W), got {shape}")
     return tuple(check_int("shape", s, 1) for s in shape)
+
+
+def check_chains(
+    n: int,
+    seed: int | Sequence[int],
+    first_id: int,
+    init: Tensor | None,
+    shape: tuple[int, int, int],
+    device: torch.device,
+) -> list[tuple[int, int, Tensor | None]]:
+    """(sample id, seed, init [C, H, W] float32 on the device) of each of n samples. One seed: their ids count up from
+    first_id; n seeds: each sample has id first_id."""
+    n, first_id = check_int("n", n, 0), check_int("first_id", first_id, 0, MAX_ID)
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != n:
+            raise ValueError(f"seed must be one integer or n = {n} of them, got {len(seed)}")
+        ids, seeds = [first_id] * n, [check_int("seed", s, 0, MAX_SEED) for s in seed]
+    else:
+        check_int("first_id + n", first_id + n, 0, MAX_ID + 1)
+        ids, seeds = range(first_id, first_id + n), [check_int("seed", seed, 0, MAX_SEED)] * n
+    if init is None:
+        return list(zip(ids, seeds, [None] * n, strict=True))
+    if not isinstance(init, Tensor) or not init.is_floating_point() or init.shape != (n, *shape):
+        got = f"{init.dtype} {list(init.shape)}" if isinstance(init, Tensor) else type(init).__name__
+        raise ValueError(f"init must be a floating point tensor {[n, *shape]}, got {got}")
+    return list(zip(ids, seeds, init.detach().to(device, torch.float32), strict=True))
 
 
 def place(model: object, device: torch.device | str | None) -> torch.device:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sgm_engine.checks import check_int, check_shape, place
+from sgm_engine.checks import MAX_ID, MAX_SEED, check_chains, check_int, check_shape, place
 from sgm_engine.errors import Cancelled, CaptureFailed, Divergence, EngineBusy, SampleDiverged
 from sgm_engine.executor import EagerExecutor, Executor, make_executor
 from sgm_engine.known import REDRAWS, Known, check_known
@@ -25,11 +25,11 @@ from sgm_engine.network import Network
 from sgm_engine.plan import Plan, annealed_langevin
 from sgm_engine.plan_report import refuse_divergence
 from sgm_engine.progress import Stats, StepInfo, progress_bar
+from sgm_engine.results import Results, divergence
 from sgm_engine.schedule import check_sigmas, nearest_level
 from sgm_engine.slots import NO_BAD_ROW, Job, Slots, Tables, to_device
 
 STRIDE = 16  # steps between two looks at the cancel flag
-MAX_ID, MAX_SEED = 2**56, 2**64
 
 
 class Engine:
@@ -107,18 +107,21 @@ class Engine:
     def sample(
         self,
         n: int,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         plan: Plan | None = None,
         first_id: int = 0,
         callback: Callable[[StepInfo], object] | None = None,
         progress: bool = False,
+        init: Tensor | None = None,
     ) -> Tensor:
         """Samples first_id … first_id + n − 1 of ``seed`` (uint64): float32 [n, C, H, W] on the engine's device.
 
-        callback: called after every step. progress: a bar on stderr. SampleDiverged, Cancelled: carry what is finished.
+        seed: one for all, or n of them, one a sample; each sample then has id first_id. init: [n, C, H, W], where the
+        chains start, instead of the plan's start law. callback: called after every step. progress: a bar on stderr.
+        SampleDiverged, Cancelled: carry what is finished.
         """
-        n, first_id = check_int("n", n, 0), check_int("first_id", first_id, 0, MAX_ID)
-        return self._sample(n, seed, plan, first_id, callback, progress, None)
+        chains = check_chains(n, seed, first_id, init, self.shape, self.device)
+        return self._sample(chains, self._check(plan, callback), callback, progress, None)
 
     def inpaint(
         self,
@@ -143,8 +146,8 @@ class Engine:
             raise ValueError(f"redraw must be one of {REDRAWS}, got {redraw!r}")
         n = None if n is None else check_int("n", n, 0)
         known, mask = check_known(known, mask, n, self.shape, self.device)
-        first_id = check_int("first_id", first_id, 0, MAX_ID)
-        return self._sample(len(known), seed, plan, first_id, callback, progress, (known, mask, redraw))
+        chains = check_chains(len(known), seed, first_id, None, self.shape, self.device)
+        return self._sample(chains, self._check(plan, callback), callback, progress, (known, mask, redraw))
 
     def stream(
         self,
@@ -160,7 +163,7 @@ class Engine:
         Diverged samples are not yielded: on_diverged is called for each, or else SampleDiverged is raised after the
         last good one. The engine is this stream's until it is exhausted, closed or cancelled (it raises Cancelled).
         """
-        plan, seed = self._check(plan, seed, callback)
+        plan, seed = self._check(plan, callback), check_int("seed", seed, 0, MAX_SEED)
         total = len(sample_ids) if hasattr(sample_ids, "__len__") else None
         return self._stream(sample_ids, seed, plan, callback, progress, total, on_diverged)
 
@@ -172,43 +175,28 @@ class Engine:
         """Refresh copies of the weights in the middle of a request (every request starts with fresh ones)."""
         self._sync()
 
-    def _sample(self, n, seed, plan, first_id, callback, progress, known) -> Tensor:
-        ids = range(first_id, check_int("first_id + n", first_id + n, 0, MAX_ID + 1))
-        plan, seed = self._check(plan, seed, callback)
-        out = torch.zeros(n, *self.shape, device=self.device)
-        bad_row = torch.full((n,), NO_BAD_ROW, device=self.device)
-        finished: list[int] = []
-
-        def keep() -> tuple[list[Divergence], list[int]]:
-            """What diverged and the indices of what is good; waits for the device."""
-            rows = bad_row.tolist()
-            diverged = [_divergence(first_id + i, plan, rows[i]) for i in sorted(finished) if rows[i] != NO_BAD_ROW]
-            return diverged, [i for i in sorted(finished) if rows[i] == NO_BAD_ROW]
-
+    def _sample(self, chains, plan, callback, progress, known) -> Tensor:
+        results = Results([sample_id for sample_id, _, _ in chains], plan, self.shape, self.device)
         with self._request():
-            for ids_done, x, bad in self._run(ids, seed, plan, callback, progress, n, known):
-                index = [i - first_id for i in ids_done]
-                out.index_copy_(0, to_device(index, self.device), x)
-                bad_row.index_copy_(0, to_device(index, self.device), bad)
-                finished += index
+            for jobs, x, bad_row in self._run(chains, plan, callback, progress, len(chains), known):
+                results.put([job.index for job in jobs], x, bad_row)
             cancelled = bool(self._slots.live)
-            diverged, good = keep()
         if cancelled:
-            message = f"cancelled with {len(good)} of {n} samples finished (.sample_ids, .samples)"
-            raise Cancelled(message, diverged, [first_id + i for i in good], out[good])
-        if diverged:
-            raise SampleDiverged(diverged, [first_id + i for i in good], out[good])
-        return out
+            diverged, ids, samples = results.good()
+            message = f"cancelled with {len(ids)} of {len(chains)} samples finished (.sample_ids, .samples)"
+            raise Cancelled(message, diverged, ids, samples)
+        return results.all()
 
     def _stream(self, ids, seed, plan, callback, progress, total, on_diverged) -> Iterator[tuple[int, Tensor]]:
         diverged: list[Divergence] = []
+        chains = ((sample_id, seed, None) for sample_id in ids)
         with self._request():
-            for ids_done, x, bad_row in self._run(ids, seed, plan, callback, progress, total):
-                for sample_id, sample, row in zip(ids_done, x, bad_row.tolist(), strict=True):
+            for jobs, x, bad_row in self._run(chains, plan, callback, progress, total):
+                for job, sample, row in zip(jobs, x, bad_row.tolist(), strict=True):
                     if row == NO_BAD_ROW:
-                        yield sample_id, sample
+                        yield job.sample_id, sample
                         continue
-                    diverged.append(_divergence(sample_id, plan, row))
+                    diverged.append(divergence(job.sample_id, plan, row))
                     if on_diverged is not None:
                         on_diverged(diverged[-1])
             cancelled = bool(self._slots.live)
@@ -218,42 +206,57 @@ class Engine:
         if diverged and on_diverged is None:
             raise SampleDiverged(diverged, [], nothing)
 
-    def _run(
-        self, ids, seed, plan, callback, progress, total, known=None
-    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """The loop. Yields (sample ids, x, bad_row within the plan) of every harvest; tensors stay on the device."""
-        slots, executor, stats = self._slots, self._executor, self._stats
+    def _run(self, chains, plan, callback, progress, total, known=None) -> Iterator[tuple[list[Job], Tensor, Tensor]]:
+        """The loop. chains: (sample id, seed, init) of each sample. Yields (jobs, x, bad_row within the plan) of every
+        harvest; tensors stay on the device."""
+        slots = self._slots
         rows = self._tables.add(plan)
         slots.prepare(plan)
         if known is not None:
             self._known = self._known or Known(slots)
             self._known.begin(*known)
             slots.known = self._known
-        executor = self._sync()
-        jobs = (Job(check_int("sample_ids", i, 0, MAX_ID), seed, plan, rows, k) for k, i in enumerate(ids))
+        self._sync()
+        jobs = (
+            Job(check_int("sample_ids", sample_id, 0, MAX_ID), seed, plan, rows, index, init)
+            for index, (sample_id, seed, init) in enumerate(chains)
+        )
         step = 0
         with progress_bar(total, plan.nfe, progress) as advance:
             slots.refill(jobs)
             while (live := slots.live) and not self._cancel.is_set():
-                steps = 1 if callback else min(slots.steps_to_harvest(), STRIDE)
                 before = slots.x.clone() if callback else None
-                if self._network.versions() != self._seen:  # an optimizer step since: copies of the weights follow
-                    executor = self._sync()
-                executor.run(steps)
-                slots.advance(steps)
+                steps = self._advance(1 if callback else STRIDE)
                 step += steps
-                stats.steps += steps
-                stats.nfe += steps * len(live)
                 advance(steps * len(live))
                 if callback:
-                    callback(StepInfo(step, slots, live, before, executor.score))
-                harvest = slots.harvest()
+                    callback(StepInfo(step, slots, live, before, self._executor.score))
+                harvest = self._harvest()
                 if harvest:
-                    done, x, bad_row = harvest
-                    stats.harvested += len(done)
                     slots.refill(jobs)
-                    bad_row = torch.where(bad_row == NO_BAD_ROW, bad_row, bad_row - rows.start)
-                    yield [job.sample_id for job in done], x, bad_row
+                    yield harvest
+
+    def _advance(self, most: int) -> int:
+        """Run up to ``most`` steps, no further than to the first slot that finishes; says how many."""
+        slots, stats = self._slots, self._stats
+        if self._network.versions() != self._seen:  # an optimizer step since: copies of the weights follow
+            self._sync()
+        steps = min(slots.steps_to_harvest(), most)
+        self._executor.run(steps)
+        slots.advance(steps)
+        stats.steps += steps
+        stats.nfe += steps * len(slots.live)
+        return steps
+
+    def _harvest(self) -> tuple[list[Job], Tensor, Tensor] | None:
+        """Slots.harvest, bad_row counted from the first row of each job's plan."""
+        harvest = self._slots.harvest()
+        if harvest is None:
+            return None
+        jobs, x, bad_row = harvest
+        self._stats.harvested += len(jobs)
+        first = to_device([job.rows.start for job in jobs], self.device)
+        return jobs, x, torch.where(bad_row == NO_BAD_ROW, bad_row, bad_row - first)
 
     def _sync(self) -> Executor:
         """The executor with fresh weights; a model that cannot be captured goes to the eager one for good if "auto"."""
@@ -291,7 +294,7 @@ class Engine:
                 self._slots.known = None
                 self._owner = None
 
-    def _check(self, plan, seed, callback) -> tuple[Plan, int]:
+    def _check(self, plan, callback) -> Plan:
         plan = self.default_plan if plan is None else plan
         if not isinstance(plan, Plan):
             raise TypeError(f"plan must be a Plan such as annealed_langevin(model.sigmas), got {type(plan).__name__}")
@@ -314,8 +317,4 @@ class Engine:
         curvature = getattr(self.model, "curvature", None)
         if curvature is not None:
             refuse_divergence(plan, curvature(plan.sigma))
-        return plan, check_int("seed", seed, 0, MAX_SEED)
-
-
-def _divergence(sample_id: int, plan: Plan, row: int) -> Divergence:
-    return Divergence(sample_id, row, int(plan.level[row]), float(plan.sigma[row]))
+        return plan

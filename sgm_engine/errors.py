@@ -59,3 +59,15 @@ class SampleDiverged(_Unfinished):
             "Lower step_lr, or check the model's weights and precision"
         )
         super().__init__(message, divergences, sample_ids, samples)
+
+
+class DeadlineExceeded(_Unfinished, TimeoutError):
+    """A request to a service was not finished by its deadline; what is finished is attached."""
+
+
+class QueueFull(EngineError):
+    """A service has accepted as many samples as it may: try again later, or let submit wait."""
+
+
+class ServiceClosed(EngineError):
+    """The service has been shut down: it takes no more requests, and those that it dropped say so."""

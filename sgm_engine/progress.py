@@ -31,7 +31,7 @@ class StepInfo:
     """One step, as a callback sees it; k live slots. Valid during the call only.
 
     step: steps since the request began · sample_ids, rows, levels, sigmas: length k · x: [k, C, H, W] after the step
-    denoised: [k, C, H, W], x + σ²·score before the step: the network's estimate of the clean image
+    before: x before it · denoised: before + σ²·score, the network's estimate of the clean image
     """
 
     def __init__(self, step: int, slots: Slots, live: list[int], x_before: Tensor, score: Tensor):
@@ -48,8 +48,12 @@ class StepInfo:
         return self._pick(self._slots.x)
 
     @cached_property
+    def before(self) -> Tensor:
+        return self._pick(self._x_before)
+
+    @cached_property
     def denoised(self) -> Tensor:
-        x, score = self._pick(self._x_before), self._pick(self._score).float()
+        x, score = self.before, self._pick(self._score).float()
         variance = torch.tensor(self.sigmas, dtype=torch.float32, device=x.device).square()[:, None, None, None]
         return x + variance * score
 

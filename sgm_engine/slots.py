@@ -36,8 +36,16 @@ class Tables:
         self.device = device
         self._allocate(capacity)
 
+    def __contains__(self, plan: Plan) -> bool:
+        return plan.digest in self._rows
+
+    def has_room(self, plan: Plan) -> bool:
+        """Whether ``plan`` can be added while slots are live: it is there, or other plans need not go."""
+        return plan in self or self._used + plan.nfe <= self.capacity
+
     def add(self, plan: Plan) -> range:
-        """The rows of ``plan``, written unless they are there. Call it while every slot is idle: old plans may go."""
+        """The rows of ``plan``, written unless they are there. Without room for it, call this only while every slot is
+        idle: old plans go."""
         rows = self._rows.get(plan.digest)
         if rows is not None:
             return rows
@@ -62,6 +70,11 @@ class Tables:
         """What a step reads."""
         return [self.coef, self.keep, self.adaptive, self.draw, self.level]
 
+    def reserve(self, capacity: int) -> None:
+        """Have room for that many rows. Call it while every slot is idle."""
+        if capacity > self.capacity:
+            self._allocate(capacity)
+
     def _allocate(self, capacity: int) -> None:
         self.capacity, self._used = capacity, 0
         self._rows: dict[str, range] = {}
@@ -74,15 +87,20 @@ class Tables:
         self.level = torch.zeros(capacity + 1, dtype=torch.int64, device=self.device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
-    """One sample to draw. rows: its plan's rows in the Tables. seed: uint64. index: its number in the request."""
+    """One sample to draw. rows: its plan's rows in the Tables. seed: uint64. index: its number in the request.
+
+    init: float32 [C, H, W] to start from instead of the plan's start law. owner: whatever asked for it.
+    """
 
     sample_id: int
     seed: int
     plan: Plan
     rows: range
     index: int = 0
+    init: Tensor | None = None
+    owner: object = None
 
 
 class Slots:
@@ -135,7 +153,7 @@ class Slots:
         """Start the next of ``jobs`` in every idle slot, as long as there are any."""
         idle = (i for i, job in enumerate(self.jobs) if job is None)
         taken = list(zip(idle, jobs))  # noqa: B905 - idle first: an exhausted zip has taken no job too many
-        for _, group in groupby(taken, key=lambda item: item[1].plan.digest):
+        for _, group in groupby(taken, key=lambda item: (item[1].plan.digest, item[1].init is None)):
             self._start(list(group))
 
     def advance(self, steps: int) -> None:
@@ -161,13 +179,19 @@ class Slots:
             x = self.known.finish(x, index)
         return jobs, x.contiguous(), self.bad_row.index_select(0, index)
 
+    def drop(self, slots: list[int]) -> None:
+        """Make these slots idle, whatever they held."""
+        for i in slots:
+            self.jobs[i] = None
+        self.stop.index_fill_(0, to_device(slots, self.device), 0)
+
     def clear(self) -> None:
         """Make every slot idle, whatever it held."""
         self.jobs = [None] * self.batch
         self.stop.zero_()
 
     def _start(self, taken: list[tuple[int, Job]]) -> None:
-        """Write counters and initial state of slots whose jobs share a plan: one transfer, then device work only."""
+        """Write counters and initial state of slots whose jobs start alike: one transfer, then device work only."""
         plan = taken[0][1].plan
         columns = [
             (slot, job.rows.start, job.rows.stop, as_int64(job.seed), job.sample_id, NO_BAD_ROW, job.index)
@@ -177,9 +201,12 @@ class Slots:
         slot, counters = values[0], values[1:6]
         if self.known is not None:
             self.known.start(slot, values[6], counters[3])
-        x = torch.empty(len(taken), *self.shape, device=self.device)
-        ops.noise_fill_(x, counters[2], counters[3], 0, SAMPLE_STREAM, plan.start)
-        x.mul_(plan.start_scale).add_(plan.start_shift)
+        if taken[0][1].init is not None:
+            x = torch.stack([job.init for _, job in taken])
+        else:
+            x = torch.empty(len(taken), *self.shape, device=self.device)
+            ops.noise_fill_(x, counters[2], counters[3], 0, SAMPLE_STREAM, plan.start)
+            x.mul_(plan.start_scale).add_(plan.start_shift)
         self.x.index_copy_(0, slot, x)
         self.counters.index_copy_(1, slot, counters)
         for i, job in taken:
