@@ -174,7 +174,7 @@ setup(
     long_description_content_type="text/markdown",
     packages=[*find_packages(include=["sgm_engine", "sgm_engine.*"]), "sgm_engine.kernels"],
     package_dir={"sgm_engine.kernels": "kernels"},
-    package_data={"sgm_engine": ["weights/*", "_cuda/*.so"]},
+    package_data={"sgm_engine": ["weights/*", "training/configs/*.yaml", "_cuda/*.so"]},
     ext_modules=[Extension("sgm_engine._C", ["csrc/binding.cpp"])],
     cmdclass={"build_ext": BuildExt},
     distclass=BinaryDistribution,

@@ -57,6 +57,7 @@ class Parser(argparse.ArgumentParser):
 def parser(sample: Callable, convert: Callable, doctor: Callable) -> Parser:
     """The parser; ``args.run(args)`` is one of the functions given here, each of which returns an exit code."""
     from sgm_engine.jobs import command as job_commands
+    from sgm_engine.training import command as train_command
 
     top = Parser(prog="sgm", description=sgm_engine.__doc__, epilog=OVERVIEW)
     top.add_argument("--version", action="version", version=f"sgm-engine {sgm_engine.__version__}")
@@ -66,6 +67,7 @@ def parser(sample: Callable, convert: Callable, doctor: Callable) -> Parser:
     _convert(add("convert", help="a published .pth → .safetensors")).set_defaults(run=convert)
     _doctor(add("doctor", help="say what is installed, what will run, and why")).set_defaults(run=doctor)
     job_commands.register(commands)
+    train_command.register(commands)
     return top
 
 

@@ -1,1 +1,1 @@
-"""Training of score networks: data, objectives and a plain loop with EMA and resume."""
+"""Training of score networks: objectives, data, and what runs them under Lightning (the extra [train])."""

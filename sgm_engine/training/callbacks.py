@@ -1,0 +1,114 @@
+"""Lightning callbacks for anybody's run: the average of the weights, and sample grids drawn from it while it trains."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from sgm_engine.checks import check_int
+from sgm_engine.engine import Engine
+from sgm_engine.errors import SampleDiverged
+from sgm_engine.images import grid, save_png, to_uint8
+from sgm_engine.plan import Plan
+
+
+class EMA(WeightAveraging):
+    """Lightning's weight averaging with average ← d·average + (1 − d)·weights, d = min(decay, (1 + n)/(10 + n)).
+
+    n counts updates, so a short run does not drag its first weights along (Lightning's EMAWeightAveraging has d = decay
+    from the start). Buffers are not averaged: sigmas would drift by rounding.
+    """
+
+    def __init__(self, decay: float = 0.999):
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}")
+        super().__init__(use_buffers=False, multi_avg_fn=partial(_ema_update, decay))
+
+
+@torch.no_grad()
+def _ema_update(decay: float, average: list[Tensor], current: list[Tensor], n: Tensor | int) -> None:
+    n = torch.as_tensor(n, device=average[0].device)
+    weight = 1 - torch.clamp((1 + n) / (10 + n), max=decay)  # stays on the device
+    for a, c in zip(average, current, strict=True):
+        a.lerp_(c, weight.to(a.dtype))
+
+
+class SampleGrid(Callback):
+    """Every ``every`` optimizer steps, ``n`` samples of the current weights as one PNG, folder/00000500.png.
+
+    The engine runs on the averaged weights where they lie if a WeightAveraging callback stands before this one in the
+    list (Lightning's own or EMA), else on the module's: made once, no copy, no new capture. Sample i starts from the
+    same noise every time, so the pictures show one set of samples as it improves.
+
+    network: name of the module's attribute that is the score network, with ``sigmas`` and ``shape``.
+    plan: None takes the network's own. folder: None is <default_root_dir>/samples. engine: arguments for Engine, such
+    as batch, precision or executor. With DDP the first process draws.
+    """
+
+    def __init__(
+        self,
+        every: int = 500,
+        n: int = 64,
+        plan: Plan | None = None,
+        folder: str | Path | None = None,
+        network: str = "network",
+        seed: int = 0,
+        **engine,
+    ):
+        self.every, self.n = check_int("every", every, 1), check_int("n", n, 1)
+        self.plan, self.seed, self.network = plan, seed, network
+        self.folder, self.engine_options = folder and Path(folder), engine
+        self.engine: Engine | None = None  # from the first grid on
+        self._drawn = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_) -> None:
+        step = trainer.global_step
+        if step % self.every or step == self._drawn or not trainer.is_global_zero:
+            return
+        self._drawn = step
+        self.draw(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.engine = None  # the average is another module in the next fit
+
+    def draw(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
+        """Draw the grid of the present weights, write it, show it to TensorBoard: float32 [n, C, H, W]."""
+        network = live_network(trainer, pl_module, self.network)
+        if self.engine is None or self.engine.model is not network:
+            self.engine = Engine(network, **{"batch": min(self.n, 16)} | self.engine_options)
+        training = network.training
+        network.eval()
+        try:
+            x = self.engine.sample(self.n, self.seed, self.plan)
+        except SampleDiverged as error:  # an early network may well; what is finite is worth a look
+            rank_zero_warn(f"step {trainer.global_step}: {len(error.divergences)} of {self.n} samples diverged")
+            x = error.samples
+        finally:
+            network.train(training)
+        if len(x):
+            self._write(trainer, grid(to_uint8(x)))
+        return x
+
+    def _write(self, trainer: Trainer, image) -> None:
+        folder = self.folder or Path(trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_png(folder / f"{trainer.global_step:08d}.png", image)
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_image"):  # TensorBoard
+                logger.experiment.add_image("samples", image, trainer.global_step, dataformats="HWC")
+
+
+def live_network(trainer: Trainer, pl_module: LightningModule, name: str = "network") -> nn.Module:
+    """The attribute ``name`` of the averaged module while a WeightAveraging callback keeps one, else of the module."""
+    averages = (c._average_model for c in trainer.callbacks if isinstance(c, WeightAveraging))
+    average = next((a for a in averages if a is not None), None)
+    module = pl_module if average is None else average.module
+    if not isinstance(getattr(module, name, None), nn.Module):
+        raise ValueError(f"network: {type(module).__name__} has no module {name!r}; name the attribute that holds it")
+    return getattr(module, name)

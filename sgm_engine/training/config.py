@@ -1,0 +1,152 @@
+"""What a run of ``sgm train`` is: one validated record, read from a small YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sgm_engine.models import ModelConfig
+from sgm_engine.schedule import geometric
+from sgm_engine.training.objectives import OBJECTIVES
+
+FOLDER = Path(__file__).parent / "configs"
+PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Every field has a default but the network's; a ValueError names the field and the value.
+
+    architecture, ngf, divide_by_sigma: as models.ModelConfig. sigma_begin, sigma_end, levels: geometric, in units of
+    pixels in [0, 1]. image_size: of a folder of pictures; other data know theirs. objective: of OBJECTIVES, and its
+    keyword arguments in objective_options. steps: optimizer steps in all; batch: images a step, over all processes.
+    warmup: steps; decay: share of the steps, at the end, over which lr falls to 0; ema: 0 keeps no average; clip: of
+    the gradient's norm, 0 none. precision: float32, bfloat16 or float16 (mixed). compile_norms: torch.compile of the
+    norms, whose plain formula is slow on a CPU. plan: "name" and arguments, kept with the weights and used by the
+    sample grids. *_every: steps, 0 never.
+    """
+
+    architecture: str
+    ngf: int
+    sigma_begin: float
+    levels: int
+    sigma_end: float = 0.01
+    divide_by_sigma: bool = True
+    image_size: int | None = None
+    flip: bool = False
+    objective: str = "denoising"
+    objective_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    steps: int = 200_000
+    batch: int = 128
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    adam_eps: float = 1e-8
+    warmup: int = 0
+    decay: float = 0.0
+    ema: float = 0.999
+    clip: float = 0.0
+    precision: str = "float32"
+    compile_norms: bool = False
+    plan: Mapping[str, Any] | None = None
+    seed: int = 0
+    log_every: int = 50
+    sample_every: int = 1000
+    save_every: int = 1000
+    validate_every: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            self._check_type(field.name, getattr(self, field.name), str(field.type))
+        for name in ("steps", "batch", "log_every"):
+            self._need(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup", "clip", "sample_every", "save_every", "validate_every", "seed"):
+            self._need(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("ema", "beta1", "beta2"):
+            self._need(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._need("decay", 0 <= self.decay <= 1, "in [0, 1]")
+        self._need("lr", self.lr > 0, "positive")
+        self._need("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        self._need("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+        self.model(1, 32)  # checks what a ModelConfig checks
+
+    def model(self, channels: int, image_size: int) -> ModelConfig:
+        """The network for images [channels, image_size, image_size]."""
+        sigmas = geometric(self.sigma_begin, self.sigma_end, self.levels)
+        config = ModelConfig(
+            self.architecture,
+            channels,
+            image_size,
+            self.ngf,
+            tuple(np.float32(sigmas).tolist()),
+            self.divide_by_sigma,
+            self.plan,
+        )
+        return config
+
+    def _check_type(self, name: str, value: object, kind: str) -> None:
+        base = kind.split(" | ")[0]
+        if base == "float" and isinstance(value, str):  # YAML takes 2e-5 for text
+            try:
+                value = float(value)
+            except ValueError:
+                raise ValueError(f"{name} must be a number, got {value!r}") from None
+        if base == "float" and type(value) is int:
+            value = float(value)
+        expected = {"int": int, "float": float, "bool": bool, "str": str}.get(base)
+        allowed = value is None and "None" in kind
+        if not allowed and not (type(value) is expected if expected else isinstance(value, Mapping)):
+            raise ValueError(f"{name} must be {base.split('[')[0]}, got {value!r}")
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+        if isinstance(value, Mapping):
+            value = {key: _number(v) for key, v in value.items()}
+        object.__setattr__(self, name, value)
+
+    def _need(self, name: str, good: bool, what: str) -> None:
+        if not good:
+            raise ValueError(f"{name} must be {what}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def read(cls, name: str | Path, changes: Mapping[str, Any] | None = None) -> TrainConfig:
+        """A file, or one of ``config_names()``, with ``changes`` to its fields. YAML, as data only."""
+        import yaml
+
+        path = Path(name).expanduser()
+        if not path.is_file():
+            path = FOLDER / f"{name}.yaml"
+        if not path.is_file():
+            raise FileNotFoundError(f"config {str(name)!r}: no such file, and none of {', '.join(config_names())}")
+        try:
+            fields = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path}: must be a list of names and values, got {type(fields).__name__}")
+        fields |= changes or {}
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(str(key) for key in fields.keys() - known):
+            raise ValueError(f"{path}: unknown {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
+        required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+        if missing := sorted(required - fields.keys()):
+            raise ValueError(f"{path}: lacks {', '.join(missing)}")
+        return cls(**fields)
+
+
+def config_names() -> list[str]:
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def _number(value: object) -> object:
+    """2e-5, which YAML 1.1 reads as text, as a float; everything else as it is."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,117 @@
+"""A score network under Lightning: ScoreModule, for ``lightning.Trainer`` as any other LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from sgm_engine.checks import check_int
+from sgm_engine.engine import MAX_SEED
+from sgm_engine.training.data import dequantise
+from sgm_engine.training.keys import Key
+from sgm_engine.training.objectives import OBJECTIVES
+
+# What a training sample draws, by number.
+LEVEL, DEQUANTISATION, FLIP, OBJECTIVE = 0, 1, 2, 3
+VALIDATION = 1 << 16  # the first draw of a validation sample, whose id is its index
+
+
+class ScoreModule(LightningModule):
+    """Trains ``network(x [N, C, H, W], level [N]) → score`` by one of training.objectives.
+
+    objective: a name of OBJECTIVES, or any function (model, x, levels, key) → loss. A batch is x, or a sequence that
+    begins with x: float in the network's own range, or uint8, which is dequantised to [0, 1). flip: mirror every
+    second image, left to right. seed: uint64, of all noise.
+
+    Adam with ``lr``, ``betas`` and ``adam_eps``. The learning rate rises linearly over ``warmup`` steps, stays, and
+    falls linearly to 0 over the last ``decay`` share of ``steps`` (0: never). The plateau does not depend on ``steps``,
+    so a run may be resumed with another length.
+
+    Noise belongs to samples: number k = (t·processes + process)·N + position at batch t; levels, dequantisation, flips
+    and noise are functions of (seed, k). So one process or several, resumed or not, take the same step on the same
+    data. Every process must have the same N, on every batch.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: str | Callable[..., Tensor] = "denoising",
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
+        warmup: int = 0,
+        decay: float = 0.0,
+        steps: int | None = None,
+        flip: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if isinstance(objective, str) and objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} or a function, got {objective!r}")
+        if not lr > 0:
+            raise ValueError(f"lr must be positive, got {lr}")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must lie in [0, 1], a share of the steps, got {decay}")
+        if decay and steps is None:
+            raise ValueError(f"decay={decay} needs steps, the length of the run")
+        self.network = network
+        self.objective = OBJECTIVES[objective] if isinstance(objective, str) else objective
+        self.lr, self.betas, self.adam_eps = lr, betas, adam_eps
+        self.warmup, self.decay, self.steps = check_int("warmup", warmup, 0), decay, steps
+        self.flip, self.seed = flip, check_int("seed", seed, 0, MAX_SEED)
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        return self.network(x, level)
+
+    def training_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        x = batch if isinstance(batch, Tensor) else batch[0]
+        loss = self.loss(x, self.sample_ids(len(x)))
+        self.log("loss", loss.detach(), prog_bar=True, sync_dist=True)
+        return loss
+
+    def sample_ids(self, n: int) -> Tensor:
+        """Training sample numbers of the present batch, int64 [n]; see above."""
+        t = self.trainer.fit_loop.total_batch_idx  # counted over all epochs, kept in checkpoints
+        first = (t * self.trainer.world_size + self.global_rank) * n
+        return torch.arange(first, first + n, device=self.device)
+
+    def loss(self, x: Tensor, sample_ids: Tensor) -> Tensor:
+        """The objective on data x [N, …] (float or uint8) as training samples ``sample_ids`` [N]; a scalar."""
+        key = Key(self.seed, sample_ids)
+        x = self.prepare(x, key)
+        count = len(self.network.sigmas)
+        u = key.after(LEVEL).uniform(x.new_empty(len(x), 1, dtype=torch.float32))[:, 0]
+        return self.objective(self.network, x, (u * count).long().clamp(max=count - 1), key.after(OBJECTIVE))
+
+    def prepare(self, x: Tensor, key: Key) -> Tensor:
+        """uint8 → float32 in [0, 1), dequantised; then flips, if asked for."""
+        if x.dtype == torch.uint8:
+            x = dequantise(x, key.after(DEQUANTISATION).uniform(x.float()))
+        if self.flip:
+            mirrored = key.after(FLIP).uniform(x.new_empty(len(x), 1))[:, 0] < 0.5
+            x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+        return x
+
+    def validation_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The objective with the same noise every time; levels in turn."""
+        x = batch if isinstance(batch, Tensor) else batch[0]
+        index = torch.arange(len(x), device=self.device) + batch_idx * len(x)
+        key = Key(self.seed, index, VALIDATION)
+        x = dequantise(x, key.after(DEQUANTISATION).uniform(x.float())) if x.dtype == torch.uint8 else x
+        with torch.enable_grad():  # implicit and sliced score matching differentiate in x
+            loss = self.objective(self.network, x, index % len(self.network.sigmas), key.after(OBJECTIVE)).detach()
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(x))
+
+    def configure_optimizers(self):
+        adam = torch.optim.Adam(self.network.parameters(), self.lr, self.betas, self.adam_eps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(adam, self.learning_rate)
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def learning_rate(self, step: int) -> float:
+        """The factor of ``lr`` at optimizer step ``step`` = 0, 1, …"""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        fall = min(1.0, (self.steps - step) / (self.decay * self.steps)) if self.decay else 1.0
+        return min(rise, max(0.0, fall))

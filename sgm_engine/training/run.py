@@ -1,0 +1,189 @@
+"""One training run in a folder of its own: what ``sgm train`` does between its arguments and Lightning's Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sgm_engine.bundled import plan_for
+from sgm_engine.checkpoint import load_checkpoint, save_checkpoint
+from sgm_engine.models.blocks import ConditionalInstanceNormPlus
+from sgm_engine.training.callbacks import EMA, SampleGrid
+from sgm_engine.training.config import PRECISIONS, TrainConfig
+from sgm_engine.training.data import Batches, load_images
+from sgm_engine.training.module import ScoreModule
+from sgm_engine.training.objectives import OBJECTIVES
+
+HELD_OUT = 1024  # images of the test set that a validation looks at
+
+
+@dataclasses.dataclass
+class Job:
+    """A run that has been checked: data are there, the network exists, the folder is this run's."""
+
+    config: TrainConfig
+    images: np.ndarray
+    held_out: np.ndarray
+    module: ScoreModule
+    folder: Path
+    resume: Path | None
+
+    def fit(self, accelerator: str = "auto", tensorboard: bool = False) -> None:
+        """Train to the end, and write model.safetensors."""
+        c = self.config
+        world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+        if c.batch % world:
+            raise ValueError(f"batch must divide by the number of processes, {world}, got {c.batch}")
+        trainer = pl.Trainer(
+            accelerator=accelerator,
+            devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            num_nodes=world // int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            strategy="ddp" if world > 1 else "auto",
+            precision=PRECISIONS[c.precision],
+            max_steps=c.steps,
+            max_epochs=-1,
+            gradient_clip_val=c.clip or None,
+            val_check_interval=c.validate_every or None,
+            check_val_every_n_epoch=None,
+            limit_val_batches=None if c.validate_every else 0,
+            num_sanity_val_steps=0,
+            log_every_n_steps=c.log_every,
+            logger=self._loggers(tensorboard),
+            callbacks=self._callbacks(),
+            default_root_dir=self.folder,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        if c.compile_norms:
+            compile_norms(self.module.network)
+        start = partial(_next_batch, trainer)
+        batches = Batches(self.images, c.batch // world, c.seed, trainer.global_rank, world, start)
+        held_out = TensorDataset(torch.from_numpy(np.ascontiguousarray(self.held_out[:HELD_OUT])))
+        validation = DataLoader(held_out, c.batch) if c.validate_every else None
+        trainer.fit(self.module, DataLoader(batches, None), validation, ckpt_path=self.resume, weights_only=True)
+        if trainer.is_global_zero:
+            network = self.module.network  # the average, which Lightning has copied there
+            save_checkpoint(network, self.folder / "model.safetensors", torch.float32)
+            print(f"written: {self.folder / 'model.safetensors'}")
+
+    def _callbacks(self) -> list[pl.Callback]:
+        c = self.config
+        callbacks: list[pl.Callback] = [EMA(c.ema)] if c.ema else []
+        if c.sample_every:
+            callbacks.append(SampleGrid(c.sample_every, folder=self.folder / "samples"))
+        callbacks.append(Report(self.folder, c.log_every))
+        callbacks.append(
+            ModelCheckpoint(
+                self.folder / "checkpoints",
+                "{step:08d}",
+                monitor="step",
+                mode="max",
+                save_top_k=2,
+                every_n_train_steps=c.save_every or c.steps,
+                auto_insert_metric_name=False,
+            )
+        )
+        return callbacks
+
+    def _loggers(self, tensorboard: bool) -> list:
+        loggers = [CSVLogger(self.folder, "csv", flush_logs_every_n_steps=1)]
+        return [*loggers, TensorBoardLogger(self.folder, "tensorboard")] if tensorboard else loggers
+
+
+class Report(pl.Callback):
+    """A line and a row of metrics.csv every ``every`` steps; stops a run whose loss is no longer finite."""
+
+    def __init__(self, folder: Path, every: int):
+        self.path, self.every = folder / "metrics.csv", every
+        self._total, self._count, self._began = 0.0, 0, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._began = time.perf_counter()
+        if trainer.global_step and trainer.is_global_zero:
+            print(f"resumed at step {trainer.global_step}", flush=True)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, *_) -> None:
+        self._total = self._total + trainer.callback_metrics["loss"].detach()
+        self._count += 1
+        step = trainer.global_step
+        if step % self.every:
+            return
+        loss = float(self._total) / self._count
+        seconds = (time.perf_counter() - self._began) / self._count
+        self._total, self._count, self._began = 0.0, 0, time.perf_counter()
+        if not np.isfinite(loss):
+            raise RuntimeError(f"the loss is {loss} at step {step}: lower lr, or set clip; the last checkpoint is good")
+        if trainer.is_global_zero:
+            with open(self.path, "a") as file:
+                file.write(f"{step},{loss:.4f},{seconds:.4f}\n")
+            print(f"step {step:>7}/{trainer.max_steps}  loss {loss:.3f}  {seconds:.3f} s/step", flush=True)
+
+
+def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Path | None = None) -> Job:
+    """Everything that can be refused is refused here."""
+    images = load_images(data, "train", size=config.image_size)
+    held_out = load_images(data, "test", size=config.image_size) if config.validate_every else images[:0]
+    if config.validate_every and len(held_out) == 0:
+        raise ValueError("validate_every needs held-out data: there is none; set validate_every to 0")
+    channels, height, width = images.shape[1:]
+    if height != width or config.image_size not in (None, height):
+        raise ValueError(f"data: images are {height}×{width}, but must be square, image_size={config.image_size}")
+    with torch.random.fork_rng(devices=[]):  # the layers' own initialisation
+        torch.manual_seed(config.seed)
+        network = config.model(channels, height).build()
+    plan_for(network)  # a plan that cannot be had is refused now
+    if init is not None:
+        _initialise(network, init)
+    options = dict(config.objective_options)
+    objective = partial(OBJECTIVES[config.objective], **options) if options else config.objective
+    module = ScoreModule(
+        network,
+        objective,
+        config.lr,
+        (config.beta1, config.beta2),
+        config.adam_eps,
+        config.warmup,
+        config.decay,
+        config.steps,
+        config.flip,
+        config.seed,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    return Job(config, images, held_out, module, folder, newest_checkpoint(folder))
+
+
+def _initialise(network: nn.Module, weights: str | Path) -> None:
+    """Copy the weights of a checkpoint of the same network; its plan may be another."""
+    start = load_checkpoint(weights)
+    theirs, ours = (dataclasses.replace(n.config, plan=None, sigmas=(1.0,)) for n in (start, network))
+    same = len(start.sigmas) == len(network.sigmas) and torch.allclose(start.sigmas, network.sigmas, rtol=1e-4)
+    if theirs != ours or not same:
+        raise ValueError(f"--init {weights}: holds another network or sigmas: {start.config.to_json()}")
+    state = {name: tensor for name, tensor in start.state_dict().items() if name != "sigmas"}
+    network.load_state_dict(state, strict=False)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    return max((folder / "checkpoints").glob("*.ckpt"), default=None)
+
+
+def compile_norms(network: nn.Module) -> None:
+    """torch.compile each norm: chains of memory-bound ops; the whole network would take minutes to compile."""
+    for module in network.modules():
+        if isinstance(module, ConditionalInstanceNormPlus):
+            module.compile(dynamic=False)
+
+
+def _next_batch(trainer: pl.Trainer) -> int:
+    return trainer.fit_loop.total_batch_idx + 1
