@@ -35,6 +35,7 @@ def register(commands) -> None:
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="Lightning's (default: auto)")
     add("--tensorboard", action="store_true", help="write TensorBoard logs too")
     add("--list", action="store_true", help="list the bundled configs and stop")
+    add("--advise", action="store_true", help="say which levels and steps NCSNv2's rules choose for --data, and stop")
     p.set_defaults(run=train)
 
 
@@ -44,6 +45,9 @@ def train(args: argparse.Namespace) -> int:
     if args.list:
         for name in config_names():
             print(f"{name:16} {(FOLDER / f'{name}.yaml').read_text().splitlines()[0].removeprefix('# ')}")
+        return 0
+    if args.advise:
+        print(_advice(args).to_yaml())
         return 0
     try:
         for name in ("config", "data", "out"):
@@ -62,6 +66,19 @@ def train(args: argparse.Namespace) -> int:
     _quiet()
     job.fit(args.accelerator, args.tensorboard)
     return 0
+
+
+def _advice(args: argparse.Namespace):
+    from sgm_engine.training.advice import advise
+    from sgm_engine.training.data import load_images
+
+    try:
+        if args.data is None:
+            raise ValueError("--data is missing (see `sgm train --help`)")
+        changes = _changes(args.set)
+        return advise(load_images(args.data, size=changes.get("image_size")))
+    except (ValueError, OSError) as error:
+        raise BadInput(error) from error
 
 
 def _quiet() -> None:

@@ -83,7 +83,7 @@ class Batches(IterableDataset):
 
 
 def dequantise(images: Tensor, uniform: Tensor) -> Tensor:
-    """uint8 and U ~ uniform [0, 1) of the same shape → float32 in [0, 1): x/255·255/256 + U/256 (NCSN's own map)."""
+    """uint8 and U ~ uniform [0, 1) of the same shape → float32 in [0, 1]: x/255·255/256 + U/256 (NCSN's own map)."""
     return (images.to(torch.float32) + uniform) / 256
 
 

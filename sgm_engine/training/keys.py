@@ -42,6 +42,8 @@ class Key:
     def _fill(self, like: Tensor, draw: int, kind: str) -> Tensor:
         if len(like) != len(self.sample_id):
             raise ValueError(f"the key holds {len(self.sample_id)} sample ids, but the batch has {len(like)} samples")
+        if like.numel() == 0:
+            return torch.empty_like(like)
         out = torch.empty(len(like), 1, 1, like[0].numel(), device=like.device)  # elements count in [C, H, W] order
         sample_id = self.sample_id.to(like.device)
         seed = torch.full_like(sample_id, as_int64(self.seed))

@@ -1,14 +1,16 @@
-"""Score-matching objectives: pure functions (model, x, levels, key) → loss, a scalar, the mean over the batch.
+"""Score-matching objectives: pure functions (model, x, levels, key) → loss, the mean over the batch.
 
 model(x [N, …], level [N]) → score like x, with ``model.sigmas`` [L]; x: clean data [N, …], any number of dimensions;
 levels: int64 [N]; key: where the noise comes from (keys.Key), draws 0, 1, …. x̃ = x + σ·z, z = draw 0. Sums run over a
 sample's elements. Every objective but the denoising autoencoder carries λ(σ) = σ², so that levels weigh alike
-(NCSN, arXiv 1907.05600, section 4.2); options are keyword arguments, to be set with functools.partial.
+(NCSN, arXiv 1907.05600, section 4.2). Options are keyword arguments, to be set with functools.partial; every objective
+takes reduction="none", which returns the losses of the samples, [N].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -18,19 +20,33 @@ from sgm_engine.training.keys import Key
 Model = Callable[[Tensor, Tensor], Tensor]
 
 
+def _reduced(per_sample: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(per_sample)
+    def objective(*args, reduction: str = "mean", **options) -> Tensor:
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+        losses = per_sample(*args, **options)
+        return losses.mean() if reduction == "mean" else losses
+
+    return objective
+
+
+@_reduced
 def denoising(model: Model, x: Tensor, levels: Tensor, key: Key) -> Tensor:
     """½·σ²·‖s(x̃) + z/σ‖² (NCSN, eqs. 5–6; Vincent 2011, eq. 11)."""
     sigma, z = _sigma(model, x, levels), key.normal(x)
-    return 0.5 * _mean_square(sigma * _score(model, x + sigma * z, levels) + z)
+    return 0.5 * _square(sigma * _score(model, x + sigma * z, levels) + z)
 
 
+@_reduced
 def explicit(model: Model, x: Tensor, levels: Tensor, key: Key, *, score: Model) -> Tensor:
     """½·σ²·‖s(x̃) − ∇log q_σ(x̃)‖² against the known ``score(x̃, levels)`` (Hyvärinen 2005, eq. 2)."""
     sigma = _sigma(model, x, levels)
     x_noisy = x + sigma * key.normal(x)
-    return 0.5 * _mean_square(sigma * (_score(model, x_noisy, levels) - score(x_noisy, levels)))
+    return 0.5 * _square(sigma * (_score(model, x_noisy, levels) - score(x_noisy, levels)))
 
 
+@_reduced
 def implicit(model: Model, x: Tensor, levels: Tensor, key: Key) -> Tensor:
     """σ²·(½‖s(x̃)‖² + tr ∇s(x̃)), the trace exact: one backward pass for each dimension (Hyvärinen 2005, eq. 4)."""
     sigma = _sigma(model, x, levels)
@@ -39,9 +55,10 @@ def implicit(model: Model, x: Tensor, levels: Tensor, key: Key) -> Tensor:
     trace = x.new_zeros(len(x))
     for i, s in enumerate(score.flatten(1).unbind(1)):
         trace = trace + torch.autograd.grad(s.sum(), x_noisy, create_graph=True)[0].flatten(1)[:, i]
-    return (_flat(sigma) ** 2 * (0.5 * _square(score) + trace)).mean()
+    return sigma.flatten() ** 2 * (0.5 * _square(score) + trace)
 
 
+@_reduced
 def sliced(
     model: Model, x: Tensor, levels: Tensor, key: Key, *, projections: int = 1, variance_reduced: bool = True
 ) -> Tensor:
@@ -60,16 +77,18 @@ def sliced(
         along = _dot(v, score)
         (gradient,) = torch.autograd.grad(along.sum(), x_noisy, create_graph=True)
         total = total + (_dot(v, gradient) + (0 if variance_reduced else 0.5 * along**2)) / projections
-    return (_flat(sigma) ** 2 * total).mean()
+    return sigma.flatten() ** 2 * total
 
 
+@_reduced
 def denoising_autoencoder(model: Model, x: Tensor, levels: Tensor, key: Key) -> Tensor:
     """‖x̃ + σ²·s(x̃) − x‖², the reconstruction error (Vincent 2011, eq. 7): 2σ² times ``denoising`` at each level."""
     sigma = _sigma(model, x, levels)
     x_noisy = x + sigma * key.normal(x)
-    return _mean_square(x_noisy + sigma**2 * _score(model, x_noisy, levels) - x)
+    return _square(x_noisy + sigma**2 * _score(model, x_noisy, levels) - x)
 
 
+@_reduced
 def stable_target(model: Model, x: Tensor, levels: Tensor, key: Key, *, reference: Tensor | None = None) -> Tensor:
     """½·σ²·‖s(x̃) − (x̄ − x̃)/σ²‖² with x̄ = Σ_j softmax_j(−‖x̃ − x_j‖²/2σ²)·x_j (stable target field, arXiv 2302.00670).
 
@@ -78,9 +97,10 @@ def stable_target(model: Model, x: Tensor, levels: Tensor, key: Key, *, referenc
     sigma = _sigma(model, x, levels)
     x_noisy = x + sigma * key.normal(x)
     target = posterior_mean(x_noisy, x if reference is None else torch.cat([x, reference]), sigma)
-    return 0.5 * _mean_square(sigma * _score(model, x_noisy, levels) - (target - x_noisy) / sigma)
+    return 0.5 * _square(sigma * _score(model, x_noisy, levels) - (target - x_noisy) / sigma)
 
 
+@_reduced
 def multi_sample(model: Model, x: Tensor, levels: Tensor, key: Key, *, copies: int) -> Tensor:
     """½·M/σ²·‖x̂ − x‖² with x̂ = model(ys, levels) from M ``copies`` y_m = x + σ·z_m stacked as channels [N, M·C, …].
 
@@ -91,9 +111,10 @@ def multi_sample(model: Model, x: Tensor, levels: Tensor, key: Key, *, copies: i
         raise ValueError(f"copies must be at least 1, got {copies}")
     sigma = _sigma(model, x, levels)
     ys = torch.cat([x + sigma * key.normal(x, m) for m in range(copies)], 1)
-    return 0.5 * copies * _mean_square((model(ys, levels).to(x.dtype) - x) / sigma)
+    return 0.5 * copies * _square((model(ys, levels).to(x.dtype) - x) / sigma)
 
 
+@_reduced
 def edm(denoiser: Model, x: Tensor, sigma: Tensor, key: Key, *, sigma_data: float = 0.5) -> Tensor:
     """λ(σ)·‖D(x̃, σ) − x‖², λ = (σ² + σ_d²)/(σ·σ_d)² (EDM, arXiv 2206.00364, eq. 2 and table 1), for continuous σ [N].
 
@@ -103,7 +124,7 @@ def edm(denoiser: Model, x: Tensor, sigma: Tensor, key: Key, *, sigma_data: floa
         raise ValueError(f"sigma_data must be positive, got {sigma_data}")
     s = _expand(sigma.to(x.dtype), x)
     weight = (s**2 + sigma_data**2).sqrt() / (s * sigma_data)
-    return _mean_square(weight * (denoiser(x + s * key.normal(x), sigma).to(x.dtype) - x))
+    return _square(weight * (denoiser(x + s * key.normal(x), sigma).to(x.dtype) - x))
 
 
 def lognormal_sigma(key: Key, draw: int = 0, mean: float = -1.2, std: float = 1.2) -> Tensor:
@@ -116,7 +137,7 @@ def posterior_mean(x_noisy: Tensor, candidates: Tensor, sigma: Tensor) -> Tensor
     y, c = x_noisy.flatten(1), candidates.flatten(1)
     # ‖y − x_j‖² by differences from one candidate: ‖y‖² cancels in the softmax, and large means lose no digits.
     origin = c[:1]
-    logits = ((y - origin) @ (c - origin).T - 0.5 * _square(c - origin)) / _flat(sigma)[:, None] ** 2
+    logits = ((y - origin) @ (c - origin).T - 0.5 * _square(c - origin)) / sigma.flatten()[:, None] ** 2
     return (logits.softmax(1) @ c).view_as(x_noisy)
 
 
@@ -133,10 +154,6 @@ def _expand(v: Tensor, x: Tensor) -> Tensor:
     return v.view(-1, *[1] * (x.dim() - 1))
 
 
-def _flat(sigma: Tensor) -> Tensor:
-    return sigma.flatten()
-
-
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """[N, …], [N, …] → [N]."""
     return (a * b).flatten(1).sum(1)
@@ -144,11 +161,6 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _square(a: Tensor) -> Tensor:
     return _dot(a, a)
-
-
-def _mean_square(a: Tensor) -> Tensor:
-    """Mean over the batch of ‖a_i‖²."""
-    return _square(a).mean()
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
