@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,10 +21,12 @@ pl = pytest.importorskip("lightning.pytorch", reason="training needs the extra [
 from lightning.pytorch.callbacks import EMAWeightAveraging  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
+from sgm_engine.checkpoint import load_checkpoint  # noqa: E402
 from sgm_engine.engine import Engine  # noqa: E402
 from sgm_engine.executor import GraphExecutor  # noqa: E402
 from sgm_engine.models import NCSN  # noqa: E402
 from sgm_engine.plan import annealed_langevin  # noqa: E402
+from sgm_engine.training import objectives  # noqa: E402
 from sgm_engine.training.callbacks import EMA, SampleGrid, live_network  # noqa: E402
 from sgm_engine.training.data import Batches  # noqa: E402
 from sgm_engine.training.module import ScoreModule  # noqa: E402
@@ -288,6 +291,69 @@ def test_two_processes_take_the_step_of_one(sgm, data):
     assert (data / "two" / "samples" / "00000004.png").exists()
 
 
+def test_validation_is_of_the_average(sgm, data):
+    """val_loss at the last step is the objective of the weights that are written, on test.npy, with fixed noise."""
+    (data / "set").mkdir()
+    np.save(data / "set" / "train.npy", IMAGES[:32])
+    np.save(data / "set" / "test.npy", IMAGES[32:])
+    arguments = ("--config", "tiny.yaml", "--data", "set", "--out", "run", "--accelerator", "cpu", "--tensorboard")
+    every = ("validate_every=3", "sample_every=3", "save_every=6")
+    objective = ("objective=sliced", "objective_options={projections: 2}")
+    done = sgm("train", *arguments, "--set", "steps=6", *every, *objective)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((data / "run" / "csv" / "version_0" / "metrics.csv").read_text().splitlines()))
+    logged = [float(row["val_loss"]) for row in rows if row["val_loss"]]
+    network = load_checkpoint(data / "run" / "model.safetensors")
+    module = ScoreModule(network, partial(objectives.sliced, projections=2))
+    seen = []
+    module.log = lambda name, value, **_: seen.append(value.item())
+    for i in (0, 1):
+        module.validation_step(torch.from_numpy(IMAGES[32 + 4 * i : 36 + 4 * i].copy()), i)
+    assert len(logged) == 2 and logged[-1] == pytest.approx(sum(seen) / 2, rel=1e-5)
+    assert list((data / "run").glob("tensorboard/*/events*"))
+
+
+def test_a_finished_run_stays_as_it_is(sgm, data):
+    """The command once more writes the average again, not the last weights; a changed run is refused."""
+    arguments = ("train", "--config", "tiny.yaml", "--data", "images.npy", "--out", "run", "--accelerator", "cpu")
+    assert sgm(*arguments, "--set", "steps=5", "sample_every=0").returncode == 0
+    first = (data / "run" / "model.safetensors").read_bytes()
+    assert sgm(*arguments, "--set", "steps=5", "sample_every=0").returncode == 0
+    assert (data / "run" / "model.safetensors").read_bytes() == first
+    other = sgm(*arguments, "--set", "steps=5", "ngf=8")
+    assert other.returncode == 2 and "run holds a run with ngf=4, not 8: name another folder" in other.stderr
+    np.save(data / "images.npy", IMAGES[::-1])
+    other = sgm(*arguments, "--set", "steps=5")
+    assert other.returncode == 2 and "run on other data" in other.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(sgm, data):
+    done = sgm("train", "--config", "tiny.yaml", "--data", "images.npy", "--out", "run", "--accelerator", "cpu",
+        "--set", "steps=40", "lr=1e30", "sample_every=0", "save_every=0")  # fmt: skip
+    assert done.returncode == 1 and "the loss is " in done.stderr and "lower lr" in done.stderr
+    assert not (data / "run" / "model.safetensors").exists()
+
+
+def test_control_c(sgm, data, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sgm_engine.training.run.Report.on_train_batch_end", interrupted)
+    assert sgm("train", "--config", "tiny.yaml", "--data", "images.npy", "--out", "run").returncode == 130
+
+
+def test_a_grid_of_diverged_samples_is_a_warning(tmp_path):
+    """A network that answers NaN costs the picture, not the training."""
+
+    class Spoil(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            pl_module.network.end_conv.bias.data.fill_(torch.nan)
+
+    with pytest.warns(UserWarning, match="step 1: 2 of 2 samples diverged"):
+        fit(tmp_path, 1, [Spoil(), SampleGrid(every=1, n=2, plan=PLAN)])
+    assert not (tmp_path / "samples").exists()
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -309,6 +375,14 @@ def test_bad_input_is_one_line(sgm, data, change, words):
     done = sgm("train", *(word for pair in arguments.items() for word in pair))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert words in done.stderr
+
+
+def test_without_lightning(sgm, data, monkeypatch):
+    monkeypatch.delitem(sys.modules, "sgm_engine.training.run", raising=False)
+    monkeypatch.delattr("sgm_engine.training.run", raising=False)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    done = sgm("train", "--config", "tiny.yaml", "--data", "images.npy", "--out", "run")
+    assert done.returncode == 2 and "pip install 'sgm-engine[train]'" in done.stderr
 
 
 def test_bundled_configs(sgm):

@@ -48,7 +48,7 @@ class SampleGrid(Callback):
 
     network: name of the module's attribute that is the score network, with ``sigmas`` and ``shape``.
     plan: None takes the network's own. folder: None is <default_root_dir>/samples. engine: arguments for Engine, such
-    as batch, precision or executor. With DDP the first process draws.
+    as batch, precision or executor. With DDP the first process draws and the others wait for it.
     """
 
     def __init__(
@@ -81,7 +81,9 @@ class SampleGrid(Callback):
         """Draw the grid of the present weights, write it, show it to TensorBoard: float32 [n, C, H, W]."""
         network = live_network(trainer, pl_module, self.network)
         if self.engine is None or self.engine.model is not network:
-            self.engine = Engine(network, **{"batch": min(self.n, 16)} | self.engine_options)
+            on_gpu = pl_module.device.type == "cuda"
+            batch = min(self.n, 128 if on_gpu else 16)
+            self.engine = Engine(network, **{"batch": batch} | self.engine_options)
         training = network.training
         network.eval()
         try:

@@ -78,16 +78,14 @@ class TrainConfig:
     def model(self, channels: int, image_size: int) -> ModelConfig:
         """The network for images [channels, image_size, image_size]."""
         sigmas = geometric(self.sigma_begin, self.sigma_end, self.levels)
-        config = ModelConfig(
-            self.architecture,
-            channels,
-            image_size,
-            self.ngf,
-            tuple(np.float32(sigmas).tolist()),
-            self.divide_by_sigma,
-            self.plan,
-        )
-        return config
+        values = tuple(np.float32(sigmas).tolist())
+        return ModelConfig(self.architecture, channels, image_size, self.ngf, values, self.divide_by_sigma, self.plan)
+
+    def to_yaml(self) -> str:
+        import yaml
+
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, allow_unicode=True)
 
     def _check_type(self, name: str, value: object, kind: str) -> None:
         base = kind.split(" | ")[0]

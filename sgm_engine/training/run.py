@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import time
 from functools import partial
@@ -19,12 +20,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from sgm_engine.bundled import plan_for
 from sgm_engine.checkpoint import load_checkpoint, save_checkpoint
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
-from sgm_engine.training.callbacks import EMA, SampleGrid
+from sgm_engine.output import staged
+from sgm_engine.training.callbacks import EMA, SampleGrid, live_network
 from sgm_engine.training.config import PRECISIONS, TrainConfig
 from sgm_engine.training.data import Batches, load_images
 from sgm_engine.training.module import ScoreModule
 from sgm_engine.training.objectives import OBJECTIVES
 
+MAY_CHANGE = {"steps", "lr", "warmup", "decay", "clip", "precision", "compile_norms", "plan"}  # on resuming
+MAY_CHANGE |= {"log_every", "sample_every", "save_every", "validate_every"}
 HELD_OUT = 1024  # images of the test set that a validation looks at
 
 
@@ -71,10 +75,12 @@ class Job:
         batches = Batches(self.images, c.batch // world, c.seed, trainer.global_rank, world, start)
         held_out = TensorDataset(torch.from_numpy(np.ascontiguousarray(self.held_out[:HELD_OUT])))
         validation = DataLoader(held_out, c.batch) if c.validate_every else None
-        trainer.fit(self.module, DataLoader(batches, None), validation, ckpt_path=self.resume, weights_only=True)
+        try:
+            trainer.fit(self.module, DataLoader(batches, None), validation, ckpt_path=self.resume, weights_only=True)
+        except SystemExit:  # Lightning's answer to Ctrl-C
+            raise KeyboardInterrupt from None
         if trainer.is_global_zero:
-            network = self.module.network  # the average, which Lightning has copied there
-            save_checkpoint(network, self.folder / "model.safetensors", torch.float32)
+            save_checkpoint(live_network(trainer, self.module), self.folder / "model.safetensors")
             print(f"written: {self.folder / 'model.safetensors'}")
 
     def _callbacks(self) -> list[pl.Callback]:
@@ -160,6 +166,7 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
         config.seed,
     )
     folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, config, images)
     return Job(config, images, held_out, module, folder, newest_checkpoint(folder))
 
 
@@ -172,6 +179,24 @@ def _initialise(network: nn.Module, weights: str | Path) -> None:
         raise ValueError(f"--init {weights}: holds another network or sigmas: {start.config.to_json()}")
     state = {name: tensor for name, tensor in start.state_dict().items() if name != "sigmas"}
     network.load_state_dict(state, strict=False)
+
+
+def _claim(folder: Path, config: TrainConfig, images: np.ndarray) -> None:
+    """Write config.yaml, or refuse a folder whose run drew other samples from other data with another network."""
+    path = folder / "config.yaml"
+    digest = hashlib.sha256(np.ascontiguousarray(images[:1000]).tobytes()).hexdigest()
+    data = f"# data: {'×'.join(map(str, images.shape))}, sha256 of the first 1,000 {digest}"
+    if path.exists() and newest_checkpoint(folder):
+        before = TrainConfig.read(path)
+        for field in dataclasses.fields(config):
+            old, new = getattr(before, field.name), getattr(config, field.name)
+            if old != new and field.name not in MAY_CHANGE:
+                raise ValueError(f"{folder} holds a run with {field.name}={old}, not {new}: name another folder")
+        if path.read_text().splitlines()[0] != data:
+            raise ValueError(f"{folder} holds a run on other data: name another folder")
+    if os.environ.get("RANK", "0") == "0":
+        with staged(path) as temporary:
+            temporary.write_text(data + "\n" + config.to_yaml())
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
