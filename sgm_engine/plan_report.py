@@ -57,8 +57,8 @@ def refuse_divergence(plan: Plan, curvature: np.ndarray | float = 0.0) -> None:
         i = bad[0]
         what = "b/sigma²" if np.ndim(curvature) == 0 else "b·(1/sigma² + the curvature of the terms)"
         raise ValueError(
-            f"b[{i}] = {plan.b[i]:g} must diverge at sigma[{i}] = {plan.sigma[i]:g}: {what} is {ratio[i]:.3g} and has to "
-            f"stay below 1 + a = {1 + plan.a[i]:g}; lower the step size (step_lr)"
+            f"b[{i}] = {plan.b[i]:g} must diverge at sigma[{i}] = {plan.sigma[i]:g}: {what} is {ratio[i]:.3g} and has "
+            f"to stay below 1 + a = {1 + plan.a[i]:g}; lower the step size (step_lr)"
         )
     if plan.d.any():
         factor = np.abs(propagate(plan)[0])

@@ -1,0 +1,230 @@
+"""Terms beside the score: linear measurements against the exact Gaussian posterior, guidance, operators, inpainting."""
+
+import numpy as np
+import pytest
+import torch
+
+from sgm_engine.engine import Engine
+from sgm_engine.executor import GraphExecutor
+from sgm_engine.guidance import classifier_free, classifier_guided, posterior, with_drift
+from sgm_engine.inverse import LinearOperator, blur, downsample, mask
+from sgm_engine.kernels import noise
+from sgm_engine.models.ncsn import NCSN
+from sgm_engine.plan import annealed_langevin, consistent_annealed
+from sgm_engine.schedule import geometric
+
+SIGMAS = geometric(1, 0.1, 5)
+SHAPE = (1, 4, 4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def covariance(size=16, rho=0.8):
+    i = torch.arange(size, dtype=torch.float64)
+    return rho ** (i[:, None] - i[None]).abs()
+
+
+def prior(sigmas, cov):
+    """The score of N(0, cov) data at each level, of samples with cov's number of elements."""
+    eye = torch.eye(len(cov), dtype=torch.float64)
+    precision = torch.linalg.inv(cov + torch.tensor(np.array(sigmas))[:, None, None] ** 2 * eye).float()
+    return lambda x, level: -torch.bmm(precision[level], x.flatten(1)[..., None]).reshape(x.shape)
+
+
+OPERATORS = {
+    "mask": lambda shape: mask(torch.arange(16).reshape(1, 4, 4) % 3 == 0, shape),
+    "blur": lambda shape: blur(torch.tensor([[0, 0.1, 0], [0.2, 0.4, 0.1], [0, 0.2, 0]]), shape),
+    "downsample": lambda shape: downsample(2, shape),
+    "any": lambda shape: LinearOperator(lambda x: x.flatten(1).cumsum(1)[:, ::5] / 4, shape),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gaussian_posterior(name):
+    """Langevin rows with the measurement's term sample the exact posterior: mean and covariance."""
+    operator, sigma_y, last = OPERATORS[name](SHAPE), 0.3, 0.03
+    sigmas = geometric(1, last, 5)
+    a = operator.forward(torch.eye(16).reshape(16, *SHAPE)).flatten(1).T.double()  # [M, 16]
+    cov = covariance()
+    y = (a @ torch.linalg.cholesky(cov) @ torch.linspace(-1, 1, 16, dtype=torch.float64)).float()
+    shaped = y.reshape(1, *operator.forward(torch.zeros(1, *SHAPE)).shape[1:])
+    model = posterior(prior(sigmas, cov), operator, shaped, sigma_y, sigmas)
+
+    # The law that the last level's rows settle to, exactly, and the posterior that they stand for.
+    inverse = torch.linalg.inv(cov + last**2 * torch.eye(16, dtype=torch.float64)) + a.T @ a / (sigma_y**2 + last**2)
+    mean = torch.linalg.inv(inverse) @ a.T @ y.double() / (sigma_y**2 + last**2)
+    settled = torch.linalg.inv(inverse)
+    exact = torch.linalg.inv(torch.linalg.inv(cov) + a.T @ a / sigma_y**2)
+    exact_mean = exact @ a.T @ y.double() / sigma_y**2
+    assert (mean - exact_mean).abs().max() < 0.02 and (settled - exact).abs().max() < 0.02
+
+    n = 4000
+    plan = annealed_langevin(sigmas, 300, 1e-4 * 5, start="normal", denoise=False)
+    x = Engine(model, n, sigmas=sigmas, shape=SHAPE).sample(n, plan=plan).double().flatten(1)
+    deviation = settled.diagonal().sqrt()
+    assert ((x.mean(0) - mean).abs() <= 5 * deviation / n**0.5 + 0.02 * deviation).all()
+    assert ((x.std(0) / deviation - 1).abs() <= 5 / (2 * n) ** 0.5 + 0.02).all()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators(name):
+    operator = OPERATORS[name](SHAPE)
+    columns = operator.forward(torch.eye(16).reshape(16, *SHAPE)).flatten(1).T
+    assert operator.norm == pytest.approx(torch.linalg.matrix_norm(columns, 2).item(), rel=1e-2)
+    y = torch.randn(operator.forward(torch.zeros(3, *SHAPE)).shape)
+    torch.testing.assert_close(operator.adjoint(y).flatten(1), y.flatten(1) @ columns)
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: LinearOperator(lambda x: x**2, SHAPE), "not linear"),
+        (lambda: LinearOperator(lambda x: x + 1, SHAPE), "not linear"),
+        (lambda: LinearOperator(lambda x: x * torch.arange(4), SHAPE, lambda y: y), "adjoint is not forward's"),
+        (lambda: downsample(3, SHAPE), r"factor must divide the image of 4×4 pixels, got 3"),
+        (lambda: blur(torch.ones(2, 2), SHAPE), r"kernel must be .* got \[2, 2\]"),
+        (lambda: mask(torch.ones(4, 4), SHAPE), r"known must be bool"),
+        (lambda: posterior(lambda x, level: x, OPERATORS["mask"](SHAPE), torch.zeros(1), -1, SIGMAS), "noise must be"),
+        (lambda: posterior(lambda x, level: x, OPERATORS["mask"](SHAPE), torch.tensor(torch.nan), 1, SIGMAS), "finite"),
+        (lambda: with_drift(lambda x, level: x, None, SIGMAS), "a term must be callable"),
+        (lambda: with_drift(lambda x, level: x, lambda x, s: x), "sigmas: the model has none"),
+    ],
+)
+def test_bad_terms(call, says):
+    with pytest.raises((ValueError, TypeError), match=says):
+        call()
+
+
+def test_a_plan_too_coarse_for_the_measurement_is_refused():
+    """Without the term the plan is stable; with it the curvature is 1/σ² + ‖A‖²/(noise² + σ²)."""
+    plan = annealed_langevin(SIGMAS, 2, 0.012)
+    model = posterior(prior(SIGMAS, covariance()), OPERATORS["mask"](SHAPE), torch.zeros(1, *SHAPE), 0, SIGMAS)
+    Engine(model.model, 2, sigmas=SIGMAS, shape=SHAPE).sample(1, plan=plan)
+    with pytest.raises(ValueError, match=r"must diverge .*the curvature of the terms\) is 2.4"):
+        Engine(model, 2, sigmas=SIGMAS, shape=SHAPE).sample(1, plan=plan)
+
+
+# -- guidance ----------------------------------------------------------------------------------------------------------
+
+
+def scored(model, level=2):
+    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(x, torch.full((3,), level)), x
+
+
+def test_drift_and_classifier_are_terms():
+    base = prior(SIGMAS, covariance())
+    plain, x = scored(base)
+    drifted, _ = scored(with_drift(base, lambda x, sigma: x / sigma**2, SIGMAS))
+    torch.testing.assert_close(drifted, plain + x / SIGMAS[2] ** 2, rtol=1e-5, atol=1e-5)
+    guided = classifier_guided(base, lambda x, sigma: -(x**2).sum((1, 2, 3)) / sigma.flatten(), 0.5, SIGMAS)
+    torch.testing.assert_close(scored(guided)[0], plain - x / SIGMAS[2], rtol=1e-5, atol=1e-5)
+    assert Engine(guided, 2, shape=SHAPE).sample(2, plan=consistent_annealed(SIGMAS)).isfinite().all()
+    wrong = classifier_guided(base, lambda x, sigma: x, sigmas=SIGMAS)
+    with pytest.raises(ValueError, match="log_prob must return one value a sample"):
+        scored(wrong)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
+def test_classifier_free(weight):
+    conditional, unconditional = prior(SIGMAS, covariance()), prior(SIGMAS, torch.eye(16, dtype=torch.float64))
+    found, _ = scored(classifier_free(conditional, unconditional, weight, SIGMAS))
+    c, u = scored(conditional)[0], scored(unconditional)[0]
+    torch.testing.assert_close(found, (1 - weight) * u + weight * c, rtol=1e-5, atol=1e-5)
+
+
+# -- inpainting --------------------------------------------------------------------------------------------------------
+
+
+def pairs(sigmas, rho=0.8):
+    """The score of pairs (x₁, x₂) ~ N(0, [[1, ρ], [ρ, 1]]), as the two channels of a plane."""
+    one = 1 + torch.tensor(np.array(sigmas)) ** 2
+    p, q = ((v / (one**2 - rho**2)).float()[:, None, None, None] for v in (one, torch.full_like(one, rho)))
+    return lambda x, level: q[level] * x.flip(1) - p[level] * x
+
+
+def test_inpainting_a_gaussian():
+    """Known x₁ = 1: the other is N(.8, .6²); NCSN's way gives .792 ± .01 and .613 ± .01 (L = 50, T = 100)."""
+    sigmas, shape = geometric(1, 0.01, 50), (2, 64, 64)
+    engine = Engine(pairs(sigmas), 2, sigmas=sigmas, shape=shape)
+    plan = annealed_langevin(sigmas, 100, 2e-5, start="normal", denoise=False)
+    x = engine.inpaint(torch.ones(shape), torch.tensor([True, False])[:, None, None], 2, plan=plan).double()
+    assert (x[:, 0] == 1).all()
+    assert abs(x[:, 1].mean() - 0.792) <= 0.01 and abs(x[:, 1].std() - 0.613) <= 0.01
+
+
+class Seen:
+    """A model that keeps what it is asked."""
+
+    def __init__(self):
+        self.x = []
+
+    def __call__(self, x, level):
+        self.x.append(x.clone())
+        return -x
+
+
+@pytest.mark.parametrize("redraw", ["level", "step"])
+def test_what_the_network_sees_of_known_pixels(redraw):
+    """known + σ·z of the inpaint stream, drawn at the first row of a level or at every row; the rest is the state."""
+    plan, model, ids, seed = annealed_langevin(SIGMAS, 3, 1e-3), Seen(), [0, 1, 2], 9
+    known, where = torch.rand(3, *SHAPE), torch.rand(SHAPE) > 0.5
+    x = Engine(model, 3, sigmas=SIGMAS, shape=SHAPE).inpaint(known, where, seed=seed, plan=plan, redraw=redraw)
+    for row, seen in enumerate(model.x):
+        draw = row + 1 if redraw == "step" else int(np.flatnonzero(plan.sigma == plan.sigma[row])[0]) + 1
+        z = noise.fill((3, *SHAPE), np.full(3, seed), np.array(ids), draw, noise.STREAM["inpaint"], "normal")
+        want = known + np.float32(plan.sigma[row]) * torch.from_numpy(z)
+        assert torch.equal(seen[:, where], want[:, where]), row
+    assert torch.equal(x[:, where], known[:, where]) and not torch.equal(x[:, ~where], known[:, ~where])
+
+
+@pytest.fixture(scope="module")
+def net():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return NCSN(SIGMAS, channels=1, ngf=4, divide_by_sigma=True, image_size=8).eval()
+
+
+@pytest.mark.parametrize("executor", ["native", "graph"])
+def test_executors_inpaint_alike(net, executor):
+    from test_executor import FakeGraphs
+
+    plan, known, where = annealed_langevin(SIGMAS, 2, 1e-3), torch.rand(1, 8, 8), torch.rand(1, 8, 8) > 0.5
+    eager, other = (
+        Engine(net, 4, executor="eager"),
+        Engine(net, 4, executor="eager" if executor == "graph" else "native"),
+    )
+    if executor == "graph":
+        other._bind(GraphExecutor(FakeGraphs()))
+    before = other.sample(5, 1, plan)
+    got, want = (e.inpaint(known, where, 5, 1, plan) for e in (other, eager))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got[:, ~where], before[:, ~where])
+    assert torch.equal(other.sample(5, 1, plan), before)  # nothing is left behind
+    pieces = torch.cat([other.inpaint(known, where, k, 1, plan, first) for first, k in ((0, 2), (2, 3))])
+    assert torch.equal(pieces, got)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ({"known": torch.rand(1, 8, 7)}, r"known must be floats \[n, 1, 8, 8\]"),
+        ({"known": torch.ones(1, 8, 8, dtype=torch.int64)}, "known must be floats"),
+        ({"known": torch.rand(2, 1, 8, 8), "n": 3}, "n is 3, but known holds 2 images"),
+        ({"known": torch.full((1, 8, 8), torch.nan)}, "finite where mask is True"),
+        ({"mask": torch.ones(8, 8)}, "mask must be bool"),
+        ({"mask": torch.ones(3, 3, dtype=torch.bool)}, r"mask must broadcast to \[1, 1, 8, 8\]"),
+        ({"redraw": "never"}, "redraw must be one of"),
+    ],
+)
+def test_bad_inpainting(net, arguments, says):
+    arguments = {"known": torch.rand(1, 8, 8), "mask": torch.ones(8, 8, dtype=torch.bool)} | arguments
+    with pytest.raises(ValueError, match=says):
+        Engine(net, 2, executor="eager").inpaint(**arguments)
