@@ -56,6 +56,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser(sample: Callable, convert: Callable, doctor: Callable) -> Parser:
     """The parser; ``args.run(args)`` is one of the functions given here, each of which returns an exit code."""
+    from sgm_engine.evaluation import command as eval_command
     from sgm_engine.jobs import command as job_commands
     from sgm_engine.training import command as train_command
 
@@ -68,6 +69,7 @@ def parser(sample: Callable, convert: Callable, doctor: Callable) -> Parser:
     _doctor(add("doctor", help="say what is installed, what will run, and why")).set_defaults(run=doctor)
     job_commands.register(commands)
     train_command.register(commands)
+    eval_command.register(commands)
     return top
 
 

@@ -1,0 +1,228 @@
+"""Measure a set of samples against a reference set: what is kept of each set, and the table of figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from sgm_engine.evaluation.classes import ClassTally
+from sgm_engine.evaluation.distances import mmd, sliced_wasserstein
+from sgm_engine.evaluation.features import Extractor
+from sgm_engine.evaluation.frechet import frechet
+from sgm_engine.evaluation.moments import GroupedMoments
+from sgm_engine.evaluation.neighbours import nearest, neighbourhood
+from sgm_engine.evaluation.report import Estimate, mean_estimate
+
+FROM_LOGITS = ("score", "classes")
+METRICS = ("frechet", *FROM_LOGITS, "sliced", "mmd", "precision", "recall", "density", "coverage")
+KEPT_VECTORS, KEPT_IMAGES, MMD_VECTORS = 10_000, 1_000, 2_000
+
+
+class Reservoir:
+    """A uniform sample, without replacement, of at most ``size`` rows of a stream (Vitter 1985, algorithm R)."""
+
+    def __init__(self, size: int, seed: int = 0):
+        self.size, self.seen, self._rng = size, 0, np.random.default_rng(seed)
+        self._rows: list[np.ndarray] = []
+
+    def update(self, rows: np.ndarray) -> None:
+        for row in rows:
+            self.seen += 1
+            if len(self._rows) < self.size:
+                self._rows.append(row.copy())
+            elif (place := int(self._rng.integers(self.seen))) < self.size:
+                self._rows[place] = row.copy()
+
+    def rows(self, count: int | None = None) -> np.ndarray:
+        """All that is kept, or ``count`` of it at random."""
+        rows = np.stack(self._rows)
+        if count is None or count >= len(rows):
+            return rows
+        return rows[np.random.default_rng(self.size).choice(len(rows), count, replace=False)]
+
+
+class Summary:
+    """What is kept of a stream of images: moments and class sums of all, and a reservoir of vectors and of images."""
+
+    def __init__(self, extractor: Extractor, name: str = "samples", seed: int = 0):
+        self.extractor, self.name, self.n = extractor, name, 0
+        self.moments: GroupedMoments | None = None
+        self.tally: ClassTally | None = None
+        self.vectors, self.images = Reservoir(KEPT_VECTORS, seed), Reservoir(KEPT_IMAGES, seed + 1)
+
+    def update(self, images: Tensor) -> None:
+        """images: uint8 [b, C, H, W]."""
+        vectors, logits = self.extractor(images)
+        if self.moments is None:
+            self.moments = GroupedMoments(vectors.shape[1])
+            self.tally = None if logits is None else ClassTally(logits.shape[1])
+        self.moments.update(vectors)
+        if self.tally is not None:
+            self.tally.update(logits)
+        self.vectors.update(vectors)
+        self.images.update(images.numpy())
+        self.n += len(images)
+
+
+def summarise(blocks: Iterable[Tensor], extractor: Extractor, name: str = "samples", seed: int = 0) -> Summary:
+    """The summary of blocks of uint8 [b, C, H, W], such as ``ImageSet.blocks()``."""
+    summary = Summary(extractor, name, seed)
+    for block in blocks:
+        summary.update(block)
+    if summary.n < 2:
+        raise ValueError(f"{name}: at least 2 images are needed, got {summary.n}")
+    return summary
+
+
+@dataclass
+class Row:
+    """One figure. floor: the same of as many training images, which a perfect copyist would reach."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    p: float | None = None
+    floor: float | None = None
+
+
+@dataclass
+class Report:
+    """samples, reference, features: what was compared, in which features; rows: the figures; notes: everything else."""
+
+    samples: str
+    n: int
+    reference: str
+    reference_n: int
+    features: str
+    rows: list[Row]
+    notes: dict[str, object] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+    def table(self) -> str:
+        """Text: a line a figure."""
+        lines = [
+            f"{self.n} images ({self.samples}) against {self.reference_n} ({self.reference})",
+            f"features: {self.features}",
+            f"{'':>22} {'value':>9}  {'95% interval':<20} {'floor':>9}",
+        ]
+        for row in self.rows:
+            floor = "" if row.floor is None else f"{row.floor:9.4g}"
+            p = "" if row.p is None else f"  p = {row.p:.3g}"
+            interval = f"{row.low:.4g} … {row.high:.4g}"
+            lines.append(f"{row.metric:>22} {row.value:9.4g}  {interval:<20} {floor:>9}{p}".rstrip())
+        return "\n".join([*lines, *(f"{name}: {_words(value)}" for name, value in self.notes.items())])
+
+
+def evaluate(
+    samples: Summary,
+    reference: Summary,
+    metrics: Sequence[str] | None = None,
+    floor: Summary | None = None,
+    k: int = 5,
+    replicates: int = 200,
+    seed: int = 0,
+) -> Report:
+    """The figures of ``samples`` against ``reference``, both in the same features.
+
+    metrics: of METRICS; None takes those that the extractor allows. floor: as many training images (or any others that
+    are as good as can be), measured the same way. k: neighbours. replicates: of every bootstrap.
+    """
+    if metrics is None:
+        metrics = [m for m in METRICS if reference.tally is not None or m not in FROM_LOGITS]
+    if unknown := [m for m in metrics if m not in METRICS]:
+        raise ValueError(f"metrics must be of {', '.join(METRICS)}, got {', '.join(unknown)}")
+    if reference.tally is None and (asked := [m for m in metrics if m in FROM_LOGITS]):
+        raise ValueError(
+            f"metrics {', '.join(asked)} need an extractor with classes, {reference.extractor.name} has none"
+        )
+    names = _names(samples.extractor)
+    found = _measure(samples, reference, metrics, k, replicates, seed)
+    base = _measure(floor, reference, metrics, k, 2, seed) if floor else {}
+    rows = [Row(names.get(m, m), *found[m], floor=base[m].value if m in base else None) for m in metrics]
+    notes: dict[str, object] = {}
+    if samples.tally is not None:
+        notes["class shares"] = [round(float(s), 4) for s in samples.tally.shares()]
+        notes["class shares of the reference"] = [round(float(s), 4) for s in reference.tally.shares()]
+    return Report(samples.name, samples.n, reference.name, reference.n, samples.extractor.name, rows, notes)
+
+
+def _measure(samples, reference, metrics, k, replicates, seed) -> dict[str, Estimate]:
+    found: dict[str, Estimate] = {}
+    if "frechet" in metrics:
+        found["frechet"] = frechet(samples.moments, reference.moments, replicates, seed)
+    if "score" in metrics:
+        found["score"] = samples.tally.score(replicates, seed)
+    if "classes" in metrics:
+        found["classes"] = samples.tally.imbalance(reference.tally, replicates, seed)
+    if "sliced" in metrics:
+        x, y = samples.vectors.rows(), reference.vectors.rows()
+        found["sliced"] = sliced_wasserstein(x, y, replicates=replicates, seed=seed)
+    if "mmd" in metrics:
+        x, y = samples.vectors.rows(MMD_VECTORS), reference.vectors.rows(MMD_VECTORS)
+        found["mmd"] = mmd(x, y, replicates=replicates, seed=seed)
+    four = ("precision", "recall", "density", "coverage")
+    if any(m in metrics for m in four):
+        size = min(len(s.vectors.rows()) for s in (samples, reference))
+        x, y = samples.vectors.rows(size), reference.vectors.rows(size)
+        found |= neighbourhood(x, y, k, replicates, seed)._asdict()
+    return found
+
+
+def copies(samples: Summary, reference: Summary, training: Iterable[Tensor]) -> dict[str, object]:
+    """Are samples copies? Distances in pixels ([0, 1], Euclidean) to the nearest training image, of at most 1,000
+    samples and of as many reference images, which were not trained on and so cannot be copies.
+
+    training: blocks of uint8 [b, C, H, W], read once. closer: the share of samples nearer to a training image than
+    99% of the reference images are; 1% is what no copying looks like.
+    """
+    x, y = (s.images.rows(min(samples.n, reference.n)) for s in (samples, reference))
+    both = np.concatenate([x, y]).reshape(len(x) + len(y), -1) / 255
+    distance, index = nearest(both, (block.flatten(1).numpy() / 255 for block in training))
+    mine, theirs = distance[: len(x)], distance[len(x) :]
+    return {
+        "samples": _quantiles(mine),
+        "reference": _quantiles(theirs),
+        "closer": round(float((mine < np.quantile(theirs, 0.01)).mean()), 4),
+        "nearest": index[: len(x)].tolist(),
+    }
+
+
+def bits_per_dimension(
+    log_prob: Callable[[Tensor], Tensor], images: Iterable[Tensor], replicates: int = 1000
+) -> Estimate:
+    """Mean of −log₂ p(image)/D + 8, in bits, for a model with ``log_prob``: a density of x in [0, 1], [b, C, H, W] →
+    natural logarithms [b]. images: blocks of uint8; dequantising is log_prob's own affair.
+    """
+    bits = []
+    for block in images:
+        log_p = log_prob(block.float() / 255).double().cpu().numpy()
+        if log_p.shape != (len(block),):
+            raise ValueError(f"log_prob must return one number an image, [{len(block)}], got {list(log_p.shape)}")
+        bits.append(8 - log_p / (math.log(2) * block[0].numel()))
+    return mean_estimate(np.concatenate(bits), replicates)
+
+
+def _names(extractor: Extractor) -> dict[str, str]:
+    if extractor.inception:
+        special = {"frechet": "FID", "score": "Inception score"}
+    else:
+        special = {"frechet": "Fréchet distance", "score": "classifier score"}
+    return special | {"classes": "class imbalance", "sliced": "sliced W1"}
+
+
+def _quantiles(x: np.ndarray) -> dict[str, float]:
+    return {name: round(float(np.quantile(x, q)), 4) for name, q in (("min", 0), ("1%", 0.01), ("median", 0.5))}
+
+
+def _words(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_words(v)}" for k, v in value.items())
+    return " ".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
