@@ -59,6 +59,7 @@ def parser(sample: Callable, convert: Callable, doctor: Callable) -> Parser:
     from sgm_engine.evaluation import command as eval_command
     from sgm_engine.jobs import command as job_commands
     from sgm_engine.training import command as train_command
+    from sgm_engine.tuning import command as tune_command
 
     top = Parser(prog="sgm", description=sgm_engine.__doc__, epilog=OVERVIEW)
     top.add_argument("--version", action="version", version=f"sgm-engine {sgm_engine.__version__}")
@@ -70,6 +71,7 @@ def parser(sample: Callable, convert: Callable, doctor: Callable) -> Parser:
     job_commands.register(commands)
     train_command.register(commands)
     eval_command.register(commands)
+    tune_command.register(commands)
     return top
 
 

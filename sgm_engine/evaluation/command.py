@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from sgm_engine.arguments import EXECUTORS, MAX_SEED, _at_least
@@ -39,17 +38,19 @@ def register(commands) -> None:
     add("--neighbours", type=_at_least(1), default=5, metavar="K", help="of precision to coverage (default: 5)")
     add("--replicates", type=_at_least(2), default=200, metavar="N", help="of each bootstrap (default: 200)")
     add("--json", metavar="PATH", help="write the report there as well")
-    drawing(p.add_argument_group("if samples are to be drawn"))
+    group = p.add_argument_group("if samples are to be drawn")
+    add = group.add_argument
+    add("--plan", metavar="PLAN", help="a plan's JSON file, or the name of one (default: what the weights recommend)")
+    add("--n", type=_at_least(2), default=1000, metavar="N", help="how many (default: 1000)")
+    add("--seed", type=_at_least(0, MAX_SEED), default=0, metavar="N", help="default: 0")
+    add_engine(group)
 
 
-def drawing(group) -> None:
+def add_engine(group) -> None:
     """The arguments that ``engine_of`` reads."""
     add = group.add_argument
     add("--checkpoint", metavar="PATH", help="weights, .safetensors or a published .pth (default: bundled)")
     add("--config", metavar="PATH", help="the config.yml that came with a .pth")
-    add("--plan", metavar="PLAN", help="a plan's JSON file, or the name of one (default: what the weights recommend)")
-    add("--n", type=_at_least(2), default=1000, metavar="N", help="how many (default: 1000)")
-    add("--seed", type=_at_least(0, MAX_SEED), default=0, metavar="N", help="default: 0")
     add("--batch", type=_at_least(1), metavar="N", help="samples computed together")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--precision", choices=("float32", "bfloat16"), default="float32")
@@ -57,36 +58,26 @@ def drawing(group) -> None:
 
 
 def engine_of(args: argparse.Namespace):
-    """(Engine, Plan) as the arguments of ``drawing`` say."""
+    """The Engine that the arguments of ``add_engine`` describe."""
     import torch
 
-    from sgm_engine.bundled import bundled_path, plan_for
+    from sgm_engine.bundled import bundled_path
     from sgm_engine.checkpoint import load_checkpoint
     from sgm_engine.engine import Engine
-    from sgm_engine.plan import Plan
 
     model = load_checkpoint(Path(args.checkpoint).expanduser() if args.checkpoint else bundled_path(), args.config)
-    file = args.plan is not None and (args.plan.endswith(".json") or Path(args.plan).is_file())
-    plan = Plan.from_json(Path(args.plan).read_text("utf-8")) if file else plan_for(model, args.plan)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    return Engine(model, args.batch, device, args.precision, args.executor), plan
+    return Engine(model, args.batch, device, args.precision, args.executor)
 
 
-def drawn(engine, plan, ids, seed: int, lost: list, size: int = 256) -> Iterator:
-    """Samples of the engine as blocks of uint8 [b, C, H, W]; lost gets those that diverged."""
-    import torch
+def load_plan(text: str | None, model):
+    """The plan in a JSON file, or the one of that name; None is what the model's weights recommend."""
+    from sgm_engine.bundled import plan_for
+    from sgm_engine.plan import Plan
 
-    from sgm_engine.images import to_uint8
-
-    block = []
-    stream = engine.stream(ids, seed, plan, progress=sys.stderr.isatty(), on_diverged=lost.append)
-    for _, x in stream:
-        block.append(x.cpu())
-        if len(block) == size:
-            yield torch.from_numpy(to_uint8(torch.stack(block))).permute(0, 3, 1, 2).contiguous()
-            block = []
-    if block:
-        yield torch.from_numpy(to_uint8(torch.stack(block))).permute(0, 3, 1, 2).contiguous()
+    if text is not None and (text.endswith(".json") or Path(text).is_file()):
+        return Plan.from_json(Path(text).expanduser().read_text("utf-8"))
+    return plan_for(model, text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
     with _bad_input():
         from sgm_engine.evaluation import evaluate as e
+        from sgm_engine.evaluation.draw import drawn
         from sgm_engine.evaluation.features import open_extractor
         from sgm_engine.evaluation.images import open_images
         from sgm_engine.output import check_writable, staged
@@ -104,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
         reference_set = open_images(args.reference)
         training = open_images(args.training) if args.training else None
         sets = [open_images(*files) for files in (args.samples, args.against) if files]
-        engine, plan = (None, None) if args.samples else engine_of(args)
+        engine = None if args.samples else engine_of(args)
+        plan = load_plan(args.plan, engine.model) if engine else None
         shapes = {s.name: tuple(s.shape) for s in (reference_set, training, *sets) if s is not None}
         shapes |= {"the model": engine.shape} if engine else {}
         if len(set(shapes.values())) > 1:
@@ -116,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
         lost: list = []
         if engine:
             name = f"{plan.name}, {plan.nfe} NFE, seed {args.seed}"
-            samples = e.summarise(drawn(engine, plan, range(args.n), args.seed, lost), extractor, name)
+            blocks = drawn(engine, plan, range(args.n), args.seed, lost, progress=sys.stderr.isatty())
+            samples = e.summarise(blocks, extractor, name)
         else:
             samples = e.summarise(sets[0].blocks(), extractor, sets[0].name)
         reference = e.summarise(reference_set.blocks(), extractor, reference_set.name)

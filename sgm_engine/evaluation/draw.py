@@ -1,0 +1,37 @@
+"""Samples of an engine as blocks of uint8 images: what the evaluation reads, no more of them in memory than a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from sgm_engine.engine import Engine
+from sgm_engine.errors import Divergence
+from sgm_engine.images import to_uint8
+from sgm_engine.plan import Plan
+
+
+def drawn(
+    engine: Engine,
+    plan: Plan,
+    ids: Iterable[int],
+    seed: int,
+    lost: list[Divergence],
+    size: int = 256,
+    progress: bool = False,
+) -> Iterator[Tensor]:
+    """uint8 [b, C, H, W], b ≤ size, in the order of ids. lost: gets the samples that diverged, which are left out."""
+    block: list[Tensor] = []
+    for _, x in engine.stream(ids, seed, plan, progress=progress, on_diverged=lost.append):
+        block.append(x.cpu())
+        if len(block) == size:
+            yield _bytes(block)
+            block = []
+    if block:
+        yield _bytes(block)
+
+
+def _bytes(block: list[Tensor]) -> Tensor:
+    return torch.from_numpy(to_uint8(torch.stack(block))).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,120 @@
+"""The outcome of a search on disk: the Pareto front as a table and a picture, and its plans."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from sgm_engine.evaluation.report import Estimate
+from sgm_engine.plan import Plan
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito: told apart by colour-blind readers
+
+
+@dataclass
+class Point:
+    """One plan measured on held-out seeds. role: "front", "chosen" or "baseline"."""
+
+    label: str
+    nfe: int
+    quality: Estimate
+    role: str
+    plan: Plan | None = None
+
+
+@dataclass
+class Outcome:
+    """points: by evaluations. measure, reference, n, floor: of the quality; about: how it was searched for."""
+
+    points: list[Point]
+    measure: str
+    reference: str
+    n: int
+    floor: float | None
+    difference: Estimate | None
+    about: dict[str, object]
+
+    @property
+    def chosen(self) -> Point:
+        return next(point for point in self.points if point.role == "chosen")
+
+    def table(self) -> str:
+        """Markdown."""
+        lines = [
+            f"{self.measure} of {self.n} samples to {self.reference}, held-out seed, 95% bootstrap intervals.",
+            "",
+            f"| NFE | {self.measure} | 95% interval | plan | |",
+            "|---:|---:|---|---|---|",
+        ]
+        for p in self.points:
+            role = {"chosen": "**chosen**", "baseline": "baseline"}.get(p.role, "")
+            interval = f"{p.quality.low:.3g}–{p.quality.high:.3g}"
+            lines.append(f"| {p.nfe} | {p.quality.value:.3f} | {interval} | {p.label} | {role} |")
+        if self.floor is not None:
+            lines.append(f"| | {self.floor:.3f} | | {self.n} training images | floor |")
+        if self.difference is not None:
+            d = self.difference
+            lines += ["", f"Chosen minus baseline: {d.value:.3f}, 95% interval {d.low:.3f} to {d.high:.3f}."]
+        return "\n".join(lines) + "\n"
+
+    def to_json(self) -> str:
+        points = [
+            {"nfe": p.nfe, "role": p.role, "label": p.label, **p.quality._asdict(),
+             "plan": json.loads(p.plan.to_json()) if p.plan else None}
+            for p in self.points
+        ]  # fmt: skip
+        rest = {k: getattr(self, k) for k in ("measure", "reference", "n", "floor", "about")}
+        difference = self.difference and self.difference._asdict()
+        return json.dumps(rest | {"chosen_minus_baseline": difference, "points": points}, indent=1, ensure_ascii=False)
+
+    def plot(self, path: Path) -> None:
+        """Evaluations, logarithmic, against quality; bars are the 95% intervals."""
+        figure = _figure()
+        axes = figure.add_subplot()
+        for role, label, colour, marker in (
+            ("front", "front", COLOURS[0], "o"),
+            ("chosen", "chosen", COLOURS[1], "s"),
+            ("baseline", "baseline", COLOURS[2], "D"),
+        ):
+            points = [p for p in self.points if p.role == role]
+            if points:
+                x, y = [p.nfe for p in points], [p.quality.value for p in points]
+                low = [max(0.0, p.quality.value - p.quality.low) for p in points]
+                high = [max(0.0, p.quality.high - p.quality.value) for p in points]
+                axes.errorbar(x, y, [low, high], fmt=marker, color=colour, capsize=3, label=label)
+        if self.floor is not None:
+            axes.axhline(self.floor, color="0.5", linestyle=":", label="training images")
+        axes.set(xscale="log", xlabel="network evaluations a sample (NFE)", ylabel=f"{self.measure}, {self.n} samples")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.25)
+        figure.savefig(path, format="png", dpi=120)
+
+    def write(self, folder: Path) -> None:
+        """front.md, front.json, front.png and plan.json, the chosen one, in a new folder."""
+        folder.mkdir()
+        (folder / "front.md").write_text(self.table(), "utf-8")
+        (folder / "front.json").write_text(self.to_json(), "utf-8")
+        (folder / "plan.json").write_text(self.chosen.plan.to_json() + "\n", "utf-8")
+        self.plot(folder / "front.png")
+
+
+def check_plotting() -> None:
+    """ValueError if there is nothing to draw with; asked before the search rather than after it."""
+    _figure()
+
+
+def _figure():
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(f"the picture needs matplotlib ({error}): pip install 'sgm-engine[plot]'") from None
+    return Figure(figsize=(6, 4), layout="constrained")
+
+
+def label(plan: Plan) -> str:
+    """A plan in a few words: its name and what decides it."""
+    shown = {k: v for k, v in plan.metadata.items() if k not in ("start_shift", "start_scale", "start")}
+    words = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+    return f"{plan.name}: {', '.join(words)}" if shown else plan.name

@@ -1,0 +1,128 @@
+"""The search and its confirmation on held-out seeds: plans in, an Outcome out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sgm_engine.engine import Engine
+from sgm_engine.evaluation.distances import mmd, sliced_wasserstein
+from sgm_engine.evaluation.draw import drawn
+from sgm_engine.evaluation.evaluate import MMD_VECTORS, Summary, summarise
+from sgm_engine.evaluation.features import Extractor
+from sgm_engine.evaluation.frechet import frechet, frechet_difference, frechet_distance
+from sgm_engine.evaluation.images import ImageSet
+from sgm_engine.evaluation.report import Estimate
+from sgm_engine.plan import Plan
+from sgm_engine.tuning.front import Outcome, Point, label
+from sgm_engine.tuning.search import Trial, front, halve
+
+NAMES = {"frechet": "Fréchet distance", "sliced": "sliced W1", "mmd": "squared MMD"}
+
+
+@dataclass
+class Drawn:
+    """Samples that exist already, and the plan that drew them."""
+
+    images: ImageSet
+    plan: Plan
+
+
+class Tuner:
+    """Measures plans of one engine against one reference. measure: "frechet", "sliced" or "mmd"; lower is better."""
+
+    def __init__(self, engine: Engine, extractor: Extractor, reference: Summary, measure: str = "frechet"):
+        if measure not in NAMES:
+            raise ValueError(f"measure must be one of {', '.join(NAMES)}, got {measure!r}")
+        self.engine, self.extractor, self.reference, self.measure = engine, extractor, reference, measure
+        self._target = reference.moments.moments()
+
+    def search(
+        self, plans: list[Plan], seed: int, first: int, last: int, report: Callable[[str], object] = lambda line: None
+    ) -> list[Trial]:
+        """The survivors of successive halving, with ``last`` samples each of ``seed``."""
+
+        def extend(trial: Trial, n: int) -> None:
+            lost: list = []
+            for block in drawn(self.engine, trial.plan, range(trial.n, n), seed, lost):
+                trial.summary.update(block)
+            trial.quality = float("inf") if lost else self.quality(trial.summary)
+
+        trials = [Trial(plan, Summary(self.extractor, plan.name)) for plan in plans]
+        return halve(trials, extend, first, last, report=report)
+
+    def quality(self, summary: Summary) -> float:
+        if self.measure == "frechet":
+            return frechet_distance(self._target, summary.moments.moments())
+        return self._estimate(summary, 2).value
+
+    def confirm(
+        self,
+        survivors: list[Trial],
+        seed: int,
+        n: int,
+        floor: Summary | None = None,
+        baseline: Plan | Drawn | None = None,
+        report: Callable[[str], object] = lambda line: None,
+    ) -> Outcome:
+        """The front of the survivors, each of its plans drawn again from a held-out ``seed``.
+
+        The chosen plan is the survivor of the best quality in the search; its figure here is of samples that had no
+        part in the choice. ValueError if every survivor diverged.
+        """
+        best = front([t for t in survivors if np.isfinite(t.quality)], lambda t: (t.plan.nfe, t.quality))
+        if not best:
+            raise ValueError("every plan that survived the search diverged: lower the step sizes or check the model")
+        points, of_chosen, difference = [], None, None
+        for trial in best:
+            summary = self._held_out(trial.plan, seed, n)
+            estimate = self._estimate(summary)
+            chosen = trial is best[-1]  # the last has the best quality
+            of_chosen = summary if chosen else of_chosen
+            points.append(
+                Point(label(trial.plan), trial.plan.nfe, estimate, "chosen" if chosen else "front", trial.plan)
+            )
+            report(f"held out: {trial.plan.nfe} NFE  {estimate.value:.4g}  {trial.plan.name}")
+        if baseline is not None:
+            plan = baseline.plan if isinstance(baseline, Drawn) else baseline
+            blocks = baseline.images.blocks() if isinstance(baseline, Drawn) else None
+            summary = summarise(blocks, self.extractor) if blocks else self._held_out(plan, seed, n)
+            points.append(Point(label(plan), plan.nfe, self._estimate(summary), "baseline", plan))
+            if self.measure == "frechet":
+                difference = frechet_difference(of_chosen.moments, summary.moments, self.reference.moments)
+        points.sort(key=lambda p: p.nfe)
+        least = None if floor is None else self._estimate(floor, 2).value
+        return Outcome(points, NAMES[self.measure], self.reference.name, n, least, difference, {})
+
+    def _held_out(self, plan: Plan, seed: int, n: int) -> Summary:
+        lost: list = []
+        summary = summarise(drawn(self.engine, plan, range(n), seed, lost), self.extractor, plan.name)
+        if lost:
+            raise ValueError(f"{len(lost)} of {n} held-out samples of {label(plan)} diverged: {lost[0]}")
+        return summary
+
+    def _estimate(self, summary: Summary, replicates: int = 200) -> Estimate:
+        if self.measure == "frechet":
+            return frechet(summary.moments, self.reference.moments, replicates)
+        x, y = summary.vectors.rows(), self.reference.vectors.rows()
+        if self.measure == "sliced":
+            return sliced_wasserstein(x, y, replicates=replicates)
+        x, y = summary.vectors.rows(MMD_VECTORS), self.reference.vectors.rows(MMD_VECTORS)
+        return mmd(x, y, permutations=2, replicates=replicates)
+
+
+def plan_of_samples(path: Path) -> Plan:
+    """The plan that a .safetensors of samples (or the first one of a folder) was drawn by."""
+    from safetensors import safe_open
+
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or files[0].suffix != ".safetensors":
+        raise ValueError(f"{path}: only .safetensors samples say which plan drew them")
+    with safe_open(files[0], "np") as file:
+        text = (file.metadata() or {}).get("plan")
+    if text is None:
+        raise ValueError(f"{files[0]} does not say which plan drew its samples")
+    return Plan.from_json(text)
