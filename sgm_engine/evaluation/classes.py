@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sgm_engine.evaluation.report import Estimate, basic_interval
+from sgm_engine.evaluation.report import Estimate, basic_estimate
 
 GROUPS = 64
 
@@ -43,8 +43,7 @@ class ClassTally:
         """Between 1 and K. The interval is a basic bootstrap over groups."""
         value = self._score(np.ones(GROUPS))
         drawn = np.array([self._score(w) for w in self._weights(replicates, seed)])
-        low, high = basic_interval(value, drawn)
-        return Estimate(value, max(1.0, low), max(1.0, high))
+        return basic_estimate(value, drawn, 1.0)
 
     def shares(self) -> np.ndarray:
         """[K]: the share of images whose most probable class is k."""
@@ -59,8 +58,7 @@ class ClassTally:
 
         value = distance(np.ones(GROUPS), np.ones(GROUPS))
         pairs = zip(self._weights(replicates, seed), reference._weights(replicates, seed + 1), strict=True)
-        low, high = basic_interval(value, np.array([distance(*pair) for pair in pairs]))
-        return Estimate(value, max(0.0, low), max(0.0, high))
+        return basic_estimate(value, np.array([distance(*pair) for pair in pairs]), 0.0)
 
     def _score(self, weights: np.ndarray) -> float:
         n = weights @ self.n

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sgm_engine.evaluation.report import Estimate, basic_interval
+from sgm_engine.evaluation.report import Estimate, basic_estimate
 
 KERNELS = ("rbf", "polynomial")
 SLAB = 16  # projections sorted at a time
@@ -36,8 +36,7 @@ def sliced_wasserstein(
         lines = _Lines((x @ slab).T, (y @ slab).T)
         value += lines.distances(*ones).sum() / projections
         drawn += np.array([lines.distances(*pair).sum() for pair in weights]) / projections
-    low, high = basic_interval(value, drawn)
-    return Estimate(float(value), max(0.0, low), max(0.0, high))
+    return basic_estimate(value, drawn, 0.0)
 
 
 class _Lines:
@@ -85,8 +84,7 @@ def mmd(
     weights = np.zeros((2, n + m, replicates), np.float32)
     for column in range(replicates):
         weights[0, :n, column], weights[1, n:, column] = _resample(rng, n), _resample(rng, m)
-    low, high = basic_interval(value, _statistics(gram, *weights))
-    return Estimate(value, low, high, p)
+    return basic_estimate(value, _statistics(gram, *weights), p=p)._replace(corrected=None)
 
 
 def _statistics(gram: np.ndarray, x_weights: np.ndarray, y_weights: np.ndarray) -> np.ndarray:

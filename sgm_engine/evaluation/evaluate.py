@@ -81,13 +81,14 @@ def summarise(blocks: Iterable[Tensor], extractor: Extractor, name: str = "sampl
 
 @dataclass
 class Row:
-    """One figure. floor: the same of as many training images, which a perfect copyist would reach."""
+    """One figure, an Estimate with a name. floor: the same of as many training images: what a copyist would reach."""
 
     metric: str
     value: float
     low: float
     high: float
     p: float | None = None
+    corrected: float | None = None
     floor: float | None = None
 
 
@@ -111,13 +112,13 @@ class Report:
         lines = [
             f"{self.n} images ({self.samples}) against {self.reference_n} ({self.reference})",
             f"features: {self.features}",
-            f"{'':>22} {'value':>9}  {'95% interval':<20} {'floor':>9}",
+            f"{'':>22} {'value':>9} {'corrected':>9}  {'95% interval':<20} {'floor':>9}",
         ]
         for row in self.rows:
-            floor = "" if row.floor is None else f"{row.floor:9.4g}"
+            floor, corrected = ("" if v is None else f"{v:.4g}" for v in (row.floor, row.corrected))
             p = "" if row.p is None else f"  p = {row.p:.3g}"
             interval = f"{row.low:.4g} … {row.high:.4g}"
-            lines.append(f"{row.metric:>22} {row.value:9.4g}  {interval:<20} {floor:>9}{p}".rstrip())
+            lines.append(f"{row.metric:>22} {row.value:9.4g} {corrected:>9}  {interval:<20} {floor:>9}{p}".rstrip())
         return "\n".join([*lines, *(f"{name}: {_words(value)}" for name, value in self.notes.items())])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from sgm_engine.evaluation.moments import GroupedMoments, Moments
-from sgm_engine.evaluation.report import Estimate, basic_interval
+from sgm_engine.evaluation.report import Estimate, basic_estimate
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -41,13 +41,12 @@ def frechet_replicates(
 def frechet(samples: GroupedMoments, reference: GroupedMoments, replicates: int = 200, seed: int = 0) -> Estimate:
     """The distance, and a 95% basic bootstrap interval of the one that infinitely many images would give.
 
-    The plain value is too large by a bias of order D/n, as published values are; the interval allows for it and may lie
-    below the value. Compare plain values at equal n only.
+    The plain value is too large by a bias of order D/n, as published values are: compare those at equal n only. The
+    corrected value and the interval have it taken out to first order.
     """
     value = frechet_distance(reference.moments(), samples.moments())
     drawn = frechet_replicates(samples, reference, replicates, seed)
-    low, high = basic_interval(value, drawn)
-    return Estimate(value, max(0.0, low), max(0.0, high))
+    return basic_estimate(value, drawn, 0.0)
 
 
 def frechet_difference(
@@ -61,4 +60,4 @@ def frechet_difference(
     value = frechet_distance(target, first.moments()) - frechet_distance(target, second.moments())
     drawn = frechet_replicates(first, reference, replicates, seed, 1)
     drawn -= frechet_replicates(second, reference, replicates, seed, 2)
-    return Estimate(value, *basic_interval(value, drawn))
+    return basic_estimate(value, drawn)

@@ -10,18 +10,29 @@ LEVEL = 0.95
 
 
 class Estimate(NamedTuple):
-    """A value and its 95% interval; p: of a test against "equal to the reference", where there is one."""
+    """A value and its 95% interval.
+
+    p: of a test of "equal to the reference", where there is one. corrected: the value without the bias of a finite
+    number of images, where there is one to take out; the interval is then of this.
+    """
 
     value: float
     low: float
     high: float
     p: float | None = None
+    corrected: float | None = None
 
 
-def basic_interval(value: float, replicates: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """[2·value − upper, 2·value − lower quantile of the replicates]: takes the bias out that the replicates show."""
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    return float(2 * value - high), float(2 * value - low)
+def basic_estimate(
+    value: float, replicates: np.ndarray, least: float = -np.inf, p: float | None = None, level: float = LEVEL
+) -> Estimate:
+    """The basic bootstrap: replicates lie about ``value`` as ``value`` about the truth, so 2·value − replicate is one.
+
+    The bias that the replicates show is taken out to first order. least: what the truth cannot be less than.
+    """
+    low, high = np.quantile(2 * value - replicates, [(1 - level) / 2, (1 + level) / 2])
+    corrected = 2 * value - replicates.mean()
+    return Estimate(float(value), *(max(least, float(v)) for v in (low, high)), p, max(least, float(corrected)))
 
 
 def mean_estimate(x: np.ndarray, replicates: int = 1000, seed: int = 0, level: float = LEVEL) -> Estimate:

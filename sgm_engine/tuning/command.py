@@ -32,7 +32,7 @@ def register(commands) -> None:
     budget = group.add_mutually_exclusive_group(required=True).add_argument
     budget("--budget", type=_at_least(2), metavar="NFE", help="network evaluations a sample, at most")
     budget(
-        "--seconds", type=float, metavar="X", help="seconds a sample, at most; turned into NFE by a short measurement"
+        "--seconds", type=float, metavar="X", help="seconds a sample, at most; a short measurement turns them into NFE"
     )
     add = group.add_argument
     add("--reference", required=True, metavar="IMAGES", help="what samples should look like; forms as in `sgm eval`")
@@ -91,8 +91,9 @@ def run(args: argparse.Namespace) -> int:
     survivors = tuner.search(plans, args.seed, args.first, args.last, say)
     outcome = tuner.confirm(survivors, args.held_out_seed, args.held_out, floor, baseline, say)
     outcome.about |= {"budget": budget, "candidates": len(plans), "seed": args.seed, "features": extractor.name,
-        "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed, "seconds": time.perf_counter() - start,
-        "precision": args.precision, "executor": engine.executor, "batch": engine.batch}  # fmt: skip
+        "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed,
+        "seconds": round(time.perf_counter() - start), "precision": args.precision,
+        "executor": engine.executor, "batch": engine.batch}  # fmt: skip
     with staged(out.path) as tmp:
         outcome.write(tmp)
     print(outcome.table())
