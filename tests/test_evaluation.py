@@ -1,4 +1,4 @@
-"""The evaluation: every figure against a closed form or an independent oracle, its interval, and the stream it reads."""
+"""The evaluation: every figure against a closed form or an independent oracle, its interval, and streams."""
 
 import tracemalloc
 
@@ -324,11 +324,11 @@ def test_copies_are_found_and_strangers_are_not():
 
 def test_evaluate_refuses_what_it_cannot_measure():
     summary = summarise([images_of(np.random.default_rng(17), 10)], pixels())
-    with pytest.raises(ValueError, match="metrics must be of frechet.*got beauty"):
+    with pytest.raises(ValueError, match=r"metrics must be of frechet.*got beauty"):
         evaluate(summary, summary, ["beauty"])
     with pytest.raises(ValueError, match="score: need features with classes"):
         evaluate(summary, summary, ["score"])
-    with pytest.raises(ValueError, match="k must be .* below both sizes, got 10"):
+    with pytest.raises(ValueError, match=r"k must be .* below both sizes, got 10"):
         evaluate(summary, summary, ["recall"], k=10)
     with pytest.raises(ValueError, match="at least 2 images are needed, got 0"):
         summarise([], pixels())
