@@ -48,9 +48,11 @@ def test_weighted_moments_are_those_of_repeated_groups():
     x = np.random.default_rng(1).standard_normal((100, 3))
     weights = np.array([0, 3, 1, 0, 1])
     repeated = np.concatenate([np.repeat(x[g::5], w, 0) for g, w in enumerate(weights)])
-    found = grouped(x, 5, 13).moments(weights)
-    np.testing.assert_allclose(found.mean, repeated.mean(0), atol=1e-14)
-    np.testing.assert_allclose(found.covariance, np.cov(repeated.T), atol=1e-14)
+    found = grouped(x, 5, 13)._weighted(np.stack([weights, np.ones(5)]))
+    for i, z in enumerate((repeated, x)):
+        assert found.n[i] == len(z)
+        np.testing.assert_allclose(found.mean[i], z.mean(0), atol=1e-14)
+        np.testing.assert_allclose(found.covariance[i], np.cov(z.T), atol=1e-14)
 
 
 def test_moments_refuse_what_is_no_vector():
@@ -326,7 +328,7 @@ def test_evaluate_refuses_what_it_cannot_measure():
     summary = summarise([images_of(np.random.default_rng(17), 10)], pixels())
     with pytest.raises(ValueError, match=r"metrics must be of frechet.*got beauty"):
         evaluate(summary, summary, ["beauty"])
-    with pytest.raises(ValueError, match="score: need features with classes"):
+    with pytest.raises(ValueError, match="score need features with classes, pixels have none"):
         evaluate(summary, summary, ["score"])
     with pytest.raises(ValueError, match=r"k must be .* below both sizes, got 10"):
         evaluate(summary, summary, ["recall"], k=10)

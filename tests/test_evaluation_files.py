@@ -131,7 +131,7 @@ def test_unreadable_images_are_named(tmp_path, mnist):
         ("other.npz", "no arr_0, only ['x']"),
         ("flat.npy", "got [5, 5]"),
         ("nan.npy", "2 of 2 samples hold NaN"),
-        ("objects.npy", "allow_pickle"),
+        ("objects.npy", "Python objects"),
         ("text.npz", "not an .npz"),
         ("empty", "neither pictures nor parts"),
         ("sizes", "b.png: (1, 5, 5)"),

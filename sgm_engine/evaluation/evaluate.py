@@ -141,9 +141,7 @@ def evaluate(
     if unknown := [m for m in metrics if m not in METRICS]:
         raise ValueError(f"metrics must be of {', '.join(METRICS)}, got {', '.join(unknown)}")
     if reference.tally is None and (asked := [m for m in metrics if m in FROM_LOGITS]):
-        raise ValueError(
-            f"metrics {', '.join(asked)} need an extractor with classes, {reference.extractor.name} has none"
-        )
+        raise ValueError(f"metrics {', '.join(asked)} need features with classes, {reference.extractor.name} have none")
     names = _names(samples.extractor)
     found = _measure(samples, reference, metrics, k, replicates, seed)
     base = _measure(floor, reference, metrics, k, 2, seed) if floor else {}

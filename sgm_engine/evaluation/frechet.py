@@ -11,19 +11,20 @@ from sgm_engine.evaluation.moments import GroupedMoments, Moments
 from sgm_engine.evaluation.report import Estimate, basic_estimate
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def frechet_distance(a: Moments, b: Moments) -> float | np.ndarray:
     """‖μ_a − μ_b‖² + tr(C_a + C_b − 2·(C_a·C_b)^½), in squared units of the features.
 
     The trace of the root is that of (C_a^½·C_b·C_a^½)^½, which is symmetric: no complex parts and no failing root where
-    a covariance is singular.
+    a covariance is singular. Stacked moments give [r] distances.
     """
-    if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features of both sets must have one size, got {len(a.mean)} and {len(b.mean)}")
+    if a.mean.shape[-1] != b.mean.shape[-1]:
+        raise ValueError(f"features of both sets must have one size, got {a.mean.shape[-1]} and {b.mean.shape[-1]}")
     values, vectors = np.linalg.eigh(a.covariance)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    root = (vectors * np.sqrt(values.clip(0))[..., None, :]) @ np.swapaxes(vectors, -1, -2)
     middle = np.linalg.eigvalsh(root @ b.covariance @ root)
-    distance = np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance)
-    return max(0.0, float(distance - 2 * np.sqrt(middle.clip(0)).sum()))
+    traces = np.trace(a.covariance, axis1=-2, axis2=-1) + np.trace(b.covariance, axis1=-2, axis2=-1)
+    distance = np.square(a.mean - b.mean).sum(-1) + traces - 2 * np.sqrt(middle.clip(0)).sum(-1)
+    return np.maximum(distance, 0.0) if distance.ndim else max(0.0, float(distance))
 
 
 def frechet_replicates(
@@ -34,8 +35,8 @@ def frechet_replicates(
     Equal seeds resample the reference alike, so replicates of two sets of samples (different ``stream``) pair up.
     """
     of_reference, of_samples = np.random.default_rng([seed, 0]), np.random.default_rng([seed, stream])
-    pairs = ((reference.resample(of_reference), samples.resample(of_samples)) for _ in range(replicates))
-    return np.array([frechet_distance(*pair) for pair in pairs])
+    pairs = zip(reference.resample(replicates, of_reference), samples.resample(replicates, of_samples), strict=True)
+    return np.concatenate([frechet_distance(*pair) for pair in pairs])
 
 
 def frechet(samples: GroupedMoments, reference: GroupedMoments, replicates: int = 200, seed: int = 0) -> Estimate:

@@ -190,7 +190,7 @@ def _safetensors(path: Path) -> ImageSet:
         with safe_open(path, "np") as file:
             samples = file.get_slice("samples")
             for start in range(0, shape[0], size):
-                yield from _slices(samples[start : start + size], size)
+                yield from _slices(samples[start : min(start + size, shape[0])], size)
 
     return ImageSet(str(path), tuple(shape[1:]), shape[0], read)
 

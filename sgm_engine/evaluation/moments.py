@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+STACKED = 2**20  # elements of the covariances that are resampled at a time
+
 
 class Moments(NamedTuple):
-    """n vectors: their mean [D] and their unbiased covariance (denominator n − 1) [D, D]."""
+    """n vectors: their mean [D] and their unbiased covariance (denominator n − 1) [D, D]; or r such, stacked."""
 
     n: int
     mean: np.ndarray
@@ -48,25 +51,36 @@ class GroupedMoments:
             self.n[g] = total
         self._seen += len(x)
 
-    def moments(self, weights: np.ndarray | None = None) -> Moments:
-        """Of everything, or with each group taken ``weights`` [G] times."""
-        counts = self.n if weights is None else self.n * weights
-        total = int(counts.sum())
-        if total < 2:
-            raise ValueError(f"a covariance needs at least 2 vectors, got {total}")
-        pivot = self.mean[self.n > 0].mean(0)
-        shift = self.mean - pivot
-        mean = counts @ shift / total
-        scatter = np.tensordot(np.ones(len(counts)) if weights is None else weights, self.scatter, 1)
-        between = shift - mean
-        scatter += (between * counts[:, None]).T @ between
-        return Moments(total, pivot + mean, scatter / (total - 1))
+    def moments(self) -> Moments:
+        """Of every vector so far."""
+        n, mean, covariance = self._weighted(np.ones((1, len(self.n))))
+        return Moments(int(n[0]), mean[0], covariance[0])
 
-    def resample(self, rng: np.random.Generator) -> Moments:
-        """A bootstrap replicate: as many groups, drawn with replacement."""
+    def resample(self, replicates: int, rng: np.random.Generator) -> Iterator[Moments]:
+        """Bootstrap replicates, each of as many groups drawn with replacement.
+
+        They come stacked, some at a time: n [r], mean [r, D], covariance [r, D, D].
+        """
         filled = int((self.n > 0).sum())
         if filled < 2:
-            raise ValueError(f"a bootstrap needs at least 2 vectors, got {filled}")
-        weights = np.zeros(len(self.n))
-        weights[self.n > 0] = rng.multinomial(filled, np.full(filled, 1 / filled))
-        return self.moments(weights)
+            raise ValueError(f"a bootstrap needs at least 2 vectors, got {int(self.n.sum())}")
+        at_once = max(1, STACKED // self.mean.shape[1] ** 2)
+        for start in range(0, replicates, at_once):
+            weights = np.zeros((min(at_once, replicates - start), len(self.n)))
+            weights[:, self.n > 0] = rng.multinomial(filled, np.full(filled, 1 / filled), len(weights))
+            yield self._weighted(weights)
+
+    def _weighted(self, weights: np.ndarray) -> Moments:
+        """Stacked moments with group g taken weights[r, g] times."""
+        counts = weights * self.n  # [r, G]
+        total = counts.sum(1)
+        if total.min() < 2:
+            raise ValueError(f"a covariance needs at least 2 vectors, got {int(total.min())}")
+        pivot = self.mean[self.n > 0].mean(0)
+        shift = np.where(self.n[:, None] > 0, self.mean - pivot, 0.0)  # [G, D]
+        mean = counts @ shift / total[:, None]
+        between = shift - mean[:, None]  # [r, G, D]
+        scatter = np.tensordot(weights, self.scatter, 1) + np.einsum(
+            "rg,rgi,rgj->rij", counts, between, between, optimize=True
+        )
+        return Moments(total, pivot + mean, scatter / (total - 1)[:, None, None])

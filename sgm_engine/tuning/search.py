@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass
 class Trial:
-    """A plan on its way through the search: what is kept of its samples (ids 0 … n − 1) and how good they are.
+    """A plan on its way through the search: what is kept of its samples, ids 0 … n − 1, and how good they are.
 
     quality: lower is better; infinite where a sample diverged.
     """
@@ -22,10 +22,7 @@ class Trial:
     plan: Plan
     summary: Summary
     quality: float = float("inf")
-
-    @property
-    def n(self) -> int:
-        return self.summary.n
+    n: int = 0
 
 
 def halve(
@@ -38,7 +35,7 @@ def halve(
 ) -> list[Trial]:
     """Successive halving (Jamieson and Talwalkar, arXiv 1502.07943) with Pareto layers for ranks.
 
-    extend(trial, n): draw up to n samples of it and set its quality. Every trial gets ``first`` samples; the best share
+    extend(trial, n): draw its samples up to id n − 1, set n and quality. Every trial gets ``first`` samples; the best share
     ``keep`` of them twice as many, and so on until the survivors have ``last``. Best: the Pareto front of (evaluations,
     quality), then the front of the rest, and so on. Samples are drawn once: a survivor keeps what it has.
     """

@@ -49,6 +49,7 @@ class Tuner:
             lost: list = []
             for block in drawn(self.engine, trial.plan, range(trial.n, n), seed, lost):
                 trial.summary.update(block)
+            trial.n = n
             trial.quality = float("inf") if lost else self.quality(trial.summary)
 
         trials = [Trial(plan, Summary(self.extractor, plan.name)) for plan in plans]
