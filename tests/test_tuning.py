@@ -39,12 +39,14 @@ def test_candidates_are_distinct_runnable_and_within_the_budget():
     assert len({p.digest for p in plans}) == 60 and {p.name for p in plans} == set(FAMILIES)
     for p in plans:
         assert 2 <= p.nfe <= 30 and p.start_shift == 0.13
-        assert np.array_equal(p.sigma, SIGMAS[p.level]) and np.array_equal(nearest_level(p.sigma, SIGMAS), p.level)
+        own = np.array_equal(p.sigma, SIGMAS[nearest_level(p.sigma, SIGMAS)])
+        assert own or not p.metadata["own_levels"]
         assert Plan.from_json(p.to_json()) == p and p.name in label(p)
     assert len({p.metadata["schedule"] for p in plans}) == 4 and len({p.metadata["own_levels"] for p in plans}) == 2
 
 
 def test_candidates_repeat_by_seed_and_are_refused_in_words():
+    assert all(p.metadata["own_levels"] for p in draw_candidates(SIGMAS, 20, 8, between=False))
     a, b, c = (draw_candidates(SIGMAS, 20, 8, seed) for seed in (0, 0, 1))
     assert a == b and a != c
     assert {p.name for p in draw_candidates(SIGMAS, 20, 5, families=["heun"])} == {"heun"}
@@ -95,19 +97,27 @@ def test_halving_draws_each_sample_once_and_gives_survivors_more():
 # -- the tuner on a model that is known: data N(0.5, 0.1²) in every pixel ----------------------------------------------
 
 
-def gaussian_engine():
-    total = torch.tensor(SIGMAS) ** 2 + 0.1**2
+class Gaussian:
+    """The exact score, at any sigmas."""
 
-    def score(x, level):
-        return (0.5 - x) / total[level].float()[:, None, None, None]
+    def __init__(self, sigmas):
+        self.sigmas, self.shape, self.total = sigmas, (1, 3, 3), torch.tensor(np.array(sigmas)) ** 2 + 0.1**2
 
-    return Engine(score, 64, sigmas=SIGMAS, shape=(1, 3, 3))
+    def at_sigmas(self, sigmas):
+        return Gaussian(sigmas)
+
+    def __call__(self, x, level):
+        return (0.5 - x) / self.total[level].float()[:, None, None, None]
+
+
+def engine_for(model):
+    return Engine(model, 64)
 
 
 @pytest.fixture(scope="module")
 def tuner():
     x = 0.5 + 0.1 * np.random.default_rng(0).standard_normal((4000, 1, 3, 3))
-    return Tuner(gaussian_engine(), pixels(), summarise(from_array(x).blocks(), pixels(), "gaussian"))
+    return Tuner(Gaussian(SIGMAS), engine_for, pixels(), summarise(from_array(x).blocks(), pixels(), "gaussian"))
 
 
 def test_the_chosen_plan_reaches_the_floor_and_beats_a_poor_baseline(tuner):
@@ -141,19 +151,19 @@ def test_a_plan_that_diverges_is_out(tuner):
 
 @pytest.mark.parametrize("measure", ["sliced", "mmd"])
 def test_other_measures_rank_alike(tuner, measure):
-    other = Tuner(tuner.engine, pixels(), tuner.reference, measure)
+    other = Tuner(tuner.model, engine_for, pixels(), tuner.reference, measure)
     good, poor = ancestral(SIGMAS, start_shift=0.5), ancestral(SIGMAS[:8], start_shift=0.7)
     a, b = (other.search([plan], 0, 64, 64)[0] for plan in (good, poor))
     assert a.quality < b.quality
     with pytest.raises(ValueError, match="measure must be one of frechet, sliced, mmd, got 'fid'"):
-        Tuner(tuner.engine, pixels(), tuner.reference, "fid")
+        Tuner(tuner.model, engine_for, pixels(), tuner.reference, "fid")
 
 
 def test_samples_drawn_before_serve_as_baseline(tuner, tmp_path):
     from sgm_engine.output import Output
 
     plan = ancestral(SIGMAS, start_shift=0.5)
-    x = tuner.engine.sample(64, 1000, plan).numpy()
+    x = engine_for(tuner.model).sample(64, 1000, plan.on_levels(SIGMAS)).numpy()
     Output.parse(str(tmp_path / "x.safetensors")).write(x, range(64), {"plan": plan.to_json()})
     assert plan_of_samples(tmp_path) == plan == plan_of_samples(tmp_path / "x.safetensors")
     trial = tuner.search([plan], 0, 64, 64)[0]

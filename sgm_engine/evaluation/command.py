@@ -57,15 +57,20 @@ def add_engine(group) -> None:
     add("--executor", choices=EXECUTORS, default="auto")
 
 
-def engine_of(args: argparse.Namespace):
-    """The Engine that the arguments of ``add_engine`` describe."""
-    import torch
-
+def load_model(args: argparse.Namespace):
+    """The module that the arguments of ``add_engine`` name."""
     from sgm_engine.bundled import bundled_path
     from sgm_engine.checkpoint import load_checkpoint
+
+    return load_checkpoint(Path(args.checkpoint).expanduser() if args.checkpoint else bundled_path(), args.config)
+
+
+def engine_of(args: argparse.Namespace, model):
+    """An Engine for ``model`` as the arguments of ``add_engine`` say."""
+    import torch
+
     from sgm_engine.engine import Engine
 
-    model = load_checkpoint(Path(args.checkpoint).expanduser() if args.checkpoint else bundled_path(), args.config)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     return Engine(model, args.batch, device, args.precision, args.executor)
 
@@ -85,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
     with _bad_input():
         from sgm_engine.evaluation import evaluate as e
-        from sgm_engine.evaluation.draw import drawn
+        from sgm_engine.evaluation.draw import conditioned, drawn
         from sgm_engine.evaluation.features import open_extractor
         from sgm_engine.evaluation.images import open_images
         from sgm_engine.output import check_writable, staged
@@ -96,8 +101,11 @@ def run(args: argparse.Namespace) -> int:
         reference_set = open_images(args.reference)
         training = open_images(args.training) if args.training else None
         sets = [open_images(*files) for files in (args.samples, args.against) if files]
-        engine = None if args.samples else engine_of(args)
-        plan = load_plan(args.plan, engine.model) if engine else None
+        engine = plan = None
+        if not args.samples:
+            model = load_model(args)
+            model, plan = conditioned(model, load_plan(args.plan, model))
+            engine = engine_of(args, model)
         shapes = {s.name: tuple(s.shape) for s in (reference_set, training, *sets) if s is not None}
         shapes |= {"the model": engine.shape} if engine else {}
         if len(set(shapes.values())) > 1:

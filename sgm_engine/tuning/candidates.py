@@ -28,7 +28,8 @@ def _consistent(rng: np.random.Generator, sigmas: np.ndarray) -> dict[str, Any]:
 
 
 def _churned(rng: np.random.Generator, sigmas: np.ndarray) -> dict[str, Any]:
-    return {"s_churn": float(rng.choice([0.0, 5.0, 10.0, 20.0, 40.0]))}
+    """Noise is never raised above the first sigma, where the model may know no level."""
+    return {"s_churn": float(rng.choice([0.0, 5.0, 10.0, 20.0, 40.0])), "s_tmax": 0.7 * float(sigmas[0])}
 
 
 def _corrected(rng: np.random.Generator, sigmas: np.ndarray) -> dict[str, Any]:
@@ -61,12 +62,13 @@ def draw_candidates(
     seed: int = 0,
     families: Sequence[str] = tuple(FAMILIES),
     start_shift: float = 0.0,
+    between: bool = True,
 ) -> list[Plan]:
     """``count`` different plans of at most ``budget`` evaluations for a model with levels ``sigmas`` [L].
 
-    Evaluations are drawn log-uniformly between an eighth of the budget and the budget. Half of the schedules keep to
-    the model's own levels, a subset of them; the others put rows between them, each at the nearest level (on_levels).
-    metadata says what was drawn. ValueError if the ranges hold no ``count`` plans.
+    Evaluations are drawn log-uniformly between an eighth of the budget and the budget. Half of the schedules (all,
+    without ``between``) keep to a subset of the model's own levels; the others want it conditioned between them
+    (at_sigmas). metadata says what was drawn. ValueError if the ranges hold no ``count`` plans.
     """
     sigmas = check_sigmas(sigmas)
     if unknown := [name for name in families if name not in FAMILIES]:
@@ -75,7 +77,7 @@ def draw_candidates(
         raise ValueError(f"budget must be at least 2 and count at least 1, got {budget} and {count}")
     rng, found = np.random.default_rng(seed), {}
     for _ in range(TRIES * count):
-        plan = _draw(rng, sigmas, budget, families, start_shift)
+        plan = _draw(rng, sigmas, budget, families, start_shift, between)
         if plan is not None:
             found.setdefault(plan.digest, plan)
         if len(found) == count:
@@ -83,16 +85,18 @@ def draw_candidates(
     raise ValueError(f"found only {len(found)} different plans within a budget of {budget}: ask for fewer candidates")
 
 
-def _draw(rng, sigmas, budget, families, start_shift) -> Plan | None:
+def _draw(rng, sigmas, budget, families, start_shift, between) -> Plan | None:
     """One plan, or None where what was drawn cannot be had: too few rows, an eta out of range, a step that diverges."""
     family = str(rng.choice(list(families)))
-    schedule, own_levels = str(rng.choice(list(SCHEDULES))), bool(rng.random() < 0.5)
+    schedule, own_levels = str(rng.choice(list(SCHEDULES))), bool(rng.random() < 0.5) or not between
     begin = sigmas[nearest_level(rng.choice(SPANS_BEGIN) * sigmas[0], sigmas)]
     end = sigmas[nearest_level(rng.choice(SPANS_END) * sigmas[-1], sigmas)]
     wanted = int(np.exp(rng.uniform(np.log(max(2, budget // 8)), np.log(budget + 1))))
     if not end < begin:
         return None
     options = FAMILIES[family](rng, np.array([begin, end])) | {"start_shift": start_shift}
+    if not between and "s_churn" in options:
+        options["s_churn"] = 0.0  # it raises the noise to sigmas between the levels
     most = len(sigmas) if own_levels else wanted
     for levels in range(min(most, wanted), 1, -1):
         path = SCHEDULES[schedule](begin, end, levels)
@@ -102,8 +106,9 @@ def _draw(rng, sigmas, budget, families, start_shift) -> Plan | None:
             plan = SAMPLERS[family](path, **options)
         except ValueError:
             return None
+        if plan.sigma.max() > begin * (1 + 1e-6):
+            return None
         if plan.nfe <= wanted:
-            plan = plan.on_levels(sigmas)
             plan.metadata.update(schedule=schedule, sigmas=len(path), own_levels=own_levels, start_shift=start_shift)
             plan.metadata.update(sigma_max=float(begin), sigma_min=float(end))
             return plan

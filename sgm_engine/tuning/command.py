@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from sgm_engine.arguments import MAX_SEED, _at_least
-from sgm_engine.evaluation.command import add_engine, engine_of, load_plan
+from sgm_engine.evaluation.command import add_engine, engine_of, load_model, load_plan
 
 MEASURES = ("frechet", "sliced", "mmd")
 
@@ -70,23 +71,24 @@ def run(args: argparse.Namespace) -> int:
         check_plotting()
         if args.held_out_seed == args.seed:
             raise ValueError(f"argument --held-out-seed: must differ from --seed, both are {args.seed}")
-        engine = engine_of(args)
+        model = load_model(args)
+        engine = engine_of(args, model)
         reference_set = open_images(args.reference)
         training = open_images(args.training) if args.training else None
         for s in (reference_set, training):
             if s is not None and tuple(s.shape) != engine.shape:
                 raise ValueError(f"{s.name} holds images {tuple(s.shape)}, the model draws {engine.shape}")
-        baseline = _baseline(args, engine)
+        baseline = _baseline(args, model)
         extractor = open_extractor(args.features, training, say)
         budget = args.budget or _evaluations(args.seconds, engine, say)
         families = args.families.split(",") if args.families else tuple(FAMILIES)
-        recommended = getattr(engine.model, "plan", None) or {}
+        recommended = getattr(model, "plan", None) or {}
         shift = float(recommended.get("start_shift", 0.0))
-        plans = draw_candidates(engine.sigmas, budget, args.candidates, args.seed, families, shift)
+        plans = draw_candidates(engine.sigmas, budget, args.candidates, args.seed, families, shift, _between(model))
 
     reference = summarise(reference_set.blocks(), extractor, reference_set.name)
     floor = summarise(training.take(args.held_out).blocks(), extractor) if training else None
-    tuner = Tuner(engine, extractor, reference, args.measure)
+    tuner = Tuner(model, partial(engine_of, args), extractor, reference, args.measure)
     start = time.perf_counter()
     survivors = tuner.search(plans, args.seed, args.first, args.last, say)
     outcome = tuner.confirm(survivors, args.held_out_seed, args.held_out, floor, baseline, say)
@@ -101,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _baseline(args: argparse.Namespace, engine):
+def _baseline(args: argparse.Namespace, model):
     """A Plan, an ImageSet of samples drawn before (with the plan that they carry, if any), or None."""
     from sgm_engine.evaluation.images import open_images
     from sgm_engine.tuning.tune import Drawn, plan_of_samples
@@ -114,7 +116,18 @@ def _baseline(args: argparse.Namespace, engine):
         if len(images) < args.held_out:
             raise ValueError(f"argument --baseline: {len(images)} samples, fewer than --held-out {args.held_out}")
         return Drawn(images.take(args.held_out), plan_of_samples(path))
-    return load_plan(args.baseline, engine.model)
+    return load_plan(args.baseline, model)
+
+
+def _between(model) -> bool:
+    """Can the model be conditioned between its levels?"""
+    from sgm_engine.conditioning import at_sigmas
+
+    try:
+        at_sigmas(model, (model.sigmas[:1] * model.sigmas[1:2]) ** 0.5)
+    except ValueError:
+        return False
+    return True
 
 
 def _evaluations(seconds: float, engine, say) -> int:

@@ -35,9 +35,9 @@ def halve(
 ) -> list[Trial]:
     """Successive halving (Jamieson and Talwalkar, arXiv 1502.07943) with Pareto layers for ranks.
 
-    extend(trial, n): draw its samples up to id n − 1, set n and quality. Every trial gets ``first`` samples; the best share
-    ``keep`` of them twice as many, and so on until the survivors have ``last``. Best: the Pareto front of (evaluations,
-    quality), then the front of the rest, and so on. Samples are drawn once: a survivor keeps what it has.
+    extend(trial, n): draw its samples up to id n − 1, set n and quality. Every trial gets ``first`` samples; the best
+    share ``keep`` of them twice as many, and so on until the survivors have ``last``. Best: the Pareto front of
+    (evaluations, quality), then the front of the rest, and so on. Samples are drawn once: a survivor keeps its own.
     """
     if not 2 <= first <= last:
         raise ValueError(f"first must be at least 2 and at most last, got {first} and {last}")

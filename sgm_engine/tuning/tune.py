@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from sgm_engine.engine import Engine
 from sgm_engine.evaluation.distances import mmd, sliced_wasserstein
-from sgm_engine.evaluation.draw import drawn
+from sgm_engine.evaluation.draw import conditioned, drawn
 from sgm_engine.evaluation.evaluate import MMD_VECTORS, Summary, summarise
 from sgm_engine.evaluation.features import Extractor
 from sgm_engine.evaluation.frechet import frechet, frechet_difference, frechet_distance
@@ -32,12 +33,23 @@ class Drawn:
 
 
 class Tuner:
-    """Measures plans of one engine against one reference. measure: "frechet", "sliced" or "mmd"; lower is better."""
+    """Measures plans against one reference. engine_for(model): an engine of it.
 
-    def __init__(self, engine: Engine, extractor: Extractor, reference: Summary, measure: str = "frechet"):
+    measure: "frechet", "sliced" or "mmd"; lower is better.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        engine_for: Callable[[Callable[[Tensor, Tensor], Tensor]], Engine],
+        extractor: Extractor,
+        reference: Summary,
+        measure: str = "frechet",
+    ):
         if measure not in NAMES:
             raise ValueError(f"measure must be one of {', '.join(NAMES)}, got {measure!r}")
-        self.engine, self.extractor, self.reference, self.measure = engine, extractor, reference, measure
+        self.model, self.engine_for = model, engine_for
+        self.extractor, self.reference, self.measure = extractor, reference, measure
         self._target = reference.moments.moments()
 
     def search(
@@ -47,7 +59,7 @@ class Tuner:
 
         def extend(trial: Trial, n: int) -> None:
             lost: list = []
-            for block in drawn(self.engine, trial.plan, range(trial.n, n), seed, lost):
+            for block in self._draw(trial.plan, range(trial.n, n), seed, lost):
                 trial.summary.update(block)
             trial.n = n
             trial.quality = float("inf") if lost else self.quality(trial.summary)
@@ -98,9 +110,13 @@ class Tuner:
         least = None if floor is None else self._estimate(floor, 2).value
         return Outcome(points, NAMES[self.measure], self.reference.name, n, least, difference, {})
 
+    def _draw(self, plan: Plan, ids: range, seed: int, lost: list) -> Iterator[Tensor]:
+        model, plan = conditioned(self.model, plan)
+        return drawn(self.engine_for(model), plan, ids, seed, lost)
+
     def _held_out(self, plan: Plan, seed: int, n: int) -> Summary:
         lost: list = []
-        summary = summarise(drawn(self.engine, plan, range(n), seed, lost), self.extractor, plan.name)
+        summary = summarise(self._draw(plan, range(n), seed, lost), self.extractor, plan.name)
         if lost:
             raise ValueError(f"{len(lost)} of {n} held-out samples of {label(plan)} diverged: {lost[0]}")
         return summary
