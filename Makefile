@@ -47,7 +47,7 @@ $(VENV)/.installed: $(BUILT_FROM) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	@$(PIP) -e '.[test,lint,integrations]'
+	@$(PIP) -e '.[test,lint,integrations,train]'
 	@$(PIP) --no-deps azula deepinv k-diffusion  # see pyproject.toml
 	@touch $@
 
