@@ -13,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
-BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 # nvcc takes minutes: without a GPU its library is left out, unless SGM_WITH_CUDA=1 asks for it.
 export SGM_WITH_CUDA ?= $(if $(shell command -v nvidia-smi 2>/dev/null),auto,0)
