@@ -63,3 +63,39 @@ def test_update(benchmark, shape, layout, dtype, threads):
     print(f"\n{shape} {layout} {dtype} {threads}t: {ratios}")
     assert eager.high >= 3, f"only {eager} times as fast as eager PyTorch"
     assert compiled.high > 1, f"only {compiled} times as fast as torch.compile"
+
+
+ROWS = {  # (a, b, c, d), (e, f)
+    "Langevin": ((1.0, 1e-3, 0.04, 0.0), (0.0, 0.0)),
+    "ancestral": ((1.0, 0.7, 0.3, 0.0), (0.0, 0.0)),
+    "SDE-DPM-Solver++(2M)": ((0.8, 0.7, 0.3, -0.2), (1.0, 0.5)),
+    "DDIM": ((1.0, 0.7, 0.0, 0.0), (0.0, 0.0)),
+    "Heun 2": ((0.0, 0.2, 0.0, 1.0), (0.0, 0.0)),
+    "DPM-Solver++(2M)": ((0.8, 0.7, 0.0, -0.2), (1.0, 0.5)),
+}
+
+
+@pytest.mark.quick
+def test_every_row_costs_the_same(threads):
+    """Rows with noise cost what Langevin's costs, ±5 %, and rows without what DDIM's does; history adds its bytes."""
+    shape = (32, 3, 32, 32)
+    x, score, previous = (torch.randn(shape) for _ in range(3))
+    ids, draw = torch.arange(shape[0]), torch.tensor([1], dtype=torch.int32)
+    row, stop, bad_row = torch.zeros_like(ids), ids * 0 + 1, torch.full_like(ids, ops.NO_BAD_ROW)
+    launch, state = ops.launchers("cpu").langevin_update, x.clone()
+
+    def step(coef, keep):
+        history = (previous, state, False, keep) if coef[0, 3] or keep.any() else (None, state, False)
+        return lambda: launch(state, score, coef, draw, row, stop, ids, ids, bad_row, *history)
+
+    steps = {name: step(torch.tensor([coef]), torch.tensor([keep])) for name, (coef, keep) in ROWS.items()}
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    ratios = {}
+    for name, call in steps.items():
+        base = "Langevin" if ROWS[name][0][2] else "DDIM"
+        ratios[name] = paired_ratio(call, steps[base], pairs=40, clock=clock)
+        state.copy_(x)
+    print("\n" + ", ".join(f"{name}: {ratio}" for name, ratio in ratios.items()))
+    for name in ("Langevin", "ancestral", "DDIM"):
+        assert ratios[name].low <= 1.05 and ratios[name].high >= 0.95, (name, ratios[name])
+    assert ratios["SDE-DPM-Solver++(2M)"].low <= 1.25, "a row with history and noise moves 5 tensors, not 3"
