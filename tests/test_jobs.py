@@ -106,19 +106,10 @@ def test_an_array_of_three_makes_the_same_bytes(whole, tmp_path, monkeypatch):
 
 
 def test_torchrun_makes_the_same_bytes(tiny_weights, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "--",
-        "sgm_engine",
-        "sample",
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "sgm_engine"]
     options = ["--checkpoint", str(tiny_weights), "--batch", "4", "--n", "50", "--shard-size", "8", "--device", "cpu"]
-    done = subprocess.run([*command, "sample", *options, "--out", "two/"], cwd=tmp_path, capture_output=True, text=True)
+    command = [*torchrun, "sample", *options, "--out", "two/"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "worker 0 of 2" in done.stdout and "worker 1 of 2" in done.stdout
     from sgm_engine.cli import main
@@ -154,7 +145,10 @@ def test_ray_makes_the_same_bytes_when_an_actor_dies(whole, tmp_path):
     engine = {"batch": 64, "sigmas": faults.SIGMAS, "shape": (1, 4, 4), "executor": "eager"}
     options = {"format": "npz", "weights": "toy", "plan": toy_plan(), "shard_size": 10}
     toy_job(tmp_path / "one", N, 10).run()
+    ray.cloudpickle.register_pickle_by_value(faults)  # actors cannot import from tests/
     try:
+        with pytest.raises(ValueError, match=r"could not be made: .*executor must be one of"):
+            ray_job(faults.toy_score, tmp_path / "no", N, actors=1, **engine | {"executor": "abacus"}, **options)
         job = ray_job(faults.toy_score, tmp_path / "two", N, actors=2, **engine, **options)
         victim = ray.get(job.source.actors[0].__ray_call__.remote(lambda self: os.getpid()))
         assert victim != os.getpid()
@@ -169,6 +163,7 @@ def test_ray_makes_the_same_bytes_when_an_actor_dies(whole, tmp_path):
             report = job.run(on_shard=kill)
     finally:
         ray.shutdown()
+        ray.cloudpickle.unregister_pickle_by_value(faults)
     assert report.complete and killed == [3]
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
@@ -394,33 +389,31 @@ def test_stop_ends_within_a_few_steps_and_keeps_what_is_done(tmp_path):
     assert job.run().complete and verify(tmp_path / "job").ok
 
 
-@pytest.mark.parametrize("sample, row", [(0, 0), (3, 1), (5, 6), (9, 6), (11, 3)])
-def test_a_diverged_sample_is_recorded_and_never_written(tmp_path, sample, row):
-    """A NaN in one sample at one step: that sample is quarantined, every other one has its usual bytes."""
-    shard, calls = sample // 4, []
-
-    def sick(x, level):
-        score = faults.toy_score(x, level)
-        # samples 0–3, then 4–7, then 8–11 fill the four slots; a chain has 7 rows
-        if len(calls) == (sample // 4) * 7 + row:
-            score[sample % 4, 0, 1, 2] = float("nan")
-        calls.append(level)
-        return score
-
-    plan = annealed_langevin(faults.SIGMAS, steps_per_level=2, step_lr=1e-3)
+def test_a_diverged_sample_is_recorded_and_never_written(tmp_path):
+    """A NaN in one sample at one row, 30 times: that sample is quarantined, every other one has its usual bytes."""
+    plan = annealed_langevin(faults.SIGMAS, steps_per_level=2, step_lr=1e-3)  # 7 rows
     options = {"plan": plan, "weights": "toy", "format": "safetensors", "shard_size": 4}
     generate(toy_engine(4), tmp_path / "well", 12, **options)
-    report = generate(toy_engine(4, sick), tmp_path / "sick", 12, **options)
-    assert [(d.sample_id, d.row) for d in report.diverged] == [(sample, row)] and report.complete
-    assert report.samples == 11
-    found = verify(tmp_path / "sick")
-    assert found.ok and found.samples == 11 and found.diverged == report.diverged
-    for k in range(3):
-        well, sick_ = (load_file(tmp_path / name / f"shard-00000{k}.safetensors") for name in ("well", "sick"))
-        keep = well["sample_id"] != (sample if k == shard else -1)
-        assert np.array_equal(sick_["samples"], well["samples"][keep])
-        assert np.array_equal(sick_["sample_id"], well["sample_id"][keep])
-    again = generate(toy_engine(4), tmp_path / "sick", 12, **options)
+    well = [load_file(tmp_path / "well" / f"shard-00000{k}.safetensors") for k in range(3)]
+    for sample, row in [(i % 12, i % 7) for i in range(30)]:
+        calls = []
+
+        def sick(x, level, at=(sample // 4) * 7 + row, slot=sample % 4, calls=calls):
+            score = faults.toy_score(x, level)
+            if len(calls) == at:  # samples 0–3, then 4–7, then 8–11 fill the four slots
+                score[slot, 0, 1, 2] = float("nan")
+            calls.append(level)
+            return score
+
+        out = tmp_path / f"{sample}-{row}"
+        report = generate(toy_engine(4, sick), out, 12, **options)
+        assert [(d.sample_id, d.row) for d in report.diverged] == [(sample, row)] and report.complete
+        found = verify(out)
+        assert found.ok and found.samples == report.samples == 11 and found.diverged == report.diverged
+        for k, usual in enumerate(well):
+            kept, keep = load_file(out / f"shard-00000{k}.safetensors"), usual["sample_id"] != sample
+            assert all(np.array_equal(kept[name], usual[name][keep]) for name in ("samples", "sample_id"))
+    again = generate(toy_engine(4), out, 12, **options)
     assert again.shards == 0 and again.diverged == report.diverged
 
 

@@ -73,8 +73,8 @@ class RaySource:
     def describe(self, plan: Plan | None, seed: int) -> tuple[Geometry, tuple[int, int, int], Plan]:
         try:
             return self._ray.get(self.actors[0].describe.remote(plan, seed))
-        except self._ray.exceptions.RayTaskError as error:
-            raise ValueError(str(error.cause)) from None
+        except self._ray.exceptions.RayError as error:
+            raise ValueError(f"an actor could not be made: {_why(error)}") from None
 
     def cancel(self) -> None:
         """``draw`` looks by itself, every POLL seconds."""
@@ -120,7 +120,7 @@ class RaySource:
 
     def _survive(self, actor: Any, shard: int, attempts: int, error: Exception) -> None:
         """Put an actor that failed aside, and a new one in its place. EngineError after too many attempts."""
-        why = str(getattr(error, "cause", None) or error).splitlines()[0]
+        why = _why(error)
         if attempts >= ATTEMPTS:
             raise EngineError(f"shard {shard} failed on {attempts} actors, at last with: {why}") from error
         warnings.warn(f"shard {shard} failed on an actor ({why}); another one draws it", stacklevel=2)
@@ -129,6 +129,12 @@ class RaySource:
             with suppress(self._ray.exceptions.RayError):
                 self._ray.kill(actor)
             self.actors.append(self._start())
+
+
+def _why(error: Exception) -> str:
+    """One line out of Ray's many: what the actor raised, or that it died."""
+    lines = str(getattr(error, "cause", None) or error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "creation task" in lines[0] else 0]
 
 
 def ray_job(
