@@ -1,4 +1,4 @@
-"""Three users of one running batch, with plans of their own: python examples/service.py"""
+"""Two users of one running batch, with plans of their own: python examples/service.py"""
 
 import torch
 
@@ -6,9 +6,9 @@ from sgm_engine import Engine, SamplerService, annealed_langevin, load_bundled
 from sgm_engine.images import grid, save_png, to_uint8
 
 model, _ = load_bundled()
-plans = [annealed_langevin(model.sigmas, steps) for steps in (2, 5, 10)]
-with SamplerService(Engine(model, batch=8)) as service:  # submit from as many threads as you like
-    futures = [service.submit(4, seed=7, plan=plan) for plan in plans]
-    rows = [future.result() for future in futures]  # each the same bits as engine.sample(4, 7, plan)
+plans = [annealed_langevin(model.sigmas, steps) for steps in (8, 10)]
+with SamplerService(Engine(model, batch=4)) as service:  # submit from as many threads as you like
+    futures = [service.submit(3, seed=7, plan=plan) for plan in plans]
+    rows = [future.result() for future in futures]  # each the same bits as engine.sample(3, 7, plan)
     print(service.metrics())
-save_png("service.png", grid(to_uint8(torch.cat(rows)), columns=4))
+save_png("service.png", grid(to_uint8(torch.cat(rows)), columns=3))

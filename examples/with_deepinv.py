@@ -6,7 +6,7 @@ from sgm_engine import Engine, annealed_langevin, load_bundled
 from sgm_engine.integrations.deepinv import Denoiser
 
 model, _ = load_bundled()
-clean = Engine(model, batch=4).sample(4, plan=annealed_langevin(model.sigmas, 10)).clamp(0, 1)
+clean = Engine(model, batch=2).sample(2, plan=annealed_langevin(model.sigmas, 8)).clamp(0, 1)
 physics = dinv.physics.Inpainting((1, 28, 28), mask=0.6, noise_model=dinv.physics.GaussianNoise(0.1))
 y = physics(clean)
 prior = dinv.optim.PnP(Denoiser(model))

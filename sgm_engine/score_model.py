@@ -78,6 +78,7 @@ class ScoreModel(nn.Module):
             "condition", torch.tensor(condition, dtype=torch.int64 if whole else torch.float32), persistent=False
         )
         self.scaled = bool((self.c_in != 1).any())
+        self.unit = bool((self.s == 1).all())
         self.direct = self.plain and bool((self.q == 1).all())
 
     @property
@@ -98,15 +99,19 @@ class ScoreModel(nn.Module):
         return as_score(self.model, sigmas=sigmas, **self.options)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        c_in, q, s = (column[level][:, None, None, None] for column in (self.c_in, self.q, self.s))
-        found = self.model(c_in * x if self.scaled else x, self.condition[level])
+        def column(of: Tensor) -> Tensor:
+            return of.index_select(0, level)[:, None, None, None]
+
+        found = self.model(column(self.c_in) * x if self.scaled else x, self.condition[level])
         if not isinstance(found, Tensor) or found.shape != x.shape:
             what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"model must return a tensor of x's shape {list(x.shape)}, got {what}: wrap it to do so")
         found = found.float()
         if self.direct:
             return found
-        return q * found if self.plain else q * (found - s * x)
+        if self.plain:
+            return column(self.q) * found
+        return column(self.q) * (found - (x if self.unit else column(self.s) * x))
 
 
 def as_score(
