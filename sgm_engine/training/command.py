@@ -10,7 +10,7 @@ from sgm_engine.arguments import BadInput
 
 EPILOG = """\
 examples:
-  sgm train --config mnist_tiny --data mnist/ --out run          a few minutes on a CPU; pictures in run/samples
+  sgm train --config mnist_tiny --data mnist/ --out run          a first look on a CPU; pictures in run/samples
   sgm train --config mnist_tiny --data mnist/ --out run          killed? the same command goes on where it was
   sgm train --config ncsnv2_cifar10 --data cifar/ --out run --set batch=64 lr=5e-5
   sgm train --config mine.yaml --data pictures/ --out run --set image_size=64

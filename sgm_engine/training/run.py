@@ -73,7 +73,7 @@ class Job:
             compile_norms(self.module.network)
         start = partial(_next_batch, trainer)
         batches = Batches(self.images, c.batch // world, c.seed, trainer.global_rank, world, start)
-        held_out = TensorDataset(torch.from_numpy(np.ascontiguousarray(self.held_out[:HELD_OUT])))
+        held_out = TensorDataset(torch.from_numpy(np.array(self.held_out[:HELD_OUT])))
         validation = DataLoader(held_out, c.batch) if c.validate_every else None
         try:
             trainer.fit(self.module, DataLoader(batches, None), validation, ckpt_path=self.resume, weights_only=True)
