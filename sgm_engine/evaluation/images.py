@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from sgm_engine.images import to_uint8
-from sgm_engine.training.data import load_mnist, read_idx
+from sgm_engine.training.data import load_images, read_idx
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 PARTS = (".npz", ".safetensors")
-SPLITS = {"train": "train", "test": "t10k"}  # and the first part of MNIST's file names
+SPLITS = {"train": "train", "test": "t10k"}  # and the first part of the names of MNIST's label files
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ImageSet:
     def blocks(self, size: int = 256) -> Iterator[Tensor]:
         """uint8 [b, C, H, W], b ≤ size, in order."""
         for block in self.read(size):
-            yield torch.from_numpy(np.ascontiguousarray(block))
+            yield torch.from_numpy(np.array(block, order="C"))  # a copy: what lies in a file is not writable
 
     def all(self) -> Tensor:
         return torch.cat([*self.blocks()])
@@ -116,9 +116,9 @@ def _open_folder(path: Path, split: str | None) -> ImageSet:
 
 
 def _mnist(folder: Path, split: str) -> ImageSet:
-    images = load_mnist(folder, SPLITS[split]).numpy()
+    images = load_images(folder, split, "mnist")
     names = [folder / f"{SPLITS[split]}-labels-idx1-ubyte{end}" for end in (".gz", "")]
-    labels = next((read_idx(name).long() for name in names if name.is_file()), None)
+    labels = next((torch.tensor(read_idx(name)).long() for name in names if name.is_file()), None)
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{folder}: {len(images)} images but {len(labels)} labels in the {split} split")
     return from_array(images, f"{folder}:{split}", labels)
