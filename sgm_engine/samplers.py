@@ -139,9 +139,7 @@ def plan_of_nfe(name: str, nfe: int, sigma_max: float, sigma_min: float, schedul
     if rest or levels < 2:
         low = max(levels, 2) * each + fixed
         near = f"{low} or {low + each}" if levels >= 2 else f"{low}"
-        raise ValueError(
-            f"nfe: {name} with these options takes {each}·L + {fixed:d} evaluations, not {nfe}; take {near}"
-        )
+        raise ValueError(f"nfe: {name} with these options takes {each}·L{fixed:+d} evaluations, not {nfe}; take {near}")
     return SAMPLERS[name](schedules.SCHEDULES[schedule](sigma_max, sigma_min, levels), **options)
 
 
@@ -178,7 +176,8 @@ def _multistep(name: str, sigmas, power: int, start_scale, start_shift) -> Plan:
         rho = h[i] / (2 * h[i - 1]) if i else 0.0
         new = (1 - keep) * (1 + rho)  # weight of this row's D; the stored one's is −(1 − keep)·ρ
         sigma2 = sigmas[i] ** 2
-        rows.append((sigmas[i], keep + new, new * sigma2, noise[i], (keep - 1) * rho if i else 0.0, 1.0, sigma2))
+        store = (1.0, sigma2) if i + 1 < len(k) else (0.0, 0.0)
+        rows.append((sigmas[i], keep + new, new * sigma2, noise[i], (keep - 1) * rho if i else 0.0, *store))
     return _table(name, rows, sigmas, np.zeros(len(sigmas)), sigmas, start_scale, start_shift, {})
 
 

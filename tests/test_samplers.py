@@ -354,7 +354,7 @@ def test_on_levels_is_exact_at_levels_and_the_denoiser_between():
     assert heun(SIGMAS).on_levels(SIGMAS) == heun(SIGMAS)
     plan = dpm_solver_2m(karras(4, 0.1, 12)).on_levels(SIGMAS)
     assert np.isin(plan.sigma, SIGMAS).all()
-    np.testing.assert_allclose(plan.f[:-1], plan.sigma[:-1] ** 2)  # x + σ_l²·score_l: the level's own denoised image
+    np.testing.assert_allclose(plan.f[:-2], plan.sigma[:-2] ** 2)  # x + σ_l²·score_l: the level's own denoised image
     Engine(mixture.model(SIGMAS), 2, sigmas=SIGMAS, shape=SHAPE).sample(1, plan=plan)
 
 
