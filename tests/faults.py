@@ -22,7 +22,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 SIGMAS = (1.0, 0.3, 0.1)
-PRELOAD = ["sgm_engine.cli", "sgm_engine.jobs.job", "sgm_engine.native", "sgm_engine.checkpoint", "safetensors.numpy"]
+PRELOAD = ["sgm_engine.cli", "sgm_engine.jobs.job", "sgm_engine.native", "sgm_engine.checkpoint", "torch._dynamo"]
 
 
 def toy_score(x, level):
