@@ -37,8 +37,9 @@ class EngineSource:
     """One stream of samples over all shards, so that the batch is full from the first shard to the last."""
 
     def __init__(self, engine: Engine, weights: str | None = None):
-        """weights: what the job's user calls them; None: their digest, which is compared when drawing begins."""
+        """weights: what the job's user calls them; None: their digest, taken now."""
         self.engine, self._named = engine, weights is not None
+        self._versions = engine._network.versions()
 
     def cancel(self) -> None:
         self.engine.cancel()
@@ -49,7 +50,7 @@ class EngineSource:
         open_shards: deque[_Open] = deque()
         finished: deque[Drawn] = deque()
         versions = self.engine._network.versions()
-        if not self._named and weights_digest(self.engine.model) != spec.weights:
+        if not self._named and versions != self._versions and weights_digest(self.engine.model) != spec.weights:
             raise JobError("the model's weights are not those that the job was made with: make another job")
 
         def feed() -> Iterator[int]:
