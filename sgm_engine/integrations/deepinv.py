@@ -24,7 +24,8 @@ class Denoiser(nn.Module):
     model: ``model(x, level int64 [B]) → score``; shared. sigmas [L]: None takes ``model.sigmas``. sigma, a number or a
     tensor [B], may lie between levels: the network is asked at the nearest, on a logarithmic scale, and one further
     outside than half of the outermost ratio raises ValueError. An NCSN or NCSNv2 on a CPU runs on the native executor
-    where no gradient is asked for; everything else runs as the module does.
+    where no gradient is asked for, and follows its weights, except what is written through ``.data``; everything else
+    runs as the module does.
     """
 
     def __init__(self, model: Callable[[Tensor, Tensor], Tensor], sigmas=None):
@@ -34,6 +35,7 @@ class Denoiser(nn.Module):
             raise ValueError("sigmas: the model has no .sigmas, so pass sigmas=[…], its noise levels, descending")
         self.model, self.sigmas = model, check_sigmas(sigmas)
         self._native: tuple[tuple[int, ...], NativeNetwork] | None = None  # for one shape of x
+        self._seen: list[tuple[int, int]] = []  # of the weights that it has packed
 
     def forward(self, x: Tensor, sigma: float | Tensor, *args, **kwargs) -> Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1).cpu().numpy()
@@ -61,7 +63,9 @@ class Denoiser(nn.Module):
         if gradient or x.device.type != "cpu" or x.dtype != torch.float32 or refusal(self.model) is not None:
             return self.model(x, level)
         if self._native is None or self._native[0] != x.shape:
-            self._native = x.shape, NativeNetwork(self.model, len(x), *x.shape[2:])
-        network = self._native[1]
-        network.sync()
+            self._native, self._seen = (x.shape, NativeNetwork(self.model, len(x), *x.shape[2:])), []
+        network, weights = self._native[1], [(p.data_ptr(), p._version) for p in self.parameters()]
+        if weights != self._seen:
+            network.sync()
+            self._seen = weights
         return network(x, level)
