@@ -95,6 +95,7 @@ def test_a_sample_that_diverges_fails_its_request_alone(free):
     bad = torch.zeros(3, *SHAPE)
     bad[1, 0, 0, 0] = float("nan")
     with SamplerService(engine(free)) as service:
+        service.submit(1, plan=LONG)  # its rows come first in the tables
         before, broken, after = (service.submit(3, 1, PLAN, 10, init) for init in (None, bad, None))
         with pytest.raises(SampleDiverged, match="sample 11 at row 0") as told:
             broken.result()
