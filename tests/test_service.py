@@ -69,11 +69,11 @@ def no_thread_left():
 def test_mixed_requests_equal_their_solo_runs(executor):
     """Eight clients; python -m bench.service is the same with 500 requests each."""
     one = tiny(executor)
-    asked = requests(8, 20 if executor == "native" else 3, one.shape)
+    asked = requests(8, 20 if executor == "native" else 2, one.shape)
     with SamplerService(one) as service:
         got, metrics = closed_loop(service, asked)
     assert differing(asked, got, tiny(executor)) == 0
-    assert metrics.occupancy >= (0.95 if executor == "native" else 0.9)  # of the short one the end is a good part
+    assert metrics.occupancy >= (0.95 if executor == "native" else 0.8)  # of the short one the end is a good part
     assert metrics.finished == sum(request["n"] for mine in asked for request in mine)
     assert metrics.requests["finished"] == sum(map(len, asked)) and metrics.pending == metrics.running == 0
 
