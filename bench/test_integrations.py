@@ -1,7 +1,7 @@
 """What the engine gains inside other libraries: their own loop over the same network against ours, on one thread.
 
-What is gained is the network's speed: an NCSN runs on the native executor wherever the adapter calls it. The loops alone,
-over a network of less than a millisecond that both sides call as it is, cost about the same, exact noise included.
+What is gained is the network's speed: an NCSN runs on the native executor wherever the adapter calls it. The loops
+alone, over a network of less than a millisecond that both sides call as it is, cost about the same, noise included.
 Correctness first: where both are deterministic they must agree. Ratios are floors that a regression would break.
 """
 
@@ -102,6 +102,7 @@ class Plain(nn.Module):
         self.net = deepinv.Denoiser(net)
 
     def forward(self, x, sigma):
+        sigma = torch.as_tensor(sigma).expand(len(x))
         fused, blocks.ops.noise_conditioned_norm = blocks.ops.noise_conditioned_norm, reference.noise_conditioned_norm
         try:
             level = torch.from_numpy(self.net._levels(sigma.double().numpy()))
