@@ -165,17 +165,18 @@ class BinaryDistribution(Distribution):
         return True
 
 
-if sys.platform == "win32":
-    raise SystemExit("sgm-engine builds on Linux and macOS; on Windows use WSL 2")
-readme = ROOT / "README.md"
-setup(
-    version=re.search(r'__version__ = "(.+)"', (ROOT / "sgm_engine" / "__init__.py").read_text())[1],
-    long_description=readme.read_text() if readme.exists() else "",
-    long_description_content_type="text/markdown",
-    packages=[*find_packages(include=["sgm_engine", "sgm_engine.*"]), "sgm_engine.kernels"],
-    package_dir={"sgm_engine.kernels": "kernels"},
-    package_data={"sgm_engine": ["weights/*", "training/configs/*.yaml", "_cuda/*.so"]},
-    ext_modules=[Extension("sgm_engine._C", ["csrc/binding.cpp"])],
-    cmdclass={"build_ext": BuildExt},
-    distclass=BinaryDistribution,
-)
+if __name__ == "__main__":
+    if sys.platform == "win32":
+        raise SystemExit("sgm-engine builds on Linux and macOS; on Windows use WSL 2")
+    readme = ROOT / "README.md"
+    setup(
+        version=re.search(r'__version__ = "(.+)"', (ROOT / "sgm_engine" / "__init__.py").read_text())[1],
+        long_description=readme.read_text() if readme.exists() else "",
+        long_description_content_type="text/markdown",
+        packages=[*find_packages(include=["sgm_engine", "sgm_engine.*"]), "sgm_engine.kernels"],
+        package_dir={"sgm_engine.kernels": "kernels"},
+        package_data={"sgm_engine": ["weights/*", "training/configs/*.yaml", "_cuda/*.so"]},
+        ext_modules=[Extension("sgm_engine._C", ["csrc/binding.cpp"])],
+        cmdclass={"build_ext": BuildExt},
+        distclass=BinaryDistribution,
+    )

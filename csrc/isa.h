@@ -7,9 +7,10 @@
 //
 // An inline function or template that is not in sgm::SGM_ISA (std::vector included) must not reach such a file's object:
 // the linker keeps one copy of it, perhaps the AVX-512 one, for everybody. tests/test_build.py looks for that.
+// SGM_GENERIC_ONLY leaves one set, as on other processors, for builds that have to be quick.
 #pragma once
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SGM_GENERIC_ONLY)
 #define SGM_ISAS(X) X(generic) X(avx2) X(avx512) X(avx512_bf16)
 #else
 #define SGM_ISAS(X) X(generic)
@@ -31,7 +32,7 @@ void set_isa(const char* isa_name);  // for tests; throws std::invalid_argument
 
 }  // namespace sgm
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SGM_GENERIC_ONLY)
 #define SGM_DECLARE_PER_ISA(result, function, arguments) \
   namespace generic { result function arguments; }       \
   namespace avx2 { result function arguments; }          \

@@ -141,11 +141,22 @@ class Graph:
         self.weights.append(_Weights(tensors, pack))
 
     def _layer(
-        self, op, x: Value | None, out: Value | None, *, add=(), norm=None, activation="none", conv=-1, **affine
+        self,
+        op,
+        x: Value | None,
+        out: Value | None,
+        *,
+        second=None,
+        add=(),
+        norm=None,
+        activation="none",
+        conv=-1,
+        **affine,
     ):
         self.native.layer(
             op=op,
             input=-1 if x is None else x.id,
+            second=-1 if second is None else second.id,
             output=-1 if out is None else out.id,
             add=[a.id for a in add],
             norm=-1 if norm is None else self._norm(norm),
@@ -159,7 +170,7 @@ class Graph:
         same = conv.kernel_size == (k, k) and conv.dilation == (d, d) and conv.padding == (k // 2 * d,) * 2
         if k not in (1, 3) or not same or conv.stride != (1, 1) or conv.groups != 1 or conv.padding_mode != "zeros":
             raise Unsupported(f"{conv}: only 1×1 and 3×3 convolutions of stride 1 that keep the size, ungrouped")
-        index = self.native.conv(conv.in_channels, conv.out_channels, k, d if k > 1 else 1, pool)
+        index = self.native.conv(conv.in_channels, conv.out_channels, k, d if k > 1 else 1, 1, k // 2 * d, pool)
         self.convs.append(index)
         self._keep((conv.weight, conv.bias), lambda w, b: self.native.set_conv(index, w, b))
         return index
@@ -168,11 +179,11 @@ class Graph:
         native = self.native
         if isinstance(norm, blocks.ConditionalInstanceNormPlus):
             c, levels = norm.channels, norm.embed.num_embeddings
-            index = native.norm(c, levels, True, True, 1e-5)
+            index = native.norm(c, c, levels, True, True, 1e-5)
             parts = [4 * c * i for i in range(3)]  # bytes from the start of a row to its γ, α and β
             self._keep((norm.embed.weight,), lambda p: native.set_norm(index, *(p + at for at in parts), 3 * c))
         elif isinstance(norm, blocks.InstanceNormPlus):
-            index = native.norm(len(norm.gamma), 1, False, True, 1e-5)
+            index = native.norm(len(norm.gamma), len(norm.gamma), 1, False, True, 1e-5)
             tensors = (norm.gamma, norm.alpha, norm.beta)
             self._keep(tensors, lambda gamma, alpha, beta: native.set_norm(index, gamma, alpha, beta, 0))
         else:

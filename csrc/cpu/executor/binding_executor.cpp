@@ -37,13 +37,16 @@ void bind_executor(py::module_& m) {
       .value("mean_pool5", Op::mean_pool5)
       .value("max_pool5", Op::max_pool5)
       .value("upsample", Op::upsample)
+      .value("nearest", Op::nearest)
+      .value("concat", Op::concat)
       .value("store", Op::store);
   py::class_<Executor>(m, "NativeExecutor", py::module_local(), "A whole network in one native call (csrc/cpu/executor/executor.h).")
       .def(py::init<int, Precision>(), py::arg("batch"), py::arg("precision"))
       .def("tensor", &Executor::tensor, py::arg("channels"), py::arg("height"), py::arg("width"))
-      .def("norm", &Executor::norm, py::arg("channels"), py::arg("levels"), py::arg("per_level"), py::arg("has_alpha"), py::arg("eps"))
-      .def("conv", &Executor::conv, py::arg("c_in"), py::arg("c_out"), py::arg("kernel"), py::arg("dilation"), py::arg("pool"))
-      .def("layer", &Executor::layer, py::arg("op"), py::arg("input"), py::arg("output"), py::arg("add"), py::arg("norm"),
+      .def("norm", &Executor::norm, py::arg("channels"), py::arg("groups"), py::arg("levels"), py::arg("per_level"), py::arg("has_alpha"), py::arg("eps"))
+      .def("conv", &Executor::conv, py::arg("c_in"), py::arg("c_out"), py::arg("kernel"), py::arg("dilation"), py::arg("stride"),
+           py::arg("padding"), py::arg("pool"))
+      .def("layer", &Executor::layer, py::arg("op"), py::arg("input"), py::arg("second"), py::arg("output"), py::arg("add"), py::arg("norm"),
            py::arg("activation"), py::arg("conv"), py::arg("scale"), py::arg("shift"))
       .def("plan", &Executor::plan)
       .def("set_conv", [](Executor& e, int conv, uintptr_t weight, uintptr_t bias) {

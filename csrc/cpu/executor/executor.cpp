@@ -3,13 +3,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <thread>
 
-#include "cpu/executor/pack.h"
+#include "cpu/executor/internal.h"
 #include "cpu/pool.h"
 #include "update.h"
 
@@ -18,40 +16,6 @@ namespace {
 
 constexpr int kTileFloats = 16384;  // tiles × channels of one Winograd plane: 36 planes stay near the second-level cache
 constexpr int kMicroBatch = 8;      // images one team carries through a layer together
-
-int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
-int64_t round_up64(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
-
-std::vector<Strip> make_strips(int height, int width, int dilation, bool pool) {
-  std::vector<Strip> strips;
-  int pixels = 0;
-  for (int r = 0; r < std::min(dilation, height); ++r)
-    for (int c = 0; c < std::min(dilation, width); ++c) {
-      const int h = (height - r + dilation - 1) / dilation, w = (width - c + dilation - 1) / dilation;
-      for (int row = 0; row < h; row += kTile) {
-        strips.push_back({r, c, h, w, row, (w + kTile - 1) / kTile, pixels});
-        const int rows = std::min(kTile, h - row);
-        pixels += pool ? (rows / 2) * (w / 2) : rows * w;
-      }
-    }
-  return strips;
-}
-
-int total_tiles(const std::vector<Strip>& strips) {
-  int tiles = 0;
-  for (const Strip& s : strips) tiles += s.tiles;
-  return tiles;
-}
-
-std::vector<Tap> make_taps(int kernel, int dilation, bool pool) {
-  std::vector<Tap> taps;
-  const int low = pool ? -1 : -(kernel / 2), high = pool ? 2 : kernel / 2;
-  for (int r = low; r <= high; ++r)
-    for (int c = low; c <= high; ++c) taps.push_back({r * dilation, c * dilation});
-  return taps;
-}
 
 }  // namespace
 
@@ -100,198 +64,6 @@ Executor::Executor(int batch, Precision precision)
 
 Executor::~Executor() = default;
 
-int Executor::tensor(int channels, int height, int width) {
-  if (channels < 1 || height < 1 || width < 1)
-    refuse("a tensor needs channels, height, width >= 1, got " + std::to_string(channels) + ", " + std::to_string(height) +
-           ", " + std::to_string(width));
-  tensors_.push_back({channels, round_up(channels, backend_.width), height, width, 0, -1});
-  return static_cast<int>(tensors_.size()) - 1;
-}
-
-int Executor::norm(int channels, int levels, bool per_level, bool has_alpha, double eps) {
-  if (has_alpha && channels < 2) refuse("a norm with alpha needs channels >= 2, got " + std::to_string(channels));
-  const int rows = per_level ? levels : 1;
-  if (per_level) levels_ = levels_ ? std::min(levels_, levels) : levels;
-  norm_tables_.emplace_back(static_cast<size_t>(rows) * 3 * channels);
-  norms_.push_back({channels, per_level ? 3 * channels : 0, has_alpha, static_cast<float>(eps), nullptr});
-  return static_cast<int>(norms_.size()) - 1;
-}
-
-int Executor::conv(int c_in, int c_out, int kernel, int dilation, bool pool) {
-  if (kernel != 1 && kernel != 3) refuse("kernel must be 1 or 3, got " + std::to_string(kernel));
-  if (dilation < 1) refuse("dilation must be at least 1, got " + std::to_string(dilation));
-  if (pool && (kernel != 3 || dilation != 1)) refuse("pool needs an undilated 3x3 convolution");
-  Conv conv{};
-  conv.c_in = c_in, conv.c_out = c_out, conv.kernel = kernel, conv.dilation = dilation, conv.pool = pool;
-  convs_.push_back(conv);
-  return static_cast<int>(convs_.size()) - 1;
-}
-
-void Executor::layer(Op op, int input, int output, const std::vector<int>& add, int norm, Activation activation, int conv,
-                     double scale, double shift) {
-  if (planned_) throw std::logic_error("layer() after plan()");
-  const auto is_index = [](int i, size_t n) { return i >= 0 && i < static_cast<int>(n); };
-  const bool reads = op != Op::load, writes = op != Op::store, convolves = op == Op::conv || op == Op::store;
-  if ((reads && !is_index(input, tensors_.size())) || (writes && !is_index(output, tensors_.size())) ||
-      (convolves && !is_index(conv, convs_.size())) || (norm >= 0 && !is_index(norm, norms_.size())) || add.size() > 2)
-    throw std::out_of_range("layer " + std::to_string(layers_.size()) + ": no such tensor, norm or conv, or more than two addends");
-  Layer l{op, reads ? input : -1, writes ? output : -1, {-1, -1}, norm, activation, convolves ? conv : -1,
-          static_cast<float>(scale), static_cast<float>(shift)};
-  for (size_t i = 0; i < add.size(); ++i) {
-    const Tensor &a = tensors_.at(add[i]), &o = tensors_[output];
-    if (a.channels != o.channels || a.height != o.height || a.width != o.width)
-      refuse("layer " + std::to_string(layers_.size()) + ": an addend has another shape than the output");
-    l.add[i] = add[i];
-  }
-  if (norm >= 0 && norms_[norm].channels != tensors_[input].channels)
-    refuse("layer " + std::to_string(layers_.size()) + ": the norm has " + std::to_string(norms_[norm].channels) +
-           " channels, its input " + std::to_string(tensors_[input].channels));
-  if (convolves) {
-    const Conv& c = convs_[conv];
-    const Tensor& in = tensors_[input];
-    bool fits = c.c_in == in.channels;
-    if (writes) {
-      const Tensor& out = tensors_[output];
-      fits = fits && c.c_out == out.channels && out.height == (c.pool ? in.height / 2 : in.height) &&
-             out.width == (c.pool ? in.width / 2 : in.width);
-    }
-    if (!fits) refuse("layer " + std::to_string(layers_.size()) + ": the convolution does not fit its tensors");
-  }
-  layers_.push_back(l);
-}
-
-// The multiplications of both algorithms a pair of channels, with what the tiles cost beside them. Winograd reads 36
-// weights where direct reads 9: with few tiles that is most of its time.
-bool Executor::prefers_winograd(const Conv& conv, int height, int width) const {
-  if (precision_ == Precision::direct || conv.kernel != 3) return false;
-  if (precision_ == Precision::winograd) return true;
-  const auto live = [&](int n) {  // (output, tap) pairs inside the image along one axis
-    return n + 2 * std::max(0, n - conv.dilation);
-  };
-  const double pixels = conv.pool ? 4.0 * height * width : static_cast<double>(live(height)) * live(width);
-  const double tiles = total_tiles(make_strips(height, width, conv.dilation, conv.pool));
-  const double transforms = (conv.bf16 ? 2.0 : 1.0) * (8.0 / conv.c_out + 8.0 / conv.c_in);
-  const double small = 8.0 / batch_;  // tiles that the weights' traffic is worth
-  return kPoints * (tiles * (1 + transforms) + small) < pixels;
-}
-
-void Executor::plan() {
-  if (planned_) throw std::logic_error("plan() twice");
-  planned_ = true;
-  weights_.resize(convs_.size()), biases_.resize(convs_.size());
-  strips_.resize(convs_.size()), taps_.resize(convs_.size());
-  const int team = std::max(1, num_threads() / batch_);
-  std::vector<bool> loaded(tensors_.size());
-
-  if (layers_.empty() || layers_.front().op != Op::load || layers_.back().op != Op::store)
-    refuse("the first layer must be a load, the last a store");
-  for (const Layer& layer : layers_) {
-    if (layer.op == Op::load) loaded[layer.output] = true;
-    if (layer.norm >= 0) tensors_[layer.input].moments = 0;
-    if (layer.conv < 0) continue;
-    Conv& c = convs_[layer.conv];
-    if (c.weights) refuse("a convolution is used by two layers");
-    const Tensor& in = tensors_[layer.input];
-    const bool last = layer.op == Op::store;
-    c.bf16 = precision_ == Precision::bfloat16 && !last && !loaded[layer.input];
-    c.c_step = c.bf16 ? round_up(c.c_in, 2) : c.c_in;
-    c.winograd = !last && prefers_winograd(c, in.height, in.width);
-    const int vectors = round_up(c.c_out, backend_.width) / backend_.width;
-    c.vectors = 1;
-    for (int v = 2; v <= backend_.max_vectors; v *= 2)
-      if (vectors % v == 0 && vectors / v >= std::min(team, vectors)) c.vectors = v;
-    c.blocks = vectors / c.vectors;
-    if (c.winograd) {
-      strips_[layer.conv] = make_strips(in.height, in.width, c.dilation, c.pool);
-      c.strips = strips_[layer.conv].data();
-      c.strip_count = static_cast<int>(strips_[layer.conv].size());
-      c.tiles = total_tiles(strips_[layer.conv]);
-    } else {
-      taps_[layer.conv] = make_taps(c.kernel, c.dilation, c.pool);
-      c.taps = taps_[layer.conv].data();
-      c.tap_count = static_cast<int>(taps_[layer.conv].size());
-      c.stride = c.pool ? 2 : 1;
-      c.pad_before = -c.taps[0].row;
-      c.pad_after = c.taps[c.tap_count - 1].row;
-    }
-    const int64_t taps = c.winograd ? kPoints : c.tap_count;
-    const int64_t columns = last ? c.c_out : static_cast<int64_t>(c.blocks) * c.vectors * backend_.width;
-    const int64_t channels = last ? in.padded : c.c_step;
-    weights_[layer.conv] = Buffer(taps * channels * columns / (c.bf16 ? 2 : 1) + backend_.width);
-    biases_[layer.conv] = Buffer(round_up(c.c_out, backend_.width) + backend_.max_vectors * backend_.width);
-    c.weights = weights_[layer.conv].data();
-    c.bias = biases_[layer.conv].data();
-  }
-  for (size_t i = 0; i < norms_.size(); ++i) norms_[i].table = norm_tables_[i].data();
-
-  // The arena: each tensor takes the lowest place that is free from its first layer to its last.
-  std::vector<int> last_use(tensors_.size(), -1);
-  for (size_t i = 0; i < layers_.size(); ++i)
-    for (int t : {layers_[i].input, layers_[i].output, layers_[i].add[0], layers_[i].add[1]})
-      if (t >= 0) last_use[t] = static_cast<int>(i);
-  struct Place {
-    int64_t begin, end;
-    int last_use;
-  };
-  std::vector<Place> places;
-  std::vector<bool> placed(tensors_.size());
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    const int id = layers_[i].output;
-    places.erase(std::remove_if(places.begin(), places.end(), [&](const Place& p) { return p.last_use < static_cast<int>(i); }),
-                 places.end());
-    if (layers_[i].input >= 0 && !placed[layers_[i].input]) refuse("layer " + std::to_string(i) + " reads a tensor that no layer wrote");
-    if (id < 0) continue;
-    if (placed[id]) refuse("layer " + std::to_string(i) + " writes a tensor for the second time");
-    Tensor& t = tensors_[id];
-    const int64_t size = round_up64(static_cast<int64_t>(t.padded) * t.height * t.width, 16) + 16;
-    std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.begin < b.begin; });
-    int64_t begin = 0;
-    for (const Place& p : places) {
-      if (p.begin - begin >= size) break;
-      begin = p.end;
-    }
-    t.offset = begin;
-    placed[id] = true;
-    places.push_back({begin, begin + size, last_use[id]});
-    arena_size_ = std::max(arena_size_, begin + size);
-    if (t.moments == 0) {
-      t.moments = moments_size_;
-      moments_size_ += 3 * t.padded;
-    }
-  }
-}
-
-void Executor::set_conv(int index, const float* weight, const float* bias) {
-  const Conv& c = convs_.at(index);
-  if (!planned_ || !c.weights) throw std::logic_error("set_conv() before plan(), or of a convolution that no layer uses");
-  const int columns = c.blocks * c.vectors * backend_.width;
-  std::memset(biases_[index].data(), 0, static_cast<size_t>(columns) * sizeof(float));
-  if (bias) std::memcpy(biases_[index].data(), bias, static_cast<size_t>(c.c_out) * sizeof(float));
-  bool last = false;
-  int padded = 0;
-  for (const Layer& l : layers_)
-    if (l.conv == index) last = l.op == Op::store, padded = tensors_[l.input].padded;
-  if (last) pack_last(c, padded, weight, weights_[index].data());
-  else pack(c, c.vectors * backend_.width, weight, weights_[index].data());
-}
-
-void Executor::set_norm(int index, const float* gamma, const float* alpha, const float* beta, int64_t row) {
-  const Norm& norm = norms_.at(index);
-  std::vector<float>& table = norm_tables_[index];
-  const int64_t channels = norm.channels, rows = static_cast<int64_t>(table.size()) / (3 * channels);
-  const float* sources[3] = {gamma, alpha, beta};
-  const float defaults[3] = {1, 0, 0};
-  for (int64_t r = 0; r < rows; ++r)
-    for (int part = 0; part < 3; ++part)
-      for (int64_t c = 0; c < channels; ++c)
-        table[(r * 3 + part) * channels + c] = sources[part] ? sources[part][r * row + c] : defaults[part];
-}
-
-void Executor::set_sigmas(const float* sigmas, int levels) {
-  sigmas_.assign(sigmas, sigmas + levels);
-  levels_ = levels_ ? std::min(levels_, levels) : levels;
-}
-
 void Executor::check_level(int64_t level, const char* name, int64_t index) const {
   if (levels_ && (level < 0 || level >= levels_))
     throw std::out_of_range(std::string(name) + "[" + std::to_string(index) + "] must be in [0, " + std::to_string(levels_) +
@@ -299,6 +71,9 @@ void Executor::check_level(int64_t level, const char* name, int64_t index) const
 }
 
 void Executor::check_chain(const Chain& chain, int64_t steps) const {
+  const Tensor &x = tensors_[layers_.front().output], &end = tensors_[layers_.back().input];
+  if (convs_[layers_.back().conv].c_out != x.channels || end.height != x.height || end.width != x.width)
+    refuse("the score must have the shape of x");
   for (int b = 0; b < chain.slots; ++b) {
     const int64_t end = std::min(chain.stop[b], chain.row[b] + steps);
     if (chain.row[b] < end && (chain.row[b] < 0 || end > chain.rows))
@@ -347,7 +122,7 @@ void Executor::prepare_teams(int images) {
       planes = std::max(planes, static_cast<int64_t>(capacity) * (in.height + border) * (in.width + border) * in.padded);
     }
   }
-  const int64_t aligned_rows = round_up64(rows, 16) + 16, aligned_products = round_up64(products, 16) + 16;
+  const int64_t aligned_rows = round_up(rows, 16) + 16, aligned_products = round_up(products, 16) + 16;
   const int64_t affine_floats = 3 * capacity * affine;
   for (int i = 0; i < teams; ++i) {
     auto team = std::make_unique<Team>(size);

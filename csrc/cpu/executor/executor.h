@@ -58,10 +58,10 @@ class Executor {
   ~Executor();
 
   int tensor(int channels, int height, int width);
-  int norm(int channels, int levels, bool per_level, bool has_alpha, double eps);
-  int conv(int c_in, int c_out, int kernel, int dilation, bool pool);
-  void layer(Op op, int input, int output, const std::vector<int>& add, int norm, Activation activation, int conv,
-             double scale, double shift);
+  int norm(int channels, int groups, int levels, bool per_level, bool has_alpha, double eps);
+  int conv(int c_in, int c_out, int kernel, int dilation, int stride, int padding, bool pool);
+  void layer(Op op, int input, int second, int output, const std::vector<int>& add, int norm, Activation activation,
+             int conv, double scale, double shift);
   void plan();
 
   // weight [c_out][c_in][kernel][kernel], bias [c_out] or null

@@ -2,6 +2,7 @@
 // SGM_ISA naming the set (and the namespace). See program.h for what this file may include.
 #include "direct.h"
 #include "pointwise.h"
+#include "reshape.h"
 #include "winograd.h"
 
 namespace sgm::SGM_ISA::executor {
@@ -33,6 +34,8 @@ static void forward(const Program& program, const Workspace& workspace, const Me
       case Op::mean_pool5: pool5<false>(run, layer); break;
       case Op::max_pool5: pool5<true>(run, layer); break;
       case Op::upsample: upsample(run, layer); break;
+      case Op::nearest: nearest(run, layer); break;
+      case Op::concat: concat(run, layer); break;
       case Op::store: store_score(run, layer, *conv); break;
     }
   }

@@ -25,6 +25,8 @@ enum class Op : int {
   mean_pool5, // output = 5×5 mean of prologue(input), stride 1, padding counted as zeros
   max_pool5,  // output = 5×5 maximum of prologue(input), stride 1
   upsample,   // output = bilinear(input), corners aligned, + Σ add
+  nearest,    // output = input, each pixel repeated to a whole multiple of the size, + Σ add
+  concat,     // output = the channels of input, then those of second
   store,      // score = conv(prologue(input)) + bias, [n][channels][height][width], optionally divided by σ(level)
 };
 
@@ -33,7 +35,7 @@ enum class Activation : int { none, elu, relu, silu };
 // The prologue of a layer: normalise, then activate, while the input is read.
 struct Layer {
   Op op;
-  int input, output;  // tensors
+  int input, second, output;  // tensors
   int add[2];         // tensors, -1: none
   int norm;           // -1: none
   Activation activation;
@@ -41,9 +43,10 @@ struct Layer {
   float scale, shift;
 };
 
-// y = gamma·(x̂ + alpha·ms) + beta (SPEC: InstanceNorm++); rows of `row` floats, one a level, or one row for all.
+// y = gamma·(x̂ + alpha·ms) + beta (SPEC: InstanceNorm++); rows of `row` floats, one a level, or one row for all. x̂ is
+// normalised by channel (groups = channels), by group of channels, or not at all (groups = 0: x̂ = x).
 struct Norm {
-  int channels;
+  int channels, groups;
   int64_t row;         // 0: the same parameters at every level
   bool has_alpha;
   float eps;
@@ -75,8 +78,8 @@ struct Conv {
   const Strip* strips;     // winograd
   int strip_count, tiles;  // winograd, an image
   const Tap* taps;         // direct
-  int tap_count, stride;
-  int pad_before, pad_after;  // direct: zeros round the input
+  int tap_count;
+  int stride, pad_before, pad_after;  // pad: zeros round the input
 };
 
 struct Program {
@@ -131,7 +134,7 @@ struct Backend {
   Forward forward;
 };
 
-constexpr int kTile = 4, kPoints = 36, kMaxTaps = 16;
+constexpr int kTile = 4, kPoints = 36, kMaxTaps = 49;
 
 }  // namespace sgm::executor
 

@@ -1,6 +1,6 @@
 // What a layer does to its input while reading it: the affine map of a norm, then an activation.
 #pragma once
-#include "vec.h"
+#include "groups.h"
 
 namespace sgm::SGM_ISA::executor {
 
@@ -53,10 +53,25 @@ static Affine fold_norm(const Run& run, const Layer& layer) {
   const int channels = norm.channels;
   const float pixels = (float)(t.height * t.width);
   for (int image = 0; image < run.images; image++) {
-    const float* pivot = run.moments(layer.input, image);
-    const float *mean = pivot + t.padded, *squares = mean + t.padded;  // the mean relative to the pivot
+    float* const ai = a + (int64_t)image * t.padded;
+    float* const bi = b + (int64_t)image * t.padded;
+    float* const pivoti = pivots + (int64_t)image * t.padded;
+    for (int c = channels; c < t.padded; c++) ai[c] = bi[c] = 0.f;
     const float* gamma = norm.table + (norm.row ? run.batch.level[image] * norm.row : 0);
     const float *alpha = gamma + channels, *beta = alpha + channels;
+    if (norm.groups == 0) {  // no statistics
+      memset(pivoti, 0, t.padded * sizeof(float));
+      memcpy(ai, gamma, channels * sizeof(float));
+      memcpy(bi, beta, channels * sizeof(float));
+      continue;
+    }
+    const float* pivot = run.moments(layer.input, image);
+    const float *mean = pivot + t.padded, *squares = mean + t.padded;  // the mean relative to the pivot
+    memcpy(pivoti, pivot, t.padded * sizeof(float));
+    if (norm.groups != channels) {
+      fold_groups(norm, pivot, t.padded, t.height * t.width, gamma, ai, bi);
+      continue;
+    }
     double centre = 0, spread = 0;
     if (norm.has_alpha) {
       for (int c = 0; c < channels; c++) centre += (double)pivot[c] + mean[c];
@@ -68,16 +83,12 @@ static Affine fold_norm(const Run& run, const Layer& layer) {
       spread /= channels - 1;
     }
     const float across = norm.has_alpha ? (float)(1 / __builtin_sqrt(spread + norm.eps)) : 0.f;
-    float* const ai = a + (int64_t)image * t.padded;
-    float* const bi = b + (int64_t)image * t.padded;
-    memcpy(pivots + (int64_t)image * t.padded, pivot, t.padded * sizeof(float));
     for (int c = 0; c < channels; c++) {
       const float rstd = 1.f / __builtin_sqrtf(squares[c] / pixels + norm.eps);
       const float standardised = (float)((double)pivot[c] + mean[c] - centre) * across;
       ai[c] = gamma[c] * rstd;
       bi[c] = gamma[c] * (alpha[c] * standardised - mean[c] * rstd) + beta[c];
     }
-    for (int c = channels; c < t.padded; c++) ai[c] = bi[c] = 0.f;
   }
   return {pivots, a, b, t.padded};
 }

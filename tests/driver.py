@@ -1,0 +1,95 @@
+"""Builds tests/native/driver.cpp over csrc/cpu without Python: as it is, or from a copy of the sources with an edit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setup import CSRC, ISAS, contraction
+
+MAIN = Path(__file__).parent / "native" / "driver.cpp"
+WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized")
+NOT_LINKED = ("binding", "norm")  # Python's part, and the op that is no part of the executor
+
+
+class Driver:
+    """Drivers built by one compiler with one set of flags in ``folder``.
+
+    isas: of setup.ISAS. main_flags: for driver.cpp alone, after ``flags``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        flags: Iterable[str] = (),
+        isas: Iterable[str] = ("generic",),
+        cxx: str = "g++",
+        main_flags: Iterable[str] = (),
+    ):
+        self.folder, self.cxx, self.isas = folder, cxx, {isa: ISAS[isa] for isa in isas}
+        only = ["-DSGM_GENERIC_ONLY"] if set(isas) == {"generic"} else []
+        self.flags = ["-std=c++17", "-g", "-pthread", *WARNINGS, *only, *flags]
+        self.main_flags = list(main_flags)
+
+    def build(self, name: str = "plain", edited: Mapping[str, str] = {}) -> Path:
+        """The driver's path. edited: file of csrc → its text instead; build the plain one first, it shares the rest.
+
+        Raises CalledProcessError with the compiler's words in stderr.
+        """
+        folder, plain = self.folder / name, self.folder / "plain"
+        folder.mkdir(parents=True, exist_ok=True)
+        source = folder / "csrc" if edited else CSRC
+        if edited:
+            shutil.copytree(CSRC, source, dirs_exist_ok=True)
+        for file, text in edited.items():
+            (source / file).write_text(text)
+        headers_too = not all(file.endswith(".cpp") for file in edited)
+
+        def compiled(job: tuple[Path, list[str], str]) -> Path:
+            file, flags, stem = job
+            if edited and not headers_too and str(file.relative_to(source)) not in edited:
+                return plain / f"{stem}.o"
+            run(self.cxx, *self.flags, *flags, f"-I{source}", "-c", file, "-o", folder / f"{stem}.o")
+            return folder / f"{stem}.o"
+
+        jobs = []
+        for file in sorted((source / "cpu").rglob("*.cpp")):
+            stem = str(file.relative_to(source)).replace("/", ".")
+            if file.name.startswith(NOT_LINKED):
+                continue
+            if file.stem.endswith("_isa"):
+                for isa, flags in self.isas.items():
+                    jobs.append((file, [contraction(file), *flags, f"-DSGM_ISA={isa}"], f"{stem}.{isa}"))
+            else:
+                jobs.append((file, [contraction(file)], stem))
+        main = plain / "main.o"
+        if not edited:
+            run(self.cxx, *self.flags, *self.main_flags, f"-I{CSRC}", "-c", MAIN, "-o", main)
+        with ThreadPoolExecutor(cores()) as pool:
+            objects = list(pool.map(compiled, jobs))
+        run(self.cxx, *self.flags, main, *objects, "-o", folder / "driver")
+        return folder / "driver"
+
+
+def changed(file: str, old: str, new: str) -> dict[str, str]:
+    """csrc/``file`` with ``old``, which must occur once, become ``new``: for ``build``."""
+    text = (CSRC / file).read_text()
+    if text.count(old) != 1:
+        raise ValueError(f"csrc/{file} holds {old!r} {text.count(old)} times: adapt the edit")
+    return {file: text.replace(old, new)}
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(*command: object, **environment: str) -> str:
+    """stdout. Raises CalledProcessError."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | environment)
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+    return done.stdout

@@ -1,0 +1,80 @@
+"""csrc/cpu without Python: random networks against double precision, sanitizers, planted defects, other processors."""
+
+import re
+import shutil
+from subprocess import CalledProcessError
+
+import pytest
+
+from setup import CSRC
+from tests.driver import Driver, run
+from tests.sanitize import SANITIZERS, check
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to build the driver with")
+
+
+@pytest.mark.parametrize("name", SANITIZERS)
+def test_sanitizers(name, tmp_path):
+    """Silent on what is there, and not on what is planted. All instruction sets: python -m tests.sanitize."""
+    check(name, tmp_path, ("generic",), networks=12)
+
+
+WINOGRAD, PACK = "cpu/executor/winograd.h", "cpu/executor/pack.cpp"
+# function → what its coefficients stand at: every term that it reads, every number and named constant
+PLACES = {
+    (WINOGRAD, "transform_input"): r"\bd\[\d\]|\b\d+\.?\d*f\b|\bkRoot\w+",
+    (WINOGRAD, "transform_output"): r"\bm\[\d\]|\b\d+\.?\d*f\b|\bkRoot\w+",
+    (PACK, "WeightTransform"): r"std::sqrt\(\d\.\d\)|std::pow\([^)]*\)|\bproduct;|(?<=g\[5\]\[2\] = )1",
+    (PACK, "transform_winograd"): r"\bg\[[ij]\]\[\d\]",
+    (PACK, "widen_for_pool"): r"\b0\.25\b",
+}
+
+
+def body(text, function):
+    """(begin, end) of the braces that follow the name's first mention."""
+    begin = text.index("{", re.search(rf"\b{function}\b", text).start())
+    depth = 0
+    for i in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return begin, i
+    raise ValueError(f"{function}: no end")
+
+
+def planted():
+    """The sources with a factor at every coefficient of the Winograd transforms, and what stands at each."""
+    texts = {file: (CSRC / file).read_text() for file in (WINOGRAD, PACK)}
+    places = []
+
+    def factor(match):
+        places.append(match[0])
+        token, end = (match[0][:-1], ";") if match[0].endswith(";") else (match[0], "")
+        return f"({token} * ::sgm::planted[{len(places) - 1}]){end}"
+
+    for (file, function), pattern in PLACES.items():
+        begin, end = body(texts[file], function)
+        found = re.sub(pattern, factor, texts[file][begin:end])
+        assert found != texts[file][begin:end], f"{function}: no coefficient found, adapt PLACES"
+        texts[file] = texts[file][:begin] + found + texts[file][end:]
+    head = "namespace sgm { extern float planted[]; }\n"
+    return {file: head + text for file, text in texts.items()}, places
+
+
+def test_every_winograd_coefficient_counts(tmp_path):
+    """One part in 10,000 more in any one of them, and the random networks no longer agree with double precision."""
+    edited, places = planted()
+    driver = Driver(tmp_path, ["-O1", f"-DSGM_PLANTED={len(places)}"])
+    driver.build()
+    path = driver.build("planted", edited)
+    for precision in ("winograd", "direct"):
+        run(path, 30, precision, 1)  # factors of 1
+    unnoticed = []
+    for i, place in enumerate(places):
+        precision = "direct" if place == "0.25" else "winograd"
+        try:
+            run(path, 30, precision, 1, SGM_PLANT=str(i))
+        except CalledProcessError as noticed:
+            assert "differs from double precision" in noticed.stderr, noticed.stderr
+            continue
+        unnoticed.append((i, place))
+    assert len(places) > 50 and not unnoticed
