@@ -90,8 +90,7 @@ class Job:
     ):
         if not isinstance(engine, Engine):
             raise TypeError(f"engine must be an Engine, got {type(engine).__name__}: Engine(model, batch=…)")
-        plan, seed = engine._check(plan, seed, None)
-        source = EngineSource(engine, weights)
+        plan, source = engine._check(plan, None), EngineSource(engine, weights)
         weights = weights_digest(engine.model) if weights is None else weights
         self.spec = make_spec(Geometry.of(engine), engine.shape, weights, plan, seed, n, ids, format, shard_size)
         self._prepare(source, out, notes)

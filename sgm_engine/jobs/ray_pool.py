@@ -38,8 +38,8 @@ class Painter:
         self.engine = Engine(model, **options)
         self.source = EngineSource(self.engine, weights="the driver's")
 
-    def describe(self, plan: Plan | None, seed: int) -> tuple[Geometry, tuple[int, int, int], Plan]:
-        return Geometry.of(self.engine), self.engine.shape, self.engine._check(plan, seed, None)[0]
+    def describe(self, plan: Plan | None) -> tuple[Geometry, tuple[int, int, int], Plan]:
+        return Geometry.of(self.engine), self.engine.shape, self.engine._check(plan, None)
 
     def draw(self, spec: JobSpec, shard: int) -> Drawn:
         if spec.engine != sgm_engine.__version__:
@@ -70,9 +70,9 @@ class RaySource:
         self._model, self._options = ray.put(model), options
         self.actors = [self._start() for _ in range(actors or gpus or int(ray.cluster_resources().get("CPU", 1)))]
 
-    def describe(self, plan: Plan | None, seed: int) -> tuple[Geometry, tuple[int, int, int], Plan]:
+    def describe(self, plan: Plan | None) -> tuple[Geometry, tuple[int, int, int], Plan]:
         try:
-            return self._ray.get(self.actors[0].describe.remote(plan, seed))
+            return self._ray.get(self.actors[0].describe.remote(plan))
         except self._ray.exceptions.RayError as error:
             raise ValueError(f"an actor could not be made: {_why(error)}") from None
 
@@ -166,6 +166,6 @@ def ray_job(
     options = {"batch": batch, "device": device, "precision": precision, "executor": executor}
     weights = weights_digest(model) if weights is None else weights
     source = RaySource(model, address, actors, options | {"sigmas": sigmas, "shape": shape})
-    geometry, shape, plan = source.describe(plan, seed)
+    geometry, shape, plan = source.describe(plan)
     spec = make_spec(geometry, shape, weights, plan, seed, n, ids, format, shard_size)
     return Job.from_source(source, spec, out, notes)
