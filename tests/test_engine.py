@@ -73,6 +73,17 @@ def test_resumed_in_pieces(real, sixteen):
     assert torch.equal(torch.cat(pieces), sixteen)
 
 
+def test_a_seed_and_a_start_of_its_own_for_each_sample(real, sixteen):
+    """Given the start that it would have had, a sample is what it would have been; another start, another sample."""
+    e = real()
+    x0 = torch.from_numpy(noise.fill((4, *SHAPE), [3] * 4, np.arange(4), 0, kind="uniform"))
+    assert torch.equal(e.sample(4, 3, PLAN, init=x0), sixteen[:4])
+    assert not torch.equal(e.sample(4, 3, PLAN, init=x0 + 0.1), sixteen[:4])
+    x = e.sample(3, [5, 3, 2**64 - 1], PLAN, first_id=2)
+    assert torch.equal(x[1], sixteen[2])
+    assert torch.equal(x[2:], e.sample(1, 2**64 - 1, PLAN, first_id=2))
+
+
 def test_after_other_work_on_the_same_engine(real, sixteen):
     e = real()
     e.sample(3, seed=8, plan=consistent_annealed(SIGMAS))

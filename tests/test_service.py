@@ -95,7 +95,7 @@ def test_a_sample_that_diverges_fails_its_request_alone(free):
     bad = torch.zeros(3, *SHAPE)
     bad[1, 0, 0, 0] = float("nan")
     with SamplerService(engine(free)) as service:
-        service.submit(1, plan=LONG)  # its rows come first in the tables
+        service.submit(1, plan=LONG).result()  # its rows come first in the tables
         before, broken, after = (service.submit(3, 1, PLAN, 10, init) for init in (None, bad, None))
         with pytest.raises(SampleDiverged, match="sample 11 at row 0") as told:
             broken.result()
@@ -181,15 +181,16 @@ def test_the_queue_is_bounded(gate):
 
 def test_callers_enter_in_the_order_of_arrival(gate):
     entered = []
-    with SamplerService(engine(gate), capacity=4) as service:
-        service.submit(4)
+    with SamplerService(engine(gate, batch=8), capacity=5) as service:
+        service.submit(4, plan=LONG)
+        service.submit(1, plan=PLAN)  # ends first: then there is room for 1
 
         def client(n):
             service.submit(n, plan=PLAN)
             entered.append(n)
 
         threads = []
-        for n in (4, 1):  # there will never be room for 4 if 1 may go first again and again
+        for n in (4, 1):  # there might never be room for 4 if 1 could go first
             threads.append(threading.Thread(target=client, args=(n,)))
             threads[-1].start()
             while len(service._door.waiting) < len(threads):
@@ -205,8 +206,9 @@ def test_callers_enter_in_the_order_of_arrival(gate):
 
 def test_cancel_frees_slots_and_changes_nobody_else(gate):
     with SamplerService(engine(gate)) as service:
-        running, queued, other = service.submit(50, plan=LONG), service.submit(9, plan=LONG), service.submit(6, 4, PLAN)
-        assert gate.entered.wait(30)
+        running = service.submit(50, plan=LONG)
+        assert gate.entered.wait(30)  # it has every slot
+        queued, other = service.submit(9, plan=LONG), service.submit(6, 4, PLAN)
         assert running.cancel() and queued.cancel()
         gate.open.set()
         assert torch.equal(other.result(), engine(gate).sample(6, 4, PLAN))
