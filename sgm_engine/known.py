@@ -25,7 +25,7 @@ class Known:
     """Of each slot: known float32 and mask bool (True where known), [B, C, H, W] like x."""
 
     def __init__(self, slots: Slots):
-        self.known, self.noisy = torch.zeros_like(slots.x), torch.zeros_like(slots.x)
+        self.known = torch.zeros_like(slots.x)
         self.mask = torch.zeros_like(slots.x, dtype=torch.bool)
         self.tagged = torch.zeros_like(slots.sample_id)
         self.images: Tensor | None = None  # of the running request, [n, C, H, W] each
@@ -45,19 +45,18 @@ class Known:
     def impose(self, slots: Slots, tables: Tables) -> None:
         """x ← known + σ·z where the mask is set, σ and z those of each slot's row."""
         draw = tables.level_draw if self.redraw == "level" else tables.draw
-        update = ops.launchers(slots.device.type).langevin_update
         ids = (slots.seed, self.tagged)
-        update(self.known, self.known, tables.known, draw, slots.row, None, *ids, None, None, self.noisy, False)
-        torch.where(self.mask, self.noisy, slots.x, out=slots.x)
+        noisy = ops.langevin_update(self.known, self.known, tables.known, draw, slots.row, *ids)
+        torch.where(self.mask, noisy, slots.x, out=slots.x)
 
     def finish(self, x: Tensor, slot: Tensor) -> Tensor:
         """The samples x [k, C, H, W] of slots ``slot`` [k], with the known pixels as they were given."""
         return torch.where(self.mask.index_select(0, slot), self.known.index_select(0, slot), x)
 
     def tensors(self, tables: Tables) -> list[Tensor]:
-        """What ``impose`` reads and writes."""
+        """What ``impose`` reads."""
         draw = tables.level_draw if self.redraw == "level" else tables.draw
-        return [self.known, self.mask, self.tagged, self.noisy, tables.known, draw]
+        return [self.known, self.mask, self.tagged, tables.known, draw]
 
 
 def check_known(known, mask, n: int | None, shape: tuple[int, int, int], device) -> tuple[Tensor, Tensor]:
