@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sgm_engine.evaluation.report import Estimate, basic_estimate
+from sgm_engine.evaluation.report import Estimate, shifted_estimate
 
 GROUPS = 64
 
@@ -40,10 +40,10 @@ class ClassTally:
         self._seen += len(p)
 
     def score(self, replicates: int = 200, seed: int = 0) -> Estimate:
-        """Between 1 and K. The interval is a basic bootstrap over groups."""
+        """Between 1 and K. The interval is a shifted bootstrap over groups."""
         value = self._score(np.ones(GROUPS))
         drawn = np.array([self._score(w) for w in self._weights(replicates, seed)])
-        return basic_estimate(value, drawn, 1.0)
+        return shifted_estimate(value, drawn, 1.0)
 
     def shares(self) -> np.ndarray:
         """[K]: the share of images whose most probable class is k."""
@@ -58,7 +58,7 @@ class ClassTally:
 
         value = distance(np.ones(GROUPS), np.ones(GROUPS))
         pairs = zip(self._weights(replicates, seed), reference._weights(replicates, seed + 1), strict=True)
-        return basic_estimate(value, np.array([distance(*pair) for pair in pairs]), 0.0)
+        return shifted_estimate(value, np.array([distance(*pair) for pair in pairs]), 0.0)
 
     def _score(self, weights: np.ndarray) -> float:
         n = weights @ self.n

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sgm_engine.evaluation.report import Estimate, basic_estimate
+from sgm_engine.evaluation.report import Estimate, shifted_estimate
 
 KERNELS = ("rbf", "polynomial")
 SLAB = 16  # projections sorted at a time
@@ -21,7 +21,7 @@ def sliced_wasserstein(
 ) -> Estimate:
     """Mean of W₁ over random unit directions (Rabin et al. 2011), in units of x [n, D] and y [m, D].
 
-    The interval is a basic bootstrap over both sets, for these directions. Two samples of one law are some distance
+    The interval is a shifted bootstrap over both sets, for these directions. Two samples of one law are some distance
     apart (of order n^-½): compare with the floor.
     """
     x, y = _matrices(x, y)
@@ -36,7 +36,7 @@ def sliced_wasserstein(
         lines = _Lines((x @ slab).T, (y @ slab).T)
         value += lines.distances(*ones).sum() / projections
         drawn += np.array([lines.distances(*pair).sum() for pair in weights]) / projections
-    return basic_estimate(value, drawn, 0.0)
+    return shifted_estimate(value, drawn, 0.0)
 
 
 class _Lines:
@@ -84,7 +84,7 @@ def mmd(
     weights = np.zeros((2, n + m, replicates), np.float32)
     for column in range(replicates):
         weights[0, :n, column], weights[1, n:, column] = _resample(rng, n), _resample(rng, m)
-    return basic_estimate(value, _statistics(gram, *weights), p=p)._replace(corrected=None)
+    return shifted_estimate(value, _statistics(gram, *weights), p=p)._replace(corrected=None)
 
 
 def _statistics(gram: np.ndarray, x_weights: np.ndarray, y_weights: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from sgm_engine.evaluation.moments import GroupedMoments, Moments
-from sgm_engine.evaluation.report import Estimate, basic_estimate
+from sgm_engine.evaluation.report import Estimate, shifted_estimate
 
 
 def frechet_distance(a: Moments, b: Moments) -> float | np.ndarray:
@@ -40,14 +40,14 @@ def frechet_replicates(
 
 
 def frechet(samples: GroupedMoments, reference: GroupedMoments, replicates: int = 200, seed: int = 0) -> Estimate:
-    """The distance, and a 95% basic bootstrap interval of the one that infinitely many images would give.
+    """The distance, and a 95% shifted bootstrap interval of the one that infinitely many images would give.
 
     The plain value is too large by a bias of order D/n, as published values are: compare those at equal n only. The
     corrected value and the interval have it taken out to first order.
     """
     value = frechet_distance(reference.moments(), samples.moments())
     drawn = frechet_replicates(samples, reference, replicates, seed)
-    return basic_estimate(value, drawn, 0.0)
+    return shifted_estimate(value, drawn, 0.0)
 
 
 def frechet_difference(
@@ -61,4 +61,4 @@ def frechet_difference(
     value = frechet_distance(target, first.moments()) - frechet_distance(target, second.moments())
     drawn = frechet_replicates(first, reference, replicates, seed, 1)
     drawn -= frechet_replicates(second, reference, replicates, seed, 2)
-    return basic_estimate(value, drawn)
+    return shifted_estimate(value, drawn)

@@ -23,16 +23,17 @@ class Estimate(NamedTuple):
     corrected: float | None = None
 
 
-def basic_estimate(
+def shifted_estimate(
     value: float, replicates: np.ndarray, least: float = -np.inf, p: float | None = None, level: float = LEVEL
 ) -> Estimate:
-    """The basic bootstrap: replicates lie about ``value`` as ``value`` about the truth, so 2·value − replicate is one.
+    """The percentile bootstrap, shifted by the bias that the replicates show.
 
-    The bias that the replicates show is taken out to first order. least: what the truth cannot be less than.
+    Replicates [R] lie about ``value`` as it lies about the truth: too high by the bias twice, and skewed alike, which is
+    why they are shifted and not reflected. least: what the truth cannot be less than.
     """
-    low, high = np.quantile(2 * value - replicates, [(1 - level) / 2, (1 + level) / 2])
-    corrected = 2 * value - replicates.mean()
-    return Estimate(float(value), *(max(least, float(v)) for v in (low, high)), p, max(least, float(corrected)))
+    bias = replicates.mean() - value
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2]) - 2 * bias
+    return Estimate(float(value), *(max(least, float(v)) for v in (low, high)), p, max(least, float(value - bias)))
 
 
 def mean_estimate(x: np.ndarray, replicates: int = 1000, seed: int = 0, level: float = LEVEL) -> Estimate:
