@@ -40,7 +40,7 @@ class ClassTally:
         self._seen += len(p)
 
     def score(self, replicates: int = 200, seed: int = 0) -> Estimate:
-        """Between 1 and K. The interval is a shifted bootstrap over groups."""
+        """Between 1 and K. The interval is a bootstrap over groups."""
         value = self._score(np.ones(GROUPS))
         drawn = np.array([self._score(w) for w in self._weights(replicates, seed)])
         return shifted_estimate(value, drawn, 1.0)

@@ -21,7 +21,7 @@ def sliced_wasserstein(
 ) -> Estimate:
     """Mean of W₁ over random unit directions (Rabin et al. 2011), in units of x [n, D] and y [m, D].
 
-    The interval is a shifted bootstrap over both sets, for these directions. Two samples of one law are some distance
+    The interval is a bootstrap over both sets, for these directions. Two samples of one law are some distance
     apart (of order n^-½): compare with the floor.
     """
     x, y = _matrices(x, y)

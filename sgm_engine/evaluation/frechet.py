@@ -40,7 +40,7 @@ def frechet_replicates(
 
 
 def frechet(samples: GroupedMoments, reference: GroupedMoments, replicates: int = 200, seed: int = 0) -> Estimate:
-    """The distance, and a 95% shifted bootstrap interval of the one that infinitely many images would give.
+    """The distance, and a 95% interval (shifted_estimate) of the one that infinitely many images would give.
 
     The plain value is too large by a bias of order D/n, as published values are: compare those at equal n only. The
     corrected value and the interval have it taken out to first order.

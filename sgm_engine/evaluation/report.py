@@ -28,8 +28,8 @@ def shifted_estimate(
 ) -> Estimate:
     """The percentile bootstrap, shifted by the bias that the replicates show.
 
-    Replicates [R] lie about ``value`` as it lies about the truth: too high by the bias twice, and skewed alike, which is
-    why they are shifted and not reflected. least: what the truth cannot be less than.
+    Replicates [R] lie about ``value`` as it lies about the truth, skewed alike; so they are shifted, by the bias twice,
+    and not reflected. least: what the truth cannot be less than.
     """
     bias = replicates.mean() - value
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2]) - 2 * bias
