@@ -90,16 +90,16 @@ def test_frechet_distance_agrees_with_scipys_root(rank):
 
 
 def test_frechet_intervals_cover_the_true_distance():
-    """400 experiments, 95% intervals: outside [90%, 99%] happens by chance once in 10⁴."""
+    """200 experiments, 95% intervals: outside [90%, 99%] happens by chance once in 300, and the seeds are fixed."""
     rng, covered, errors = np.random.default_rng(3), 0, []
     true = 0.5**2 + (1.5 - 1) ** 2
-    for trial in range(400):
-        x, y = rng.standard_normal((300, 3)), rng.standard_normal((300, 3))
+    for trial in range(200):
+        x, y = rng.standard_normal((1500, 3)), rng.standard_normal((1500, 3))
         y[:, 0] = 1.5 * y[:, 0] + 0.5
-        found = frechet(grouped(y), grouped(x), replicates=100, seed=trial)
+        found = frechet(grouped(y), grouped(x), replicates=200, seed=trial)
         covered += found.low <= true <= found.high
         errors.append((found.value - true, found.corrected - true))
-    assert 0.90 <= covered / 400 <= 0.99
+    assert 0.90 <= covered / 200 <= 0.99
     plain, corrected = np.abs(np.mean(errors, 0))
     assert corrected < plain / 2  # the bias of a finite n is mostly taken out
 

@@ -57,8 +57,11 @@ def forms(folder):
     np.save(folder / "first.npy", IMAGES)
     np.save(folder / "float.npy", LAST.astype(np.float64) / 255)
     ids = np.arange(11)
-    for name in ("x.safetensors", "x.npz", "x/"):
-        Output.parse(str(folder / name) + ("/" if name == "x/" else "")).write(IMAGES.astype(np.float32) / 255, ids)
+    for name in ("x.safetensors", "x.npz"):
+        Output.parse(str(folder / name)).write(IMAGES.astype(np.float32) / 255, ids)
+    (folder / "x").mkdir()
+    for i, image in enumerate(LAST):
+        Image.fromarray(image).save(folder / f"x/{i:03d}.png")
     (folder / "parts").mkdir()
     np.savez(folder / "parts/b.npz", arr_0=LAST[4:])
     np.savez(folder / "parts/a.npz", arr_0=LAST[:4])
@@ -134,7 +137,7 @@ def test_unreadable_images_are_named(tmp_path, mnist):
         ("objects.npy", "Python objects"),
         ("text.npz", "not an .npz"),
         ("empty", "neither pictures nor parts"),
-        ("sizes", "b.png: (1, 5, 5)"),
+        ("sizes", "b.png is (1, 5, 5)"),
         ("torn", "5000 bytes are no whole number"),
         ("empty:train", "neither MNIST's IDX"),
         ("flat.npy:test", "a split is for folders"),

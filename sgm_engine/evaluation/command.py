@@ -86,9 +86,9 @@ def load_plan(text: str | None, model):
 
 
 def run(args: argparse.Namespace) -> int:
-    from sgm_engine.cli import DONE, _bad_input
+    from sgm_engine.console import DONE, bad_input
 
-    with _bad_input():
+    with bad_input():
         from sgm_engine.evaluation import evaluate as e
         from sgm_engine.evaluation.draw import conditioned, drawn
         from sgm_engine.evaluation.features import open_extractor

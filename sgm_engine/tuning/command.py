@@ -54,20 +54,22 @@ def register(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sgm_engine.cli import DONE, _bad_input
+    from sgm_engine.console import DONE, bad_input
 
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    with _bad_input():
+    with bad_input():
         from sgm_engine.evaluation.evaluate import summarise
         from sgm_engine.evaluation.features import open_extractor
         from sgm_engine.evaluation.images import open_images
-        from sgm_engine.output import Output, staged
+        from sgm_engine.output import check_writable, staged
         from sgm_engine.tuning.candidates import FAMILIES, draw_candidates
         from sgm_engine.tuning.front import check_plotting
         from sgm_engine.tuning.tune import Tuner
 
-        out = Output(Path(args.out).expanduser(), "folder")
-        out.check()
+        out = Path(args.out).expanduser()
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise ValueError(f"argument --out: {out} is there already and not empty: name a new folder")
+        check_writable(out)
         check_plotting()
         if args.held_out_seed == args.seed:
             raise ValueError(f"argument --held-out-seed: must differ from --seed, both are {args.seed}")
@@ -96,10 +98,10 @@ def run(args: argparse.Namespace) -> int:
         "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed,
         "seconds": round(time.perf_counter() - start), "precision": args.precision,
         "executor": engine.executor, "batch": engine.batch}  # fmt: skip
-    with staged(out.path) as tmp:
+    with staged(out) as tmp:
         outcome.write(tmp)
     print(outcome.table())
-    print(f"written: {out.path}/ with front.md, front.json, front.png and plan.json")
+    print(f"written: {out}/ with front.md, front.json, front.png and plan.json")
     return DONE
 
 
