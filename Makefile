@@ -7,11 +7,13 @@
 #: make clean     remove what make made
 #:
 #: PYTHON=python3.12   which Python     VENV=.venv   where to install     ARGS="--n 16"   more for sgm sample or pytest
+#: JOBS=2              processes that run the tests
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
@@ -28,7 +30,7 @@ sample: $(VENV)/.installed
 	@$(BIN)/sgm sample --out samples.png $(ARGS)
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest tests $(ARGS)
+	@$(BIN)/python -m pytest tests -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

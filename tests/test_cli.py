@@ -1,5 +1,6 @@
 """The command: what it writes, what it refuses and how it stops."""
 
+import functools
 import os
 import re
 import signal
@@ -200,7 +201,9 @@ def test_samples_that_diverge_are_left_out_and_said(draw, tmp_path, monkeypatch)
 def test_ctrl_c_leaves_nothing_behind(tiny_weights, tmp_path, when):
     command = [sys.executable, "-m", "sgm_engine", "sample", "--checkpoint", tiny_weights, "--n", "1000000"]
     command += ["--batch", "4", "--out", "s.npz", "--gif", "s.gif", "--progress"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+    process = subprocess.Popen(command, cwd=tmp_path, preexec_fn=heed, **pipes)
     if when == "while sampling":  # the bar has begun
         seen = ""
         while "sample" not in seen:

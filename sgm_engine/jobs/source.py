@@ -77,9 +77,12 @@ class EngineSource:
                 add(sample_id, x)
                 while finished:
                     self._check(spec, versions)
+                    settle()  # a shard shorter than the batch can be complete as soon as the one before it
                     yield finished.popleft()
         self._check(spec, versions)
-        yield from finished  # shards whose last sample diverged
+        for drawn in finished:  # shards whose last sample diverged
+            settle()
+            yield drawn
 
     def _check(self, spec: JobSpec, versions: list[int]) -> None:
         """EngineError if samples may have been drawn by other weights, or in another way, than the job says."""
