@@ -16,15 +16,21 @@ from sgm_engine.kernels import ops, reference
 NormFactory = Callable[[int], nn.Module]
 
 
+def _normal(x: Tensor, mean: float, std: float) -> Tensor:
+    """x.normal_(mean, std), but not on the meta device, where it would import torch._dynamo: over a second."""
+    return x if x.is_meta else x.normal_(mean, std)
+
+
 class ConditionalInstanceNormPlus(nn.Module):
     """CondInstanceNorm++ (NCSN, appendix A): row i of ``embed.weight`` [L, 3C] holds γ, α, β of level i."""
 
     def __init__(self, channels: int, levels: int):
         super().__init__()
         self.channels = channels
-        self.embed = nn.Embedding(levels, 3 * channels)
+        weight = _normal(torch.empty(levels, 3 * channels), 0, 1)  # as nn.Embedding would: one seed, one network
+        self.embed = nn.Embedding.from_pretrained(weight, freeze=False)
         with torch.no_grad():
-            self.embed.weight[:, : 2 * channels].normal_(1, 0.02)
+            _normal(self.embed.weight[:, : 2 * channels], 1, 0.02)
             self.embed.weight[:, 2 * channels :].zero_()
 
     def forward(self, x: Tensor, level: Tensor, activation: str = "none") -> Tensor:
@@ -39,8 +45,8 @@ class InstanceNormPlus(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.alpha = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
-        self.gamma = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
+        self.alpha = nn.Parameter(_normal(torch.empty(channels), 1, 0.02))
+        self.gamma = nn.Parameter(_normal(torch.empty(channels), 1, 0.02))
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, level: Tensor, activation: str = "none") -> Tensor:
