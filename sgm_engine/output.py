@@ -93,9 +93,9 @@ def staged(path: Path) -> Iterator[Path]:
     tmp = _beside(path)
     try:
         yield tmp
-        _flush(tmp)
+        flush(tmp)
         os.replace(tmp, path)
-        _flush(path.parent)
+        flush(path.parent)
     except BaseException:  # Ctrl-C too: half a result is not left behind
         tmp.unlink(missing_ok=True)
         raise
@@ -105,7 +105,8 @@ def _beside(path: Path) -> Path:
     return path.parent / f".{path.name}.{os.getpid()}.tmp"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until the file, or the names in the folder, are on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

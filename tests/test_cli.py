@@ -223,7 +223,7 @@ def test_a_full_disk_is_one_line(draw, tmp_path, monkeypatch):
     def full(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(output, "_flush", full)
+    monkeypatch.setattr(output, "flush", full)
     fails(draw("--n", 2, "--out", "s.npz"), 1, "No space left on device")
     assert os.listdir(tmp_path) == []
 

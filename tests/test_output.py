@@ -77,7 +77,7 @@ def test_a_fault_while_writing_leaves_what_was_there(tmp_path, name, fault, monk
         assert list(tmp_path.glob(".s*.tmp"))
         raise fault
 
-    monkeypatch.setattr(output, "_flush", fail)
+    monkeypatch.setattr(output, "flush", fail)
     with pytest.raises(type(fault)):
         target.write(SAMPLES, IDS)
     assert [file.name for file in tmp_path.iterdir()] == [name]

@@ -25,6 +25,7 @@ from sgm_engine.jobs.formats import FORMATS
 from sgm_engine.jobs.lock import locked
 from sgm_engine.jobs.spec import JobError, JobSpec
 from sgm_engine.jobs.worker import Worker
+from sgm_engine.output import flush
 
 RUN, CARD, MANIFEST, WORK = "run.json", "README.md", "manifest", ".sgm"
 
@@ -92,8 +93,8 @@ class Folder:
             self.check(spec)  # another worker may have been first, with another job
             self._create(CARD, card.encode())
             self.manifest.mkdir(exist_ok=True)
-            _flush(self.path)
-            _flush(self.path.parent)
+            flush(self.path)
+            flush(self.path.parent)
             yield
 
     def publish(self, spec: JobSpec, shard: int, files: Mapping[str, bytes], diverged: Iterable[Divergence]) -> None:
@@ -171,13 +172,13 @@ class Folder:
             return
         with self._staged({name: content}) as (tmp,), suppress(FileExistsError):
             os.link(tmp, target)
-            _flush(self.path)
+            flush(self.path)
 
     def _write(self, folder: Path, files: Mapping[str, bytes]) -> None:
         with self._staged(files) as staged:
             for tmp, name in zip(staged, files, strict=True):
                 os.replace(tmp, folder / name)
-            _flush(folder)
+            flush(folder)
 
     @contextmanager
     def _staged(self, files: Mapping[str, bytes]) -> Iterator[list[Path]]:
@@ -188,19 +189,11 @@ class Folder:
                 staged.append(self._tmp / f"{self._prefix}{os.getpid()}.{next(self._numbers)}")
                 staged[-1].write_bytes(content)
             for tmp in staged:
-                _flush(tmp)
+                flush(tmp)
             yield staged
         finally:
             for tmp in staged:
                 tmp.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _sha256(content: bytes) -> str:
