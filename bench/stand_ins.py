@@ -66,4 +66,4 @@ def deepinv():
     if importlib.util.find_spec("deepinv") is None:
         pytest.skip("deepinv is not installed: pip install --no-deps deepinv")
     torchvision()
-    return pytest.importorskip("deepinv", exc_type=ImportError)
+    return pytest.importorskip("deepinv", reason="deepinv lacks something it imports", exc_type=ImportError)

@@ -137,7 +137,7 @@ def test_counts_per_step(model, executor, most):
 @pytest.mark.parametrize("executor", ["native", "eager"])
 def test_memory_is_flat(model, executor):
     """Resident memory over 300 steps after the first 30: no growth beyond 5% (the allocator's own rounding)."""
-    resource = pytest.importorskip("resource")
+    resource = pytest.importorskip("resource", reason="Unix only")
     engine = Engine(model, batch=2, executor=executor)
     plan = annealed_langevin(model.sigmas, steps_per_level=3, denoise=False)
     engine.sample(2, plan=plan)

@@ -155,8 +155,10 @@ def test_deepinv_plug_and_play(benchmark, ncsn):
 
 def test_azula_loop(benchmark):
     denoise = pytest.importorskip("azula.denoise", reason="pip install --no-deps azula, and einops")
-    schedule = pytest.importorskip("azula.noise").VESchedule(1e-2, 1e1)
-    sample = pytest.importorskip("azula.sample")
+    schedule = pytest.importorskip("azula.noise", reason="pip install --no-deps azula, and einops").VESchedule(
+        1e-2, 1e1
+    )
+    sample = pytest.importorskip("azula.sample", reason="pip install --no-deps azula, and einops")
 
     class Backbone(Small):
         def forward(self, x, t, **_):

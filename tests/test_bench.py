@@ -87,7 +87,7 @@ def test_table(row, tmp_path):
     assert [(r["batch"], r["ms"]) for r in rows] == [(1, 200.0), (8, 100.0)]
     text = table.markdown(rows)
     assert "| net | 8 | float32 | 100.0 | 0.500 | 2.00 | 1.50 [1.40, 1.60] |" in text and "— X: no bfloat16." in text
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install 'sgm-engine[test]'")
     assert [file.name for file in table.write()] == ["peers.json", "peers.md", "peers.png"]
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
 

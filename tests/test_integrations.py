@@ -22,6 +22,8 @@ from sgm_engine.plan import ancestral, ddim
 
 SHAPE = (1, 4, 4)
 
+AZULA = "pip install --no-deps azula, and einops"
+
 
 class Blend(nn.Module):
     """The denoiser of data N(µ, 1) with a learnable µ: elementwise, so its bits do not depend on the batch."""
@@ -248,8 +250,8 @@ def test_edm_bad_calls(arguments, says):
 
 @pytest.fixture(params=["VESchedule", "VPSchedule", "RectifiedSchedule"])
 def azula_denoiser(request):
-    real = pytest.importorskip("azula.denoise", reason="pip install --no-deps azula, and einops")
-    schedule = getattr(pytest.importorskip("azula.noise"), request.param)()
+    real = pytest.importorskip("azula.denoise", reason=AZULA)
+    schedule = getattr(pytest.importorskip("azula.noise", reason=AZULA), request.param)()
     return real.KarrasDenoiser(Blend0(), schedule) if request.param != "VESchedule" else _gaussian(real, schedule)
 
 
@@ -265,13 +267,13 @@ class Blend0(nn.Module):
 
 
 def _gaussian(real, schedule):
-    linalg = pytest.importorskip("azula.linalg.covariance")
+    linalg = pytest.importorskip("azula.linalg.covariance", reason=AZULA)
     return real.GaussianDenoiser(torch.full((2,), 0.5), linalg.IsotropicCovariance(torch.tensor(1.0)), schedule)
 
 
 def test_azula_ddim_is_its_own(azula_denoiser):
     """Azula's DDIM up to the last level, then its denoiser once, is our DDIM, which ends without noise."""
-    sample = pytest.importorskip("azula.sample")
+    sample = pytest.importorskip("azula.sample", reason=AZULA)
     ours = azula.PlanSampler(azula_denoiser, ddim, start=0.9, stop=0.1, steps=8, silent=True)
     last = float(ours.timesteps[-2])
     theirs = sample.DDIMSampler(azula_denoiser, start=0.9, stop=last, steps=7, silent=True, dtype=torch.float64)
@@ -282,7 +284,7 @@ def test_azula_ddim_is_its_own(azula_denoiser):
 
 
 def test_azula_interface(azula_denoiser):
-    base = pytest.importorskip("azula.sample").Sampler
+    base = pytest.importorskip("azula.sample", reason=AZULA).Sampler
     for name in ("init", "__call__"):
         ours = list(inspect.signature(getattr(azula.PlanSampler, name)).parameters)
         assert ours == list(inspect.signature(getattr(base, name)).parameters)
@@ -296,8 +298,8 @@ def test_azula_interface(azula_denoiser):
 
 def test_azula_draws_the_gaussian():
     """Data N(½, 1), through azula's exact denoiser: the mean and the variance that the plan's rows have on it."""
-    real = pytest.importorskip("azula.denoise", reason="pip install --no-deps azula, and einops")
-    denoiser = _gaussian(real, pytest.importorskip("azula.noise").VESchedule(1e-2, 1e2))
+    real = pytest.importorskip("azula.denoise", reason=AZULA)
+    denoiser = _gaussian(real, pytest.importorskip("azula.noise", reason=AZULA).VESchedule(1e-2, 1e2))
     sampler = azula.PlanSampler(denoiser, ancestral, steps=40, silent=True, seed=4)
     x = sampler(sampler.init((4096, 2), mean=0.5))
     plan = ancestral(denoiser.schedule(sampler.timesteps[:-1])[1])

@@ -78,7 +78,7 @@ def test_every_format_holds_what_the_engine_draws(tmp_path):
 
 
 def test_webdataset_reads_the_tar(tmp_path):
-    wds = pytest.importorskip("webdataset")
+    wds = pytest.importorskip("webdataset", reason="pip install 'sgm-engine[test]'")
     toy_job(tmp_path / "tar", 40, 16, format="webdataset").run()
     toy_job(tmp_path / "npz", 40, 40).run()
     shards = [str(path) for path in sorted((tmp_path / "tar").glob("*.tar"))]

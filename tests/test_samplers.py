@@ -223,7 +223,7 @@ def test_examination_tells_what_is_wrong():
 
 
 def test_plot(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install 'sgm-engine[test]'")
     sde_dpm_solver_2m(SIGMAS).plot(tmp_path / "plan.png", SIGMAS)
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 

@@ -184,7 +184,7 @@ def data(tmp_path):
 
 
 def test_tune_writes_a_front_and_a_plan_that_can_be_used_again(sgm, tiny_weights, data, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install 'sgm-engine[test]'")
     small = ("--checkpoint", tiny_weights, "--batch", 16, "--reference", data)
     size = ("--candidates", 4, "--first", 8, "--last", 16, "--held-out", 16)
     done = sgm("tune", "--budget", 6, *small, *size, "--training", data, "--baseline", "annealed_langevin")
