@@ -126,7 +126,7 @@ def test_convolutions_of_any_shape(data):
 
 
 @pytest.mark.xfail(
-    strict=True, reason="the running mean rounds 3 times as much as eager's where ms divides by almost 0"
+    strict=True, reason="a running mean rounds thrice what eager does; ms divides by almost 0"
 )
 def test_two_channels_of_nearly_one_mean():
     """Their variance is 1e-6, so that InstanceNorm++ multiplies the rounding of a mean by 300."""
