@@ -125,9 +125,7 @@ def test_convolutions_of_any_shape(data):
     assert (y - want).norm() < 1e-6 * scale
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a running mean rounds thrice what eager does; ms divides by almost 0"
-)
+@pytest.mark.xfail(strict=True, reason="a running mean rounds thrice what eager does; ms divides by almost 0")
 def test_two_channels_of_nearly_one_mean():
     """Their variance is 1e-6, so that InstanceNorm++ multiplies the rounding of a mean by 300."""
     torch.manual_seed(1)
