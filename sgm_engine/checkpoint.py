@@ -10,13 +10,11 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -24,12 +22,10 @@ from sgm_engine.models import ModelConfig
 from sgm_engine.original_config import levels_between, read_config
 from sgm_engine.output import staged
 from sgm_engine.schedule import check_sigmas
-from sgm_engine.torch_file import CheckpointError, StoredTensor, TorchFile, check_file
+from sgm_engine.torch_file import CheckpointError, check_file
+from sgm_engine.weights_file import FORMAT, FORMAT_VERSION, State, open_state, read_tensor
 
 __all__ = ["CheckpointError", "convert", "load_checkpoint", "read_config", "save_checkpoint"]
-
-FORMAT, FORMAT_VERSION = "sgm-engine", "1"
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Published(NamedTuple):
@@ -85,7 +81,7 @@ def load_checkpoint(
     try:
         check_file(path, sha256)
         with ExitStack() as opened:
-            state, own_config = _open(path, ema, opened)
+            state, own_config = open_state(path, ema, opened)
             if own_config is not None and config is not None:
                 raise CheckpointError("carries its own config: leave out config=")
             hints = _hints(config, sigmas, image_size)
@@ -124,93 +120,6 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, **options) -> 
     return model.config
 
 
-class _State(NamedTuple):
-    """Tensors by name, not read yet. sizes: bytes that each claims; empty where the format itself bounds them."""
-
-    shapes: dict[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
-    sizes: dict[str, int]
-
-
-def _open(path: Path, ema: bool | None, opened: ExitStack) -> tuple[_State, ModelConfig | None]:
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError("is a Git LFS pointer, not the weights: run `git lfs pull`")
-    if not head.startswith((b"PK", b"\x80")) and head[8:9] == b"{":
-        return _open_safetensors(path, ema, opened)
-    file = opened.enter_context(TorchFile(path))
-    return _pick(file, ema), None
-
-
-def _open_safetensors(path: Path, ema: bool | None, opened: ExitStack) -> tuple[_State, ModelConfig | None]:
-    try:
-        file = opened.enter_context(safe_open(path, "pt"))
-        metadata = file.metadata() or {}
-        slices = {name: file.get_slice(name) for name in list(file.keys())}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"is not a sound safetensors file ({' '.join(str(error).split())[:120]})") from None
-    if ema:
-        raise CheckpointError("holds one set of weights and no separate average: leave out ema=True")
-    shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-    state = _State(shapes, lambda name: file.get_tensor(name).clone(), {})  # a clone: the file's own memory is mapped
-    if "format" not in metadata or metadata["format"] == "pt":  # what safetensors' own savers write
-        return state, None
-    if metadata["format"] != FORMAT or metadata.get("format_version") != FORMAT_VERSION:
-        found = metadata["format"], metadata.get("format_version")
-        raise CheckpointError(f"has format {found}; this release reads {(FORMAT, FORMAT_VERSION)}")
-    try:
-        fields = json.loads(metadata.get("config", ""), parse_constant=_no_constant)
-        return state, ModelConfig.from_dict(fields)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"has a bad config in its metadata: {error}") from None
-
-
-def _no_constant(name: str):
-    raise ValueError(f"{name} is not a number")
-
-
-def _pick(file: TorchFile, ema: bool | None) -> _State:
-    """The weights among what was saved, by the layout of NCSN, NCSNv2 or a common one."""
-    content, average = file.content, None
-    if isinstance(content, (list, tuple)) and content:  # [state, optimizer] or [state, optimizer, epoch, step, ema]
-        weights = content[0]
-        if len(content) >= 5 and _is_state(content[-1]):
-            average = content[-1]
-    elif isinstance(content, dict) and not _is_state(content):
-        weights = next((content[key] for key in ("model", "state_dict") if key in content), None)
-        average = content.get("ema")
-    else:
-        weights = content
-    if not _is_state(weights):
-        raise CheckpointError("holds no weights: neither a state_dict nor a list that begins with one")
-    if ema and not _is_state(average):
-        raise CheckpointError("holds no averaged weights: leave out ema=True")
-    stored = _without_prefix(weights)
-    if _is_state(average) and ema is not False:
-        sigmas = {"sigmas": stored["sigmas"]} if "sigmas" in stored else {}  # NCSNv2's average leaves them out
-        stored = sigmas | _without_prefix(average)
-    return _State(
-        {name: t.shape for name, t in stored.items()},
-        lambda name: file.read(stored[name]),
-        {name: t.nbytes for name, t in stored.items()},
-    )
-
-
-def _is_state(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and len(value) > 0
-        and all(isinstance(k, str) and isinstance(v, StoredTensor) for k, v in value.items())
-    )
-
-
-def _without_prefix(state: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Without the ``module.`` that nn.DataParallel puts before every name."""
-    prefix = "module." if all(name.startswith("module.") for name in state) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-
-
 def _hints(config, sigmas, image_size) -> dict[str, object]:
     """Fields of ModelConfig that the caller knows."""
     if isinstance(config, ModelConfig):
@@ -224,7 +133,7 @@ def _hints(config, sigmas, image_size) -> dict[str, object]:
     return hints
 
 
-def _infer(state: _State, hints: dict[str, object]) -> ModelConfig:
+def _infer(state: State, hints: dict[str, object]) -> ModelConfig:
     """Architecture, widths and channels from names and shapes; sigmas from the file or hints or what was published."""
     shapes = state.shapes
     first, norm = shapes.get("begin_conv.weight", ()), shapes.get("normalizer.embed.weight", ())
@@ -247,7 +156,7 @@ def _infer(state: _State, hints: dict[str, object]) -> ModelConfig:
 
     published = PUBLISHED.get((fields["architecture"], levels, fields["channels"]))
     if "sigmas" in shapes:
-        fields["sigmas"] = _same_sigmas(_read(state, "sigmas").flatten(), hints.get("sigmas"))
+        fields["sigmas"] = _same_sigmas(read_tensor(state, "sigmas").flatten(), hints.get("sigmas"))
     elif "sigmas" not in fields and published is None:
         raise CheckpointError("does not hold its noise levels: pass config= (its config.yml) or sigmas=")
     elif "sigmas" not in fields:
@@ -280,7 +189,7 @@ def _same_sigmas(stored: Tensor, given) -> tuple[float, ...]:
     return tuple(stored.tolist())
 
 
-def _fill(config: ModelConfig, state: _State, file_size: int) -> nn.Module:
+def _fill(config: ModelConfig, state: State, file_size: int) -> nn.Module:
     """The network with the state's weights, once every name, shape and size has been found to be right."""
     with torch.device("meta"):
         model = config.build()
@@ -294,25 +203,11 @@ def _fill(config: ModelConfig, state: _State, file_size: int) -> nn.Module:
             raise CheckpointError(f"has {name} of shape {list(state.shapes[name])}, where {list(tensor.shape)} belongs")
     if sum(state.sizes.values()) > file_size:
         raise CheckpointError("describes more values than it holds")
-    weights = {name: _read(state, name) for name in expected}
+    weights = {name: read_tensor(state, name) for name in expected}
     if "sigmas" in weights and not torch.equal(weights["sigmas"], model.sigmas):
         raise CheckpointError("holds other sigmas than its config")
     model.load_state_dict(weights, assign=True)
     return model.eval()
-
-
-def _read(state: _State, name: str) -> Tensor:
-    """One tensor as float32, finite."""
-    try:
-        tensor = state.read(name)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise CheckpointError(f"cannot give {name} ({' '.join(str(error).split())[:120]})") from None
-    if tensor.dtype not in FLOATS:
-        raise CheckpointError(f"has {name} of {tensor.dtype}, where floating point belongs")
-    tensor = tensor.to(torch.float32)
-    if not tensor.isfinite().all():
-        raise CheckpointError(f"holds NaN or Inf in {name}: the training diverged or the file is damaged")
-    return tensor
 
 
 def _some(names: list[str]) -> str:

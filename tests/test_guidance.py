@@ -17,14 +17,6 @@ SIGMAS = geometric(1, 0.1, 5)
 SHAPE = (1, 4, 4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def covariance(size=16, rho=0.8):
     i = torch.arange(size, dtype=torch.float64)
     return rho ** (i[:, None] - i[None]).abs()

@@ -22,15 +22,6 @@ NCSN = geometric(1, 0.01, 10)
 NCSNV2_CIFAR = geometric(50, 0.01, 232)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The scores here are too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def gaussian(sigmas, variance=0.0, mean=0.0):
     """The score of N(mean, variance) data at each level, as an engine's model and as stepwise's."""
     total = torch.tensor(sigmas, dtype=torch.float64) ** 2 + variance

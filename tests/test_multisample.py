@@ -11,14 +11,6 @@ from sgm_engine.training.toy import TRIPLE, ScoreMLP, gap
 KEY = Key(0, torch.arange(100_000))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_table_of_the_mixture():
     """MSE a dimension of E[x | M copies] at σ = 0.8, and how wrong (x̂ − ȳ)/σ² is as the score at σ."""
     rows = [line.split("|")[1:-1] for line in facts(100_000)[2:6]]

@@ -17,14 +17,6 @@ GAUSSIAN = Mixture([1.0], [[0.3, -0.4]], [0.6])
 TRUTHS = {"gaussian": GAUSSIAN, "mixture": TRIPLE}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Wrong:
     """A score model that is wrong in a known way: (1 + scale)·∇log q_σ + shift, at one level."""
 

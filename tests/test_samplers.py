@@ -32,14 +32,6 @@ from sgm_engine.score_model import as_score
 SIGMAS = karras(4, 0.1, 7)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # -- order of accuracy on the exact mixture ----------------------------------------------------------------------------
 
 CHAINS = 2000
