@@ -135,7 +135,7 @@ void Executor::plan() {
     arena_size_ = std::max(arena_size_, begin + size);
     if (t.moments == 0) {
       t.moments = moments_size_;
-      moments_size_ += 3 * t.padded;
+      moments_size_ += kMomentRows * t.padded;
     }
   }
 }

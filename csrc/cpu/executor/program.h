@@ -14,7 +14,7 @@ namespace sgm::executor {
 struct Tensor {
   int channels, padded, height, width;
   int64_t offset;   // floats an image, into the arena
-  int64_t moments;  // floats an image, into the moments buffer: pivot, mean − pivot, Σ(x − mean)², each [padded]; -1: not kept
+  int64_t moments;  // floats an image, into the moments buffer: kMomentRows rows [padded]; -1: not kept
 };
 
 enum class Op : int {
@@ -135,6 +135,7 @@ struct Backend {
 };
 
 constexpr int kTile = 4, kPoints = 36, kMaxTaps = 49;
+constexpr int kMomentRows = 4;  // pivot, Σ(x − pivot), what that sum lost to rounding, Σ(x − mean)²
 
 }  // namespace sgm::executor
 

@@ -51,7 +51,8 @@ static Affine fold_norm(const Run& run, const Layer& layer) {
   float* const b = a + w.affine_stride / 3;
   float* const pivots = b + w.affine_stride / 3;
   const int channels = norm.channels;
-  const float pixels = (float)(t.height * t.width);
+  const int pixels = t.height * t.width;
+  const double share = 1. / pixels;
   for (int image = 0; image < run.images; image++) {
     float* const ai = a + (int64_t)image * t.padded;
     float* const bi = b + (int64_t)image * t.padded;
@@ -65,29 +66,28 @@ static Affine fold_norm(const Run& run, const Layer& layer) {
       memcpy(bi, beta, channels * sizeof(float));
       continue;
     }
-    const float* pivot = run.moments(layer.input, image);
-    const float *mean = pivot + t.padded, *squares = mean + t.padded;  // the mean relative to the pivot
-    memcpy(pivoti, pivot, t.padded * sizeof(float));
+    const float *const kept = run.moments(layer.input, image), *squares = kept + 3 * t.padded;
+    memcpy(pivoti, kept, t.padded * sizeof(float));
     if (norm.groups != channels) {
-      fold_groups(norm, pivot, t.padded, t.height * t.width, gamma, ai, bi);
+      fold_groups(norm, kept, t.padded, pixels, gamma, ai, bi);
       continue;
     }
     double centre = 0, spread = 0;
     if (norm.has_alpha) {
-      for (int c = 0; c < channels; c++) centre += (double)pivot[c] + mean[c];
+      for (int c = 0; c < channels; c++) centre += mean_of(kept, t.padded, share, c);
       centre /= channels;
       for (int c = 0; c < channels; c++) {
-        const double d = (double)pivot[c] + mean[c] - centre;
+        const double d = mean_of(kept, t.padded, share, c) - centre;
         spread += d * d;
       }
       spread /= channels - 1;
     }
     const float across = norm.has_alpha ? (float)(1 / __builtin_sqrt(spread + norm.eps)) : 0.f;
     for (int c = 0; c < channels; c++) {
-      const float rstd = 1.f / __builtin_sqrtf(squares[c] / pixels + norm.eps);
-      const float standardised = (float)((double)pivot[c] + mean[c] - centre) * across;
+      const double mean = mean_of(kept, t.padded, share, c);
+      const float rstd = 1.f / __builtin_sqrtf(squares[c] / (float)pixels + norm.eps);
       ai[c] = gamma[c] * rstd;
-      bi[c] = gamma[c] * (alpha[c] * standardised - mean[c] * rstd) + beta[c];
+      bi[c] = gamma[c] * (alpha[c] * ((float)(mean - centre) * across) - (float)(mean - kept[c]) * rstd) + beta[c];
     }
   }
   return {pivots, a, b, t.padded};

@@ -89,36 +89,46 @@ struct Bf16 {
 };
 #endif
 
-// Running mean and Σ(x − mean)² of a channel vector. The mean is kept relative to the image's first value, and blocks are
-// centred on their own mean, then merged (Chan, Golub & LeVeque 1983): |mean| ≫ std costs no digits.
+// Running sum and Σ(x − mean)² of a channel vector. Sums are of x − pivot, the pivot being the mean of the image's first
+// block, with what each addition lost (Kahan 1965): neither |mean| ≫ std nor a long sum costs digits of the mean. Blocks are
+// centred on their own mean, then merged (Chan, Golub & LeVeque 1983).
 struct Moments {
-  Vec pivot, mean, squares;
-  SGM_INLINE Moments start(Vec pivot) { return {pivot, Vec{}, Vec{}}; }
-  SGM_INLINE Moments read(const float* p, int padded) { return {load(p), load(p + padded), load(p + 2 * padded)}; }
-  inline __attribute__((always_inline)) void write(float* p, int padded) const {
-    store(p, pivot), store(p + padded, mean), store(p + 2 * padded, squares);
+  Vec pivot, sum, lost, squares;
+  SGM_INLINE Moments start(Vec pivot) { return {pivot, Vec{}, Vec{}, Vec{}}; }
+  SGM_INLINE Moments read(const float* p, int padded) {
+    return {load(p), load(p + padded), load(p + 2 * padded), load(p + 3 * padded)};
   }
-  // block_mean relative to the pivot
-  inline __attribute__((always_inline)) void merge(Vec block_mean, Vec block_squares, int before, int count) {
-    const float weight = (float)count / (float)(before + count);
-    const Vec delta = block_mean - mean;
-    mean += delta * weight;
-    squares += block_squares + delta * delta * ((float)before * weight);
+  inline __attribute__((always_inline)) void write(float* p, int padded) const {
+    store(p, pivot), store(p + padded, sum), store(p + 2 * padded, lost), store(p + 3 * padded, squares);
+  }
+  // block_sum: of x − pivot; block_squares: about the block's mean
+  inline __attribute__((always_inline)) void merge(Vec block_sum, Vec block_squares, int before, int count) {
+    const float share = before ? 1.f / (float)before : 0.f;
+    const Vec delta = block_sum * (1.f / (float)count) - sum * share;
+    squares += block_squares + delta * delta * ((float)before * (float)count / (float)(before + count));
+    const Vec term = block_sum + lost, total = sum + term;
+    lost = term - (total - sum);
+    sum = total;
   }
   // count values at p, stride floats apart
   inline __attribute__((always_inline)) void add(const float* p, int64_t stride, int before, int count) {
-    if (before == 0) *this = start(load(p));
-    Vec sum = Vec{}, squares_about_mean = Vec{};
-    for (int i = 0; i < count; i++) sum += load(p + i * stride) - pivot;
-    const Vec block_mean = sum * (1.f / (float)count);
+    const float share = 1.f / (float)count;
+    if (before == 0) {
+      const Vec first = load(p);
+      Vec rest = Vec{};
+      for (int i = 1; i < count; i++) rest += load(p + i * stride) - first;
+      *this = start(first + rest * share);
+    }
+    Vec block_sum = Vec{}, block_squares = Vec{};
+    for (int i = 0; i < count; i++) block_sum += load(p + i * stride) - pivot;
+    const Vec block_mean = block_sum * share;
     for (int i = 0; i < count; i++) {
       const Vec d = (load(p + i * stride) - pivot) - block_mean;
-      squares_about_mean += d * d;
+      block_squares += d * d;
     }
-    merge(block_mean, squares_about_mean, before, count);
+    merge(block_sum, block_squares, before, count);
   }
 };
-
 // What every layer function receives.
 struct Run {
   const Program& program;
@@ -134,7 +144,7 @@ struct Run {
   }
   float* moments(int id, int image) const {
     const Tensor& t = tensor(id);
-    return t.moments < 0 ? nullptr : workspace.moments + t.moments * workspace.capacity + (int64_t)image * 3 * t.padded;
+    return t.moments < 0 ? nullptr : workspace.moments + t.moments * workspace.capacity + (int64_t)image * kMomentRows * t.padded;
   }
   // this member's share [first, last) of n units
   void share(int n, int& first, int& last) const {

@@ -167,30 +167,30 @@ static void output_block(const Run& run, const Layer& layer, const Conv& conv, i
           SGM_UNROLL for (int p = 0; p < kSide; p++) SGM_UNROLL for (int q = 0; q < kSide; q++)
               y[p][q] = 0.25f * ((y[2 * p][2 * q] + y[2 * p + 1][2 * q]) + (y[2 * p][2 * q + 1] + y[2 * p + 1][2 * q + 1]));
         }
-        Vec sum = Vec{};
-        SGM_UNROLL for (int p = 0; p < kSide; p++) {
-          if (p >= rows) break;
-          SGM_UNROLL for (int q = 0; q < kSide; q++) {
-            if (q >= columns) break;
-            y[p][q] = finish(y[p][q] + bias, add, target, origin + p * row_step + q * column_step);
-            if (before == 0 && p + q == 0) moments = Moments::start(y[0][0]);
-            y[p][q] -= moments.pivot;
-            sum += y[p][q];
+        const auto each = [&](const auto& visit) __attribute__((always_inline)) {  // the outputs inside the image
+          SGM_UNROLL for (int p = 0; p < kSide; p++) {
+            if (p >= rows) break;
+            SGM_UNROLL for (int q = 0; q < kSide; q++) {
+              if (q >= columns) break;
+              visit(y[p][q], origin + p * row_step + q * column_step);
+            }
           }
-        }
+        };
+        each([&](Vec& v, int64_t at) __attribute__((always_inline)) { v = finish(v + bias, add, target, at); });
         const int count = rows * columns;
         if (!kept || !count) continue;
-        const Vec mean = sum * (1.f / (float)count);
-        Vec squares = Vec{};
-        SGM_UNROLL for (int p = 0; p < kSide; p++) {
-          if (p >= rows) break;
-          SGM_UNROLL for (int q = 0; q < kSide; q++) {
-            if (q >= columns) break;
-            const Vec centred = y[p][q] - mean;
-            squares += centred * centred;
-          }
+        const float share = 1.f / (float)count;
+        Vec sum = Vec{}, squares = Vec{};
+        if (before == 0) {
+          const Vec first = y[0][0];
+          each([&](const Vec& v, int64_t) __attribute__((always_inline)) { sum += v - first; });
+          moments = Moments::start(first + sum * share);
+          sum = Vec{};
         }
-        moments.merge(mean, squares, before, count);
+        each([&](Vec& v, int64_t) __attribute__((always_inline)) { sum += v -= moments.pivot; });
+        const Vec mean = sum * share;
+        each([&](const Vec& v, int64_t) __attribute__((always_inline)) { squares += (v - mean) * (v - mean); });
+        moments.merge(sum, squares, before, count);
         before += count;
       }
       if (kept && (g + 1 == chunk.last || index + 1 == conv.strip_count)) moments.write(kept + k, out.padded);
