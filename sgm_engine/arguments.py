@@ -13,6 +13,7 @@ SAMPLERS = ("ancestral", "reverse_diffusion", "ddim", "euler", "heun", "dpm_solv
             "predictor_corrector")  # fmt: skip
 SCHEDULES = ("geometric", "karras", "linear", "cosine")
 EXECUTORS = ("auto", "eager", "native", "graph")
+PRECISIONS = ("float32", "bfloat16", "direct")
 FORMATS = ("png", "npz", "safetensors", "webdataset")
 PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta")
 MAX_SEED = 2**64
@@ -124,7 +125,8 @@ def _sample(p: Parser) -> Parser:
     add("--batch", type=_at_least(1), metavar="N",
         help="samples computed together; bits hold at one batch (default: 16 on a CPU, 128 on a GPU)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
-    add("--precision", choices=("float32", "bfloat16"), default="float32", help="of the network (default: float32)")
+    add("--precision", choices=PRECISIONS, default="float32",
+        help="of the network; direct: float32 without Winograd convolutions, on a CPU (default: float32)")  # fmt: skip
     add("--executor", choices=EXECUTORS, default="auto",
         help="auto: graph (one CUDA graph, replayed) on a GPU; native (all in C++) or eager on a CPU")  # fmt: skip
 

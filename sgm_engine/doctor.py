@@ -132,7 +132,7 @@ def _executor() -> dict[str, str]:
         if torch.cuda.is_available():
             return {"auto": "graph: there is a GPU"}
         model, _ = load_bundled()
-        refused = {precision: refusal(model, precision) for precision in ("float32", "bfloat16")}
+        refused = {precision: refusal(model, precision) for precision in ("float32", "bfloat16", "direct")}
         return {
             p: "native: no GPU, and it takes this model whole" if why is None else f"eager: {why}"
             for p, why in refused.items()

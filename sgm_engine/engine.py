@@ -41,7 +41,8 @@ class Engine:
     batch: slots computed together; the compute batch is always this, so a request of fewer samples is no cheaper.
         None: 16 on a CPU, 128 on a GPU.
     sigmas [L] descending and shape (C, H, W): None takes ``model.sigmas`` and ``model.shape``.
-    precision: of the network, "float32" or "bfloat16"; x is float32 always.
+    precision: of the network, "float32", "bfloat16" or, with executor "native", "direct": float32 without Winograd
+        convolutions, slower and with a smaller error. x is float32 always.
     executor: "eager"; "graph" (CUDA); "native" (CPU, NCSN and NCSNv2 networks); or "auto", the fastest of those that
         can run the model. A model that fails to be captured then runs eager, with a warning.
 

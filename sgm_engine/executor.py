@@ -153,7 +153,12 @@ def make_executor(name: str, network: Network) -> Executor:
         raise ValueError(f"executor must be one of {EXECUTORS}, got {name!r}")
     device = network.device
     if name == "auto":
-        name = "graph" if device.type == "cuda" else "native" if _native_can(network) else "eager"
+        name = "graph" if device.type == "cuda" else "eager" if _native_refusal(network) else "native"
+    if network.precision == "direct" and name != "native":
+        why = f"which cannot run this model: {why}" if (why := _native_refusal(network)) else f"not {name!r}"
+        raise ValueError(
+            f"precision='direct', float32 without Winograd, needs executor='native', {why}; use precision='float32'"
+        )
     if name == "graph":
         if device.type != "cuda":
             raise ValueError(
@@ -167,7 +172,10 @@ def make_executor(name: str, network: Network) -> Executor:
     return EagerExecutor()
 
 
-def _native_can(network: Network) -> bool:
+def _native_refusal(network: Network) -> str | None:
+    """Why the native executor cannot run it, None if it can."""
     from sgm_engine.native import refusal
 
-    return network.device.type == "cpu" and refusal(network.model, network.precision) is None
+    if network.device.type != "cpu":
+        return f"it is on {network.device}"
+    return refusal(network.model, network.precision)

@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "direct")
 SCORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The layers that autocast runs in bfloat16, and whose weights are therefore worth casting once instead of every step.
 _CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
@@ -19,12 +19,13 @@ _MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
 class Network:
-    """``model(x [B, C, H, W] float32, level [B] int64) → score``, checked, in one of two precisions.
+    """``model(x [B, C, H, W] float32, level [B] int64) → score``, checked, in one of the precisions.
 
     float32: the module as it is; its parameters are read where they lie, so that changes in place count at once.
     bfloat16: autocast (norms and parameters of other layers stay float32) over a copy of the module that shares
     everything with it except the weights of convolutions and linear layers. Those are bfloat16 buffers of their own, in
     place for good; ``sync`` rewrites them from the module's current weights.
+    direct: float32, by the one executor that has a choice (native) without Winograd.
     """
 
     def __init__(self, model: Callable[[Tensor, Tensor], Tensor], precision: str, device: torch.device):
@@ -59,7 +60,7 @@ class Network:
         for module in self.module.modules() if self.module is not None else ():
             if hasattr(module, "sync_weights"):  # kernels that a module derives from its own weights
                 module.sync_weights()
-        if self.precision == "float32":
+        if self.precision != "bfloat16":
             return
         with torch.no_grad():
             now = _tensors(self.module)

@@ -263,6 +263,8 @@ def test_help_and_version_answer_without_pytorch():
 def test_what_is_offered_is_what_there_is():
     from sgm_engine.bundled import PLANS
     from sgm_engine.executor import EXECUTORS
+    from sgm_engine.network import PRECISIONS
 
     assert tuple(PLANS) == arguments.PLANS
     assert EXECUTORS == arguments.EXECUTORS
+    assert PRECISIONS == arguments.PRECISIONS

@@ -272,6 +272,19 @@ def test_native_sees_every_change_of_the_weights(net, change):
     torch.testing.assert_close(after, eager_engine(net).sample(4, 1, PLAN), rtol=1e-4, atol=1e-4)
 
 
+def test_direct_is_float32_without_winograd(net):
+    """It draws what the native executor's direct convolutions compute, and no other executor says that it does."""
+    engine = Engine(net, 4, precision="direct")
+    algorithms = {engine._executor.network.graph.native.algorithm(i) for i in engine._executor.network.graph.convs}
+    assert engine.executor == "native" and algorithms == {"direct float32"}
+    got = engine.sample(6, 1, PLAN)
+    torch.testing.assert_close(got, eager_engine(net).sample(6, 1, PLAN), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="needs executor='native', not 'eager'; use precision='float32'"):
+        Engine(net, 4, precision="direct", executor="eager")
+    with pytest.raises(ValueError, match=r"needs executor='native', which cannot run this model: function .*"):
+        Engine(lambda x, level: x, sigmas=SIGMAS, shape=SHAPE, precision="direct")
+
+
 # -- slots and tables --------------------------------------------------------------------------------------------------
 
 

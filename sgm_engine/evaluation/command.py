@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sgm_engine.arguments import EXECUTORS, MAX_SEED, _at_least
+from sgm_engine.arguments import EXECUTORS, MAX_SEED, PRECISIONS, _at_least
 
 EXAMPLES = """\
 examples:
@@ -53,7 +53,7 @@ def add_engine(group) -> None:
     add("--config", metavar="PATH", help="the config.yml that came with a .pth")
     add("--batch", type=_at_least(1), metavar="N", help="samples computed together")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--precision", choices=("float32", "bfloat16"), default="float32")
+    add("--precision", choices=PRECISIONS, default="float32")
     add("--executor", choices=EXECUTORS, default="auto")
 
 
