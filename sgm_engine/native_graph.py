@@ -1,4 +1,8 @@
-"""A network as the native executor's flat list of layers, and its packed weights."""
+"""The layers of a native network as Python builds them: one method of ``Graph`` a layer of csrc/cpu/executor.
+
+What a norm and an activation do to a layer's input, and what bias, residuals and a pool do to its output, belongs to
+the layer that reads or writes it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine import _C
-from sgm_engine.models import blocks
+from sgm_engine.native_norm import Norm, Table, Unsupported, norm_of
 
 # "direct" and "winograd" are float32 by one algorithm wherever it applies, "float32" by the cheaper of the two a layer.
 PRECISIONS = ("float32", "bfloat16", "direct", "winograd")
@@ -25,16 +29,12 @@ class Value(NamedTuple):
     width: int
 
 
-def _sum(t: Tensor) -> float:
-    return t.detach().sum(dtype=torch.float64).item()
-
-
 @dataclass
 class _Weights:
     """Parameters that C++ keeps a packed copy of: how to pack them, and what they were when it last happened."""
 
     tensors: tuple[Tensor | None, ...]
-    pack: Callable[..., None]
+    pack: Callable[[], None]
     seen: tuple | None = None
 
     def state(self) -> tuple:
@@ -42,12 +42,25 @@ class _Weights:
         return tuple(None if t is None else (t.data_ptr(), t._version, _sum(t)) for t in self.tensors)
 
     def refresh(self) -> bool:
-        if self.seen == self.state():
+        if self.seen == (now := self.state()):
             return False
-        self.seen = self.state()
-        values = [None if t is None else t.detach().to(torch.float32).contiguous() for t in self.tensors]
-        self.pack(*(0 if v is None else v.data_ptr() for v in values))
+        with torch.no_grad():
+            self.pack()
+        self.seen = now
         return True
+
+
+def _sum(t: Tensor) -> float:
+    return t.detach().sum(dtype=torch.float64).item()
+
+
+def _given(t: Tensor | None) -> tuple[int, int]:
+    """Address and size of a float32 tensor, as C++ takes it."""
+    return (0, 0) if t is None else (t.data_ptr(), t.numel())
+
+
+def _float32(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().to(torch.float32).contiguous()
 
 
 class Graph:
@@ -62,56 +75,65 @@ class Graph:
 
     def load(self, channels: int, height: int, width: int, scale: float = 1.0, shift: float = 0.0) -> Value:
         """scale·x + shift of the network's input x [channels, height, width]."""
-        out = self._value(channels, height, width)
-        self._layer(_C.Op.load, None, out, scale=scale, shift=shift)
-        return out
+        return self._layer(_C.Op.load, None, (channels, height, width), scale=scale, shift=shift)
 
     def conv(
         self,
         x: Value,
         conv: nn.Conv2d,
-        norm: nn.Module | None = None,
+        norm: nn.Module | Norm | None = None,
         activation: str = "none",
         add: Sequence[Value] = (),
         pool: bool = False,
     ) -> Value:
         """conv(activation(norm(x))), its 2×2 mean if ``pool``, plus at most two addends."""
-        height, width = (x.height // 2, x.width // 2) if pool else (x.height, x.width)
-        out = self._value(conv.out_channels, height, width)
-        self._layer(_C.Op.conv, x, out, add=add, norm=norm, activation=activation, conv=self._conv(conv, pool))
-        return out
+        index, height, width = self._conv(conv, x, pool)
+        shape = (conv.out_channels, height, width)
+        return self._layer(_C.Op.conv, x, shape, add=add, norm=norm, activation=activation, conv=index)
 
-    def store(self, x: Value, conv: nn.Conv2d, norm: nn.Module | None = None, activation: str = "none") -> None:
+    def store(self, x: Value, conv: nn.Conv2d, norm: nn.Module | Norm | None = None, activation: str = "none") -> None:
         """The network's output: conv(activation(norm(x)))."""
-        self._layer(_C.Op.store, x, None, norm=norm, activation=activation, conv=self._conv(conv, False))
+        index, height, width = self._conv(conv, x, False)
+        if (height, width) != (x.height, x.width) or conv.stride != (1, 1):
+            raise Unsupported(f"{conv}: the last convolution must keep the size")
+        self._layer(_C.Op.store, x, None, norm=norm, activation=activation, conv=index)
 
-    def activate(self, x: Value, activation: str, norm: nn.Module | None = None, add: Sequence[Value] = ()) -> Value:
+    def activate(
+        self, x: Value, activation: str, norm: nn.Module | Norm | None = None, add: Sequence[Value] = ()
+    ) -> Value:
         """activation(norm(x)), plus at most two addends."""
-        out = self._value(x.channels, x.height, x.width)
-        self._layer(_C.Op.activate, x, out, add=add, norm=norm, activation=activation)
-        return out
+        return self._layer(_C.Op.activate, x, x[1:], add=add, norm=norm, activation=activation)
 
-    def mean_pool(self, x: Value) -> Value:
-        """2×2 mean, stride 2."""
-        out = self._value(x.channels, x.height // 2, x.width // 2)
-        self._layer(_C.Op.mean_pool, x, out)
-        return out
+    def mean_pool(self, x: Value, norm: nn.Module | Norm | None = None, activation: str = "none") -> Value:
+        """2×2 mean of activation(norm(x)), stride 2."""
+        shape = (x.channels, x.height // 2, x.width // 2)
+        return self._layer(_C.Op.mean_pool, x, shape, norm=norm, activation=activation)
 
-    def pool5(self, x: Value, kind: str, norm: nn.Module | None = None) -> Value:
-        """5×5 pool of norm(x), stride 1: its "mean", padding counted as zeros, or its "max"."""
-        out = self._value(x.channels, x.height, x.width)
-        self._layer(_C.Op.mean_pool5 if kind == "mean" else _C.Op.max_pool5, x, out, norm=norm)
-        return out
+    def pool5(self, x: Value, kind: str, norm: nn.Module | Norm | None = None, activation: str = "none") -> Value:
+        """5×5 pool of activation(norm(x)), stride 1: its "mean", padding counted as zeros, or its "max"."""
+        op = _C.Op.mean_pool5 if kind == "mean" else _C.Op.max_pool5
+        return self._layer(op, x, x[1:], norm=norm, activation=activation)
 
     def upsample(self, x: Value, height: int, width: int, add: Sequence[Value] = ()) -> Value:
         """Bilinear, corners aligned, plus at most two addends."""
-        out = self._value(x.channels, height, width)
-        self._layer(_C.Op.upsample, x, out, add=add)
-        return out
+        return self._layer(_C.Op.upsample, x, (x.channels, height, width), add=add)
 
-    def divide_by(self, sigmas: Tensor) -> None:
-        """Divide the output by sigmas[level]."""
-        self._keep((sigmas,), lambda pointer: self.native.set_sigmas(pointer, len(sigmas)))
+    def nearest(self, x: Value, height: int, width: int, add: Sequence[Value] = ()) -> Value:
+        """Every pixel repeated, to whole multiples of the size, plus at most two addends."""
+        return self._layer(_C.Op.nearest, x, (x.channels, height, width), add=add)
+
+    def concat(self, x: Value, second: Value) -> Value:
+        """The channels of x, then those of second."""
+        return self._layer(_C.Op.concat, x, (x.channels + second.channels, x.height, x.width), second=second)
+
+    def divide_by(self, divisor: Table) -> None:
+        """Divide the output by the number [levels, 1] of the level."""
+
+        def pack() -> None:
+            values = _float32(divisor.make())
+            self.native.set_sigmas(_given(values))
+
+        self._keep(divisor.tensors, pack)
 
     def plan(self) -> None:
         """Choose algorithms, lay out memory and pack every weight; no layer can be added after it."""
@@ -127,25 +149,24 @@ class Graph:
         self.native.run(x.data_ptr(), level.data_ptr(), score.data_ptr(), len(x))
         return score
 
-    def _value(self, channels: int, height: int, width: int) -> Value:
-        return Value(self.native.tensor(channels, height, width), channels, height, width)
-
-    def _keep(self, tensors: tuple[Tensor | None, ...], pack: Callable[..., None]) -> None:
+    def _keep(self, tensors: tuple[Tensor | None, ...], pack: Callable[[], None]) -> None:
         self.weights.append(_Weights(tensors, pack))
 
     def _layer(
         self,
         op,
         x: Value | None,
-        out: Value | None,
+        shape: tuple[int, int, int] | None,
         *,
-        second=None,
-        add=(),
-        norm=None,
-        activation="none",
-        conv=-1,
-        **affine,
-    ):
+        second: Value | None = None,
+        add: Sequence[Value] = (),
+        norm: nn.Module | Norm | None = None,
+        activation: str = "none",
+        conv: int = -1,
+        scale: float = 1.0,
+        shift: float = 0.0,
+    ) -> Value | None:
+        out = None if shape is None else Value(self.native.tensor(*shape), *shape)
         self.native.layer(
             op=op,
             input=-1 if x is None else x.id,
@@ -155,34 +176,45 @@ class Graph:
             norm=-1 if norm is None else self._norm(norm),
             activation=getattr(_C.Activation, activation),
             conv=conv,
-            **{"scale": 1.0, "shift": 0.0, **affine},
+            scale=scale,
+            shift=shift,
         )
+        return out
 
-    def _conv(self, conv: nn.Conv2d, pool: bool) -> int:
-        k, d = conv.kernel_size[0], conv.dilation[0]
-        same = conv.kernel_size == (k, k) and conv.dilation == (d, d) and conv.padding == (k // 2 * d,) * 2
-        if k not in (1, 3) or not same or conv.stride != (1, 1) or conv.groups != 1 or conv.padding_mode != "zeros":
-            raise Unsupported(f"{conv}: only 1×1 and 3×3 convolutions of stride 1 that keep the size, ungrouped")
-        index = self.native.conv(conv.in_channels, conv.out_channels, k, d if k > 1 else 1, 1, k // 2 * d, pool)
+    def _conv(self, conv: nn.Conv2d, x: Value, pool: bool) -> tuple[int, int, int]:
+        """The index of a convolution of x, and the height and width of what it makes."""
+        k, d, s, p = (_square(getattr(conv, name)) for name in ("kernel_size", "dilation", "stride", "padding"))
+        if None in (k, d, s, p) or k > 7 or 2 * p > d * (k - 1) or conv.groups != 1 or conv.padding_mode != "zeros":
+            raise Unsupported(
+                f"{conv}: only square ungrouped convolutions up to 7×7 that do not enlarge, padded by zeros"
+            )
+        if pool and (k, d, s, p) != (3, 1, 1, 1):
+            raise Unsupported(f"{conv}: a 2×2 mean after anything but an undilated 3×3 convolution")
+        size = [n // 2 if pool else (n + 2 * p - d * (k - 1) - 1) // s + 1 for n in x[2:]]
+        if min(size) < 1:
+            raise Unsupported(f"{conv}: images of {x.height}×{x.width} are too small for it")
+        index = self.native.conv(conv.in_channels, conv.out_channels, k, d if k > 1 else 1, s, p, pool)
         self.convs.append(index)
-        self._keep((conv.weight, conv.bias), lambda w, b: self.native.set_conv(index, w, b))
+
+        def pack() -> None:
+            weight, bias = _float32(conv.weight), _float32(conv.bias)
+            self.native.set_conv(index, _given(weight), _given(bias))
+
+        self._keep((conv.weight, conv.bias), pack)
+        return index, *size
+
+    def _norm(self, norm: nn.Module | Norm) -> int:
+        norm = norm if isinstance(norm, Norm) else norm_of(norm)
+        index = self.native.norm(norm.channels, norm.groups, norm.rows, norm.rows > 1, norm.has_alpha, norm.eps)
+
+        def pack() -> None:
+            table = norm.table()
+            self.native.set_norm(index, _given(table))
+
+        self._keep(norm.tensors, pack)
         return index
 
-    def _norm(self, norm: nn.Module) -> int:
-        native = self.native
-        if isinstance(norm, blocks.ConditionalInstanceNormPlus):
-            c, levels = norm.channels, norm.embed.num_embeddings
-            index = native.norm(c, c, levels, True, True, 1e-5)
-            parts = [4 * c * i for i in range(3)]  # bytes from the start of a row to its γ, α and β
-            self._keep((norm.embed.weight,), lambda p: native.set_norm(index, *(p + at for at in parts), 3 * c))
-        elif isinstance(norm, blocks.InstanceNormPlus):
-            index = native.norm(len(norm.gamma), len(norm.gamma), 1, False, True, 1e-5)
-            tensors = (norm.gamma, norm.alpha, norm.beta)
-            self._keep(tensors, lambda gamma, alpha, beta: native.set_norm(index, gamma, alpha, beta, 0))
-        else:
-            raise Unsupported(f"{type(norm).__name__}: not a norm that the native executor knows")
-        return index
 
-
-class Unsupported(ValueError):
-    """The module holds something that the native executor has no layer for."""
+def _square(pair: object) -> int | None:
+    """n of (n, n)."""
+    return pair[0] if isinstance(pair, tuple) and pair[0] == pair[1] else None

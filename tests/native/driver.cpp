@@ -88,12 +88,11 @@ struct Network {
     executor.layer(Op::store, ids[last], -1, -1, {}, norm, activation, conv, 1, 0);
     for (int i = 0; i < images; ++i) score.push_back(convolved(prologue(last, i, norm, activation), 3, 1, 1, 1));
     executor.plan();
-    for (const Weights& w : weights) executor.set_conv(w.conv, w.weight.data(), w.bias.data());
-    for (const Table& t : tables) {
-      const float* p = t.norm64.table.data();
-      executor.set_norm(t.norm, p, t.norm64.has_alpha ? p + t.channels : nullptr, p + 2 * t.channels, 3 * t.channels);
-    }
+    for (const Weights& w : weights) executor.set_conv(w.conv, array(w.weight), array(w.bias));
+    for (const Table& t : tables) executor.set_norm(t.norm, array(t.norm64.table));
   }
+
+  static Executor::Array array(const std::vector<float>& v) { return {v.data(), static_cast<int64_t>(v.size())}; }
 
   const Image& shape(int at) const { return values[at][0]; }
 
@@ -131,7 +130,7 @@ struct Network {
   void add_layer() {
     const int at = random.below(3) ? static_cast<int>(ids.size()) - 1 : random.below(static_cast<int>(ids.size()));
     const Image in = shape(at);
-    const auto activation = static_cast<Activation>(random.below(4));
+    auto activation = static_cast<Activation>(random.below(4));
     std::vector<Image> y;
     Op op = Op::conv;
     int norm = -1, conv = -1, second = -1;
@@ -153,7 +152,7 @@ struct Network {
       case 3: {
         if (in.height > 14 || in.width > 14) return;
         const bool copies = random.below(2) == 1;
-        op = copies ? Op::nearest : Op::upsample;
+        op = copies ? Op::nearest : Op::upsample, activation = Activation::none;
         for (const Image& v : values[at])
           y.push_back(copies ? reference::nearest(v, 2) : reference::upsample(v, 2 * in.height, 2 * in.width));
         break;
@@ -161,13 +160,13 @@ struct Network {
       case 4: {
         const int other = random.below(static_cast<int>(ids.size()));
         if (shape(other).height != in.height || shape(other).width != in.width || in.channels > 40) return;
-        op = Op::concat, second = ids[other];
+        op = Op::concat, second = ids[other], activation = Activation::none;
         for (int i = 0; i < images; ++i) y.push_back(reference::concat(values[at][i], values[other][i]));
         break;
       }
       default: {
         const bool pool = even && in.height > 2 && in.width > 2 && random.below(5) == 0;
-        const int kernels[] = {1, 3, 3, 3, 3, 4, 5}, kernel = pool ? 3 : kernels[random.below(7)];
+        const int kernels[] = {1, 3, 3, 3, 3, 4, 5, 7}, kernel = pool ? 3 : kernels[random.below(8)];
         const int dilations[] = {1, 1, 2, 4, 9}, dilation = pool || kernel == 1 ? 1 : dilations[random.below(5)];
         const bool same = pool || kernel == 3 ? pool || random.below(4) > 0 : false;
         const int padding = same ? dilation : random.below(dilation * (kernel - 1) / 2 + 1);

@@ -16,6 +16,10 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+using Given = std::pair<uintptr_t, int64_t>;  // address and number of floats
+
+Executor::Array array(Given given) { return {pointer<const float>(given.first), given.second}; }
+
 }  // namespace
 
 void bind_executor(py::module_& m) {
@@ -49,14 +53,11 @@ void bind_executor(py::module_& m) {
       .def("layer", &Executor::layer, py::arg("op"), py::arg("input"), py::arg("second"), py::arg("output"), py::arg("add"), py::arg("norm"),
            py::arg("activation"), py::arg("conv"), py::arg("scale"), py::arg("shift"))
       .def("plan", &Executor::plan)
-      .def("set_conv", [](Executor& e, int conv, uintptr_t weight, uintptr_t bias) {
-        e.set_conv(conv, pointer<const float>(weight), pointer<const float>(bias));
+      .def("set_conv", [](Executor& e, int conv, Given weight, Given bias) {
+        e.set_conv(conv, array(weight), array(bias));
       }, py::arg("conv"), py::arg("weight"), py::arg("bias"), py::call_guard<py::gil_scoped_release>())
-      .def("set_norm", [](Executor& e, int norm, uintptr_t gamma, uintptr_t alpha, uintptr_t beta, int64_t row) {
-        e.set_norm(norm, pointer<const float>(gamma), pointer<const float>(alpha), pointer<const float>(beta), row);
-      }, py::arg("norm"), py::arg("gamma"), py::arg("alpha"), py::arg("beta"), py::arg("row"))
-      .def("set_sigmas", [](Executor& e, uintptr_t sigmas, int levels) { e.set_sigmas(pointer<const float>(sigmas), levels); },
-           py::arg("sigmas"), py::arg("levels"))
+      .def("set_norm", [](Executor& e, int norm, Given table) { e.set_norm(norm, array(table)); }, py::arg("norm"), py::arg("table"))
+      .def("set_sigmas", [](Executor& e, Given sigmas) { e.set_sigmas(array(sigmas)); }, py::arg("sigmas"))
       .def("run", [](Executor& e, uintptr_t x, uintptr_t level, uintptr_t score, int images) {
         e.run(pointer<const float>(x), pointer<const int64_t>(level), pointer<float>(score), images);
       }, py::arg("x"), py::arg("level"), py::arg("score"), py::arg("images"), py::call_guard<py::gil_scoped_release>())

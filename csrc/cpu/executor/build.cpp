@@ -8,6 +8,36 @@
 #include "cpu/executor/pack.h"
 
 namespace sgm::executor {
+namespace {
+
+bool sized(const Tensor& t, int channels, int height, int width) {
+  return t.channels == channels && t.height == height && t.width == width;
+}
+
+// Without an output it is the last: the score, of the input's size.
+bool conv_fits(const Conv& c, const Tensor& in, const Tensor* out) {
+  const auto size = [&](int n) {
+    const int room = n + 2 * c.pad_before - c.dilation * (c.kernel - 1) - 1;
+    return c.pool ? n / 2 : room < 0 ? 0 : room / c.stride + 1;
+  };
+  const int height = size(in.height), width = size(in.width);
+  if (!out) return c.c_in == in.channels && c.stride == 1 && height == in.height && width == in.width;
+  return c.c_in == in.channels && sized(*out, c.c_out, height, width);
+}
+
+bool shape_follows(Op op, const Tensor& in, const Tensor* second, const Tensor& out) {
+  switch (op) {
+    case Op::activate: case Op::mean_pool5: case Op::max_pool5: return sized(out, in.channels, in.height, in.width);
+    case Op::mean_pool: return sized(out, in.channels, in.height / 2, in.width / 2);
+    case Op::upsample: return out.channels == in.channels;
+    case Op::nearest: return out.channels == in.channels && out.height % in.height == 0 && out.width % in.width == 0;
+    case Op::concat:
+      return sized(in, in.channels, out.height, out.width) && sized(*second, out.channels - in.channels, out.height, out.width);
+    default: return true;
+  }
+}
+
+}  // namespace
 
 int Executor::tensor(int channels, int height, int width) {
   if (channels < 1 || height < 1 || width < 1)
@@ -23,6 +53,7 @@ int Executor::norm(int channels, int groups, int levels, bool per_level, bool ha
   if (has_alpha && (channels < 2 || groups != channels))
     refuse("a norm with alpha needs channels >= 2, each its own group, got " + std::to_string(channels) + " in " +
            std::to_string(groups) + " groups");
+  if (levels < 1 || eps < 0) refuse("a norm needs levels >= 1 and eps >= 0, got " + std::to_string(levels) + " and " + std::to_string(eps));
   const int rows = per_level ? levels : 1;
   if (per_level) levels_ = levels_ ? std::min(levels_, levels) : levels;
   norm_tables_.emplace_back(static_cast<size_t>(rows) * 3 * channels);
@@ -31,6 +62,7 @@ int Executor::norm(int channels, int groups, int levels, bool per_level, bool ha
 }
 
 int Executor::conv(int c_in, int c_out, int kernel, int dilation, int stride, int padding, bool pool) {
+  if (c_in < 1 || c_out < 1) refuse("a convolution needs c_in, c_out >= 1, got " + std::to_string(c_in) + ", " + std::to_string(c_out));
   if (kernel < 1 || kernel * kernel > kMaxTaps) refuse("kernel must be from 1 to 7, got " + std::to_string(kernel));
   if (dilation < 1) refuse("dilation must be at least 1, got " + std::to_string(dilation));
   if (stride < 1) refuse("stride must be at least 1, got " + std::to_string(stride));
@@ -47,81 +79,67 @@ int Executor::conv(int c_in, int c_out, int kernel, int dilation, int stride, in
 void Executor::layer(Op op, int input, int second, int output, const std::vector<int>& add, int norm, Activation activation,
                      int conv, double scale, double shift) {
   if (planned_) throw std::logic_error("layer() after plan()");
+  const std::string where = "layer " + std::to_string(layers_.size()) + ": ";
   const auto is_index = [](int i, size_t n) { return i >= 0 && i < static_cast<int>(n); };
   const bool reads = op != Op::load, writes = op != Op::store, convolves = op == Op::conv || op == Op::store;
   if ((reads && !is_index(input, tensors_.size())) || (writes && !is_index(output, tensors_.size())) ||
-      (op == Op::concat && !is_index(second, tensors_.size())) || (convolves && !is_index(conv, convs_.size())) || (norm >= 0 && !is_index(norm, norms_.size())) || add.size() > 2)
-    throw std::out_of_range("layer " + std::to_string(layers_.size()) + ": no such tensor, norm or conv, or more than two addends");
-  Layer l{op, reads ? input : -1, op == Op::concat ? second : -1, writes ? output : -1, {-1, -1}, norm, activation, convolves ? conv : -1,
-          static_cast<float>(scale), static_cast<float>(shift)};
+      (op == Op::concat && !is_index(second, tensors_.size())) || (convolves && !is_index(conv, convs_.size())) ||
+      (norm >= 0 && !is_index(norm, norms_.size())) || add.size() > 2 || (!add.empty() && !writes))
+    throw std::out_of_range(where + "no such tensor, norm or conv, or more addends than it takes");
+  Layer l{op, reads ? input : -1, op == Op::concat ? second : -1, writes ? output : -1, {-1, -1}, norm, activation,
+          convolves ? conv : -1, static_cast<float>(scale), static_cast<float>(shift)};
   for (size_t i = 0; i < add.size(); ++i) {
     const Tensor &a = tensors_.at(add[i]), &o = tensors_[output];
-    if (a.channels != o.channels || a.height != o.height || a.width != o.width)
-      refuse("layer " + std::to_string(layers_.size()) + ": an addend has another shape than the output");
+    if (a.channels != o.channels || a.height != o.height || a.width != o.width) refuse(where + "an addend has another shape than the output");
     l.add[i] = add[i];
   }
+  const bool has_prologue = reads && op != Op::upsample && op != Op::nearest && op != Op::concat;
+  if (!has_prologue && (norm >= 0 || activation != Activation::none)) refuse(where + "it takes no norm and no activation");
   if (norm >= 0 && norms_[norm].channels != tensors_[input].channels)
-    refuse("layer " + std::to_string(layers_.size()) + ": the norm has " + std::to_string(norms_[norm].channels) +
-           " channels, its input " + std::to_string(tensors_[input].channels));
-  if (convolves) {
-    const Conv& c = convs_[conv];
-    const Tensor& in = tensors_[input];
-    const auto size = [&](int n) {
-      const int room = n + 2 * c.pad_before - c.dilation * (c.kernel - 1) - 1;
-      return c.pool ? n / 2 : room < 0 ? 0 : room / c.stride + 1;
-    };
-    const int height = size(in.height), width = size(in.width);
-    const Tensor out = writes ? tensors_[output] : Tensor{c.c_out, 0, in.height, in.width, 0, -1};
-    if (c.c_in != in.channels || c.c_out != out.channels || height != out.height || width != out.width ||
-        (!writes && c.stride != 1))
-      refuse("layer " + std::to_string(layers_.size()) + ": the convolution does not fit its tensors");
-  }
-  const auto sized = [&](int id, int channels, int height, int width) {
-    const Tensor& t = tensors_[id];
-    return t.channels == channels && t.height == height && t.width == width;
-  };
-  const bool same_size = op == Op::activate || op == Op::mean_pool5 || op == Op::max_pool5;
-  bool fits = true;
-  if (reads && writes) {
-    const Tensor &in = tensors_[input], &out = tensors_[output];
-    if (same_size) fits = sized(output, in.channels, in.height, in.width);
-    if (op == Op::mean_pool) fits = sized(output, in.channels, in.height / 2, in.width / 2);
-    if (op == Op::upsample) fits = out.channels == in.channels;
-    if (op == Op::nearest) fits = sized(output, in.channels, out.height / in.height * in.height, out.width / in.width * in.width);
-    if (op == Op::concat) fits = sized(second, out.channels - in.channels, out.height, out.width) && sized(input, in.channels, out.height, out.width);
-  }
-  if (!fits) refuse("layer " + std::to_string(layers_.size()) + ": the output's shape does not follow from its inputs");
+    refuse(where + "the norm has " + std::to_string(norms_[norm].channels) + " channels, its input " +
+           std::to_string(tensors_[input].channels));
+  if (convolves ? !conv_fits(convs_[conv], tensors_[input], writes ? &tensors_[output] : nullptr)
+                : reads && !shape_follows(op, tensors_[input], second < 0 ? nullptr : &tensors_[second], tensors_[output]))
+    refuse(where + "the output's shape does not follow from its inputs");
   layers_.push_back(l);
 }
 
-void Executor::set_conv(int index, const float* weight, const float* bias) {
+namespace {
+
+void check_size(const char* name, int64_t size, int64_t want) {
+  if (size != want) refuse(std::string(name) + " must have " + std::to_string(want) + " floats, got " + std::to_string(size));
+}
+
+}  // namespace
+
+void Executor::set_conv(int index, Array weight, Array bias) {
   const Conv& c = convs_.at(index);
   if (!planned_ || !c.weights) throw std::logic_error("set_conv() before plan(), or of a convolution that no layer uses");
+  check_size("weight", weight.size, static_cast<int64_t>(c.c_out) * c.c_in * c.kernel * c.kernel);
+  if (bias.data) check_size("bias", bias.size, c.c_out);
   const int columns = c.blocks * c.vectors * backend_.width;
   std::memset(biases_[index].data(), 0, static_cast<size_t>(columns) * sizeof(float));
-  if (bias) std::memcpy(biases_[index].data(), bias, static_cast<size_t>(c.c_out) * sizeof(float));
+  if (bias.data) std::memcpy(biases_[index].data(), bias.data, static_cast<size_t>(c.c_out) * sizeof(float));
   bool last = false;
   int padded = 0;
   for (const Layer& l : layers_)
     if (l.conv == index) last = l.op == Op::store, padded = tensors_[l.input].padded;
-  if (last) pack_last(c, padded, weight, weights_[index].data());
-  else pack(c, c.vectors * backend_.width, weight, weights_[index].data());
+  if (last) pack_last(c, padded, weight.data, weights_[index].data());
+  else pack(c, c.vectors * backend_.width, weight.data, weights_[index].data());
 }
 
-void Executor::set_norm(int index, const float* gamma, const float* alpha, const float* beta, int64_t row) {
-  const Norm& norm = norms_.at(index);
-  std::vector<float>& table = norm_tables_[index];
-  const int64_t channels = norm.channels, rows = static_cast<int64_t>(table.size()) / (3 * channels);
-  const float* sources[3] = {gamma, alpha, beta};
-  const float defaults[3] = {1, 0, 0};
-  for (int64_t r = 0; r < rows; ++r)
-    for (int part = 0; part < 3; ++part)
-      for (int64_t c = 0; c < channels; ++c)
-        table[(r * 3 + part) * channels + c] = sources[part] ? sources[part][r * row + c] : defaults[part];
+void Executor::set_norm(int index, Array table) {
+  std::vector<float>& kept = norm_tables_.at(index);
+  check_size("table", table.size, static_cast<int64_t>(kept.size()));
+  std::copy(table.data, table.data + table.size, kept.begin());
 }
 
-void Executor::set_sigmas(const float* sigmas, int levels) {
-  sigmas_.assign(sigmas, sigmas + levels);
+void Executor::set_sigmas(Array sigmas) {
+  if (sigmas.size < 1 || (!sigmas_.empty() && sigmas.size != static_cast<int64_t>(sigmas_.size())))
+    refuse("sigmas must have " + (sigmas_.empty() ? "at least 1 float" : std::to_string(sigmas_.size()) + " floats") +
+           ", got " + std::to_string(sigmas.size));
+  const int levels = static_cast<int>(sigmas.size);
+  sigmas_.assign(sigmas.data, sigmas.data + levels);
   levels_ = levels_ ? std::min(levels_, levels) : levels;
 }
 

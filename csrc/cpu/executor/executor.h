@@ -64,11 +64,14 @@ class Executor {
              int conv, double scale, double shift);
   void plan();
 
-  // weight [c_out][c_in][kernel][kernel], bias [c_out] or null
-  void set_conv(int conv, const float* weight, const float* bias);
-  // each [levels or 1][channels] with rows `row` floats apart, or null: ones, none, zeros
-  void set_norm(int norm, const float* gamma, const float* alpha, const float* beta, int64_t row);
-  void set_sigmas(const float* sigmas, int levels);  // the score is divided by σ(level)
+  // Each array comes with its number of floats, which must be the right one.
+  struct Array {
+    const float* data;
+    int64_t size;
+  };
+  void set_conv(int conv, Array weight, Array bias);  // [c_out][c_in][kernel][kernel]; [c_out], or null for zeros
+  void set_norm(int norm, Array table);               // [levels or 1][gamma, alpha, beta][channels]
+  void set_sigmas(Array sigmas);                      // [levels]: the score is divided by σ(level)
 
   // x, score [images][channels][height][width]; level [images]
   void run(const float* x, const int64_t* level, float* score, int images);

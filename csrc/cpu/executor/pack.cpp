@@ -49,7 +49,8 @@ void widen_for_pool(const float* w, double* out) {  // [3][3] → [4][4]: the me
 
 void pack(const Conv& conv, int columns, const float* weight, float* packed) {
   const int source_taps = conv.kernel * conv.kernel, taps = conv.winograd ? kPoints : conv.tap_count;
-  double values[kPoints];
+  static_assert(kMaxTaps >= kPoints);
+  double values[kMaxTaps];
   for (int block = 0; block < conv.blocks; ++block)
     for (int c = 0; c < conv.c_step; ++c)
       for (int column = 0; column < columns; ++column) {
