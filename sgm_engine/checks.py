@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sgm_engine.plan_report import refuse_divergence
+from sgm_engine.schedule import nearest_level
+
 MAX_ID, MAX_SEED = 2**56, 2**64
 
 
@@ -73,3 +76,28 @@ def place(model: object, device: torch.device | str | None) -> torch.device:
     if home not in (None, device):
         model.to(device)
     return device
+
+
+def check_plan(plan: object, sigmas: np.ndarray, model: object) -> None:
+    """A Plan whose rows are levels of ``sigmas`` [L], and which does not have to diverge."""
+    from sgm_engine.plan import Plan
+
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan such as annealed_langevin(model.sigmas), got {type(plan).__name__}")
+    levels = len(sigmas)
+    if plan.level.max() >= levels:
+        raise ValueError(
+            f"plan uses level {plan.level.max()}, but the model has {levels} sigmas (levels 0–{levels - 1}): take "
+            "plan.on_levels(model.sigmas), or an Engine of at_sigmas(model, plan.sigmas)"
+        )
+    foreign = np.flatnonzero(nearest_level(plan.sigma, sigmas) != plan.level)
+    if len(foreign):
+        i = foreign[0]
+        raise ValueError(
+            f"plan row {i} has sigma {plan.sigma[i]:g} at level {plan.level[i]}, where the model has "
+            f"{sigmas[plan.level[i]]:g}: make the plan from this model's sigmas, take "
+            "plan.on_levels(model.sigmas), or an Engine of at_sigmas(model, plan.sigmas)"
+        )
+    curvature = getattr(model, "curvature", None)
+    if curvature is not None:
+        refuse_divergence(plan, curvature(plan.sigma))

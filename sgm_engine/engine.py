@@ -8,43 +8,44 @@ two different batches the network's own arithmetic may differ in the last bits.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sgm_engine.checks import MAX_ID, MAX_SEED, check_chains, check_int, check_shape, place
-from sgm_engine.errors import Cancelled, CaptureFailed, Divergence, EngineBusy, SampleDiverged
-from sgm_engine.executor import EagerExecutor, Executor, make_executor
-from sgm_engine.known import REDRAWS, Known, check_known
+from sgm_engine.checks import MAX_SEED, check_chains, check_int, check_plan, check_shape, place
+from sgm_engine.errors import Cancelled, Divergence, EngineBusy, SampleDiverged
+from sgm_engine.executor import make_executor
+from sgm_engine.graphs import GraphConfig
+from sgm_engine.known import REDRAWS, check_known
+from sgm_engine.lanes import Turns, check_buckets
+from sgm_engine.loop import Loop
 from sgm_engine.network import Network
 from sgm_engine.plan import Plan, annealed_langevin
-from sgm_engine.plan_report import refuse_divergence
-from sgm_engine.progress import Stats, StepInfo, progress_bar
+from sgm_engine.progress import StepInfo
 from sgm_engine.results import Results, divergence
-from sgm_engine.schedule import check_sigmas, nearest_level
-from sgm_engine.slots import NO_BAD_ROW, Job, Slots, Tables, to_device
-
-STRIDE = 16  # steps between two looks at the cancel flag
+from sgm_engine.schedule import check_sigmas
+from sgm_engine.slots import NO_BAD_ROW
 
 
-class Engine:
+class Engine(Loop):
     """``Engine(model).sample(64)`` → float32 [64, C, H, W].
 
     model: ``model(x [B, C, H, W] float32, level [B] int64) → score``; an nn.Module is shared, never copied or changed,
         except that ``device`` moves it there (module.to). A running request follows changes of its parameters in place,
         an optimizer's for one, within 16 steps; parameters replaced or written through ``.data`` wait for the next.
     batch: slots computed together; the compute batch is always this, so a request of fewer samples is no cheaper.
-        None: 16 on a CPU, 128 on a GPU.
+        None: 16 on a CPU, 128 on a GPU. Out of memory, it is halved, with a warning.
+    buckets: smaller batches. A call of sample or inpaint for n samples runs in the smallest that holds n: cheaper, and
+        its bits are then those of that batch. stream, jobs and services always use ``batch``.
     sigmas [L] descending and shape (C, H, W): None takes ``model.sigmas`` and ``model.shape``.
     precision: of the network, "float32", "bfloat16" or, with executor "native", "direct": float32 without Winograd
         convolutions, slower and with a smaller error. x is float32 always.
     executor: "eager"; "graph" (CUDA); "native" (CPU, NCSN and NCSNv2 networks); or "auto", the fastest of those that
         can run the model. A model that fails to be captured then runs eager, with a warning.
+    graph: how "graph" captures, a GraphConfig.
 
     One request runs at a time: a second thread waits for its turn.
     """
@@ -58,6 +59,8 @@ class Engine:
         executor: str = "auto",
         sigmas=None,
         shape: tuple[int, int, int] | None = None,
+        buckets: Sequence[int] = (),
+        graph: GraphConfig | None = None,
     ):
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, level), got {type(model).__name__}")
@@ -70,31 +73,12 @@ class Engine:
         self.sigmas = check_sigmas(sigmas)
         self.shape = check_shape(getattr(model, "shape", None) if shape is None else shape)
         self.device = place(model, device)
-        on_gpu = self.device.type == "cuda"
-        self.batch = check_int("batch", (128 if on_gpu else 16) if batch is None else batch, 1)
-        self._auto = executor == "auto"
-        self._network = Network(model, precision, self.device)
-        self._executor = make_executor(executor, self._network)
-        # Dense in the layout that the convolutions run fastest in: PyTorch's in float32 on a CPU are NCHW's.
-        nhwc = on_gpu or (precision == "bfloat16" and self._executor.name == "eager")
-        layout = torch.channels_last if nhwc else torch.contiguous_format
-        self._slots = Slots(self.batch, self.shape, self.device, layout)
-        self._tables = Tables(self.device)
-        self._known: Known | None = None  # made when first needed
-        self._bind(self._executor)
+        batch = check_int("batch", (128 if self.device.type == "cuda" else 16) if batch is None else batch, 1)
+        network = Network(model, precision, self.device)
+        runs = make_executor(executor, network, graph)
+        super().__init__(network, runs, executor == "auto", batch, self.shape, check_buckets(buckets, batch))
         self._lock, self._owner = threading.Lock(), None
-        self._cancel = threading.Event()
-        self._stats = Stats()
-
-    @property
-    def executor(self) -> str:
-        """The executor that runs: "eager", "native" or "graph"."""
-        return self._executor.name
-
-    @property
-    def stats(self) -> Stats:
-        self._stats.captures = self._executor.captures
-        return self._stats
+        self._turns = Turns(self.device)
 
     @cached_property
     def default_plan(self) -> Plan:
@@ -178,7 +162,7 @@ class Engine:
 
     def _sample(self, chains, plan, callback, progress, known) -> Tensor:
         results = Results([sample_id for sample_id, _, _ in chains], plan, self.shape, self.device)
-        with self._request():
+        with self._request(len(chains)):
             for jobs, x, bad_row in self._run(chains, plan, callback, progress, len(chains), known):
                 results.put([job.index for job in jobs], x, bad_row)
             cancelled = bool(self._slots.live)
@@ -207,80 +191,9 @@ class Engine:
         if diverged and on_diverged is None:
             raise SampleDiverged(diverged, [], nothing)
 
-    def _run(self, chains, plan, callback, progress, total, known=None) -> Iterator[tuple[list[Job], Tensor, Tensor]]:
-        """The loop. chains: (sample id, seed, init) of each sample. Yields (jobs, x, bad_row within the plan) of every
-        harvest; tensors stay on the device."""
-        slots = self._slots
-        rows = self._tables.add(plan)
-        slots.prepare(plan)
-        if known is not None:
-            self._known = self._known or Known(slots)
-            self._known.begin(*known)
-            slots.known = self._known
-        self._sync()
-        jobs = (
-            Job(check_int("sample_ids", sample_id, 0, MAX_ID), seed, plan, rows, index, init)
-            for index, (sample_id, seed, init) in enumerate(chains)
-        )
-        step = 0
-        with progress_bar(total, plan.nfe, progress) as advance:
-            slots.refill(jobs)
-            while (live := slots.live) and not self._cancel.is_set():
-                before = slots.x.clone() if callback else None
-                steps = self._advance(1 if callback else STRIDE)
-                step += steps
-                advance(steps * len(live))
-                if callback:
-                    callback(StepInfo(step, slots, live, before, self._executor.score))
-                harvest = self._harvest()
-                if harvest:
-                    slots.refill(jobs)
-                    yield harvest
-
-    def _advance(self, most: int) -> int:
-        """Run up to ``most`` steps, no further than to the first slot that finishes; says how many."""
-        slots, stats = self._slots, self._stats
-        if self._network.versions() != self._seen:  # an optimizer step since: copies of the weights follow
-            self._sync()
-        steps = min(slots.steps_to_harvest(), most)
-        self._executor.run(steps)
-        slots.advance(steps)
-        stats.steps += steps
-        stats.nfe += steps * len(slots.live)
-        return steps
-
-    def _harvest(self) -> tuple[list[Job], Tensor, Tensor] | None:
-        """Slots.harvest, bad_row counted from the first row of each job's plan."""
-        harvest = self._slots.harvest()
-        if harvest is None:
-            return None
-        jobs, x, bad_row = harvest
-        self._stats.harvested += len(jobs)
-        first = to_device([job.rows.start for job in jobs], self.device)
-        return jobs, x, torch.where(bad_row == NO_BAD_ROW, bad_row, bad_row - first)
-
-    def _sync(self) -> Executor:
-        """The executor with fresh weights; a model that cannot be captured goes to the eager one for good if "auto"."""
-        if self._network.replaced():
-            self._bind(self._executor)
-        self._seen = self._network.versions()
-        try:
-            self._executor.sync_weights()
-        except CaptureFailed as error:
-            if not self._auto:
-                raise
-            warnings.warn(f"{error}; running eager from now on", stacklevel=5)
-            self._bind(EagerExecutor())
-            self._executor.sync_weights()
-        return self._executor
-
-    def _bind(self, executor: Executor) -> None:
-        executor.bind(self._network, self._slots, self._tables)
-        self._executor = executor
-
     @contextmanager
-    def _request(self) -> Iterator[None]:
-        """Own the engine; leave every slot idle behind, however the request ends."""
+    def _request(self, n: int | None = None) -> Iterator[None]:
+        """Own the engine, in the lane for n samples; leave every slot idle behind, however the request ends."""
         if self._owner == threading.get_ident():
             raise EngineBusy(
                 "this thread is inside a request of this engine: finish or close the stream, or use another engine"
@@ -289,33 +202,18 @@ class Engine:
             self._owner = threading.get_ident()
             self._cancel.clear()
             try:
+                self._turns.begin()
+                self._lanes.use(n)
                 yield
             finally:
                 self._slots.clear()
                 self._slots.known = None
+                self._turns.end()
                 self._owner = None
 
     def _check(self, plan, callback) -> Plan:
         plan = self.default_plan if plan is None else plan
-        if not isinstance(plan, Plan):
-            raise TypeError(f"plan must be a Plan such as annealed_langevin(model.sigmas), got {type(plan).__name__}")
+        check_plan(plan, self.sigmas, self.model)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {type(callback).__name__}")
-        levels = len(self.sigmas)
-        if plan.level.max() >= levels:
-            raise ValueError(
-                f"plan uses level {plan.level.max()}, but the model has {levels} sigmas (levels 0–{levels - 1}): take "
-                "plan.on_levels(model.sigmas), or an Engine of at_sigmas(model, plan.sigmas)"
-            )
-        foreign = np.flatnonzero(nearest_level(plan.sigma, self.sigmas) != plan.level)
-        if len(foreign):
-            i = foreign[0]
-            raise ValueError(
-                f"plan row {i} has sigma {plan.sigma[i]:g} at level {plan.level[i]}, where the model has "
-                f"{self.sigmas[plan.level[i]]:g}: make the plan from this model's sigmas, take "
-                "plan.on_levels(model.sigmas), or an Engine of at_sigmas(model, plan.sigmas)"
-            )
-        curvature = getattr(self.model, "curvature", None)
-        if curvature is not None:
-            refuse_divergence(plan, curvature(plan.sigma))
         return plan

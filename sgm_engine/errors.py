@@ -71,3 +71,14 @@ class QueueFull(EngineError):
 
 class ServiceClosed(EngineError):
     """The service has been shut down: it takes no more requests, and those that it dropped say so."""
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or one behind it, says that a device or the host has no memory left."""
+    import torch
+
+    while error is not None:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -7,18 +7,17 @@ reports and cancels, all from its own mirror of the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from sgm_engine.errors import CaptureFailed
 from sgm_engine.kernels import ops
 from sgm_engine.network import Network
 from sgm_engine.slots import Slots, Tables
 
-WARM_UPS = 3
+if TYPE_CHECKING:
+    from sgm_engine.graphs import GraphConfig
 
 
 class Executor(Protocol):
@@ -41,6 +40,9 @@ class Executor(Protocol):
     def run(self, steps: int) -> None:
         """Enqueue ``steps`` ≥ 1 steps. At most as many as the nearest live slot has left; idle slots stay untouched."""
 
+    def sibling(self) -> Executor:
+        """A new one of the kind, for other slots, that shares with this one what can be shared."""
+
 
 class EagerExecutor:
     """Calls the network and the update step by step, on any device."""
@@ -56,6 +58,9 @@ class EagerExecutor:
 
     def sync_weights(self) -> None:
         self.network.sync()
+
+    def sibling(self) -> EagerExecutor:
+        return EagerExecutor()
 
     def run(self, steps: int) -> None:
         with torch.no_grad():
@@ -75,79 +80,10 @@ class EagerExecutor:
         ops.langevin_update_(s.x, self.score, t.coef, t.draw, *slots, keep, s.gain)
 
 
-class GraphBackend(Protocol):
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Warm ``step`` up, record it once, return what replays it. CaptureFailed if it cannot be recorded."""
-
-
-class CudaGraphs:
-    """Warm-up and capture on one side stream; every graph of this backend draws on one memory pool."""
-
-    def __init__(self, device: torch.device):
-        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True  # choose before capture
-        try:
-            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-            with torch.cuda.stream(self.stream):
-                for _ in range(WARM_UPS):
-                    step()
-            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                step()
-        except (RuntimeError, torch.cuda.CudaError) as error:
-            raise CaptureFailed(
-                f"the step cannot be captured as a CUDA graph ({error}); use executor='eager'"
-            ) from error
-        finally:
-            torch.backends.cudnn.benchmark = benchmark
-        return graph.replay
-
-
-class GraphExecutor(EagerExecutor):
-    """Captures one step and replays it. Capture again only when a tensor that the graph reads has moved."""
-
-    name = "graph"
-
-    def __init__(self, backend: GraphBackend):
-        super().__init__()
-        self.backend, self.captures = backend, 0
-
-    def bind(self, network: Network, slots: Slots, tables: Tables) -> None:
-        super().bind(network, slots, tables)
-        self._held: list[Tensor] = []  # what the graph reads, kept alive for as long as the graph
-
-    def sync_weights(self) -> None:
-        self.network.sync()
-        s, t = self.slots, self.tables
-        reads = [*self.network.tensors(), *s.tensors(), *t.tensors(), *(s.known.tensors(t) if s.known else ())]
-        if [r.data_ptr() for r in reads] != [h.data_ptr() for h in self._held]:
-            self._held, self._replay = [], None  # the old graph and its memory go first
-            self._replay = self._capture()
-            self._held = reads
-            self.captures += 1
-
-    def run(self, steps: int) -> None:
-        for _ in range(steps):
-            self._replay()
-
-    def _capture(self) -> Callable[[], None]:
-        """Capture with every slot idle, so that warm-up changes nothing, then give the slots their stop back."""
-        stop = self.slots.stop.clone()
-        self.slots.stop.zero_()
-        try:
-            with torch.no_grad():
-                return self.backend.capture(self.step)
-        finally:
-            self.slots.stop.copy_(stop)
-
-
 EXECUTORS = ("auto", "eager", "native", "graph")
 
 
-def make_executor(name: str, network: Network) -> Executor:
+def make_executor(name: str, network: Network, graph: GraphConfig | None = None) -> Executor:
     """The executor called ``name``. "auto": "graph" on a GPU; on a CPU "native" if it can, else "eager"."""
     if name not in EXECUTORS:
         raise ValueError(f"executor must be one of {EXECUTORS}, got {name!r}")
@@ -164,7 +100,12 @@ def make_executor(name: str, network: Network) -> Executor:
             raise ValueError(
                 f"executor='graph' needs a CUDA device, got {device}: use executor='eager' or device='cuda'"
             )
-        return GraphExecutor(CudaGraphs(device))
+        from sgm_engine.graphs import CudaGraphs, GraphConfig, GraphExecutor
+
+        graph = graph or GraphConfig()
+        return GraphExecutor(CudaGraphs(device, graph.benchmark), graph.unroll)
+    if graph is not None:
+        raise ValueError(f"graph={graph} is for executor='graph', and this engine runs {name!r}: leave it out")
     if name == "native":
         from sgm_engine.native import NativeExecutor
 

@@ -84,6 +84,9 @@ class NativeExecutor:
     def sync_weights(self) -> None:
         self.network.sync()
 
+    def sibling(self) -> NativeExecutor:
+        return NativeExecutor()
+
     def run(self, steps: int) -> None:
         s, t = self.slots, self.tables
         if s.known is not None:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from sgm_engine.checks import check_chains, check_int
-from sgm_engine.engine import STRIDE, Engine
+from sgm_engine.engine import Engine
 from sgm_engine.errors import DeadlineExceeded
+from sgm_engine.loop import STRIDE
 from sgm_engine.plan import Plan
 from sgm_engine.queueing import Deadlines, Door, FairQueue, Meter, Metrics, Request
 from sgm_engine.results import Results
@@ -44,6 +45,11 @@ class SamplerService:
     def __init__(self, engine: Engine, capacity: int | None = None):
         if not isinstance(engine, Engine):
             raise TypeError(f"engine must be an Engine, got {type(engine).__name__}: SamplerService(Engine(model))")
+        if engine.buckets:
+            raise ValueError(
+                f"engine must have no buckets, got {engine.buckets}: a service computes at engine.batch always, and "
+                "would give other bits than engine.sample"
+            )
         self.engine = engine
         self.capacity = check_int("capacity", 64 * engine.batch if capacity is None else capacity, 1)
         self._lock = threading.Condition()  # guards everything below

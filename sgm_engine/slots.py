@@ -118,15 +118,20 @@ class Slots:
         device: torch.device,
         memory_format: torch.memory_format = torch.contiguous_format,
     ):
-        self.batch, self.shape, self.device = batch, shape, device
+        self.batch, self.shape, self.device, self.memory_format = batch, shape, device, memory_format
         self.x = torch.zeros(batch, *shape, device=device).to(memory_format=memory_format)
         self.counters = torch.zeros(5, batch, dtype=torch.int64, device=device)
         self.row, self.stop, self.seed, self.sample_id, self.bad_row = self.counters.unbind(0)
         self.previous: Tensor | None = None
         self.gain: Tensor | None = None
         self.known: Known | None = None  # while a request inpaints
+        self._known: Known | None = None  # the same, kept from request to request
         self.jobs: list[Job | None] = [None] * batch
         self.done = [0] * batch  # rows that the slot's job has behind it
+
+    def of(self, batch: int) -> Slots:
+        """Empty slots like these, ``batch`` of them."""
+        return Slots(batch, self.shape, self.device, self.memory_format)
 
     @property
     def live(self) -> list[int]:
@@ -139,6 +144,11 @@ class Slots:
             self.previous = torch.zeros_like(self.x)
         if self.gain is None and plan.adaptive.any():
             self.gain = torch.ones(self.batch, device=self.device)
+
+    def inpaint(self, images: Tensor, masks: Tensor, redraw: str) -> None:
+        """From now on impose known pixels; arguments as Known.begin's. Ends when ``known`` is set to None."""
+        self._known = self.known = self._known or Known(self)
+        self.known.begin(images, masks, redraw)
 
     def tensors(self) -> list[Tensor]:
         """What a step reads and writes."""

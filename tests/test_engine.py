@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from sgm_engine.engine import STRIDE, Engine
+from sgm_engine.engine import Engine
 from sgm_engine.errors import Cancelled, EngineBusy, SampleDiverged
 from sgm_engine.kernels import noise
+from sgm_engine.loop import STRIDE
 from sgm_engine.models.ncsn import NCSN
 from sgm_engine.plan import Plan, annealed_langevin, consistent_annealed
 from sgm_engine.progress import StepInfo

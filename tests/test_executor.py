@@ -1,17 +1,14 @@
-"""Executors: eager, and the graph executor on a backend that records and replays operations without a GPU."""
+"""Executors: eager and native, slots, tables and the network. Graphs have a file of their own."""
 
 import copy
-import warnings
 
 import pytest
 import torch
+from fake_graphs import Recorder
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sgm_engine.engine import Engine
-from sgm_engine.errors import CaptureFailed
-from sgm_engine.executor import WARM_UPS, EagerExecutor, GraphExecutor, make_executor
+from sgm_engine.executor import EagerExecutor, make_executor
 from sgm_engine.models.ncsn import NCSN
 from sgm_engine.network import Network
 from sgm_engine.plan import annealed_langevin, consistent_annealed
@@ -24,60 +21,10 @@ SHAPE = (1, 8, 8)
 PLAN = annealed_langevin(SIGMAS, 2, step_lr=1e-3)
 
 
-class Recorder(TorchDispatchMode):
-    """Records operations with the very tensors they ran on, and refuses what a CUDA stream under capture refuses."""
-
-    HOST_READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.item")
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if str(func).startswith(self.HOST_READS):
-            raise CaptureFailed(f"{func} reads back to the host")
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self.calls.append((func, args, kwargs, out))
-        return out
-
-
-class FakeGraphs:
-    """A GraphBackend: the Python of a step runs at capture only; a replay repeats the recorded operations."""
-
-    def __init__(self):
-        self.warm_ups = self.replays = 0
-
-    def capture(self, step):
-        for _ in range(WARM_UPS):
-            step()
-            self.warm_ups += 1
-        with Recorder() as recorder:
-            step()
-
-        @torch.no_grad()
-        def replay():
-            self.replays += 1
-            for func, args, kwargs, out in recorder.calls:
-                again = func(*args, **kwargs)
-                for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                        old.copy_(new)
-
-        return replay
-
-
 def small_net(seed=0, **options):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return NCSN(SIGMAS, channels=1, ngf=4, divide_by_sigma=True, image_size=8, **options).eval()
-
-
-def graph_engine(model, **options):
-    """An engine on the graph executor with a fake backend."""
-    engine = eager_engine(model, **options)
-    engine._bind(GraphExecutor(FakeGraphs()))
-    return engine
 
 
 def eager_engine(model, **options):
@@ -87,122 +34,6 @@ def eager_engine(model, **options):
 @pytest.fixture
 def net():
     return small_net()
-
-
-# -- graph -------------------------------------------------------------------------------------------------------------
-
-
-def test_graph_replays_what_eager_does(net):
-    engine = graph_engine(net)
-    torch.testing.assert_close(engine.sample(6, 1, PLAN), eager_engine(net).sample(6, 1, PLAN), rtol=0, atol=0)
-    assert engine.stats.captures == 1
-    assert engine._executor.backend.replays == engine.stats.steps == 2 * PLAN.nfe
-
-
-def test_the_fake_backend_can_fail():
-    """The control: a step whose Python changes from call to call is not what the graph replays."""
-    sigma2 = torch.tensor(SIGMAS, dtype=torch.float32) ** 2
-    calls = []
-
-    def model(x, level):
-        calls.append(1)
-        return -x / sigma2[level][:, None, None, None] * len(calls)
-
-    engine = graph_engine(model, sigmas=SIGMAS, shape=SHAPE)
-    engine.sample(1, plan=PLAN)
-    assert len(calls) == WARM_UPS + 1
-
-
-def test_one_capture_serves_every_request_and_plan(net):
-    engine = graph_engine(net)
-    for plan in (PLAN, consistent_annealed(SIGMAS), annealed_langevin(SIGMAS, 3, step_lr=1e-3)):
-        engine.sample(3, plan=plan)
-    assert engine.stats.captures == 1
-
-
-def test_weights_changed_in_place_are_seen_without_a_capture(net):
-    engine = graph_engine(net)
-    before = engine.sample(2, plan=PLAN)
-    with torch.no_grad():
-        net.end_conv.weight.add_(0.1)
-    after = engine.sample(2, plan=PLAN)
-    assert engine.stats.captures == 1 and not torch.equal(before, after)
-    torch.testing.assert_close(after, eager_engine(net).sample(2, plan=PLAN), rtol=0, atol=0)
-
-
-def test_an_optimizer_step_counts_from_the_next_request_on(net):
-    engine = graph_engine(net, precision="bfloat16")
-    before = engine.sample(2, plan=PLAN)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    net(torch.rand(2, *SHAPE), torch.tensor([0, 1])).square().mean().backward()
-    optimizer.step()
-    after = engine.sample(2, plan=PLAN)
-    assert engine.stats.captures == 1 and not torch.equal(before, after)
-    torch.testing.assert_close(after, eager_engine(net, precision="bfloat16").sample(2, plan=PLAN), rtol=0, atol=0)
-
-
-def _replace(net):
-    net.end_conv.weight = nn.Parameter(net.end_conv.weight.detach() * 2)
-
-
-def _move(net):
-    net.end_conv.weight.data = net.end_conv.weight.data * 2
-
-
-def _move_norm(net):
-    net.normalizer.embed.weight.data = net.normalizer.embed.weight.data * 2
-
-
-@pytest.mark.parametrize("change", [_replace, _move, _move_norm])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_parameters_replaced_or_moved_are_captured_again(net, change, precision):
-    engine = graph_engine(net, precision=precision)
-    before = engine.sample(2, plan=PLAN)
-    change(net)
-    after = engine.sample(2, plan=PLAN)
-    in_place = precision == "bfloat16" and change is _move  # its bfloat16 copy has not moved
-    assert engine.stats.captures == (1 if in_place else 2) and not torch.equal(before, after)
-    torch.testing.assert_close(after, eager_engine(net, precision=precision).sample(2, plan=PLAN), rtol=0, atol=0)
-
-
-def test_tables_that_outgrow_their_memory_are_captured_again(net):
-    engine = graph_engine(net)
-    engine.sample(1, plan=PLAN)
-    long = annealed_langevin(SIGMAS, 1000, step_lr=1e-3)
-    rows = engine._tables.add(long)
-    assert rows == range(0, long.nfe)
-    engine.sample(1, plan=PLAN)
-    assert engine.stats.captures == 2
-
-
-def test_capture_leaves_live_slots_alone(net):
-    slots, tables, executor = Slots(4, SHAPE, CPU), Tables(CPU), GraphExecutor(FakeGraphs())
-    rows = tables.add(PLAN)
-    executor.bind(Network(net, "float32", CPU), slots, tables)
-    slots.refill(iter([Job(i, 0, PLAN, rows) for i in range(3)]))
-    x, counters = slots.x.clone(), slots.counters.clone()
-    executor.sync_weights()
-    assert torch.equal(slots.x, x) and torch.equal(slots.counters, counters) and executor.captures == 1
-    executor.run(1)
-    assert slots.row.tolist() == [1, 1, 1, 0]
-
-
-def test_a_model_that_cannot_be_captured(net):
-    def model(x, level):
-        return net(x, level) if level.max().item() >= 0 else x
-
-    explicit = graph_engine(model, sigmas=SIGMAS, shape=SHAPE)
-    with pytest.raises(CaptureFailed):
-        explicit.sample(2, plan=PLAN)
-    engine = graph_engine(model, sigmas=SIGMAS, shape=SHAPE)
-    engine._auto = True
-    with pytest.warns(UserWarning, match="running eager from now on"):
-        first = engine.sample(2, plan=PLAN)
-    assert engine.executor == "eager"
-    torch.testing.assert_close(first, eager_engine(net).sample(2, plan=PLAN), rtol=0, atol=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is said once
-        engine.sample(2, plan=PLAN)
 
 
 @pytest.mark.parametrize("model", ["net", "gaussian"])
@@ -230,20 +61,19 @@ def test_what_cannot_be_had_is_refused(net):
         Engine(lambda x, level: x, sigmas=SIGMAS, shape=SHAPE, executor="native")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA graphs are not run")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_cuda_graph(precision):
-    net = small_net().cuda()
-    graph, eager = (Engine(net, 4, precision=precision, executor=name) for name in ("graph", "eager"))
-    assert graph.executor == "graph"
-    torch.testing.assert_close(graph.sample(6, plan=PLAN), eager.sample(6, plan=PLAN), rtol=2e-2, atol=2e-2)
-    with torch.no_grad():
-        net.end_conv.weight.mul_(2)
-    torch.testing.assert_close(graph.sample(6, plan=PLAN), eager.sample(6, plan=PLAN), rtol=2e-2, atol=2e-2)
-    assert graph.stats.captures == 1
-
-
 # -- native ------------------------------------------------------------------------------------------------------------
+
+
+def _replace(net):
+    net.end_conv.weight = nn.Parameter(net.end_conv.weight.detach() * 2)
+
+
+def _move(net):
+    net.end_conv.weight.data = net.end_conv.weight.data * 2
+
+
+def _move_norm(net):
+    net.normalizer.embed.weight.data = net.normalizer.embed.weight.data * 2
 
 
 def test_native_is_the_choice_of_auto_where_it_can_run(net):

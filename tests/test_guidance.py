@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sgm_engine.engine import Engine
-from sgm_engine.executor import GraphExecutor
+from sgm_engine.graphs import GraphExecutor
 from sgm_engine.guidance import classifier_free, classifier_guided, posterior, with_drift
 from sgm_engine.inverse import LinearOperator, blur, downsample, mask
 from sgm_engine.kernels import noise
@@ -195,7 +195,7 @@ def net():
 
 @pytest.mark.parametrize("executor", ["native", "graph"])
 def test_executors_inpaint_alike(net, executor):
-    from test_executor import FakeGraphs
+    from fake_graphs import FakeGraphs
 
     plan, known, where = annealed_langevin(SIGMAS, 2, 1e-3), torch.rand(1, 8, 8), torch.rand(1, 8, 8) > 0.5
     eager, other = (

@@ -12,7 +12,7 @@ import torch
 from sgm_engine import schedule
 from sgm_engine.conditioning import at_sigmas
 from sgm_engine.engine import Engine
-from sgm_engine.executor import GraphExecutor
+from sgm_engine.graphs import GraphExecutor
 from sgm_engine.kernels import noise
 from sgm_engine.models.ncsn import NCSN, NCSNv2
 from sgm_engine.plan import Plan, ancestral, annealed_langevin, ddim
@@ -261,7 +261,7 @@ def network(levels, cls=NCSN, **options):
 @pytest.mark.parametrize("sampler", [heun, dpm_solver_2m, sde_dpm_solver_2m, predictor_corrector])
 @pytest.mark.parametrize("executor", ["native", "graph"])
 def test_executors_agree(sampler, executor):
-    from test_executor import FakeGraphs
+    from fake_graphs import FakeGraphs
 
     plan = sampler(SIGMAS)
     net = network(plan.sigmas)

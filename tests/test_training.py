@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_executor import FakeGraphs
+from fake_graphs import FakeGraphs
 
 pl = pytest.importorskip("lightning.pytorch", reason="training needs the extra [train]")
 
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader  # noqa: E402
 
 from sgm_engine.checkpoint import load_checkpoint  # noqa: E402
 from sgm_engine.engine import Engine  # noqa: E402
-from sgm_engine.executor import GraphExecutor  # noqa: E402
+from sgm_engine.graphs import GraphExecutor  # noqa: E402
 from sgm_engine.models import NCSN  # noqa: E402
 from sgm_engine.plan import annealed_langevin  # noqa: E402
 from sgm_engine.training import objectives  # noqa: E402

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_graphs import FakeGraphs
 from plain_networks import Network
-from test_executor import FakeGraphs
 
 from sgm_engine.acceleration import accelerate
 from sgm_engine.checkpoint import load_checkpoint
