@@ -54,7 +54,8 @@ void philox(Address counter, Address key, Address words, int64_t n) {
 }  // namespace
 
 // A part with a large interface has its own csrc/<part>/binding_<part>.cpp: declare its function here, call it below.
-void bind_executor(py::module_& m);  // csrc/cpu/executor/binding_executor.cpp
+void bind_executor(py::module_& m);       // csrc/cpu/executor/binding_executor.cpp
+void bind_norm_backward(py::module_& m);  // csrc/cpu/binding_norm_backward.cpp
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of sgm-engine on raw pointers; sgm_engine.kernels.ops checks and calls them.";
@@ -93,4 +94,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("words"), py::arg("n"));
 
   bind_executor(m);
+  bind_norm_backward(m);
 }

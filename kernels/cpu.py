@@ -73,6 +73,29 @@ def norm(
     )  # fmt: skip
 
 
+def norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    activation: str,
+    eps: float,
+    groups: int,
+    dx: Tensor,
+    dgamma: Tensor,
+    dbeta: Tensor,
+) -> None:
+    """The gradient of a GroupNorm with activation (see csrc/cpu/norm_backward.h): dx, and each sample's part [N, C].
+
+    grad, x, dx: one dtype, NCHW. gamma, beta: float32 [C], dense; dgamma, dbeta: float32 [N, C].
+    """
+    n, c, h, w = x.shape
+    _C.norm_backward(
+        x.data_ptr(), grad.data_ptr(), dx.data_ptr(), _address(gamma), _address(beta), dgamma.data_ptr(),
+        dbeta.data_ptr(), n, c, h * w, groups, eps, DTYPE[x.dtype], ACTIVATION[activation],
+    )  # fmt: skip
+
+
 def norm_workspace_size(x: Tensor) -> int:
     return _C.norm_workspace_size(x.shape[0], x.shape[1])
 

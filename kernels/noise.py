@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-STREAM = {"sample": 0x00000000, "inpaint": 0x01000000, "train": 0x02000000, "user": 0x7F000000}  # top 8 bits of word 3
+STREAM = {  # top 8 bits of word 3
+    "sample": 0x00000000, "inpaint": 0x01000000, "train": 0x02000000, "accept": 0x03000000, "user": 0x7F000000,
+}  # fmt: skip
 MAX_SAMPLE_ID = 2**56 - 1
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)

@@ -28,12 +28,14 @@ class Launchers(NamedTuple):
     langevin_update(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, out, advance, keep, gain)
     norm(x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace, groups=None)
     norm_workspace_size(x) → float32 elements
+    norm_backward(grad, x, gamma, beta, activation, eps, groups, dx, dgamma, dbeta), all NCHW
     """
 
     noise_fill: Callable[..., None]
     langevin_update: Callable[..., None]
     norm: Callable[..., None]
     norm_workspace_size: Callable[[Tensor], int]
+    norm_backward: Callable[..., None]
 
 
 @cache
@@ -41,14 +43,18 @@ def launchers(device_type: str) -> Launchers:
     if device_type == "cpu":
         from sgm_engine.kernels import cpu
 
-        return Launchers(cpu.noise_fill, cpu.langevin_update, cpu.norm, cpu.norm_workspace_size)
+        return Launchers(cpu.noise_fill, cpu.langevin_update, cpu.norm, cpu.norm_workspace_size, cpu.norm_backward)
     if device_type == "cuda":
         try:
-            from sgm_engine.kernels import triton_noise, triton_norm, triton_update
+            from sgm_engine.kernels import triton_noise, triton_norm, triton_norm_backward, triton_update
         except ImportError as error:
             raise RuntimeError(f"a CUDA tensor needs Triton >= 3.6 ({error}): pip install triton") from error
         return Launchers(
-            triton_noise.noise_fill, triton_update.langevin_update, triton_norm.norm, triton_norm.norm_workspace_size
+            triton_noise.noise_fill,
+            triton_update.langevin_update,
+            triton_norm.norm,
+            triton_norm.norm_workspace_size,
+            triton_norm_backward.norm_backward,
         )
     raise ValueError(f"tensors must be on cpu or cuda, got {device_type}")
 
@@ -130,8 +136,8 @@ def noise_conditioned_norm(
     or [L, C] (rows may be strided) gathered by level, int64 [N]; None leaves the term out. residual: like x; the norm
     is then of x + residual, rounded to x's dtype, and (y, x + residual) is returned. activation: one of
     reference.ACTIVATIONS. groups: GroupNorm, statistics over that many groups of channels; it must divide C, and alpha
-    must be None. Statistics in float32, centred. Differentiable, twice, by recomputation. Levels are checked on the CPU
-    only.
+    must be None. Statistics in float32, centred. Differentiable, twice, by recomputation; the first gradient of a
+    GroupNorm without levels or residual is one kernel. Levels are checked on the CPU only.
     """
     if residual is None:
         return torch.ops.sgm_engine.noise_conditioned_norm(x, gamma, alpha, beta, level, activation, eps, groups)
@@ -353,8 +359,34 @@ def _save_norm(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
+def _norm_backward(grad, x, gamma, beta, activation, eps, groups):
+    """(dx, dγ, dβ) of act(γ·x̂ + β): dx like x but NCHW, dγ and dβ float32 [N, C], each sample's own part."""
+    x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
+    dx, dgamma, dbeta = torch.empty_like(x), *(x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    launchers(x.device.type).norm_backward(grad, x, gamma, beta, activation, eps, groups, dx, dgamma, dbeta)
+    return dx, dgamma, dbeta
+
+
+def _fake_norm_backward(grad, x, gamma, beta, activation, eps, groups):
+    parts = [x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2)]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), *parts
+
+
+def _is_fused(ctx, inputs) -> bool:
+    """Whether the one-kernel gradient of GroupNorm is what is asked for: once, no residual, one row of γ and β."""
+    vectors = all(p is None or (p.dim() == 1 and p.is_contiguous()) for p in inputs[1:-1])
+    return ctx.groups is not None and len(inputs) == 5 and vectors and not torch.is_grad_enabled()
+
+
 def _backward_norm(ctx, *grads):
     """Recompute through the reference, in float32; under create_graph the result is itself differentiable."""
+    if _is_fused(ctx, ctx.saved_tensors):
+        x, gamma, _, beta, _ = ctx.saved_tensors
+        dx, *parts = torch.ops.sgm_engine.norm_backward(grads[0], x, gamma, beta, ctx.activation, ctx.eps, ctx.groups)
+        dgamma, dbeta = (
+            part.sum(0) if need else None for part, need in zip(parts, ctx.needs_input_grad[1:4:2], strict=True)
+        )
+        return dx, dgamma, None, dbeta, *[None] * (len(ctx.needs_input_grad) - 4)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases: where x was computed from the residual, the gradient must not find its way back through that history.
@@ -403,6 +435,12 @@ _register(
     f"noise_conditioned_norm_residual(Tensor x, Tensor residual, {_norm_arguments}) -> (Tensor, Tensor)",
     _norm,
     _fake_norm,
+)
+_register(
+    "norm_backward(Tensor grad, Tensor x, Tensor? gamma, Tensor? beta, str activation, float eps, int groups) -> "
+    "(Tensor, Tensor, Tensor)",
+    _norm_backward,
+    _fake_norm_backward,
 )
 for _name in ("noise_conditioned_norm", "noise_conditioned_norm_residual"):
     torch.library.register_autograd(f"sgm_engine::{_name}", _backward_norm, setup_context=_save_norm, lib=_library)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from sgm_engine.cdm.config import CDMConfig
 from sgm_engine.models import ModelConfig
 from sgm_engine.original_config import levels_between, read_config
 from sgm_engine.output import staged
@@ -189,7 +190,7 @@ def _same_sigmas(stored: Tensor, given) -> tuple[float, ...]:
     return tuple(stored.tolist())
 
 
-def _fill(config: ModelConfig, state: State, file_size: int) -> nn.Module:
+def _fill(config: ModelConfig | CDMConfig, state: State, file_size: int) -> nn.Module:
     """The network with the state's weights, once every name, shape and size has been found to be right."""
     with torch.device("meta"):
         model = config.build()

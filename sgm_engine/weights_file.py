@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sgm_engine.cdm.config import CDMConfig
 from sgm_engine.models import ModelConfig
 from sgm_engine.torch_file import CheckpointError, StoredTensor, TorchFile
 
@@ -27,7 +28,7 @@ class State(NamedTuple):
     sizes: dict[str, int]
 
 
-def open_state(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, ModelConfig | None]:
+def open_state(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, ModelConfig | CDMConfig | None]:
     with open(path, "rb") as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
@@ -38,7 +39,7 @@ def open_state(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, 
     return _pick(file, ema), None
 
 
-def _open_safetensors(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, ModelConfig | None]:
+def _open_safetensors(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, ModelConfig | CDMConfig | None]:
     try:
         file = opened.enter_context(safe_open(path, "pt"))
         metadata = file.metadata() or {}
@@ -56,9 +57,14 @@ def _open_safetensors(path: Path, ema: bool | None, opened: ExitStack) -> tuple[
         raise CheckpointError(f"has format {found}; this release reads {(FORMAT, FORMAT_VERSION)}")
     try:
         fields = json.loads(metadata.get("config", ""), parse_constant=_no_constant)
-        return state, ModelConfig.from_dict(fields)
+        return state, _config(fields)
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"has a bad config in its metadata: {error}") from None
+
+
+def _config(fields: object) -> ModelConfig | CDMConfig:
+    cdm = isinstance(fields, dict) and fields.get("architecture") == CDMConfig.architecture
+    return (CDMConfig if cdm else ModelConfig).from_dict(fields)
 
 
 def _no_constant(name: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ class Head(nn.Module):
     """forward(features [N, F], u [N, …]) → logits [N, T + 2]: the cumulative sum of a linear map, in float32 at least.
 
     A step from one class to the next is small and the logits of distant classes lie thousands apart, so the network
-    gives the steps. They start at zero. baseline (m, s): log densities of the classes if data were N(m, s²·I) are added,
-    as EDM's preconditioning does for a denoiser, so that the untrained model is that Gaussian (None: none).
+    gives the steps, zero at first. baseline (m, s): the classes' log densities if data were N(m, s²·I) are added, as
+    EDM's preconditioning does for a denoiser: the untrained model is that Gaussian. None: nothing is added.
     """
 
     def __init__(self, features: int, classes: NoiseClasses, baseline: tuple[float, float] | None = None):
@@ -59,7 +60,7 @@ class MLP(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             widths = [dim, *[width] * hidden]
-            layers = [[nn.Linear(a, b), nn.SiLU()] for a, b in zip(widths, widths[1:], strict=False)]
+            layers = [[nn.Linear(a, b), nn.SiLU()] for a, b in pairwise(widths)]
         self.layers = nn.Sequential(*(layer for pair in layers for layer in pair))
         self.head = Head(width, classes)
 
@@ -176,7 +177,8 @@ class UNet(nn.Module):
         h = self.middle(h)
         for stage in self.up:
             h = stage(h) if isinstance(stage, Upsample) else stage(torch.cat([h, kept.pop()], 1))
-        return self.head(F.silu(self.end(self.norm(h))).mean((2, 3)), u)
+        h = F.silu(self.end(self.norm(h)))
+        return self.head(h.sum((2, 3)) / (h.shape[2] * h.shape[3]) ** 0.5, u)
 
 
 class Upsample(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sgm_engine.cdm.config import CDMConfig
 from sgm_engine.models import ModelConfig
 from sgm_engine.schedule import geometric
 from sgm_engine.training.objectives import OBJECTIVES
@@ -23,7 +24,8 @@ class TrainConfig:
     """Every field has a default but the network's; a ValueError names the field and the value.
 
     architecture, ngf, divide_by_sigma: as models.ModelConfig. sigma_begin, sigma_end, levels: geometric, in units of
-    pixels in [0, 1]. image_size: of a folder of pictures; other data know theirs. objective: of OBJECTIVES, and its
+    pixels in [0, 1]. architecture "CDM": as cdm.CDMConfig, ngf its width, ``network`` the fields that are not here.
+    image_size: of a folder of pictures; other data know theirs. objective: of OBJECTIVES ("cdm" for a CDM), and its
     keyword arguments in objective_options. steps: optimizer steps in all; batch: images a step, over all processes.
     warmup: steps; decay: share of the steps, at the end, over which lr falls to 0; ema: 0 keeps no average; clip: of
     the gradient's norm, 0 none. precision: float32, bfloat16 or float16 (mixed). compile_norms: torch.compile of the
@@ -33,9 +35,10 @@ class TrainConfig:
 
     architecture: str
     ngf: int
-    sigma_begin: float
     levels: int
+    sigma_begin: float | None = None
     sigma_end: float = 0.01
+    network: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     divide_by_sigma: bool = True
     image_size: int | None = None
     flip: bool = False
@@ -73,10 +76,19 @@ class TrainConfig:
         self._need("lr", self.lr > 0, "positive")
         self._need("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         self._need("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
-        self.model(1, 32)  # checks what a ModelConfig checks
+        cdm = self.architecture == CDMConfig.architecture
+        self._need("objective", cdm == (self.objective == "cdm"), "cdm if, and only if, the architecture is CDM")
+        self.model(1, 32 if self.image_size is None else self.image_size)  # checks what the network's config checks
 
-    def model(self, channels: int, image_size: int) -> ModelConfig:
+    def model(self, channels: int, image_size: int) -> ModelConfig | CDMConfig:
         """The network for images [channels, image_size, image_size]."""
+        if self.architecture == CDMConfig.architecture:
+            fields = {"channels": channels, "image_size": image_size, "width": self.ngf, "levels": self.levels}
+            return CDMConfig.from_dict(fields | dict(self.network) | {"plan": self.plan})
+        if self.network:
+            raise ValueError(f"network must be empty for {self.architecture}, got {dict(self.network)}")
+        if self.sigma_begin is None:
+            raise ValueError(f"sigma_begin is missing: the first noise level of {self.architecture}")
         sigmas = geometric(self.sigma_begin, self.sigma_end, self.levels)
         values = tuple(np.float32(sigmas).tolist())
         return ModelConfig(self.architecture, channels, image_size, self.ngf, values, self.divide_by_sigma, self.plan)

@@ -82,7 +82,7 @@ class ScoreModule(LightningModule):
         """The objective on data x [N, …] (float or uint8) as training samples ``sample_ids`` [N]; a scalar."""
         key = Key(self.seed, sample_ids)
         x = self.prepare(x, key)
-        count = len(self.network.sigmas)
+        count = level_count(self.network)
         u = key.after(LEVEL).uniform(x.new_empty(len(x), 1, dtype=torch.float32))[:, 0]
         return self.objective(self.network, x, (u * count).long().clamp(max=count - 1), key.after(OBJECTIVE))
 
@@ -102,7 +102,7 @@ class ScoreModule(LightningModule):
         key = Key(self.seed, index, VALIDATION)
         x = dequantise(x, key.after(DEQUANTISATION).uniform(x.float())) if x.dtype == torch.uint8 else x
         with torch.enable_grad():  # implicit and sliced score matching differentiate in x
-            loss = self.objective(self.network, x, index % len(self.network.sigmas), key.after(OBJECTIVE)).detach()
+            loss = self.objective(self.network, x, index % level_count(self.network), key.after(OBJECTIVE)).detach()
         self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(x))
 
     def configure_optimizers(self):
@@ -115,3 +115,8 @@ class ScoreModule(LightningModule):
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         fall = min(1.0, (self.steps - step) / (self.decay * self.steps)) if self.decay else 1.0
         return min(rise, max(0.0, fall))
+
+
+def level_count(network: nn.Module) -> int:
+    """Levels that an objective is given: those of sigmas, unless the network names another number (a CDM's classes)."""
+    return getattr(network, "training_levels", None) or len(network.sigmas)

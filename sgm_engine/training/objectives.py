@@ -15,6 +15,7 @@ from functools import wraps
 import torch
 from torch import Tensor
 
+from sgm_engine.cdm.objective import cdm
 from sgm_engine.training.keys import Key
 
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -164,5 +165,5 @@ def _square(a: Tensor) -> Tensor:
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (denoising, implicit, sliced, denoising_autoencoder, stable_target)
-}  # those that need nothing but a score network and data
+    f.__name__: f for f in (denoising, implicit, sliced, denoising_autoencoder, stable_target, cdm)
+}  # those that need nothing but a network (cdm: a CDM, the others: a score network) and data
