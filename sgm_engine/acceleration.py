@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,10 +15,9 @@ from sgm_engine.kernels.reference import ACTIVATIONS
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus, InstanceNormPlus
 from sgm_engine.recognise import FusedNorm, recognise
 from sgm_engine.rewrite import Left, PooledConv, Rewriter
-from sgm_engine.trace import trace
+from sgm_engine.trace import MODAL, trace
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 OWN_NORMS = (ConditionalInstanceNormPlus, InstanceNormPlus)
 AGREEMENT = 1e-5  # relative, float32, of the first call against the user's own module; a wrong rewrite is off by O(1)
 
@@ -37,6 +38,17 @@ class Report:
                  for title, found in (("replaced", self.replaced), ("left", self.left))
                  for what, where in found.items()]  # fmt: skip
         return "\n".join(lines) or "nothing to replace"
+
+
+class Traced(NamedTuple):
+    """A forward as a graph. modules: of its calls · values: node → fake tensor · left: why it is not rewritten."""
+
+    graph: fx.Graph
+    modules: dict[str, nn.Module]
+    values: dict[fx.Node, object]
+    resolve: Callable[[str], object]
+    report: Report
+    left: str | None
 
 
 class Accelerated(nn.Module):
@@ -82,17 +94,21 @@ class Accelerated(nn.Module):
             if pooled.stale():
                 pooled.sync()
 
+    def norms(self) -> dict[str, FusedNorm | str | None]:
+        """What ``recognise`` says of each of the source's modules, by name."""
+        return {name: recognise(module) for name, module in self.source.named_modules() if name}
+
     @torch.no_grad()
     def _build(self, x: Tensor, level: Tensor) -> tuple[nn.Module, list]:
-        _refuse_training(self.source)
-        norms = {name: recognise(module) for name, module in self.source.named_modules() if name}
+        refuse_training(self.source)
+        norms = self.norms()
         try:
             network, report, pinned = self._rewritten(norms, x, level)
-            _refuse_disagreement(network, self.source, x, level)
+            refuse_disagreement(network, self.source, x, level)
         except Exception as error:  # whatever the user's forward does that tracing cannot follow
             network, report, pinned = self._walked(norms)
             report(f"left: the network between its norms ({type(error).__name__}: {_one_line(error)})", "forward")
-            _refuse_disagreement(network, self.source, x, level)
+            refuse_disagreement(network, self.source, x, level)
         for name, why in norms.items():
             if isinstance(why, str):
                 report(f"left: {why}", name)
@@ -102,8 +118,21 @@ class Accelerated(nn.Module):
         self.report = report
         return network, pinned
 
+    def rewritten(self, x: Tensor, level: Tensor) -> tuple[nn.Module, Report, list]:
+        """An executable module of the traced graph, and what was replaced in it; raises what the trace raises."""
+        refuse_training(self.source)
+        return self._rewritten(self.norms(), x, level)
+
     def _rewritten(self, norms: dict, x: Tensor, level: Tensor) -> tuple[nn.Module, Report, list]:
         """The traced graph after Rewriter, over the user's own layers."""
+        found = self.traced(norms, x, level)
+        if found.left:
+            found.report(f"left: all but the norms ({found.left})", "forward")
+        network, pinned = self._assemble(found.graph, found.modules, found.resolve)
+        return network, found.report, pinned
+
+    def traced(self, norms: dict, x: Tensor, level: Tensor) -> Traced:
+        """The graph of source(x, level) after Rewriter. norms: ``recognise`` of its modules, by name."""
         report, modules = Report(), {}
         fused = {self.source.get_submodule(n): f for n, f in norms.items() if isinstance(f, FusedNorm)}
         graph, resolve, values = trace(self.source, set(fused), x, level)
@@ -118,12 +147,12 @@ class Accelerated(nn.Module):
                 report("norm", node.target.removeprefix("module."))
                 _as_fused_call(node)
                 modules[node.target] = fused[module]
+        left = None
         try:
             Rewriter(graph, modules, values, report).run()
         except Left as reason:
-            report(f"left: all but the norms ({reason})", "forward")
-        network, pinned = self._assemble(graph, modules, resolve)
-        return network, report, pinned
+            left = str(reason)
+        return Traced(graph, modules, values, resolve, report, left)
 
     def _assemble(self, graph: fx.Graph, modules: dict, resolve) -> tuple[fx.GraphModule, list]:
         """An executable module of the graph, and (holder, name, tensor) of the tensors that it keeps a reference to."""
@@ -182,7 +211,7 @@ def accelerate(
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}; as_score takes any callable")
     if isinstance(module, Accelerated):
         return module
-    _refuse_training(module)
+    refuse_training(module)
     model = Accelerated(module)
     shape = getattr(module, "shape", None) if shape is None else shape
     if shape is not None:
@@ -220,12 +249,13 @@ def _pins(module: nn.Module) -> list:
             for name, tensor in holder.items() if tensor is not None]  # fmt: skip
 
 
-def _refuse_training(module: nn.Module) -> None:
+def refuse_training(module: nn.Module) -> None:
     if any(m.training and isinstance(m, MODAL) for m in module.modules()):
         raise ValueError("module is in training mode and holds dropout or batch norm: call module.eval() first")
 
 
-def _refuse_disagreement(network: nn.Module, source: nn.Module, x: Tensor, level: Tensor) -> None:
+def refuse_disagreement(network: nn.Module, source: nn.Module, x: Tensor, level: Tensor) -> None:
+    """Raises Left unless both make the same of random images, to rounding."""
     random = torch.Generator(x.device).manual_seed(0)
     x = torch.rand(2, *x.shape[1:], generator=random, device=x.device, dtype=x.dtype)
     level = level[:1].expand(2).contiguous()

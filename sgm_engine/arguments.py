@@ -12,7 +12,7 @@ PLANS = ("annealed_langevin", "consistent_annealed", "reverse_diffusion", "ances
 SAMPLERS = ("ancestral", "reverse_diffusion", "ddim", "euler", "heun", "dpm_solver_2m", "sde_dpm_solver_2m",
             "predictor_corrector")  # fmt: skip
 SCHEDULES = ("geometric", "karras", "linear", "cosine")
-EXECUTORS = ("auto", "eager", "native", "graph")
+EXECUTORS = ("auto", "eager", "native", "hybrid", "graph")
 PRECISIONS = ("float32", "bfloat16", "direct")
 FORMATS = ("png", "npz", "safetensors", "webdataset")
 PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta")
@@ -128,7 +128,7 @@ def _sample(p: Parser) -> Parser:
     add("--precision", choices=PRECISIONS, default="float32",
         help="of the network; direct: float32 without Winograd convolutions, on a CPU (default: float32)")  # fmt: skip
     add("--executor", choices=EXECUTORS, default="auto",
-        help="auto: graph (one CUDA graph, replayed) on a GPU; native (all in C++) or eager on a CPU")  # fmt: skip
+        help="auto: graph (one CUDA graph, replayed) on a GPU; native (all in C++), hybrid or eager on a CPU")  # fmt: skip
 
     group = p.add_argument_group("output")
     add = group.add_argument

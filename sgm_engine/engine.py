@@ -43,8 +43,9 @@ class Engine(Loop):
     sigmas [L] descending and shape (C, H, W): None takes ``model.sigmas`` and ``model.shape``.
     precision: of the network, "float32", "bfloat16" or, with executor "native", "direct": float32 without Winograd
         convolutions, slower and with a smaller error. x is float32 always.
-    executor: "eager"; "graph" (CUDA); "native" (CPU, NCSN and NCSNv2 networks); or "auto", the fastest of those that
-        can run the model. A model that fails to be captured then runs eager, with a warning.
+    executor: "eager"; "graph" (CUDA); "native" (CPU; NCSN, and networks of convolutions that can be traced); "hybrid"
+        (CPU; fused ops, packed convolutions); or "auto", the fastest of those that can run the model. A module that
+        "native" cannot take whole, or that fails to be captured, then runs slower, with a warning that says why.
     graph: how "graph" captures, a GraphConfig.
 
     One request runs at a time: a second thread waits for its turn.
@@ -74,7 +75,7 @@ class Engine(Loop):
         self.shape = check_shape(getattr(model, "shape", None) if shape is None else shape)
         self.device = place(model, device)
         batch = check_int("batch", (128 if self.device.type == "cuda" else 16) if batch is None else batch, 1)
-        network = Network(model, precision, self.device)
+        network = Network(model, precision, self.device, self.shape, len(self.sigmas))
         runs = make_executor(executor, network, graph)
         super().__init__(network, runs, executor == "auto", batch, self.shape, check_buckets(buckets, batch))
         self._lock, self._owner = threading.Lock(), None

@@ -7,6 +7,7 @@ reports and cancels, all from its own mirror of the rows.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -80,16 +81,20 @@ class EagerExecutor:
         ops.langevin_update_(s.x, self.score, t.coef, t.draw, *slots, keep, s.gain)
 
 
-EXECUTORS = ("auto", "eager", "native", "graph")
+EXECUTORS = ("auto", "eager", "native", "hybrid", "graph")
 
 
 def make_executor(name: str, network: Network, graph: GraphConfig | None = None) -> Executor:
-    """The executor called ``name``. "auto": "graph" on a GPU; on a CPU "native" if it can, else "eager"."""
+    """The executor called ``name``. "auto": "graph" on a GPU; on a CPU the first that can of native, hybrid and eager.
+
+    "auto" warns if a network of convolutions is not native on a CPU.
+    """
     if name not in EXECUTORS:
         raise ValueError(f"executor must be one of {EXECUTORS}, got {name!r}")
     device = network.device
+    reason = None  # why it is not native
     if name == "auto":
-        name = "graph" if device.type == "cuda" else "eager" if _native_refusal(network) else "native"
+        name, reason = ("graph", None) if device.type == "cuda" else _best_on_cpu(network)
     if network.precision == "direct" and name != "native":
         why = f"which cannot run this model: {why}" if (why := _native_refusal(network)) else f"not {name!r}"
         raise ValueError(
@@ -110,7 +115,25 @@ def make_executor(name: str, network: Network, graph: GraphConfig | None = None)
         from sgm_engine.native import NativeExecutor
 
         return NativeExecutor()
+    if name == "hybrid":
+        from sgm_engine.hybrid import HybridExecutor
+
+        return HybridExecutor(reason)
     return EagerExecutor()
+
+
+def _best_on_cpu(network: Network) -> tuple[str, str | None]:
+    """The name of an executor, and why it is not "native"."""
+    reason = _native_refusal(network)
+    if reason is None or network.precision == "direct":
+        return ("native" if reason is None else "eager"), reason
+    name = "eager"
+    if network.module is not None and any(isinstance(m, torch.nn.Conv2d) for m in network.module.modules()):
+        from sgm_engine.hybrid import hybrid_refusal
+
+        name = "hybrid" if hybrid_refusal(network) is None else "eager"
+        warnings.warn(f"executor='native' cannot run this model: {reason}; executor={name!r} runs it", stacklevel=4)
+    return name, reason
 
 
 def _native_refusal(network: Network) -> str | None:
@@ -119,4 +142,4 @@ def _native_refusal(network: Network) -> str | None:
 
     if network.device.type != "cpu":
         return f"it is on {network.device}"
-    return refusal(network.model, network.precision)
+    return refusal(network.model, network.precision, network.shape, network.levels)

@@ -47,8 +47,13 @@ class Loop:
 
     @property
     def executor(self) -> str:
-        """The executor that runs: "eager", "native" or "graph"."""
+        """The executor that runs: "eager", "native", "hybrid" or "graph"."""
         return self._executor.name
+
+    def describe(self) -> str:
+        """The executor that runs, and what it makes of the model: algorithms, memory, why it is not a faster one."""
+        about = getattr(self._executor, "describe", None)
+        return f"{self.executor}, {self._network.precision}, batch {self.batch}" + (f": {about()}" if about else "")
 
     @property
     def batch(self) -> int:

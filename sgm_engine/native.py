@@ -13,13 +13,23 @@ from sgm_engine.native_refinenet import lower_refinenet
 from sgm_engine.network import Network
 from sgm_engine.slots import Slots, Tables
 
+AGREEMENT = {"bfloat16": 0.1}  # of a traced network with its module, relative; a wrong graph is off by O(1)
+FLOAT32_AGREEMENT = 1e-4
 
-def lower(graph: Graph, model: nn.Module, height: int, width: int) -> None:
-    """Emit the layers of ``model`` for images [model.channels, height, width]."""
-    if not isinstance(model, RefineNet):
-        name = type(model).__name__
-        raise Unsupported(f"{name}: the native executor takes NCSN and NCSNv2 networks; use executor='eager'")
-    lower_refinenet(graph, model, height, width)
+
+def lower(graph: Graph, model: nn.Module, shape: tuple[int, int, int], levels: int) -> None:
+    """Emit the layers of ``model`` for x [*shape] at level in [0, levels). Raises Unsupported, and says what it is."""
+    if isinstance(model, RefineNet):
+        if shape[0] != model.channels:
+            raise ValueError(f"the model takes {model.channels} channels, got shape {shape}")
+        return lower_refinenet(graph, model, *shape[1:])
+    if not isinstance(model, nn.Module):
+        raise Unsupported(f"{type(model).__name__} is no nn.Module")
+    if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
+        raise Unsupported(f"{type(model).__name__} holds no convolution")
+    from sgm_engine.native_traced import lower_traced  # torch.fx, which NCSN does not need
+
+    lower_traced(graph, model, shape, levels)
 
 
 class NativeNetwork:
@@ -27,14 +37,31 @@ class NativeNetwork:
 
     batch: the number of images that it is tuned for; it takes any. height, width: the only image size it takes.
     precision: "float32", "bfloat16" (convolutions; needs AVX512_BF16), "direct" or "winograd": see PRECISIONS.
-    Weights are packed copies: ``sync`` refreshes those whose parameters changed.
+    channels, levels: of x, and how many; None takes ``model.shape`` and ``model.sigmas``.
+    Weights are packed copies: ``sync`` refreshes those whose parameters changed. Raises Unsupported.
     """
 
-    def __init__(self, model: nn.Module, batch: int, height: int, width: int, precision: str = "float32"):
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: int,
+        height: int,
+        width: int,
+        precision: str = "float32",
+        channels: int | None = None,
+        levels: int | None = None,
+    ):
         self.graph = Graph(batch, precision)
-        lower(self.graph, model, height, width)
-        self.shape = (model.channels, height, width)
+        if channels is None:
+            channels = (getattr(model, "shape", None) or (3,))[0]
+        levels = len(getattr(model, "sigmas", (0,))) if levels is None else levels
+        self.shape = (channels, height, width)
+        lower(self.graph, model, self.shape, levels)
         self.graph.plan()
+        self.model, self._settings = model, None
+        if not isinstance(model, RefineNet):
+            self._settings = settings(model)
+            self._refuse_disagreement(levels, AGREEMENT.get(precision, FLOAT32_AGREEMENT))
 
     def sync(self) -> int:
         """Pack the weights that changed since the last time; returns how many layers' they were."""
@@ -51,13 +78,50 @@ class NativeNetwork:
         x = x.contiguous()
         return self.graph.run(x, level.contiguous(), torch.empty_like(x))
 
+    def stale(self) -> bool:
+        """Whether a flag, number or plain tensor among the module's attributes is another than when it was traced."""
+        return self._settings is not None and self._settings != settings(self.model)
 
-def refusal(model: object, precision: str = "float32") -> str | None:
-    """Why the native executor cannot run ``model`` in this precision on this CPU, or None if it can."""
-    if not isinstance(model, RefineNet):
-        return f"{type(model).__name__} is not an NCSN or NCSNv2 network"
+    def describe(self) -> str:
+        """Its convolutions by algorithm, and its memory."""
+        found = [self.graph.native.algorithm(i) for i in self.graph.convs]
+        counts = ", ".join(f"{found.count(a)} {a}" for a in sorted(set(found)))
+        return f"convolutions: {counts}; {self.graph.native.bytes() / 2**20:.1f} MiB"
+
+    @torch.no_grad()
+    def _refuse_disagreement(self, levels: int, tolerance: float) -> None:
+        x = torch.rand(2, *self.shape, generator=torch.Generator().manual_seed(0))
+        level = torch.tensor([0, levels - 1])
+        ours, theirs = self(x, level), self.model(x, level).float()
+        difference = ((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item()
+        if not difference <= tolerance:
+            raise Unsupported(f"lowered, it would differ by {difference:.1e}")
+
+
+def settings(model: nn.Module) -> list[tuple]:
+    from sgm_engine.trace import settings  # torch.fx, which NCSN does not need
+
+    return settings(model)
+
+
+def refusal(
+    model: object, precision: str = "float32", shape: tuple[int, int, int] | None = None, levels: int | None = None
+) -> str | None:
+    """Why the native executor cannot run ``model`` in this precision on this CPU, or None if it can.
+
+    shape, levels: None takes ``model.shape`` and ``model.sigmas``. A module that is no NCSN is traced and compared.
+    """
     if precision == "bfloat16" and _C.isa() != "avx512_bf16":
         return f"precision='bfloat16' needs AVX512_BF16, and the instruction set in use is {_C.isa()}"
+    if isinstance(model, RefineNet):
+        return None
+    shape = getattr(model, "shape", None) if shape is None else shape
+    if shape is None:
+        return "the size of its images is not known: pass shape=(C, H, W)"
+    try:
+        NativeNetwork(model, 1, *shape[1:], precision, shape[0], levels)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -73,15 +137,25 @@ class NativeExecutor:
         self.score: Tensor | None = None
 
     def bind(self, network: Network, slots: Slots, tables: Tables) -> None:
-        if reason := refusal(network.model, network.precision):
-            raise ValueError(f"executor='native' cannot run this model: {reason}; use executor='eager'")
         if slots.device.type != "cpu":
             raise ValueError(f"executor='native' runs on a CPU, got device {slots.device}: use executor='graph' there")
         self.slots, self.tables = slots, tables
-        self.network = NativeNetwork(network.model, slots.batch, *slots.shape[1:], network.precision)
+        channels, height, width = slots.shape
+        try:
+            self.network = NativeNetwork(
+                network.model, slots.batch, height, width, network.precision, channels, network.levels
+            )
+        except Unsupported as reason:
+            raise ValueError(f"executor='native' cannot run this model: {reason}; use executor='eager'") from reason
+        self.source = network
         self.score = torch.zeros(slots.batch, *slots.shape)
 
+    def describe(self) -> str:
+        return self.network.describe()
+
     def sync_weights(self) -> None:
+        if self.network.stale():
+            self.bind(self.source, self.slots, self.tables)
         self.network.sync()
 
     def sibling(self) -> NativeExecutor:

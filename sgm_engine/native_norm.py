@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sgm_engine.models.blocks import ConditionalInstanceNormPlus, InstanceNormPlus
 from sgm_engine.recognise import FusedNorm, recognise
 
 
@@ -88,11 +87,6 @@ def affine(channels: int) -> Norm:
 
 def norm_of(module: nn.Module) -> Norm:
     """A norm module as the executor takes it. Raises Unsupported."""
-    roles = ("gamma", "alpha", "beta")
-    if isinstance(module, ConditionalInstanceNormPlus):
-        module = FusedNorm(module, roles, module.channels, 1e-5)
-    elif isinstance(module, InstanceNormPlus):
-        module = FusedNorm(module, {role: role for role in roles}, len(module.gamma), 1e-5)
     fused = module if isinstance(module, FusedNorm) else recognise(module)
     if not isinstance(fused, FusedNorm):
         raise Unsupported(f"{type(module).__name__}: {fused or 'not a norm that the native executor knows'}")
@@ -106,7 +100,7 @@ def norm_of(module: nn.Module) -> Norm:
         weight, at = fused.embedding.weight, tuple(fused.roles).index(role)
         return Table(lambda: weight.split(fused.channels, dim=1)[at], len(weight), (weight,))
 
-    return Norm(fused.channels, fused.groups or fused.channels, fused.eps, tuple(map(part, roles)))
+    return Norm(fused.channels, fused.groups or fused.channels, fused.eps, tuple(map(part, ("gamma", "alpha", "beta"))))
 
 
 def _combined(function: Callable[[Tensor, Tensor], Tensor], a: Table, b: Table) -> Table:

@@ -26,12 +26,20 @@ class Network:
     everything with it except the weights of convolutions and linear layers. Those are bfloat16 buffers of their own, in
     place for good; ``sync`` rewrites them from the module's current weights.
     direct: float32, by the one executor that has a choice (native) without Winograd.
+    shape, levels: (C, H, W) of a sample and the number of levels, for executors that prepare for them.
     """
 
-    def __init__(self, model: Callable[[Tensor, Tensor], Tensor], precision: str, device: torch.device):
+    def __init__(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        precision: str,
+        device: torch.device,
+        shape: tuple[int, int, int] | None = None,
+        levels: int | None = None,
+    ):
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-        self.model, self.precision, self.device = model, precision, device
+        self.model, self.precision, self.device, self.shape, self.levels = model, precision, device, shape, levels
         self.module = model if isinstance(model, nn.Module) else None
         if precision == "bfloat16" and self.module is None:
             raise ValueError("precision='bfloat16' needs an nn.Module, got a plain callable: cast inside it instead")

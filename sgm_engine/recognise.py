@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine.kernels import ops, reference
+from sgm_engine.models.blocks import ConditionalInstanceNormPlus, InstanceNormPlus
 
 TOLERANCE = 1e-9  # in float64
 ROLES = {
@@ -59,6 +60,12 @@ def recognise(module: nn.Module) -> FusedNorm | str | None:
     """What computes the same; None if module is nothing like a norm; if it is like one but differs, why it is left."""
     if isinstance(module, (nn.InstanceNorm2d, nn.GroupNorm)):
         return _of_torch(module)
+    if type(module) is ConditionalInstanceNormPlus:
+        return _without_hooks(module) or FusedNorm(module, ROLES[3][0], module.channels, 1e-5)
+    if type(module) is InstanceNormPlus:
+        return _without_hooks(module) or FusedNorm(
+            module, {role: role for role in ROLES[3][0]}, len(module.gamma), 1e-5
+        )
     parameters = dict(module.named_parameters())
     if type(module).__module__.startswith("torch.nn.") or not 1 <= len(parameters) <= 3:
         return None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sgm_engine.schedule import check_sigmas
 
@@ -103,15 +103,23 @@ class ScoreModel(nn.Module):
             return of.index_select(0, level)[:, None, None, None]
 
         found = self.model(column(self.c_in) * x if self.scaled else x, self.condition[level])
-        if not isinstance(found, Tensor) or found.shape != x.shape:
-            what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"model must return a tensor of x's shape {list(x.shape)}, got {what}: wrap it to do so")
-        found = found.float()
+        found = checked_score(found, x).float()
         if self.direct:
             return found
         if self.plain:
             return column(self.q) * found
         return column(self.q) * (found - (x if self.unit else column(self.s) * x))
+
+
+def checked_score(found: object, x: Tensor) -> Tensor:
+    """found, which must be a tensor of x's shape."""
+    if not isinstance(found, Tensor) or found.shape != x.shape:
+        what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"model must return a tensor of x's shape {list(x.shape)}, got {what}: wrap it to do so")
+    return found
+
+
+fx.wrap("checked_score")  # one call in a traced graph: it asks for types, which a trace does not have
 
 
 def as_score(

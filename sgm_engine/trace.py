@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 BATCH = 7  # a size that channels, heights and widths rarely have; where they do, they are left symbolic too
+MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)  # layers that differ in training mode
 CREATORS = ("zeros", "ones", "empty", "full", "arange")  # of torch: given a proxy as a size, they do not let fx see it
 
 
@@ -110,13 +111,18 @@ class _Tracer(fx.Tracer):
                 self.evaluating = False
         return proxy
 
+    def _value(self, node: fx.Node) -> object:
+        if node not in self.values and node.op == "get_attr":  # a constant tensor: torch.fx makes its node by itself
+            self.values[node] = self._evaluate(node)
+        return self.values[node]
+
     def _evaluate(self, node: fx.Node) -> object:
         if node.op == "placeholder":
             value = self.inputs.pop(0)
             return torch.empty(BATCH, *value.shape[1:], dtype=value.dtype, device=value.device)
         if node.op == "get_attr":
             return self.fake.from_tensor(operator.attrgetter(node.target)(self.root))
-        args, kwargs = (map_arg(a, self.values.__getitem__) for a in (node.args, node.kwargs))
+        args, kwargs = (map_arg(a, self._value) for a in (node.args, node.kwargs))
         if node.op == "call_function":
             return node.target(*args, **kwargs)
         if node.op == "call_method":
@@ -146,6 +152,36 @@ def _creators_traced(tracer: _Tracer) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(torch, name, original)
+
+
+def settings(module: nn.Module) -> list[tuple]:
+    """What a trace of ``module`` takes as it stands: flags, numbers, strings and plain tensors among the attributes."""
+    found = []
+    for name, part in module.named_modules():
+        for key, value in vars(part).items():
+            if isinstance(value, Tensor):
+                found.append((name, key, value.data_ptr(), value._version))
+            elif all(isinstance(v, (bool, int, float, str, type(None))) for v in pytree.tree_leaves(value)):
+                found.append((name, key, repr(value)))
+    return found
+
+
+def untraceable(module: nn.Module) -> str | None:
+    """Why a trace of ``module``, in float32 on the CPU, might compute something else than the module; None if not."""
+    for name, part in module.named_modules():
+        if part._forward_hooks or part._forward_pre_hooks:
+            return f"{name or 'the network'} has hooks"
+        if part.training and isinstance(part, MODAL):
+            return f"{name} is in training mode: call model.eval() first"
+        for key, value in vars(part).items():
+            for leaf in [] if key.startswith("_") else pytree.tree_leaves(value):
+                of_torch = getattr(leaf, "__module__", "").startswith("torch")
+                if callable(leaf) and not isinstance(leaf, (nn.Module, type)) and not of_torch:
+                    return f"{name}.{key} holds a function, whose state a trace cannot follow".lstrip(".")
+    for t in (*module.parameters(), *module.buffers()):
+        if t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32):
+            return f"its parameters must be float32 on the CPU, and one is {t.dtype} on {t.device}"
+    return None
 
 
 def trace(module: nn.Module, leaves: set[nn.Module], x: Tensor, level: Tensor) -> tuple[fx.Graph, Callable, dict]:
