@@ -128,7 +128,7 @@ def _sample(p: Parser) -> Parser:
     add("--precision", choices=PRECISIONS, default="float32",
         help="of the network; direct: float32 without Winograd convolutions, on a CPU (default: float32)")  # fmt: skip
     add("--executor", choices=EXECUTORS, default="auto",
-        help="auto: graph (one CUDA graph, replayed) on a GPU; native (all in C++), hybrid or eager on a CPU")  # fmt: skip
+        help="auto: graph (one CUDA graph, replayed) on a GPU; native (C++), hybrid or eager on a CPU")  # fmt: skip
 
     group = p.add_argument_group("output")
     add = group.add_argument
