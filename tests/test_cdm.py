@@ -242,3 +242,12 @@ def test_a_learned_classifier_of_points(learned):
     with torch.no_grad():
         nll = -learned.log_prob(x).mean()
     assert abs(nll - 1.1319) < 0.2
+
+
+def test_a_learned_classifier_samples_in_the_right_shares(learned):
+    from test_cdm_sampling import check_shares
+
+    from sgm_engine import Engine, ancestral
+
+    model = CDM(learned.classifier, T50, (2, 1, 1))
+    check_shares(Engine(model, batch=1000).sample(1000, plan=ancestral(model.sigmas)))

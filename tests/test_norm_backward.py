@@ -62,8 +62,8 @@ def test_every_variant(isa):
     for (shape, groups), dtype, activation in itertools.product(shapes, dtypes, ACTIVATIONS):
         x, dy, gamma, beta = tensors(shape, dtype)
         check(launch(x, dy, gamma, beta, activation, groups), x, dy, gamma, beta, activation, groups)
-    for gamma, beta in ((None, beta), (gamma, None), (None, None)):
-        check(launch(x, dy, gamma, beta, "silu", groups), x, dy, gamma, beta, "silu", groups)
+    for pair in ((None, beta), (gamma, None), (None, None)):
+        check(launch(x, dy, *pair, "silu", groups), x, dy, *pair, "silu", groups)
 
 
 def test_a_large_mean_costs_no_digits():

@@ -37,7 +37,7 @@ def train(
 ) -> CDM:
     """``network`` trained on the mixture by ``weights`` of cross entropy and squared error, lr falling to 0."""
     model, count = CDM(network, classes), classes.levels + 2
-    adam = torch.optim.Adam(model.parameters(), lr)
+    adam = torch.optim.Adam(model.parameters(), lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda k: 1 - k / steps)
     for k in range(steps):
         key = Key(seed, torch.arange(k * batch, (k + 1) * batch))

@@ -1,0 +1,65 @@
+"""What a classification diffusion model of digits makes of images that it has not seen, and of what are no digits.
+
+    python -m sgm_engine.cdm.report --checkpoint model.safetensors --data mnist/ --cifar cifar/ --n 2000
+
+prints bits per dimension of held-out images, one forward pass each, beside those of a Gaussian for each pixel, and the
+AUROC of held-out images above crops of CIFAR-10 in grey, uniform noise and inverted images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sgm_engine.cdm.likelihood import auroc, image_bits, pixel_gaussian_bits
+from sgm_engine.cdm.model import CDM
+from sgm_engine.checkpoint import load_checkpoint
+from sgm_engine.training.data import load_images
+from sgm_engine.training.keys import Key
+
+
+def others(images: np.ndarray, cifar: np.ndarray | None) -> dict[str, np.ndarray]:
+    """What is to be ranked below ``images`` uint8 [N, 1, H, W]: name → uint8 [N, 1, H, W]."""
+    n, _, height, width = images.shape
+    key = Key(1, torch.arange(n))
+    noise = (key.uniform(torch.empty(images.shape)) * 256).to(torch.uint8).numpy()
+    found = {"uniform noise": noise, "inverted": 255 - images}
+    if cifar is not None:
+        grey = cifar[np.arange(n) % len(cifar)].mean(1, keepdims=True).round().astype(np.uint8)
+        u = key.uniform(torch.empty(n, 2), 1).numpy()
+        top, left = ((u[:, i] * (size + 1)).astype(int) for i, size in ((0, 32 - height), (1, 32 - width)))
+        crops = [g[:, t : t + height, s : s + width] for g, t, s in zip(grey, top, left, strict=True)]
+        found["CIFAR-10 crops"] = np.stack(crops)
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sgm_engine.cdm.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="weights that sgm train wrote")
+    parser.add_argument("--data", type=Path, required=True, help="MNIST's IDX files")
+    parser.add_argument("--cifar", type=Path, help="CIFAR-10's .bin files, for its crops")
+    parser.add_argument("--n", type=int, default=2000, help="held-out images, and as many of each other kind")
+    args = parser.parse_args(argv)
+    model = load_checkpoint(args.checkpoint)
+    if not isinstance(model, CDM):
+        parser.error(f"{args.checkpoint} holds no classification diffusion model")
+    train, test = load_images(args.data), load_images(args.data, "test")[: args.n]
+    bits, middle = image_bits(model, test), image_bits(model, test, dequantised=False)
+    gaussian, floor = pixel_gaussian_bits(train, test)
+    error = bits.std() / len(bits) ** 0.5
+    print(f"held-out images: {len(test)}, bits per dimension, one forward pass each")
+    print(f"  dequantised                    {bits.mean():.3f} ± {error:.3f}")
+    print(f"  at the middle of the interval  {middle.mean():.3f}")
+    print(f"  training images, dequantised   {image_bits(model, train[: args.n]).mean():.3f}")
+    print(f"  a Gaussian for each pixel      {gaussian:.3f} (variances at least {floor:.1e}, the best choice here)")
+    print("AUROC of held-out images above")
+    for name, images in others(test, None if args.cifar is None else load_images(args.cifar, "test")).items():
+        other = image_bits(model, images)
+        print(f"  {name:29}  {auroc(-bits, -other):.4f}   ({other.mean():.2f} bits per dimension)")
+
+
+if __name__ == "__main__":
+    main()
