@@ -1,4 +1,4 @@
-"""How likely images are under a classification diffusion model: bits per dimension, and what it makes of other images."""
+"""How likely images are under a classification diffusion model, in bits, and whether it tells them from others."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def image_bits(model: CDM, images: np.ndarray, dequantised: bool = True, seed: i
 def auroc(positive: Tensor, negative: Tensor) -> float:
     """P(a positive's value > a negative's) + ½·P(equal), over all pairs: the area under the ROC curve."""
     both = torch.cat([positive.flatten(), negative.flatten()]).double().cpu().numpy()
-    values, place, count = np.unique(both, return_inverse=True, return_counts=True)
+    _, place, count = np.unique(both, return_inverse=True, return_counts=True)
     rank = (np.cumsum(count) - (count - 1) / 2)[place]  # ties share their mean rank
     n, m = positive.numel(), negative.numel()
     return float((rank[:n].sum() - n * (n + 1) / 2) / (n * m))

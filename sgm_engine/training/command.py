@@ -15,11 +15,13 @@ examples:
   sgm train --config ncsnv2_cifar10 --data cifar/ --out run --set batch=64 lr=5e-5
   sgm train --config mine.yaml --data pictures/ --out run --set image_size=64
   torchrun --nproc-per-node 4 -m sgm_engine train --config ncsn_cifar10 --data cifar/ --out run
+  sgm train --objective cdm --data mnist/ --out run              a classifier of noise levels: docs/cdm.md
   sgm train --list                                               the configs that come with the package
 
 run/ then holds checkpoints/ (Lightning's), samples/ (PNG), metrics.csv, config.yaml, and at the end model.safetensors,
 which `sgm sample --checkpoint` takes. Needs: pip install 'sgm-engine[train]'.
 """
+CDM_CONFIG = "cdm_mnist_small"  # of --objective cdm, if no --config is named
 
 
 def register(commands) -> None:
@@ -28,6 +30,7 @@ def register(commands) -> None:
     p.description = "Train a score network on images."
     add = p.add_argument
     add("--config", metavar="NAME", help="a YAML file, or the name of a bundled one (--list)")
+    add("--objective", metavar="NAME", help="--set objective=NAME; cdm alone means --config cdm_mnist_small")
     add("--data", metavar="PATH", help="MNIST's IDX files, CIFAR-10's .bin files, a .npy, or a folder of pictures")
     add("--out", metavar="FOLDER", help="the run; resumed if it has checkpoints")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes to the config")
@@ -49,11 +52,14 @@ def train(args: argparse.Namespace) -> int:
     if args.advise:
         print(_advice(args).to_yaml())
         return 0
+    if args.objective == "cdm" and args.config is None:
+        args.config = CDM_CONFIG
     try:
         for name in ("config", "data", "out"):
             if getattr(args, name) is None:
                 raise ValueError(f"--{name} is missing (see `sgm train --help`)")
-        config = TrainConfig.read(args.config, _changes(args.set))
+        objective = {} if args.objective is None else {"objective": args.objective}
+        config = TrainConfig.read(args.config, objective | _changes(args.set))
         try:
             from sgm_engine.training import run
         except ImportError as error:
