@@ -7,7 +7,7 @@ from subprocess import CalledProcessError
 import pytest
 
 from setup import CSRC
-from tests.driver import Driver, run
+from tests.driver import Driver, changed, run
 from tests.sanitize import SANITIZERS, check
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to build the driver with")
@@ -17,6 +17,39 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no
 def test_sanitizers(name, tmp_path):
     """Silent on what is there, and not on what is planted. All instruction sets: python -m tests.sanitize."""
     check(name, tmp_path, ("generic",), networks=12)
+
+
+ALLOCATES = (
+    "cpu/executor/executor.cpp",
+    "  const Program program = this->program();\n  run_teams(images",
+    "  const Program program = this->program();\n  const std::vector<char> planted(1024);\n  run_teams(images",
+)
+
+
+def test_no_allocation_inside_a_call(tmp_path):
+    """Batches above and below the tuned one, fewer images than threads; one that is planted is counted."""
+    driver = Driver(tmp_path, ["-O1"])
+    run(driver.build(), 60, "float32", 3)
+    with pytest.raises(CalledProcessError) as counted:
+        run(driver.build("planted", changed(*ALLOCATES)), 60, "float32", 3)
+    assert "takes memory in a call" in counted.value.stderr
+
+
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="there is no aarch64-linux-gnu-g++")
+def test_arm(tmp_path):
+    """Compiles for 64-bit Arm without a warning; agrees with double precision there, if there is an emulator."""
+    path = Driver(tmp_path, ["-O1", "-static", "-Werror"], cxx="aarch64-linux-gnu-g++").build()
+    if shutil.which("qemu-aarch64-static") is None:
+        pytest.skip("compiled, but there is no qemu-aarch64-static (qemu-user-static) to run it")
+    for precision in ("float32", "direct", "winograd"):
+        assert "they agree" in run("qemu-aarch64-static", path, 15, precision, 2)
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++ (clang)")
+def test_clang(tmp_path):
+    """Compiles without a warning, and agrees."""
+    path = Driver(tmp_path, ["-O1", "-Werror", "-Wno-unknown-warning-option"], cxx="clang++").build()
+    assert "they agree" in run(path, 15, "winograd", 2)
 
 
 WINOGRAD, PACK = "cpu/executor/winograd.h", "cpu/executor/pack.cpp"

@@ -4,7 +4,7 @@
 //   driver NETWORKS [PRECISION [THREADS]]    0: all agree, 1: one does not
 //
 // Every network runs alone and inside a chain, on one thread and on THREADS, which must give the same bits, and beside a
-// second caller.
+// second caller. Once they have run, run() and run_steps() may take no memory.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -12,6 +12,7 @@
 #include <string>
 #include <thread>
 
+#include "allocations.h"
 #include "cpu/pool.h"
 #include "isa.h"
 #include "reference.h"
@@ -65,6 +66,7 @@ struct Network {
   std::vector<Weights> weights;
   std::vector<Table> tables;
   std::vector<Image> score;
+  long taken = 0;  // allocations during calls of the executor
 
   Network(unsigned seed, Precision precision)
       : random(seed), images(random.from(1, 4)), executor(random.from(1, 4), precision) {
@@ -194,7 +196,9 @@ struct Network {
 
   std::vector<float> run() {
     std::vector<float> out(x.size(), NAN);
+    const long before = allocations::count;
     executor.run(x.data(), level.data(), out.data(), images);
+    taken += allocations::count - before;
     return out;
   }
 
@@ -207,8 +211,10 @@ struct Network {
     for (int i = 0; i < images; ++i) id[i] = i, row[i] = i % 2;
     stop[images - 1] = 0;
     std::vector<float> state = x, last(x.size());
+    const long before = allocations::count;
     executor.run_steps({images, state.data(), false, last.data(), coef, draw, levels, 3, row.data(), stop.data(), seed.data(),
                         id.data(), bad.data()}, 3, [] { return false; });
+    taken += allocations::count - before;
     return state;
   }
 
@@ -227,6 +233,13 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
+// Whether calls like those before, with the same number of threads, take memory.
+bool takes_memory(Network& network) {
+  network.taken = 0;
+  network.run(), network.chain();
+  return network.taken > 0;
+}
+
 const char* failure(unsigned seed, Precision precision, int threads) {
   Network network(seed, precision), other(seed, precision);
   sgm::set_num_threads(1);
@@ -236,7 +249,10 @@ const char* failure(unsigned seed, Precision precision, int threads) {
     std::fprintf(stderr, "network %u: error %.3g\n", seed, error);
     return "differs from double precision";
   }
+  if (takes_memory(network)) return "takes memory in a call";
   sgm::set_num_threads(threads);
+  network.run();
+  if (takes_memory(network)) return "takes memory in a call on several threads";
   std::vector<float> beside;
   std::thread caller([&] { beside = other.run(); });
   const bool as_alone = same(network.run(), alone) && same(network.chain(), chain);
