@@ -1,5 +1,7 @@
 """``sgm train`` of a classification diffusion model: the same trainer, the same files."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -73,7 +75,7 @@ def test_the_objective_says_which_config(workplace, sgm, monkeypatch):
         ({"objective": "denoising"}, "objective must be cdm if, and only if, the architecture is CDM"),
         ({"architecture": "NCSN", "objective": "denoising", "sigma_begin": 1.0}, "network must be empty for NCSN"),
         (
-            {"network": {"schedule": "vp_geometric", "multipliers": [1], "blocks": 1, "depth": 3}},
+            {"network": {"schedule": "ddpm", "multipliers": [1], "blocks": 1, "depth": 3}},
             "unknown fields: depth",
         ),
         ({"network": {"schedule": "sine", "multipliers": [1], "blocks": 1}}, "schedule must be one of ddpm"),
@@ -95,7 +97,7 @@ def test_every_bundled_config_builds():
             size = 28 if "mnist" in name else 32
             with torch.device("meta"):
                 model = config.model(1 if size == 28 else 3, size).build()
-            assert CDMConfig.from_dict(__import__("json").loads(model.config.to_json())) == model.config
+            assert CDMConfig.from_dict(json.loads(model.config.to_json())) == model.config
             print(name, sum(p.numel() for p in model.parameters()))
 
 
