@@ -251,3 +251,11 @@ def test_a_learned_classifier_samples_in_the_right_shares(learned):
 
     model = CDM(learned.classifier, T50, (2, 1, 1))
     check_shares(Engine(model, batch=1000).sample(1000, plan=ancestral(model.sigmas)))
+
+
+def test_the_package_s_names():
+    import sgm_engine.cdm as package
+
+    for name in package.__all__:
+        assert callable(getattr(package, name)), name
+    assert package.mala.__module__ == "sgm_engine.cdm.metropolis"

@@ -19,7 +19,7 @@ from sgm_engine import (
 )
 from sgm_engine.cdm import classes as schedules
 from sgm_engine.cdm.ablation import CLASSES, Exact
-from sgm_engine.cdm.mala import mala
+from sgm_engine.cdm.metropolis import mala
 from sgm_engine.cdm.model import CDM
 from sgm_engine.cdm.networks import UNet
 from sgm_engine.training.toy import TRIPLE

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from sgm_engine import Engine, Plan, annealed_langevin, ddim
-from sgm_engine.cdm import mala as module
-from sgm_engine.cdm.mala import Density, mala
+from sgm_engine.cdm import metropolis as module
+from sgm_engine.cdm.metropolis import Density, mala
 
 N, ROWS, STEP = 40_000, 30, 0.4  # x + .4·s + √.8·z on N(0, 1): variance 1/(1 − .8/4) = 1.25
 

@@ -5,14 +5,27 @@ from importlib import import_module
 _HOMES = {
     "CDM": "model",
     "CDMConfig": "config",
+    "Density": "metropolis",
     "MLP": "networks",
     "NoiseClasses": "classes",
     "UNet": "networks",
+    "auroc": "likelihood",
     "bits_per_dim": "likelihood",
-    "flow_log_prob": "likelihood",
-    "mala": "mala",
+    "image_bits": "likelihood",
+    "mala": "metropolis",
 }
-__all__ = ["CDM", "MLP", "CDMConfig", "NoiseClasses", "UNet", "bits_per_dim", "flow_log_prob", "mala"]
+__all__ = [
+    "CDM",
+    "MLP",
+    "CDMConfig",
+    "Density",
+    "NoiseClasses",
+    "UNet",
+    "auroc",
+    "bits_per_dim",
+    "image_bits",
+    "mala",
+]
 
 
 def __getattr__(name: str):
