@@ -27,6 +27,13 @@ def model(sigmas):
     return lambda x, level: score(x.double(), sigmas[level]).float()
 
 
+def data(n, seed=0):
+    """n points of the mixture itself, float64 [n, 2]."""
+    rng = np.random.default_rng(seed)
+    mode = rng.choice(3, n, p=WEIGHT.numpy())
+    return MEAN.numpy()[mode] + STD.numpy()[mode, None] * rng.standard_normal((n, 2))
+
+
 def start(n, side, scale, seed=0):
     """x₀ of samples 0 … n − 1 of a plan that starts from scale·N(0, 1), float64 [n, 2, side, side]."""
     z = noise.fill((n, 2, side, side), np.full(n, seed), np.arange(n), 0, 0, "normal")

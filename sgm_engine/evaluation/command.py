@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
 
         if args.against:
             other = e.summarise(sets[-1].blocks(), extractor, sets[-1].name)
-            report.rows += _difference(samples, other, reference, args.replicates, report)
+            report.rows += _difference(samples, other, reference, report)
         if "nll" in extra:
             bits = e.bits_per_dimension(engine.model.log_prob, reference_set.blocks())
             report.rows.append(e.Row("bits per dimension", *bits))
@@ -155,13 +155,13 @@ def _metrics(args: argparse.Namespace, known: tuple[str, ...]) -> tuple[list[str
     return [m for m in asked if m not in others], others
 
 
-def _difference(samples, other, reference, replicates: int, report) -> list:
+def _difference(samples, other, reference, report) -> list:
     from sgm_engine.evaluation.evaluate import Row
     from sgm_engine.evaluation.frechet import frechet, frechet_difference
 
     if samples.n != other.n:
         report.notes["careful"] = f"{samples.n} images against {other.n}: the Fréchet distance falls with their number"
     return [
-        Row("Fréchet of --against", *frechet(other.moments, reference.moments, replicates)),
-        Row("first minus second", *frechet_difference(samples.moments, other.moments, reference.moments, replicates)),
+        Row("Fréchet of --against", *frechet(other.moments, reference.moments)),
+        Row("first minus second", *frechet_difference(samples.moments, other.moments, reference.moments)),
     ]

@@ -156,7 +156,7 @@ def evaluate(
 def _measure(samples, reference, metrics, k, replicates, seed) -> dict[str, Estimate]:
     found: dict[str, Estimate] = {}
     if "frechet" in metrics:
-        found["frechet"] = frechet(samples.moments, reference.moments, replicates, seed)
+        found["frechet"] = frechet(samples.moments, reference.moments, interval=replicates > 2)
     if "score" in metrics:
         found["score"] = samples.tally.score(replicates, seed)
     if "classes" in metrics:

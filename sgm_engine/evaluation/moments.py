@@ -1,4 +1,4 @@
-"""Mean and covariance of a stream of feature vectors, in float64, and bootstraps of what they decide."""
+"""Mean and covariance of a stream of feature vectors, in float64, and what they are without a part of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class GroupedMoments:
     """Moments of a stream, kept apart for G groups: vector i belongs to group i mod G.
 
     Blocks are merged by the pairwise update of Chan, Golub and LeVeque (1979): each block is centred on its own mean,
-    so nothing cancels. Resampling whole groups bootstraps a function of the moments when the vectors are long gone.
+    so nothing cancels. Leaving out whole groups gives a jackknife of any function of the moments, when the vectors are
+    long gone.
     """
 
     def __init__(self, dim: int, groups: int | None = None):
@@ -56,18 +57,20 @@ class GroupedMoments:
         n, mean, covariance = self._weighted(np.ones((1, len(self.n))))
         return Moments(int(n[0]), mean[0], covariance[0])
 
-    def resample(self, replicates: int, rng: np.random.Generator) -> Iterator[Moments]:
-        """Bootstrap replicates, each of as many groups drawn with replacement.
+    def without_each(self) -> Iterator[Moments]:
+        """The moments with one group left out, for each group that holds vectors, in turn.
 
-        They come stacked, some at a time: n [r], mean [r, D], covariance [r, D, D].
+        They come stacked, some at a time: n [r], mean [r, D], covariance [r, D, D]. ValueError for fewer than 3
+        vectors.
         """
-        filled = int((self.n > 0).sum())
-        if filled < 2:
-            raise ValueError(f"a bootstrap needs at least 2 vectors, got {int(self.n.sum())}")
+        filled = np.flatnonzero(self.n)
+        if self.n.sum() < 3:
+            raise ValueError(f"an interval needs at least 3 vectors, got {int(self.n.sum())}")
         at_once = max(1, STACKED // self.mean.shape[1] ** 2)
-        for start in range(0, replicates, at_once):
-            weights = np.zeros((min(at_once, replicates - start), len(self.n)))
-            weights[:, self.n > 0] = rng.multinomial(filled, np.full(filled, 1 / filled), len(weights))
+        for start in range(0, len(filled), at_once):
+            left_out = filled[start : start + at_once]
+            weights = np.ones((len(left_out), len(self.n)))
+            weights[np.arange(len(left_out)), left_out] = 0
             yield self._weighted(weights)
 
     def _weighted(self, weights: np.ndarray) -> Moments:

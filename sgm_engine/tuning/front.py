@@ -42,7 +42,7 @@ class Outcome:
     def table(self) -> str:
         """Markdown."""
         lines = [
-            f"{self.measure} of {self.n} samples to {self.reference}, held-out seed, 95% bootstrap intervals.",
+            f"{self.measure} of {self.n} samples to {self.reference}, held-out seed, 95% intervals.",
             "",
             f"| NFE | {self.measure} | 95% interval | plan | |",
             "|---:|---:|---|---|---|",

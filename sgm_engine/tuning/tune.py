@@ -123,7 +123,7 @@ class Tuner:
 
     def _estimate(self, summary: Summary, replicates: int = 200) -> Estimate:
         if self.measure == "frechet":
-            return frechet(summary.moments, self.reference.moments, replicates)
+            return frechet(summary.moments, self.reference.moments, interval=replicates > 2)
         x, y = summary.vectors.rows(), self.reference.vectors.rows()
         if self.measure == "sliced":
             return sliced_wasserstein(x, y, replicates=replicates)
