@@ -1,7 +1,7 @@
 """Terms added to the score: a drift of one's own, guidance by a classifier or without one, linear measurements.
 
 Each function takes a model, x [B, C, H, W] and level [B] → score, and returns one; an Engine runs it like any other,
-with every plan. One condition serves a whole request. Guided models run on "eager" and "graph".
+with every plan. One condition serves a whole request.
 """
 
 from __future__ import annotations
@@ -126,6 +126,12 @@ def posterior(model: Callable, operator: LinearOperator, y: Tensor, noise: float
     y = torch.as_tensor(y, dtype=torch.float32)
     if not y.isfinite().all():
         raise ValueError("y must be finite; pixels that were not measured belong into the operator: mask(…)")
+    measured = list(operator.forward(torch.zeros(1, *operator.shape)).shape[1:])
+    if list(y.shape) not in (measured, [1, *measured]):
+        raise ValueError(
+            f"y must be one measurement, {measured} or {[1, *measured]}, got {list(y.shape)}: all samples of a request "
+            "share it; for several measurements make a model for each"
+        )
     norm2 = operator.norm**2
 
     def term(x: Tensor, sigma: Tensor) -> Tensor:

@@ -81,8 +81,12 @@ def test_operators(name):
         (lambda: downsample(3, SHAPE), r"factor must divide the image of 4×4 pixels, got 3"),
         (lambda: blur(torch.ones(2, 2), SHAPE), r"kernel must be .* got \[2, 2\]"),
         (lambda: mask(torch.ones(4, 4), SHAPE), r"known must be bool"),
-        (lambda: posterior(lambda x, level: x, OPERATORS["mask"](SHAPE), torch.zeros(1), -1, SIGMAS), "noise must be"),
+        (lambda: posterior(lambda x, level: x, OPERATORS["mask"](SHAPE), torch.zeros(SHAPE), -1, SIGMAS), "noise must be"),
         (lambda: posterior(lambda x, level: x, OPERATORS["mask"](SHAPE), torch.tensor(torch.nan), 1, SIGMAS), "finite"),
+        (
+            lambda: posterior(lambda x, level: x, OPERATORS["mask"](SHAPE), torch.zeros(5, *SHAPE), 1, SIGMAS),
+            r"one measurement, \[1, 4, 4\] or \[1, 1, 4, 4\], got \[5, 1, 4, 4\]: all samples of a request share it",
+        ),
         (lambda: with_drift(lambda x, level: x, None, SIGMAS), "a term must be callable"),
         (lambda: with_drift(lambda x, level: x, lambda x, s: x), "sigmas: the model has none"),
     ],
