@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sgm_engine.guidance import classifier_free, classifier_guided, posterior, with_drift
     from sgm_engine.inverse import LinearOperator
     from sgm_engine.jobs.job import Job, generate
+    from sgm_engine.likelihood import log_likelihood
     from sgm_engine.plan import Plan, ancestral, annealed_langevin, consistent_annealed, ddim, reverse_diffusion
     from sgm_engine.progress import StepInfo
     from sgm_engine.samplers import dpm_solver_2m, euler, heun, plan_of_nfe, predictor_corrector, sde_dpm_solver_2m
@@ -58,6 +59,7 @@ _MODULES = {
     ),
     "inverse": ("LinearOperator",),
     "jobs.job": ("Job", "generate"),
+    "likelihood": ("log_likelihood",),
     "plan": ("Plan", "ancestral", "annealed_langevin", "consistent_annealed", "ddim", "reverse_diffusion"),
     "progress": ("StepInfo",),
     "samplers": ("dpm_solver_2m", "euler", "heun", "plan_of_nfe", "predictor_corrector", "sde_dpm_solver_2m"),
@@ -102,6 +104,7 @@ __all__ = [
     "linear",
     "load_bundled",
     "load_checkpoint",
+    "log_likelihood",
     "ncsnv2",
     "plan_of_nfe",
     "posterior",

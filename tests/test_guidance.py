@@ -81,7 +81,10 @@ def test_operators(name):
         (lambda: downsample(3, SHAPE), r"factor must divide the image of 4×4 pixels, got 3"),
         (lambda: blur(torch.ones(2, 2), SHAPE), r"kernel must be .* got \[2, 2\]"),
         (lambda: mask(torch.ones(4, 4), SHAPE), r"known must be bool"),
-        (lambda: posterior(lambda x, level: x, OPERATORS["mask"](SHAPE), torch.zeros(SHAPE), -1, SIGMAS), "noise must be"),
+        (
+            lambda: posterior(lambda x, level: x, OPERATORS["mask"](SHAPE), torch.zeros(SHAPE), -1, SIGMAS),
+            "noise must be",
+        ),
         (lambda: posterior(lambda x, level: x, OPERATORS["mask"](SHAPE), torch.tensor(torch.nan), 1, SIGMAS), "finite"),
         (
             lambda: posterior(lambda x, level: x, OPERATORS["mask"](SHAPE), torch.zeros(5, *SHAPE), 1, SIGMAS),

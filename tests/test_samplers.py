@@ -38,8 +38,8 @@ SIGMAS = karras(4, 0.1, 7)
 CHAINS, CHAINS_SEED = 2000, 53
 # RMS per coordinate at 40, 80 and 160 steps, σ 10 → .01, as SPEC.md §7 has them. A few chains next to the line that
 # divides two modes make most of an RMS: sets of 2,000 chains differ by 20–50 %, and SPEC does not say which were its
-# own. On a geometric schedule these chains have all nine figures within 10 %, as 2 of the first 80 seeds do; on
-# Karras's no seed does (at best 16 %). What all chains share is the order, and the median error.
+# own. On a geometric schedule these chains have all nine figures within 10 %, as 2 of the first 100 seeds do, and all
+# nine lie among the middle 90 % of the seeds; on Karras's no seed does (at best 12 %).
 ACCURACY = {
     euler: (1.0, (4.0e-2, 1.9e-2, 9.5e-3)),
     heun: (2.0, (1.9e-3, 4.9e-4, 1.2e-4)),
