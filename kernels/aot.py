@@ -6,13 +6,11 @@ misses its 16-byte accesses, or contracts a product and a sum that the definitio
 
 from __future__ import annotations
 
-import functools
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sgm_engine.kernels import triton_noise, triton_norm, triton_update
+from sgm_engine.kernels.aot_cases import Case, cases
 from sgm_engine.kernels.launch import Launch
 
 TARGETS = {
@@ -39,18 +37,6 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-BATCH = 8
-
-
-@dataclass(frozen=True)
-class Case:
-    """A launch, and what its compiled form must show."""
-
-    launch: Launch
-    loads: int = 0  # bytes a program has to read with accesses of 16 bytes or more
-    stores: int = 0  # likewise written
-    shared: int = 16384  # bytes of shared memory at most: a tile that goes through it needs more
-    exact: bool = False  # products and sums rounded separately, subnormals kept
 
 
 @dataclass(frozen=True)
@@ -170,136 +156,6 @@ def _dwords(pattern: str, text: str) -> dict[int, int]:
     """Accesses by width in bytes: dwordx4 → 16, dword → 4, ushort or short_d16 → 2."""
     names = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
     return dict(Counter(names.get(name, 2 if "short" in name else 1) for name in re.findall(pattern, text)))
-
-
-@functools.cache
-def cases() -> dict[str, Case]:
-    """Every kernel, at the shapes of the published and the bundled networks, over dtypes, layouts and options."""
-    return dict([*_noise_cases(), *_update_cases(), *_norm_cases()])
-
-
-def _tensor(*shape: int, dtype: torch.dtype = torch.float32, nhwc: bool = False) -> Tensor:
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    return x.to(memory_format=torch.channels_last) if nhwc else x
-
-
-def _slots() -> Tensor:
-    return _tensor(BATCH, dtype=torch.int64)
-
-
-def _noise_cases() -> Iterator[tuple[str, Case]]:
-    quad_bytes = 16 * triton_noise.CONFIG.quads
-    for kind, shape, nhwc in (
-        ("normal", (3, 32, 32), False),
-        ("normal", (3, 32, 32), True),
-        ("normal", (1, 28, 28), False),
-        ("uniform", (3, 32, 32), False),
-        ("normal", (3, 5, 7), False),
-    ):
-        launch = triton_noise.describe(_tensor(BATCH, *shape, nhwc=nhwc), _slots(), _slots(), 3, 0, kind)
-        wide = not nhwc and shape[1] % 2 == 0
-        yield f"noise {kind} {_words(shape, nhwc)}", Case(launch, stores=quad_bytes if wide else 0, exact=True)
-
-
-def _update_cases() -> Iterator[tuple[str, Case]]:
-    quad_bytes = 16 * triton_update.CONFIG.quads
-    for shape, dtype, x_nhwc, score_nhwc, previous, captured, *keep in (
-        ((3, 32, 32), torch.bfloat16, False, True, False, True),
-        ((3, 32, 32), torch.bfloat16, False, False, False, True),
-        ((3, 32, 32), torch.float32, False, False, True, True),
-        ((3, 32, 32), torch.float16, False, True, True, True),
-        ((3, 32, 32), torch.float32, True, True, True, True),
-        ((3, 32, 32), torch.float32, False, False, False, False),
-        ((1, 28, 28), torch.float32, False, False, False, True),
-        ((1, 28, 28), torch.bfloat16, False, False, False, True),
-        ((3, 256, 256), torch.bfloat16, False, True, False, True),
-        ((3, 5, 7), torch.float32, False, True, True, True),
-        ((3, 32, 32), torch.float32, False, False, True, True, True),
-        ((3, 32, 32), torch.bfloat16, False, True, True, True, True),
-    ):
-        x = _tensor(BATCH, *shape, nhwc=x_nhwc)
-        launch = triton_update.describe(
-            x,
-            _tensor(BATCH, *shape, dtype=dtype, nhwc=score_nhwc),
-            _tensor(9, 4),
-            _tensor(9, dtype=torch.int32),
-            _slots(),
-            _slots() if captured else None,
-            _slots(),
-            _slots(),
-            _slots() if captured else None,
-            _tensor(BATCH, *shape) if previous else None,
-            x if captured else torch.empty_like(x),
-            captured,
-            _tensor(9, 2) if keep else None,
-            _tensor(BATCH) if keep else None,
-        )
-        wide = not x_nhwc and shape[1] % 2 == 0  # the state; a bfloat16 quad is 8 bytes
-        score_wide = wide and dtype == torch.float32 and not score_nhwc
-        yield (
-            f"update {_words(shape, x_nhwc)} score {_words(dtype, score_nhwc)}"
-            f"{' previous' if previous else ''}{' kept, gain' if keep else ''}{'' if captured else ' pure'}",
-            Case(
-                launch,
-                loads=quad_bytes * (wide + score_wide + (wide and previous)),
-                stores=quad_bytes * wide * (1 + len(keep)),
-                exact=True,
-            ),
-        )
-
-
-def _norm_cases() -> Iterator[tuple[str, Case]]:
-    networks = [(128, 32, 32), (256, 16, 16), (64, 28, 28), (128, 14, 14), (32, 28, 28), (64, 14, 14)]
-    variants = [(shape, torch.bfloat16, True, "elu", residual) for shape in networks for residual in (False, True)]
-    variants += [(shape, torch.float32, nhwc, "elu", False) for shape in networks[::2] for nhwc in (True, False)]
-    variants += [((128, 32, 32), torch.bfloat16, True, activation, False) for activation in ("none", "relu", "silu")]
-    variants += [
-        ((128, 32, 32), torch.bfloat16, False, "elu", True),
-        ((128, 32, 32), torch.float16, True, "elu", True),
-        ((128, 256, 256), torch.bfloat16, True, "elu", False),  # several tiles a slab
-        ((1024, 8, 8), torch.bfloat16, True, "none", False),
-        ((5, 7, 3), torch.float32, False, "none", True),  # nothing is aligned
-        ((5, 7, 3), torch.bfloat16, True, "silu", False),
-    ]
-    for shape, dtype, nhwc, activation, residual in variants:
-        x, other = (_tensor(BATCH, *shape, dtype=dtype, nhwc=nhwc) for _ in range(2))
-        gamma, alpha, beta = _tensor(10, 3 * shape[0]).chunk(3, 1)
-        level = _slots()
-        if activation == "none":  # without a level and across-channel term, as in InstanceNorm
-            gamma, alpha, beta, level = gamma[0], None, beta[0], None
-        workspace = _tensor(triton_norm.norm_workspace_size(x))
-        sum_out = torch.empty_like(x) if residual else None
-        stats, apply = triton_norm.describe(
-            x, gamma, alpha, beta, level, activation, other if residual else None, 1e-5, x, sum_out, workspace
-        )
-        # 16 bytes a thread need an aligned row: all channels of a pixel, or all pixels of a channel.
-        aligned = (shape[0] if nhwc else shape[1] * shape[2]) * dtype.itemsize % 16 == 0
-        first, tile = (_tile(launch) * dtype.itemsize * aligned for launch in (stats, apply))
-        words = f"{_words(shape, nhwc)} {_words(dtype)}"
-        if activation in ("elu", "none"):
-            name = f"norm stats {words}{' residual' if residual else ''}{'' if level is not None else ' plain'}"
-            yield name, Case(stats, loads=first * (1 + residual), stores=first * residual)
-        if not residual or shape not in networks:
-            yield f"norm apply {words} {activation}", Case(apply, loads=tile, stores=tile)
-    for shape, nhwc in (((128, 32, 32), True), ((1024, 8, 8), False)):  # GroupNorm
-        x, parameter = _tensor(BATCH, *shape, dtype=torch.bfloat16, nhwc=nhwc), _tensor(shape[0])
-        workspace = _tensor(triton_norm.norm_workspace_size(x))
-        _, group, apply = triton_norm.describe(
-            x, parameter, None, parameter, None, "silu", None, 1e-5, x, None, workspace, groups=32
-        )
-        tile = 2 * _tile(apply)
-        yield f"norm group {_words(shape, nhwc)}", Case(group)
-        yield f"norm apply {_words(shape, nhwc)} groups", Case(apply, loads=tile, stores=tile)
-
-
-def _tile(launch: Launch) -> int:
-    """Elements of the tile that a program of the norm works on at once."""
-    return launch.constants["CHANNELS"] * min(launch.constants["PIXELS"], launch.constants["SLAB"])
-
-
-def _words(what: tuple[int, ...] | torch.dtype, nhwc: bool | None = None) -> str:
-    text = "·".join(map(str, what)) if isinstance(what, tuple) else str(what).removeprefix("torch.")
-    return text if nhwc is None else f"{text} {'NHWC' if nhwc else 'NCHW'}"
 
 
 def main(targets: list[str]) -> int:

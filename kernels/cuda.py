@@ -39,11 +39,10 @@ _SIGNATURES = {
             *[_P] * 3,
             *[c_int64] * 3,
             _P,
-            c_int,
+            *[c_int] * 2,
             c_float,
             c_int64,
-            c_int32,
-            c_int32,
+            *[c_int32] * 5,
             _P,
             c_int,
             _P,
@@ -134,27 +133,29 @@ def norm(
     out: Tensor,
     sum_out: Tensor | None,
     workspace: Tensor,
-    variant: str = "auto",
     groups: int | None = None,
+    before: str = "none",
+    pool: bool = False,
+    variant: str = "auto",
 ) -> None:
-    """out ← act(norm(x)), or act(norm(x + residual)) with the sum written to sum_out.
+    """out ← act(norm(s)), s = before(x + residual), which is written to sum_out; without either, s is x.
 
     x: float32, bfloat16 or float16 [N, C, H, W], NCHW or NHWC, dense; residual, out, sum_out: like x; out may be x or
     sum_out, and sum_out may be x or residual. gamma, alpha, beta: float32 [C], or [L, C] with dense rows; None leaves
     the term out. level: int64 [N], the row of [L, C]. workspace: float32, norm_workspace_size(x) elements, any content.
+    groups: divides C, statistics are then over a group's channels; alpha is None. pool: out is the 5×5 mean of norm(s),
+    stride 1, padding counted as zeros; activation is then "none" and out neither x nor sum_out.
     variant: "auto" takes the one-pass cluster kernel where device and shape allow; "portable"; "cluster" or an error.
-    Checks and allocates nothing; groups, and more channels than shared memory holds (6,000 at least), are refused.
+    Checks and allocates nothing; refuses more channels than shared memory holds (6,000 at least, 3,000 with groups).
     """
-    if groups is not None:
-        raise NotImplementedError(f"the CUDA library's norm has no groups, got groups={groups}: use triton_norm.norm")
     batch, channels, height, width = x.shape
     if x.numel() == 0:
         return
     strides = [0 if p is None or p.dim() == 1 else p.stride(0) for p in (gamma, alpha, beta)]
     tensors = (x.data_ptr(), _pointer(residual), out.data_ptr(), _pointer(sum_out), DTYPE[x.dtype], is_channels_last(x))
     parameters = (_pointer(gamma), _pointer(alpha), _pointer(beta), *strides, _pointer(level))
-    sizes = (ACTIVATION[activation], eps, batch, channels, height * width)
-    _call("sgm_cuda_norm", x, *tensors, *parameters, *sizes, workspace.data_ptr(), VARIANT[variant])
+    how = (ACTIVATION[before], ACTIVATION[activation], eps, batch, channels, height * width, width, groups or 0, pool)
+    _call("sgm_cuda_norm", x, *tensors, *parameters, *how, workspace.data_ptr(), VARIANT[variant])
 
 
 def _pointer(t: Tensor | None) -> int | None:

@@ -21,15 +21,20 @@ def noise_conditioned_norm(
     residual: Tensor | None = None,
     eps: float = 1e-5,
     groups: int | None = None,
+    before: str = "none",
+    pool: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """act(γ·(x̂ + α·ms) + β), InstanceNorm++ with the noise level's own γ, α, β (NCSN, arXiv 1907.05600, appendix A).
 
     x: [N, C, H, W]. gamma, alpha, beta: [C], or [L, C] gathered by ``level`` [N]; None leaves the term out, so that
     alpha=None is InstanceNorm. residual: like x; the norm is then of x + residual, and (y, x + residual) is returned.
+    before: the norm is of before(x + residual), which is then returned beside y. pool: y is its 5×5 mean, stride 1,
+    padding counted as zeros (chained residual pooling, arXiv 1611.06612).
     groups: x̂ is over the pixels of all channels of a group (GroupNorm, arXiv 1803.08494); it divides C, alpha is None.
     """
     if residual is not None:
         x = x + residual
+    x = ACTIVATIONS[before](x)
     gamma, alpha, beta = (_per_sample(p, level) for p in (gamma, alpha, beta))
     n, c, h, w = x.shape
     part = x if groups is None else x.reshape(n, groups, c // groups * h, w)
@@ -46,7 +51,9 @@ def noise_conditioned_norm(
     if beta is not None:
         y = y + beta
     y = ACTIVATIONS[activation](y)
-    return y if residual is None else (y, x)
+    if pool:
+        y = F.avg_pool2d(y, 5, stride=1, padding=2)
+    return y if residual is None and before == "none" else (y, x)
 
 
 def _per_sample(p: Tensor | None, level: Tensor | None) -> Tensor | None:

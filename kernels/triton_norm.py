@@ -1,9 +1,10 @@
-"""Triton: noise-conditioned norm (InstanceNorm++; reference.py) with residual and activation, in two kernels.
+"""Triton: noise-conditioned norm (InstanceNorm++; reference.py) with what stands round it, in two kernels.
 
-    s = x + residual                                          rounded to x's dtype; written
+    s = before(x + residual)                                  rounded to x's dtype; written, unless it is x
     μ, v = mean and biased variance of s over H·W, for each (n, c)
     ms = (μ − mean_c μ) / √(var_c μ + 1e-5)                   var_c unbiased over C; only if alpha is given
     y = act((s − μ)·γ/√(v + eps) + (γ·α·ms + β))              γ, α, β [C], or [L, C] at row level[n]
+    or, with pool, the 5×5 mean of that without act           triton_pool.py
 
 `stats` reads x once and writes a partial (μ, M2) for each slab of pixels; `apply` merges a sample's partials by Chan's
 formula, reduces over the channels and writes y. The mean comes first and the squares are centred; s − μ is taken before
@@ -23,6 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sgm_engine.kernels.launch import Launch, is_channels_last
+from sgm_engine.kernels.triton_norm_stats import activate, coefficients, group_kernel, share, stats_kernel, tile
+from sgm_engine.kernels.triton_pool import pool_kernel
 
 
 @dataclass(frozen=True)
@@ -68,148 +71,8 @@ class Tiling:
 
 
 @triton.jit
-def share(program, C: tl.constexpr, CHANNELS: tl.constexpr, SLABS: tl.constexpr):
-    """program → (sample, slab, channels [CHANNELS])."""
-    blocks: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
-    n = (program // (blocks * SLABS)).to(tl.int64)
-    slab = program // blocks % SLABS
-    channel = program % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    return n, slab, channel
-
-
-@triton.jit
-def tile(
-    n,
-    first,
-    end,
-    channel,
-    C: tl.constexpr,
-    HW: tl.constexpr,
-    NHWC: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
-):
-    """Offsets (int64) and mask [PIXELS, CHANNELS] of the pixels first … first + PIXELS − 1, those before end."""
-    pixel = (first + tl.arange(0, PIXELS))[:, None]
-    inside = pixel < end
-    if C % CHANNELS:
-        inside &= (channel < C)[None, :]
-    if NHWC:
-        return n * (C * HW) + pixel.to(tl.int64) * C + channel[None, :], inside
-    else:
-        return n * (C * HW) + channel[None, :].to(tl.int64) * HW + pixel, inside
-
-
-@triton.jit
-def stats_kernel(
-    x_ptr,  # [N, C, H, W]
-    residual_ptr,  # like x, or None
-    sum_ptr,  # like x, or None: x + residual
-    partial_ptr,  # float32 [N, SLABS, 2, C]: mean and sum of squared deviations
-    C: tl.constexpr,
-    HW: tl.constexpr,
-    NHWC: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    SLAB: tl.constexpr,
-    SLABS: tl.constexpr,
-):
-    n, slab, channel = share(tl.program_id(0), C, CHANNELS, SLABS)
-    end = tl.minimum((slab + 1) * SLAB, HW)
-    count = 0.0
-    mean = tl.zeros((CHANNELS,), tl.float32)
-    m2 = tl.zeros((CHANNELS,), tl.float32)
-    for i in range((SLAB + PIXELS - 1) // PIXELS):
-        first = slab * SLAB + i * PIXELS
-        offset, inside = tile(n, first, end, channel, C, HW, NHWC, CHANNELS, PIXELS)
-        x = tl.load(x_ptr + offset, mask=inside, other=0.0)
-        if residual_ptr is not None:
-            residual = tl.load(residual_ptr + offset, mask=inside, other=0.0)
-            x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
-            tl.store(sum_ptr + offset, x, mask=inside)
-        x = x.to(tl.float32)
-        pixels = tl.minimum(end - first, PIXELS).to(tl.float32)
-        guess = tl.sum(x, 0) / pixels
-        centred = tl.where(inside, x - guess[None, :], 0.0)
-        correction = tl.sum(centred, 0) / pixels  # what rounding did to the mean: ms would magnify it
-        delta = guess + correction - mean
-        total = count + pixels
-        mean += delta * (pixels / total)
-        m2 += tl.sum(centred * centred, 0) - correction * correction * pixels
-        m2 += delta * delta * (count * pixels / total)
-        count = total
-    to = partial_ptr + (n * SLABS + slab) * 2 * C + channel
-    tl.store(to, mean, mask=channel < C)
-    tl.store(to + C, m2, mask=channel < C)
-
-
-@triton.jit
-def merge(
-    partial_ptr,
-    n,
-    channel,
-    C: tl.constexpr,
-    HW: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    SLAB: tl.constexpr,
-    SLABS: tl.constexpr,
-):
-    """A sample's partials → mean and biased variance over H·W (Chan et al. 1983); channel and they: [1, CHANNELS]."""
-    # A value for every thread at least: of fewer, Triton 3.7 moves whole tiles through shared memory later on.
-    slab = tl.arange(0, max(triton.next_power_of_2(SLABS), 1024 // CHANNELS))[:, None]
-    inside = (slab < SLABS) & (channel < C)
-    at = partial_ptr + (n * SLABS + slab) * 2 * C + channel
-    means = tl.load(at, mask=inside, other=0.0)
-    m2 = tl.load(at + C, mask=inside, other=0.0)
-    count = tl.minimum(tl.maximum(HW - slab * SLAB, 0), SLAB).to(tl.float32)
-    guess = tl.load(partial_ptr + n * SLABS * 2 * C + channel, mask=channel < C, other=0.0)  # shift: keeps every digit
-    mean = guess + tl.sum((means - guess) * count, 0, keep_dims=True) / HW
-    delta = means - mean
-    return mean, tl.sum(m2 + delta * delta * count, 0, keep_dims=True) / HW
-
-
-@triton.jit
-def group_kernel(
-    partial_ptr,  # float32 [N, SLABS, 2, C]: slab 0 becomes each channel's mean and biased variance, over its group
-    C: tl.constexpr,
-    HW: tl.constexpr,
-    SLAB: tl.constexpr,
-    SLABS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    SIZE: tl.constexpr = C // GROUPS
-    MEMBERS: tl.constexpr = triton.next_power_of_2(SIZE)
-    n = (tl.program_id(0) // GROUPS).to(tl.int64)
-    member = tl.arange(0, MEMBERS)[None, :]
-    inside = member < SIZE
-    channel = tl.where(inside, tl.program_id(0) % GROUPS * SIZE + member, C)
-    means, variances = merge(partial_ptr, n, channel, C, HW, MEMBERS, SLAB, SLABS)
-    guess = tl.sum(means, 1, keep_dims=True) / SIZE
-    mean = guess + tl.sum(tl.where(inside, means - guess, 0.0), 1, keep_dims=True) / SIZE
-    delta = means - mean
-    variance = tl.sum(tl.where(inside, variances + delta * delta, 0.0), 1, keep_dims=True) / SIZE
-    tl.debug_barrier()  # slab 0 has been read by every thread
-    to = partial_ptr + n * SLABS * 2 * C + channel
-    tl.store(to, tl.broadcast_to(mean, (1, MEMBERS)), mask=inside)
-    tl.store(to + C, tl.broadcast_to(variance, (1, MEMBERS)), mask=inside)
-
-
-@triton.jit
-def activate(y, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "elu":
-        return tl.where(y > 0, y, tl.exp(tl.minimum(y, 0.0)) - 1.0)
-    elif ACTIVATION == "relu":
-        return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "silu":
-        return y / (1.0 + tl.exp(-y))
-    else:
-        tl.static_assert(ACTIVATION == "none")
-        return y
-
-
-@triton.jit
 def apply_kernel(
-    x_ptr,  # [N, C, H, W]: the sum, if there is a residual
+    x_ptr,  # [N, C, H, W]: what `stats` wrote, if it did
     out_ptr,  # like x; may be x
     partial_ptr,  # float32 [N, SLABS, 2, C], as `stats` or, with groups, group_kernel left it
     gamma_ptr,  # float32 [C] or [L, C], or None
@@ -232,33 +95,10 @@ def apply_kernel(
 ):
     # Backwards: it starts with what `stats` has just left in the cache.
     n, slab, channel = share(tl.num_programs(0) - 1 - tl.program_id(0), C, CHANNELS, SLABS)
-    row = channel[None, :]
-    if GROUPS is not None:
-        at = partial_ptr + n * SLABS * 2 * C + row
-        mean = tl.load(at, mask=row < C, other=0.0)
-        variance = tl.load(at + C, mask=row < C, other=0.0)
-    else:
-        mean, variance = merge(partial_ptr, n, row, C, HW, CHANNELS, SLAB, SLABS)
-    scale = tl.rsqrt(variance + eps)
-    shift = tl.zeros((1, CHANNELS), tl.float32)
-    level = tl.zeros((), tl.int64)
-    if level_ptr is not None:
-        level = tl.load(level_ptr + n)
-    if alpha_ptr is not None:
-        ALL: tl.constexpr = triton.next_power_of_2(C)
-        channels = tl.arange(0, ALL)[None, :]
-        means, _ = merge(partial_ptr, n, channels, C, HW, ALL, SLAB, SLABS)
-        centre = tl.sum(means) / C
-        spread = tl.where(channels < C, means - centre, 0.0)
-        unbiased = tl.sum(spread * spread) / (C - 1)
-        alpha = tl.load(alpha_ptr + level * alpha_stride + row, mask=row < C, other=0.0)
-        shift = alpha * ((mean - centre) * tl.rsqrt(unbiased + 1e-5))
-    if gamma_ptr is not None:
-        gamma = tl.load(gamma_ptr + level * gamma_stride + row, mask=row < C, other=0.0)
-        scale *= gamma
-        shift *= gamma
-    if beta_ptr is not None:
-        shift += tl.load(beta_ptr + level * beta_stride + row, mask=row < C, other=0.0)
+    mean, scale, shift = coefficients(
+        n, channel, partial_ptr, gamma_ptr, alpha_ptr, beta_ptr, gamma_stride, alpha_stride, beta_stride, level_ptr,
+        eps, C, HW, CHANNELS, SLAB, SLABS, GROUPS,
+    )  # fmt: skip
     end = tl.minimum((slab + 1) * SLAB, HW)
     for i in range((SLAB + PIXELS - 1) // PIXELS):
         first = slab * SLAB + i * PIXELS
@@ -287,8 +127,10 @@ def describe(
     sum_out: Tensor | None,
     workspace: Tensor,
     groups: int | None = None,
+    before: str = "none",
+    pool: bool = False,
 ) -> tuple[Launch, ...]:
-    """stats, group_kernel if there are groups, apply."""
+    """stats, group_kernel if there are groups, apply or pool."""
     batch, channels, height, width = x.shape
     nhwc = is_channels_last(x)
     tiling = Tiling.of(channels, height * width, nhwc)
@@ -303,15 +145,19 @@ def describe(
     }
     programs, options = batch * tiling.blocks * tiling.slabs, {"num_warps": tiling.warps}
     stats = {"x_ptr": x, "residual_ptr": residual, "sum_ptr": sum_out, "partial_ptr": workspace}
-    apply = {"x_ptr": x if residual is None else sum_out, "out_ptr": out, "partial_ptr": workspace}
+    apply = {"x_ptr": x if sum_out is None else sum_out, "out_ptr": out, "partial_ptr": workspace}
     for name, parameter in (("gamma", gamma), ("alpha", alpha), ("beta", beta)):
         apply[f"{name}_ptr"] = parameter
         apply[f"{name}_stride"] = 0 if parameter is None or parameter.dim() == 1 else parameter.stride(0)
     apply |= {"level_ptr": level, "eps": eps}
-    launches = [Launch(stats_kernel, programs, stats, constants, options)]
+    launches = [Launch(stats_kernel, programs, stats, constants | {"BEFORE": before}, options)]
     if groups is not None:
         shared = {name: constants[name] for name in ("C", "HW", "SLAB", "SLABS")} | {"GROUPS": groups}
         launches.append(Launch(group_kernel, batch * groups, {"partial_ptr": workspace}, shared, options))
+    if pool:
+        pixels = max(1, tiling.pixels // 2)  # sums and one load in flight are more values alive than one tile
+        constants = constants | {"W": width, "PIXELS": pixels, "GROUPS": groups}
+        return *launches, Launch(pool_kernel, programs, apply, constants, options)
     constants = constants | {"ACTIVATION": activation, "GROUPS": groups}
     if activation == "silu":  # its quotient keeps more values alive: with a whole tile registers spill on sm_80
         constants["PIXELS"] = max(1, tiling.pixels // 2)
@@ -331,16 +177,19 @@ def norm(
     sum_out: Tensor | None,
     workspace: Tensor,
     groups: int | None = None,
+    before: str = "none",
+    pool: bool = False,
 ) -> None:
-    """out ← act(norm(x)), or act(norm(x + residual)) with the sum written to sum_out.
+    """out ← act(norm(s)), s = before(x + residual), which is written to sum_out; without either, s is x.
 
     x: float32, bfloat16 or float16 [N, C, H, W], NCHW or NHWC, dense; residual, out, sum_out: like x; out may be x or
     sum_out, and sum_out may be x or residual. gamma, alpha, beta: float32 [C], or [L, C] with dense rows; None leaves
     the term out. level: int64 [N], the row of [L, C]. workspace: float32, norm_workspace_size(x) elements, any content.
-    groups: divides C, statistics are then over a group's channels; alpha is None.
+    groups: divides C, statistics are then over a group's channels; alpha is None. pool: out is the 5×5 mean of norm(s),
+    stride 1, padding counted as zeros; activation is then "none" and out neither x nor sum_out.
     Checks and allocates nothing.
     """
     with torch.cuda.device_of(x):
-        arguments = (x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace, groups)
-        for launch in describe(*arguments):
+        tensors = (x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace)
+        for launch in describe(*tensors, groups, before, pool):
             launch()

@@ -43,7 +43,15 @@ class FusedNorm(nn.Module):
         self.conditional = isinstance(roles, tuple)
         self.embedding = _embedding(source) if self.conditional else None
 
-    def forward(self, x: Tensor, level: Tensor | None = None, activation: str = "none", residual: Tensor | None = None):
+    def forward(
+        self,
+        x: Tensor,
+        level: Tensor | None = None,
+        activation: str = "none",
+        residual: Tensor | None = None,
+        before: str = "none",
+        pool: bool = False,
+    ):
         if self.groups is not None and x.dim() != 4:  # of tokens, in a network that was not traced
             return self.source(x)
         if self.conditional:
@@ -51,8 +59,9 @@ class FusedNorm(nn.Module):
         else:
             parameters = {role: getattr(self.source, name) for role, name in self.roles.items()}
         level = level if self.conditional else None
+        options = {"eps": self.eps, "groups": self.groups, "before": before, "pool": pool}
         return ops.noise_conditioned_norm(
-            x, **parameters, level=level, activation=activation, residual=residual, eps=self.eps, groups=self.groups
+            x, **parameters, level=level, activation=activation, residual=residual, **options
         )
 
 

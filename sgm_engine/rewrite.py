@@ -10,14 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sgm_engine.recognise import FusedNorm
+from sgm_engine.rewrite_norms import ADDS, NormRewrites, mean_window
 
-ADDS = (operator.add, torch.add)
 ZEROS = (torch.zeros, torch.zeros_like)
-ACTIVATIONS = {
-    F.elu: "elu", F.silu: "silu", F.relu: "relu", torch.relu: "relu", torch.relu_: "relu",
-    "relu": "relu", "relu_": "relu", nn.ELU: "elu", nn.ReLU: "relu", nn.SiLU: "silu",
-}  # fmt: skip
 FRESH = (*ADDS, *ZEROS, operator.mul, operator.truediv, operator.sub, F.interpolate, F.elu, F.relu, F.silu,
          F.avg_pool2d, F.max_pool2d, F.conv2d, torch.conv2d)  # fmt: skip
 
@@ -80,7 +75,7 @@ def widened(weight: Tensor) -> Tensor:
     return sum(F.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)) / 4
 
 
-class Rewriter:
+class Rewriter(NormRewrites):
     """Rewrites one graph in place. modules: name → module of the call_module nodes; report(action, where, what)."""
 
     def __init__(
@@ -88,12 +83,13 @@ class Rewriter:
     ):
         self.graph, self.modules, self.values = graph, modules, values
         self.report = lambda what, where: report(what, where.removeprefix("module."))
-        self.places: dict[fx.Node, int] = {}
+        self.places: dict[fx.Node, int] = {}  # of the nodes that were there when a rewrite began
 
     def run(self) -> None:
         self._drop_unused()
         self._make_additions_functional()
-        for rewrite in (self._upsampling, self._zero_sum, self._mean_pool, self._residual, self._activation):
+        norms = (self._before, self._residual, self._activation, self._pool)
+        for rewrite in (self._upsampling, self._zero_sum, self._mean_pool, *norms):
             self.places = {node: i for i, node in enumerate(self.graph.nodes)}
             for node in list(self.graph.nodes):
                 if not node._erased:
@@ -193,14 +189,8 @@ class Rewriter:
     def _pooled(self, node: fx.Node) -> fx.Node | None:
         """What ``node`` is the 2×2 mean of, written as a pool or as a quarter of the four strided slices."""
         module = self._module(node)
-        if isinstance(module, nn.AvgPool2d):
-            ok = module.kernel_size in (2, (2, 2)) and module.stride in (2, (2, 2)) and module.padding in (0, (0, 0))
-            return node.args[0] if ok and not module.ceil_mode and module.divisor_override is None else None
-        if node.target is F.avg_pool2d:
-            kernel = node.args[1] if len(node.args) > 1 else node.kwargs.get("kernel_size")
-            stride = node.args[2] if len(node.args) > 2 else node.kwargs.get("stride")
-            extra = len(node.args) > 3 or set(node.kwargs) - {"kernel_size", "stride"}
-            return node.args[0] if kernel in (2, (2, 2), [2, 2]) and stride in (None, 2, (2, 2)) and not extra else None
+        if isinstance(module, nn.AvgPool2d) or node.target is F.avg_pool2d:
+            return node.args[0] if mean_window(node, module) == (2, 2, 0) else None
         if node.target not in (operator.truediv, torch.div, operator.mul, torch.mul) or len(node.args) != 2:
             return None
         if node.args[1] not in ((4, 4.0) if node.target in (operator.truediv, torch.div) else (0.25,)):
@@ -218,58 +208,6 @@ class Rewriter:
                 yield from self._terms(arg)
         elif node != 0:
             yield node
-
-    def _is_add(self, node: object) -> bool:
-        return (
-            isinstance(node, fx.Node)
-            and node.op == "call_function"
-            and node.target in ADDS
-            and len(node.args) == 2
-            and not node.kwargs
-        )
-
-    def _residual(self, node: fx.Node) -> None:
-        """norm(a + b) → the norm makes the sum too, and returns both. It moves to where the sum was."""
-        if not isinstance(self._module(node), FusedNorm) or "residual" in node.kwargs:
-            return
-        total, *level = node.args
-        if not self._is_add(total) or not all(isinstance(a, fx.Node) for a in total.args):
-            return
-        a, b = total.args
-        late = any(self.places.get(n, 1 << 60) > self.places.get(total, -1) for n in level)
-        if a is b or late or not self._shape(a) == self._shape(b) == self._shape(total):
-            return
-        with self.graph.inserting_before(total):
-            both = self.graph.call_module(node.target, (a, *level), {**node.kwargs, "residual": b})
-            y, x = (self.graph.call_function(operator.getitem, (both, i)) for i in (0, 1))
-        self.report("sum fused into the norm", node.target)
-        self._replace(node, y)
-        self._replace(total, x)
-        self.values[both] = (self.values[y], self.values[x])
-
-    def _activation(self, node: fx.Node) -> None:
-        """norm → activation, where nothing else reads the norm."""
-        name = self._activation_name(node)
-        norm = node.args[0] if name else None
-        if norm is None or len(norm.users) != 1:
-            return
-        call = norm.args[0] if norm.op == "call_function" and norm.target is operator.getitem else norm
-        if not isinstance(self._module(call), FusedNorm) or "activation" in call.kwargs:
-            return
-        if call is not norm and norm.args[1] != 0:
-            return
-        call.kwargs = {**call.kwargs, "activation": name}
-        self.report(f"norm with {name}", call.target)
-        node.replace_all_uses_with(norm)
-        self.graph.erase_node(node)
-
-    def _activation_name(self, node: fx.Node) -> str | None:
-        module = self._module(node)
-        name = ACTIVATIONS.get(type(module) if module is not None else node.target)
-        if not node.args or not isinstance(node.args[0], fx.Node):
-            return None
-        alpha = getattr(module, "alpha", node.kwargs.get("alpha", node.args[1] if len(node.args) > 1 else 1.0))
-        return None if name == "elu" and alpha != 1.0 else name
 
 
 def _phase(node: fx.Node) -> tuple[int, int] | None:

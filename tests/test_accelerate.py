@@ -58,6 +58,7 @@ def test_everything_is_replaced_and_reported(conditional):
         "sum from zero removed": 3,
         "convolution and 2×2 mean as one": 1,
         "2×2 mean before a 1×1 convolution": 1,
+        **({"elu before the norm, with its sum": 4, "5×5 mean of a norm": 8} if conditional else {}),
     }
     assert report.left == {}
     assert "replaced convolution and 2×2 mean as one: 1 (res2.0.conv2.conv)" in str(report)
@@ -272,12 +273,44 @@ def test_what_must_not_be_rewritten():
         (lambda m, x, y: torch.zeros(x.shape[0], 4, 16, 16) + m["c"](x).mean(1, keepdim=True), conv, "sum from zero"),
         (lambda m, x, y: torch.ones(x.shape[0], 4, 16, 16) + m["c"](x), conv, "sum from zero"),
         (lambda m, x, y: m["n"](m["c"](x) + m["c"](x).mean(1, keepdim=True)), conv, "sum fused"),
+        (lambda m, x, y: F.avg_pool2d(m["n"](m["c"](x)), 3, 1, 1), conv, "5×5 mean"),
+        (lambda m, x, y: F.avg_pool2d(m["n"](m["c"](x)), 5, 2, 2), conv, "5×5 mean"),
+        (lambda m, x, y: F.avg_pool2d(m["n"](m["c"](x)), 5, 1), conv, "5×5 mean"),
+        (lambda m, x, y: F.avg_pool2d(m["n"](m["c"](x)), 5, 1, 2, False, False), conv, "5×5 mean"),
+        (lambda m, x, y: F.avg_pool2d(m["n"](m["c"](x)), 5, 1, 2, divisor_override=9), conv, "5×5 mean"),
+        (lambda m, x, y: F.avg_pool2d(F.elu(m["n"](m["c"](x))), 5, 1, 2), conv, "5×5 mean"),
+        (lambda m, x, y: (lambda h: F.avg_pool2d(h, 5, 1, 2) + h)(m["n"](m["c"](x))), conv, "5×5 mean"),
+        (lambda m, x, y: F.max_pool2d(m["n"](m["c"](x)), 5, 1, 2), conv, "5×5 mean"),
+        (lambda m, x, y: m["n"](F.elu(m["c"](x), 0.5)), conv, "elu before"),
+        (lambda m, x, y: m["n"](F.leaky_relu(m["c"](x))), conv, "elu before"),
     ]
     for i, (run, layers, what) in enumerate(cases):
         net = Wrapped(run, **layers).eval()
         fast = accelerate(net, (1, 16, 16))
         assert relative(fast(X, LEVEL), net(X, LEVEL)) <= 2e-6, i
         assert not any(key.startswith(what) for key in fast.report.replaced), (i, str(fast.report))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("act", [F.elu, F.relu, F.silu])
+@pytest.mark.parametrize("norm", [Norm(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), LevelNorm(4, 10)])
+def test_what_stands_round_a_norm(norm, act):
+    """Chained pooling: activation, sum, norm and 5×5 mean in one call, and what is read beside it stays what it was."""
+    more = isinstance(norm, LevelNorm)
+
+    def run(m, x, y):
+        call = (lambda h: m["n"](h, y)) if more else m["n"]
+        h = m["c"](x)
+        a = act(h + m["c"](x * x))  # with its sum, which nothing else reads
+        b = act(h)  # h is read elsewhere
+        return a + m["p"](call(a)) + b + F.avg_pool2d(call(b), 5, stride=1, padding=(2, 2)) + call(act(a + b)) + h
+
+    net = Wrapped(run, c=nn.Conv2d(1, 4, 3, padding=1), n=norm, p=nn.AvgPool2d(5, stride=1, padding=2))
+    fast = accelerate(net, (1, 16, 16))
+    assert relative(fast(X, LEVEL), net(X, LEVEL)) <= 2e-6
+    name, done = act.__name__, fast.report.replaced
+    assert len(done["5×5 mean of a norm"]) == 2 and len(done["norm"]) == 3
+    assert len(done[f"{name} before the norm, with its sum"]) == 2 and len(done[f"{name} before the norm"]) == 1
 
 
 @torch.no_grad()

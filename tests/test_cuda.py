@@ -207,7 +207,10 @@ def test_update_runs_a_plan_to_its_end_and_stops(device):
 # -- The norm ----------------------------------------------------------------------------------------------------------
 
 
-def check_norm(device, shape, dtype, layout, variant, activation="elu", residual=True, terms="gab", levels=3, mean=3.0):
+def check_norm(
+    device, shape, dtype, layout, variant, activation="elu", residual=True, terms="gab", levels=3, mean=3.0,
+    groups=None, before="none", pool=False,
+):  # fmt: skip
     """Against float64: at most twice the error of PyTorch's float32 formula, then one rounding to the dtype."""
     generator = torch.Generator().manual_seed(4)
     batch, channels = shape[:2]
@@ -223,7 +226,7 @@ def check_norm(device, shape, dtype, layout, variant, activation="elu", residual
 
     on = lambda t: None if t is None else t.to(device)  # noqa: E731
     out, total = torch.full_like(x, float("nan"), device=device), None
-    if residual:
+    if residual or before != "none":
         total = torch.full_like(out, float("nan"))
     workspace = torch.full((cuda.norm_workspace_size(x),), float("nan"), device=device)
     table = on(embedding)
@@ -232,14 +235,21 @@ def check_norm(device, shape, dtype, layout, variant, activation="elu", residual
         for i, k in enumerate("gab")
     }
     views = [views[k] if k in terms else None for k in "gab"]
-    cuda.norm(on(x), *views, on(level), activation, on(r), 1e-5, out, total, workspace, variant)
+    tensors = (on(x), *views, on(level), activation, on(r), 1e-5, out, total, workspace)
+    cuda.norm(*tensors, groups, before, pool, variant)
 
     summed = x + r if residual else x
-    if residual:
+    if before != "none":
+        exact = reference.ACTIVATIONS[before](summed.double())
+        error = (total.cpu().double() - exact).abs()
+        assert (error <= torch.finfo(dtype).eps * exact.abs() + 2**-22).all(), f"{error.max():.3g}"
+        summed = total.cpu()
+    elif residual:
         assert torch.equal(total.cpu(), summed)
     f64 = [None if p is None else p.double() for p in (gamma, alpha, beta)]
-    want = reference.noise_conditioned_norm(summed.double(), *f64, level, activation)
-    eager = reference.noise_conditioned_norm(summed.float(), gamma, alpha, beta, level, activation)
+    rest = {"groups": groups, "pool": pool}
+    want = reference.noise_conditioned_norm(summed.double(), *f64, level, activation, **rest)
+    eager = reference.noise_conditioned_norm(summed.float(), gamma, alpha, beta, level, activation, **rest)
     allowed = 2 * (eager.double() - want).abs().max() + 0.505 * torch.finfo(dtype).eps * want.abs() + 1e-5
     error = (out.cpu().double() - want).abs()
     assert (error <= allowed).all(), f"{error.max():.3g}"
@@ -295,6 +305,45 @@ def test_norm_terms_are_optional(device, activation, terms):
         check_norm(device, (2, 6, 4, 4), torch.float32, "nchw", "auto", activation, False, terms, levels)
 
 
+@pytest.mark.parametrize(
+    "shape, groups", [((2, 32, 16, 16), 8), ((1, 64, 9, 7), 1), ((2, 24, 5, 5), 24), ((1, 256, 4, 4), 32)]
+)
+@pytest.mark.parametrize("variant, layout", [("cluster", "nhwc"), ("portable", "nhwc"), ("portable", "nchw")])
+def test_norm_of_groups(device, variant, layout, shape, groups):
+    """As GroupNorm has it, with and without a sum; a mean that differs from channel to channel is in `terms` of x."""
+    if variant == "cluster" and device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("no thread-block clusters before sm_90")
+    for dtype in (torch.float32, torch.bfloat16):
+        for residual in (False, True):
+            check_norm(device, shape, dtype, layout, variant, "silu", residual, "gb", groups=groups)
+
+
+@pytest.mark.parametrize("before", ["none", "elu", "silu"])
+@pytest.mark.parametrize("residual", [False, True])
+@each_layout
+def test_chained_pooling(device, layout, residual, before):
+    """before(x + residual) → (5×5 mean of its norm, itself): edges, slabs that end in a row, odd widths."""
+    for shape in ((2, 16, 7, 5), (1, 64, 28, 28), (2, 131, 3, 3), (1, 8, 1, 2)):
+        for dtype in (torch.float32, torch.bfloat16):
+            check_norm(device, shape, dtype, layout, "auto", "none", residual, before=before, pool=True)
+    check_norm(
+        device, (2, 24, 6, 9), torch.float32, layout, "auto", "none", residual, "gb", groups=4, before=before, pool=True
+    )
+
+
+@pytest.mark.parametrize("variant", ["cluster", "portable"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_activation_before_a_norm(device, residual, variant):
+    if variant == "cluster" and device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("no thread-block clusters before sm_90")
+    for dtype in (torch.float32, torch.bfloat16):
+        check_norm(device, (2, 32, 16, 16), dtype, "nhwc", variant, "elu", residual, before="elu")
+
+
+def test_a_large_mean_in_a_pool(device):
+    check_norm(device, (1, 16, 28, 28), torch.float32, "nhwc", "auto", "none", False, "g", mean=3000.0, pool=True)
+
+
 @pytest.mark.parametrize("variant", ["cluster", "portable"])
 def test_norm_of_a_large_mean(device, variant):
     check_norm(device, (1, 16, 32, 32), torch.float32, "nhwc", variant, mean=3000.0, residual=False, terms="g")
@@ -310,7 +359,7 @@ def test_norm_in_place(device, variant):
     apart = torch.full_like(x, float("nan"))
     workspace = torch.empty(cuda.norm_workspace_size(x), device=device)
     for out in (apart, x):
-        cuda.norm(x, None, None, None, None, "relu", None, 1e-5, out, None, workspace, variant)
+        cuda.norm(x, None, None, None, None, "relu", None, 1e-5, out, None, workspace, variant=variant)
     assert torch.equal(apart, x)
 
 
@@ -327,7 +376,8 @@ def test_norm_propagates_nan(device):
 def test_what_the_library_refuses(device):
     x = torch.zeros(1, 12, 4, 4, dtype=torch.bfloat16, device=device).contiguous(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match=r"sgm_cuda_norm: CUDA error .* not supported"):
-        cuda.norm(x, None, None, None, None, "none", None, 1e-5, x, None, torch.empty(1000, device=device), "cluster")
+        workspace = torch.empty(1000, device=device)
+        cuda.norm(x, None, None, None, None, "none", None, 1e-5, x, None, workspace, variant="cluster")
     wide = torch.zeros(1, 13000, 1, 1, device=device)
     workspace = torch.empty(cuda.norm_workspace_size(wide), device=device)
     with pytest.raises(RuntimeError, match="invalid argument"):
@@ -337,13 +387,17 @@ def test_what_the_library_refuses(device):
 # -- Races: on the host, the other order of blocks and threads; on a GPU, repetition -----------------------------------
 
 
-@pytest.mark.parametrize("variant", ["cluster", "portable"])
-def test_norm_does_not_depend_on_the_order_of_threads(host_library, monkeypatch, variant):
+@pytest.mark.parametrize("groups", [None, 4])
+@pytest.mark.parametrize("variant", ["cluster", "portable", "pool"])
+def test_norm_does_not_depend_on_the_order_of_threads(host_library, monkeypatch, variant, groups):
     monkeypatch.setattr(cuda, "library", lambda: host_library)
+    pool = variant == "pool"
+    options = {"terms": "gb" if groups else "gab", "groups": groups, "before": "elu", "pool": pool}
+    how = ("auto", "none") if pool else (variant, "elu")
     runs = []
     for order in ("forward", "reverse"):
         monkeypatch.setenv("SGM_HOST_ORDER", order)
-        runs.append(check_norm("cpu", (2, 32, 16, 16), torch.bfloat16, "nhwc", variant))
+        runs.append(check_norm("cpu", (2, 32, 16, 16), torch.bfloat16, "nhwc", *how, **options))
     assert torch.equal(*runs)
 
 

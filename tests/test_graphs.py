@@ -346,6 +346,17 @@ def test_every_bucket_follows_the_weights(tiny):
     assert engine.stats.captures == 2 * 3  # once, and for the weights that were replaced and moved
 
 
+def test_every_bucket_of_the_native_executor_follows_replaced_weights():
+    net = small_net()
+    engine = Engine(net, 4, executor="native", buckets=(2,))
+    for _ in range(2):
+        for n in (4, 2):
+            torch.testing.assert_close(
+                engine.sample(n, 0, PLAN), eager_engine(net).sample(n, 0, PLAN), rtol=1e-4, atol=1e-4
+            )
+        _replace(net)
+
+
 def test_buckets_inpaint_and_keep_history(tiny):
     known, where = torch.rand(1, 8, 8), torch.rand(1, 8, 8) > 0.5
     engine, plan = graph_engine(tiny, buckets=(2,)), predictor_corrector(SIGMAS)

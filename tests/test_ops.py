@@ -59,9 +59,9 @@ def test_opcheck_norm(format, dtype):
         arguments[name] = arguments[name].clone().requires_grad_()
     torch.library.opcheck(torch.ops.sgm_engine.noise_conditioned_norm, (), arguments)
     arguments["residual"] = torch.randn(2, 3, 4, 5).to(dtype).requires_grad_()
-    torch.library.opcheck(torch.ops.sgm_engine.noise_conditioned_norm_residual, (), arguments)
-    arguments |= dict(alpha=None, groups=3)
-    torch.library.opcheck(torch.ops.sgm_engine.noise_conditioned_norm_residual, (), arguments)
+    torch.library.opcheck(torch.ops.sgm_engine.noise_conditioned_norm_both, (), arguments)
+    arguments |= dict(alpha=None, groups=3, activation="none", before="silu", pool=True)
+    torch.library.opcheck(torch.ops.sgm_engine.noise_conditioned_norm_both, (), arguments)
 
 
 @pytest.mark.parametrize("groups", [None, 2])
@@ -91,6 +91,47 @@ def test_norm_gradients_are_the_references(activation, with_residual, groups):
     for mine, theirs, truth in zip(ours, plain, exact, strict=True):
         error, allowed = ((t - truth).abs().max().item() for t in (mine, theirs))
         assert error <= 2 * allowed + 1e-5 * truth.abs().max().item()
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("before", ["none", "elu"])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_what_stands_round_a_norm(with_residual, before, format):
+    """before(x + residual) → (5×5 mean of its norm, itself), and the gradients of that."""
+
+    def run(op, cast):
+        torch.manual_seed(0)
+        arguments = norm_arguments((2, 6, 4, 5)) | {"before": before, "pool": True}
+        if with_residual:
+            arguments["residual"] = arguments["x"].flip(0).clone()
+        arguments = {k: cast(v) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in arguments.items()}
+        for k in ("x", "residual"):
+            if k in arguments:
+                arguments[k] = arguments[k].contiguous(memory_format=format)
+        leaves = [v.requires_grad_() for v in arguments.values() if torch.is_tensor(v) and v.is_floating_point()]
+        out = op(**arguments)
+        out = out if isinstance(out, tuple) else (out,)
+        return [*out, *torch.autograd.grad(sum(o.float().pow(2).sum() for o in out), leaves)]
+
+    exact = run(reference.noise_conditioned_norm, torch.Tensor.double)
+    plain = run(reference.noise_conditioned_norm, lambda t: t.clone())
+    ours = run(ops.noise_conditioned_norm, lambda t: t.clone())
+    assert len(ours) == (2 if with_residual or before != "none" else 1) + 4 + with_residual
+    for mine, theirs, truth in zip(ours, plain, exact, strict=True):
+        error, allowed = ((t - truth).abs().max().item() for t in (mine, theirs))
+        assert error <= 2 * allowed + 1e-5 * truth.abs().max().item()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"before": "tanh"}, "before must be one of .* got 'tanh'"),
+        ({"pool": True, "activation": "elu"}, "activation must be 'none' with pool, got 'elu'"),
+    ],
+)
+def test_bad_things_round_a_norm(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ops.noise_conditioned_norm(**(norm_arguments() | wrong))
 
 
 def test_update_gradients():

@@ -325,13 +325,15 @@ def norm_inputs(shape, dtype, layout, offset=1.0, seed=0):
 
 
 def run_norm(
-    x, gamma=None, alpha=None, beta=None, level=None, activation="none", residual=None, eps=1e-5, out=None, groups=None
-):
+    x, gamma=None, alpha=None, beta=None, level=None, activation="none", residual=None, eps=1e-5, out=None, groups=None,
+    before="none", pool=False,
+):  # fmt: skip
     out = poisoned(x) if out is None else out
-    total = None if residual is None else poisoned(x)
+    total = None if residual is None and before == "none" else poisoned(x)
     workspace = torch.full((triton_norm.norm_workspace_size(x),), float("nan"), device=DEVICE)
-    triton_norm.norm(x, gamma, alpha, beta, level, activation, residual, eps, out, total, workspace, groups)
-    return out if residual is None else (out, total)
+    tensors = (x, gamma, alpha, beta, level, activation, residual, eps, out, total, workspace)
+    triton_norm.norm(*tensors, groups, before, pool)
+    return out if total is None else (out, total)
 
 
 def assert_as_accurate(found, x, *arguments, **options):
@@ -383,6 +385,43 @@ def test_norm_of_groups(shape, groups, layout):
         assert torch.equal(total, x + residual)
         assert_as_accurate(found, total, *arguments, groups=groups)
         assert_as_accurate(run_norm(x, groups=groups, eps=1e-2), x, groups=groups, eps=1e-2)
+
+
+@pytest.mark.parametrize("dtype", NORM_DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("groups", [None, 4])
+@pytest.mark.parametrize("before", ["none", "elu", "silu"])
+@pytest.mark.parametrize("summed", [False, True])
+def test_chained_pooling(summed, before, groups, layout, dtype):
+    """before(x + residual) → (5×5 mean of its norm, itself): edges, several tiles, a tile that ends in a row."""
+    for shape in ((2, 12, 7, 5), (1, 64, 14, 14), (1, 4, 3, 2)):
+        x, residual, gamma, alpha, beta, level = norm_inputs(shape, dtype, layout)
+        arguments = (gamma, alpha if groups is None else None, beta, level)
+        residual = residual if summed else None
+        found = run_norm(x, *arguments, residual=residual, groups=groups, before=before, pool=True)
+        s = x if residual is None else x + residual
+        if before != "none" or summed:
+            found, total = found
+            exact = reference.ACTIVATIONS[before](s.double())
+            spacing = torch.finfo(dtype).eps * exact.abs().max()
+            assert (total.double() - exact).abs().max() <= spacing
+            s = total
+        assert_as_accurate(found, s, *arguments, groups=groups, pool=True)
+
+
+@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+def test_activation_before_a_norm(layout):
+    x, residual, *arguments = norm_inputs((2, 32, 9, 9), torch.float32, layout)
+    for extra in (None, residual):
+        found, total = run_norm(x, *arguments, "elu", residual=extra, before="elu")
+        torch.testing.assert_close(total, reference.ACTIVATIONS["elu"](x if extra is None else x + extra))
+        assert_as_accurate(found, total, *arguments, "elu")
+
+
+@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+def test_a_large_mean_in_a_pool(layout):
+    x, _, gamma, _, beta, level = norm_inputs((1, 64, 28, 28), torch.float32, layout, 1e3)
+    assert_as_accurate(run_norm(x, gamma, None, beta, level, pool=True), x, gamma, None, beta, level, pool=True)
 
 
 @pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])

@@ -82,10 +82,10 @@ def norm_case(module, batch, channels, side, dtype, layout, residual=False, vari
     parameters = torch.randn(10, 3 * channels, device=DEVICE).split(channels, 1)
     level = torch.arange(batch, device=DEVICE) % 10
     workspace = torch.empty(module.norm_workspace_size(x), device=DEVICE)
-    extra = () if variant is None else (variant,)
+    extra = {} if variant is None else {"variant": variant}
 
     def call() -> None:
-        module.norm(x, *parameters, level, "elu", other, 1e-5, out, total, workspace, *extra)
+        module.norm(x, *parameters, level, "elu", other, 1e-5, out, total, workspace, **extra)
 
     def check() -> str | None:
         few = slice(0, 8)

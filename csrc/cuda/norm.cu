@@ -1,11 +1,10 @@
 // noise_conditioned_norm in two kernels, for every target, layout, shape and alignment: `stats` reads the tensor once and writes
-// the moments of each slab of pixels; `apply` merges them, redoes the small reduction across the channels, and reads once more.
+// the moments of each slab of pixels; `apply` merges them, redoes the small reduction across the channels, and reads once more
+// (norm_pool.cu does that for a norm and its 5×5 mean).
 #include "norm.cuh"
 
 namespace sgm::cuda {
 namespace {
-
-__device__ __forceinline__ int slab_packs(const Tiling& t, int slab, int packs) { return min(t.tile * t.tiles, packs - slab * t.tile * t.tiles); }
 
 // grid (N · slabs, channel blocks)
 template <class T, int V, bool NHWC>
@@ -19,8 +18,8 @@ __global__ void __launch_bounds__(kNormThreads, 2) stats_kernel(const Norm s, co
   const int packs = slab_packs(t, slab, s.pixels / Tile::kPixels);
   for (int k = 0; k * t.tile < packs; ++k) {
     Tile tile(s, t, n, slab * t.tiles + k, blockIdx.y);
-    if (s.residual)
-      tile.load_sum(s.x, s.residual, s.sum);
+    if (s.sum)
+      tile.load_sum(s);
     else
       tile.load(s.x);
     tile.moments(shared_floats(), [&](int c, const Moments& m) {
@@ -42,31 +41,10 @@ __global__ void __launch_bounds__(kNormThreads, 2) apply_kernel(const Norm s, co
   using Tile = Tile<T, V, kPortablePacks, NHWC>;
   const int64_t n = blockIdx.x / t.slabs;
   const int slab = static_cast<int>(blockIdx.x % t.slabs), packs = s.pixels / Tile::kPixels;
-  const void* x = s.residual ? s.sum : s.x;
+  const void* x = s.sum ? s.sum : s.x;
   Tile tile(s, t, n, slab * t.tiles, blockIdx.y);
   tile.load(x);  // on its way while the moments are merged
-
-  const int width = t.groups * Tile::kChannels, first = static_cast<int>(blockIdx.y) * width;
-  float* warps = shared_floats();
-  float* coef = warps + kNormThreads / 32;  // [3][width]
-  float* mean = coef + 3 * width;           // [C]
-  const auto channel = [&](int c) {
-    return merge(t.slabs, [&](int i) {
-      const float* p = s.moments + (n * t.slabs + i) * 2 * s.channels + c;
-      return Moments{static_cast<float>(slab_packs(t, i, packs) * Tile::kPixels), p[0], p[s.channels]};
-    });
-  };
-  Spread across{};
-  if (s.alpha) {
-    for (int c = threadIdx.x; c < s.channels; c += kNormThreads) mean[c] = channel(c).mean;
-    __syncthreads();
-    across = spread(mean, s.channels, warps);
-  }
-  for (int c = threadIdx.x; c < min(width, s.channels - first); c += kNormThreads) {
-    const Moments m = channel(first + c);
-    fold(s, n, first + c, m.mean, m.m2, across, coef + c, width);
-  }
-  __syncthreads();
+  const float* coef = coefficients<Tile::kChannels, Tile::kPixels>(s, t, n);
   tile.apply(coef, s.activation, s.y);
   for (int k = 1; k * t.tile < slab_packs(t, slab, packs); ++k) {
     Tile next(s, t, n, slab * t.tiles + k, blockIdx.y);
@@ -76,26 +54,27 @@ __global__ void __launch_bounds__(kNormThreads, 2) apply_kernel(const Norm s, co
 }
 
 template <class T, int V, bool NHWC>
-cudaError_t launch_both(const Norm& s, int64_t batch, void* stream) {
+cudaError_t launch_both(const Norm& s, int64_t batch, int dtype, bool pool, void* stream) {
   using Tile = Tile<T, V, kPortablePacks, NHWC>;
   const Tiling t = portable_tiling(s.channels, s.pixels, V, NHWC);
   const int width = t.groups * Tile::kChannels;
-  const size_t stats_bytes = sizeof(float) * (Tile::kScratch + 2 * width);
-  const size_t apply_bytes = sizeof(float) * (kNormThreads / 32 + 3 * width + s.channels);
+  const size_t stats_bytes = sizeof(float) * (Tile::kScratch + 2 * width), apply_bytes = coefficient_bytes(s, width);
   if (apply_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(batch * t.slabs), t.channel_blocks);
   const cudaError_t error = launch(stats_kernel<T, V, NHWC>, grid, kNormThreads, stats_bytes, 1, stream, s, t);
-  return error != cudaSuccess ? error : launch(apply_kernel<T, V, NHWC>, grid, kNormThreads, apply_bytes, 1, stream, s, t);
+  if (error != cudaSuccess) return error;
+  if (pool) return norm_pool(s, batch, dtype, NHWC, V, t, stream);
+  return launch(apply_kernel<T, V, NHWC>, grid, kNormThreads, apply_bytes, 1, stream, s, t);
 }
 
 }  // namespace
 
-cudaError_t norm_portable(const Norm& s, int64_t batch, int dtype, bool nhwc, int vector, void* stream) {
+cudaError_t norm_portable(const Norm& s, int64_t batch, int dtype, bool nhwc, int vector, bool pool, void* stream) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int V = 16 / sizeof(T);
-    if (vector > 1) return nhwc ? launch_both<T, V, true>(s, batch, stream) : launch_both<T, V, false>(s, batch, stream);
-    return nhwc ? launch_both<T, 1, true>(s, batch, stream) : launch_both<T, 1, false>(s, batch, stream);
+    if (vector > 1) return nhwc ? launch_both<T, V, true>(s, batch, dtype, pool, stream) : launch_both<T, V, false>(s, batch, dtype, pool, stream);
+    return nhwc ? launch_both<T, 1, true>(s, batch, dtype, pool, stream) : launch_both<T, 1, false>(s, batch, dtype, pool, stream);
   });
 }
 

@@ -2,7 +2,8 @@
 //
 // y = act(γ·((x − μ)·rstd + α·ms) + β): μ and the biased variance over H·W for each (n, c); ms = (μ − m)/√(v + 1e-5) with m and
 // v (unbiased) the mean and variance of μ over the channels. A block holds a tile, channels × pixels of one sample, packed in
-// registers. Moments are centred: two sweeps over registers in a thread, Chan's formula (Chan, Golub, LeVeque 1979) to merge.
+// registers. With groups, μ and v are those of a group of channels; x may be a sum, and activated before the norm.
+// Moments are centred: two sweeps over registers in a thread, Chan's formula (Chan, Golub, LeVeque 1979) to merge.
 #pragma once
 
 #include "device.cuh"
@@ -16,14 +17,15 @@ struct Norm {
   const void* x;                 // [N, C, H, W] of one dtype and layout, as are the next three
   const void* residual;          // or null
   void* y;
-  void* sum;                     // x + residual, rounded; null if residual is
+  void* sum;                     // before(x + residual), rounded, which is then what is normalised; null if that is x
   const float *gamma, *alpha, *beta;                    // [C], or [L, C] read at level[n]; each or null
   int64_t gamma_stride, alpha_stride, beta_stride;      // of a level's row; 0 for [C]
   const int64_t* level;          // [N], or null
   float* moments;                // portable kernels: [N, slabs, 2, C], mean and M2 of each slab
-  int channels, pixels;          // C, H·W
+  int channels, pixels, width;   // C, H·W, W
+  int group;                     // channels of a group; 0: each channel by itself
   float eps;
-  int activation;
+  int before, activation;
 };
 
 struct Moments {
@@ -102,21 +104,29 @@ struct Tile {
       if (i < count) packs[i].load(static_cast<const T*>(x) + start + i * step);
   }
 
-  // x + residual rounded to T, kept, and written to `sum`.
-  __device__ __forceinline__ void load_sum(const void* x, const void* residual, void* sum) {
-    load(x);
+  // before(x + residual), each step rounded to T, kept, and written to `sum`.
+  __device__ __forceinline__ void load_sum(const Norm& s) {
+    load(s.x);
 #pragma unroll
     for (int i = 0; i < PER; ++i)
       if (i < count) {
-        Pack<T, V> other;
-        other.load(static_cast<const T*>(residual) + start + i * step);
-        float v[V], r[V];
-        packs[i].unpack(v);
-        other.unpack(r);
+        float v[V];
+        if (s.residual) {
+          Pack<T, V> other;
+          other.load(static_cast<const T*>(s.residual) + start + i * step);
+          float r[V];
+          packs[i].unpack(v);
+          other.unpack(r);
 #pragma unroll
-        for (int k = 0; k < V; ++k) v[k] += r[k];
-        packs[i].pack(v);
-        packs[i].store(static_cast<T*>(sum) + start + i * step);
+          for (int k = 0; k < V; ++k) v[k] += r[k];
+          packs[i].pack(v);
+        }
+        if (s.before != kNone) {
+          packs[i].unpack(v);
+          activate<T>(v, s.before);
+          packs[i].pack(v);
+        }
+        packs[i].store(static_cast<T*>(s.sum) + start + i * step);
       }
   }
 
@@ -224,18 +234,64 @@ __device__ __forceinline__ Spread spread(const float* mean, int channels, float*
   return {m, 1.0f / sqrtf(v + 1e-5f)};
 }
 
+// The moments of the group that channel c is in: mean, m2 [C], of each channel's pixels.
+__device__ __forceinline__ Moments group_moments(const Norm& s, int c, const float* mean, const float* m2) {
+  const int first = c - c % s.group;
+  return merge(s.group, [&](int i) { return Moments{static_cast<float>(s.pixels), mean[first + i], m2[first + i]}; });
+}
+
 // Channel c of sample n: coef[0], coef[width], coef[2·width] = centre, scale, shift.
-__device__ __forceinline__ void fold(const Norm& s, int64_t n, int c, float mean, float m2, const Spread& across, float* coef, int width) {
+__device__ __forceinline__ void fold(const Norm& s, int64_t n, int c, const Moments& m, const Spread& across, float* coef, int width) {
   const int64_t level = s.level ? s.level[n] : 0;
   const float gamma = s.gamma ? s.gamma[level * s.gamma_stride + c] : 1.0f;
   const float beta = s.beta ? s.beta[level * s.beta_stride + c] : 0.0f;
-  const float offset = s.alpha ? s.alpha[level * s.alpha_stride + c] * ((mean - across.mean) * across.inverse) : 0.0f;
-  coef[0] = mean;
-  coef[width] = gamma * (1.0f / sqrtf(m2 / static_cast<float>(s.pixels) + s.eps));
+  const float offset = s.alpha ? s.alpha[level * s.alpha_stride + c] * ((m.mean - across.mean) * across.inverse) : 0.0f;
+  coef[0] = m.mean;
+  coef[width] = gamma * (1.0f / sqrtf(m.m2 / m.count + s.eps));
   coef[2 * width] = gamma * offset + beta;
 }
 
-cudaError_t norm_portable(const Norm& s, int64_t batch, int dtype, bool nhwc, int vector, void* stream);
+__device__ __forceinline__ int slab_packs(const Tiling& t, int slab, int packs) { return min(t.tile * t.tiles, packs - slab * t.tile * t.tiles); }
+
+// Shared memory of `coefficients`, for `width` channels a block.
+inline size_t coefficient_bytes(const Norm& s, int width) {
+  return sizeof(float) * (kNormThreads / 32 + 3 * width + (s.group ? 2 : 1) * s.channels);
+}
+
+// [3][t.groups · CHANNELS] in shared memory, for the channels of this block, from the moments that `stats` left. CHANNELS, PIXELS:
+// of a pack of `stats`. Ends with a barrier.
+template <int CHANNELS, int PIXELS>
+__device__ __forceinline__ const float* coefficients(const Norm& s, const Tiling& t, int64_t n) {
+  const int width = t.groups * CHANNELS, first = static_cast<int>(blockIdx.y) * width, packs = s.pixels / PIXELS;
+  float* warps = shared_floats();
+  float* coef = warps + kNormThreads / 32;
+  float* mean = coef + 3 * width;    // [C]
+  float* m2 = mean + s.channels;     // [C], with groups
+  const auto channel = [&](int c) {
+    return merge(t.slabs, [&](int i) {
+      const float* p = s.moments + (n * t.slabs + i) * 2 * s.channels + c;
+      return Moments{static_cast<float>(slab_packs(t, i, packs) * PIXELS), p[0], p[s.channels]};
+    });
+  };
+  Spread across{};
+  if (s.alpha || s.group) {
+    for (int c = threadIdx.x; c < s.channels; c += kNormThreads) {
+      const Moments m = channel(c);
+      mean[c] = m.mean;
+      if (s.group) m2[c] = m.m2;
+    }
+    __syncthreads();
+    if (s.alpha) across = spread(mean, s.channels, warps);
+  }
+  for (int c = threadIdx.x; c < min(width, s.channels - first); c += kNormThreads)
+    fold(s, n, first + c, s.group ? group_moments(s, first + c, mean, m2) : channel(first + c), across, coef + c, width);
+  __syncthreads();
+  return coef;
+}
+
+// vector: elements of a pack; 1 for a pool in NCHW.
+cudaError_t norm_portable(const Norm& s, int64_t batch, int dtype, bool nhwc, int vector, bool pool, void* stream);
+cudaError_t norm_pool(const Norm& s, int64_t batch, int dtype, bool nhwc, int vector, const Tiling& t, void* stream);
 cudaError_t norm_cluster(const Norm& s, int64_t batch, int dtype, const ClusterPlan& plan, void* stream);
 
 }  // namespace sgm::cuda

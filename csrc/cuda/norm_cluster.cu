@@ -15,8 +15,8 @@ __global__ void __launch_bounds__(kNormThreads, PER * sizeof(T) > 32 ? 1 : 2) cl
   const int64_t n = blockIdx.x / t.slabs;
   using Tile = Tile<T, V, PER, true>;
   Tile tile(s, t, n, cluster.rank(), 0);
-  if (s.residual)
-    tile.load_sum(s.x, s.residual, s.sum);
+  if (s.sum)
+    tile.load_sum(s);
   else
     tile.load(s.x);
 
@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(kNormThreads, PER * sizeof(T) > 32 ? 1 : 2) cl
   float* part = warps + kNormThreads / 32;  // [2][C]: mean and M2 of this block's pixels, read by the whole cluster
   float* mean = part + 2 * channels;        // [C]: of the sample
   float* coef = mean + channels;            // [3][C]
+  float* m2 = coef + 3 * channels;          // [C]: of the sample, where the scratch of `moments` was
   tile.moments(coef + 3 * channels, [&](int c, const Moments& m) { part[c] = m.mean, part[channels + c] = m.m2; });
   cluster.arrive();
   cluster.wait();
@@ -35,13 +36,16 @@ __global__ void __launch_bounds__(kNormThreads, PER * sizeof(T) > 32 ? 1 : 2) cl
       return Moments{static_cast<float>(pixels), p[c], p[channels + c]};
     });
     mean[c] = all.mean;
-    coef[c] = all.m2;  // until fold
+    m2[c] = all.m2;
   }
   cluster.arrive();  // done with the peers' memory; they must be done with ours before this block ends
   __syncthreads();
   Spread across{};
   if (s.alpha) across = spread(mean, channels, warps);
-  for (int c = threadIdx.x; c < channels; c += kNormThreads) fold(s, n, c, mean[c], coef[c], across, coef + c, channels);
+  for (int c = threadIdx.x; c < channels; c += kNormThreads) {
+    const Moments own{static_cast<float>(s.pixels), mean[c], m2[c]};
+    fold(s, n, c, s.group ? group_moments(s, c, mean, m2) : own, across, coef + c, channels);
+  }
   __syncthreads();
   tile.apply(coef, s.activation, s.y);
   cluster.wait();
