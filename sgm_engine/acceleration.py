@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from sgm_engine.kernels.reference import ACTIVATIONS
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus, InstanceNormPlus
+from sgm_engine.numerics import float32_math
 from sgm_engine.recognise import FusedNorm, recognise
 from sgm_engine.rewrite import Left, PooledConv, Rewriter
 from sgm_engine.trace import MODAL, trace
@@ -259,7 +261,8 @@ def refuse_disagreement(network: nn.Module, source: nn.Module, x: Tensor, level:
     random = torch.Generator(x.device).manual_seed(0)
     x = torch.rand(2, *x.shape[1:], generator=random, device=x.device, dtype=x.dtype)
     level = level[:1].expand(2).contiguous()
-    ours, theirs = network(x, level).float(), source(x, level).float()
+    with float32_math("ieee") if x.is_cuda else nullcontext():  # TensorFloat-32 rounds each of them in its own way
+        ours, theirs = network(x, level).float(), source(x, level).float()
     difference = ((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item()
     if not difference <= AGREEMENT:
         raise Left(f"rewritten, it would differ by {difference:.1e}")

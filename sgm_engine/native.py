@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sgm_engine import _C
 from sgm_engine.models.ncsn import RefineNet
-from sgm_engine.native_graph import Graph
+from sgm_engine.native_graph import PRECISIONS, Graph
 from sgm_engine.native_norm import Unsupported
 from sgm_engine.native_refinenet import lower_refinenet
 from sgm_engine.network import Network
@@ -111,6 +111,8 @@ def refusal(
 
     shape, levels: None takes ``model.shape`` and ``model.sigmas``. A module that is no NCSN is traced and compared.
     """
+    if precision not in PRECISIONS:
+        return f"precision={precision!r} is not one of its own, which are {', '.join(PRECISIONS)}"
     if precision == "bfloat16" and _C.isa() != "avx512_bf16":
         return f"precision='bfloat16' needs AVX512_BF16, and the instruction set in use is {_C.isa()}"
     if isinstance(model, RefineNet):

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-PRECISIONS = ("float32", "bfloat16", "direct")
+from sgm_engine.numerics import float32_math
+
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "direct")
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SCORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The layers that autocast runs in bfloat16, and whose weights are therefore worth casting once instead of every step.
+# The layers that autocast runs in 16 bits, and whose weights are therefore worth casting once instead of every step.
 _CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 # Layers that compute something else while a module is in training mode.
 _MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
 class Network:
-    """``model(x [B, C, H, W] float32, level [B] int64) → score``, checked, in one of the precisions.
+    """``model(x [B, C, H, W] float32, level [B] int64) → score``, checked, in one of these precisions.
 
-    float32: the module as it is; its parameters are read where they lie, so that changes in place count at once.
-    bfloat16: autocast (norms and parameters of other layers stay float32) over a copy of the module that shares
-    everything with it except the weights of convolutions and linear layers. Those are bfloat16 buffers of their own, in
-    place for good; ``sync`` rewrites them from the module's current weights.
+    float32: the module as it is; its parameters are read where they lie, so that changes in place count at once. On a
+    GPU without TensorFloat-32, whatever PyTorch's switches say: the numerics of the publications.
+    tf32: the same with TensorFloat-32 products (10 bits of mantissa), on a GPU.
+    bfloat16, float16: autocast (norms and parameters of other layers stay float32) over a copy of the module that
+    shares everything with it except the weights of convolutions and linear layers. Those are 16-bit buffers of their
+    own, in place for good; ``sync`` rewrites them from the module's current weights.
     direct: float32, by the one executor that has a choice (native) without Winograd.
     shape, levels: (C, H, W) of a sample and the number of levels, for executors that prepare for them.
     """
@@ -41,17 +46,21 @@ class Network:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
         self.model, self.precision, self.device, self.shape, self.levels = model, precision, device, shape, levels
         self.module = model if isinstance(model, nn.Module) else None
-        if precision == "bfloat16" and self.module is None:
-            raise ValueError("precision='bfloat16' needs an nn.Module, got a plain callable: cast inside it instead")
+        self._half = HALVES.get(precision)
+        if self._half is not None and self.module is None:
+            raise ValueError(
+                f"precision={precision!r} needs an nn.Module, got a plain callable: cast inside it instead"
+            )
+        if precision == "tf32" and device.type != "cuda":
+            raise ValueError(f"precision='tf32' needs a CUDA device, got {device}: use precision='float32'")
         self._modal = self.module is not None and any(isinstance(m, _MODAL) for m in self.module.modules())
         self._forward = model
         self._known = _tensors(self.module)
         self._copied: list[Tensor] = []
-        self._casts: list[tuple[Tensor, Tensor]] = []  # (parameter, its bfloat16 buffer)
+        self._casts: list[tuple[Tensor, Tensor]] = []  # (parameter, its 16-bit buffer)
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
-        bf16 = self.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False) if bf16 else nullcontext():
+        with self._numerics():
             score = self._forward(x, level)
         if not isinstance(score, Tensor) or score.shape != x.shape:
             got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
@@ -61,6 +70,13 @@ class Network:
             raise ValueError(f"model(x, level) must return float32, bfloat16 or float16 on {x.device}, got {got}")
         return score
 
+    def _numerics(self) -> AbstractContextManager[None]:
+        if self._half is not None:
+            return torch.autocast(self.device.type, self._half, cache_enabled=False)
+        if self.device.type == "cuda":
+            return float32_math("tf32" if self.precision == "tf32" else "ieee")
+        return nullcontext()
+
     def sync(self) -> None:
         """Make the next evaluation see the module's current parameters. Buffers are rewritten in place."""
         if self._modal and self.module.training:
@@ -68,13 +84,13 @@ class Network:
         for module in self.module.modules() if self.module is not None else ():
             if hasattr(module, "sync_weights"):  # kernels that a module derives from its own weights
                 module.sync_weights()
-        if self.precision != "bfloat16":
+        if self._half is None:
             return
         with torch.no_grad():
             now = _tensors(self.module)
             if not _same(self._copied, now):
                 self._copied = now
-                self._forward, self._casts = _cast_copy(self.module)
+                self._forward, self._casts = _cast_copy(self.module, self._half)
             for parameter, buffer in self._casts:
                 buffer.copy_(parameter)
 
@@ -100,15 +116,15 @@ def _same(left: list[Tensor], right: list[Tensor]) -> bool:
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
 
 
-def _cast_copy(module: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+def _cast_copy(module: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     """A copy that shares every tensor with ``module`` but the weights of _CAST layers, and those paired with theirs."""
     memo: dict[int, object] = {id(t): t for t in _tensors(module)}
     casts = []
     for layer in module.modules():
         if isinstance(layer, _CAST):
             for p in layer.parameters(recurse=False):
-                layout = torch.channels_last if p.dim() == 4 else torch.preserve_format  # as x in bfloat16
-                empty = torch.empty_like(p, dtype=torch.bfloat16, memory_format=layout)
+                layout = torch.channels_last if p.dim() == 4 else torch.preserve_format  # as x in 16 bits
+                empty = torch.empty_like(p, dtype=dtype, memory_format=layout)
                 buffer = nn.Parameter(empty, requires_grad=False)
                 memo[id(p)] = buffer
                 casts.append((p, buffer))
