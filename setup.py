@@ -175,7 +175,10 @@ if __name__ == "__main__":
         long_description_content_type="text/markdown",
         packages=[*find_packages(include=["sgm_engine", "sgm_engine.*"]), "sgm_engine.kernels"],
         package_dir={"sgm_engine.kernels": "kernels"},
-        package_data={"sgm_engine": ["weights/*", "training/configs/*.yaml", "_cuda/*.so"]},
+        package_data={
+            "sgm_engine": ["weights/*", "training/configs/*.yaml", "_cuda/*.so"],
+            "sgm_engine.kernels": ["*.json"],
+        },
         ext_modules=[Extension("sgm_engine._C", ["csrc/binding.cpp"])],
         cmdclass={"build_ext": BuildExt},
         distclass=BinaryDistribution,

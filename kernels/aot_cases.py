@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sgm_engine.kernels import triton_noise, triton_norm, triton_update
+from sgm_engine.kernels import triton_conv, triton_noise, triton_norm, triton_update
 from sgm_engine.kernels.launch import Launch
 
 BATCH = 8
@@ -29,7 +29,7 @@ class Case:
 @functools.cache
 def cases() -> dict[str, Case]:
     """Every kernel, at the shapes of the published and the bundled networks, over dtypes, layouts and options."""
-    return dict([*_noise_cases(), *_update_cases(), *_norm_cases()])
+    return dict([*_noise_cases(), *_update_cases(), *_norm_cases(), *_conv_cases()])
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.float32, nhwc: bool = False) -> Tensor:
@@ -154,6 +154,19 @@ def _norm_cases() -> Iterator[tuple[str, Case]]:
         if shape == (128, 32, 32):
             yield f"norm stats {_words(shape, True)} residual, elu before", Case(stats, loads=2 * first, stores=first)
         yield f"norm pool {_words(shape, True)}", Case(pool, loads=tile, stores=tile)
+
+
+def _conv_cases() -> Iterator[tuple[str, Case]]:
+    """Every tile that is tuned over, with all that can follow. Its loads go past the registers, to shared memory."""
+    for channels, side, dilation, tile in zip((128, 256, 256), (32, 16, 16), (1, 1, 4), triton_conv.TILES, strict=True):
+        x, residual = (_tensor(BATCH, channels, side, side, dtype=torch.bfloat16, nhwc=True) for _ in range(2))
+        weight = _tensor(channels, channels, 3, 3, dtype=torch.bfloat16, nhwc=True)
+        partial = _tensor(BATCH, side * side // tile.pixels, 2, channels)
+        bias = _tensor(channels, dtype=torch.bfloat16)
+        launch = triton_conv.describe(x, weight, bias, residual, dilation, torch.empty_like(x), partial, tile)
+        written = 2 * tile.pixels * tile.channels
+        case = Case(launch, loads=written, stores=written, shared=2**16 + 64)
+        yield f"conv {_words((channels, side, side))} 3×3 d{dilation} {tile.pixels}×{tile.channels}×{tile.depth}", case
 
 
 def _tile(launch: Launch) -> int:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         SampleDiverged,
         ServiceClosed,
     )
+    from sgm_engine.graphs import GraphConfig
     from sgm_engine.guidance import classifier_free, classifier_guided, posterior, with_drift
     from sgm_engine.inverse import LinearOperator
     from sgm_engine.jobs.job import Job, generate
@@ -51,6 +52,7 @@ _MODULES = {
         "ServiceClosed",
     ),
     "conditioning": ("at_sigmas",),
+    "graphs": ("GraphConfig",),
     "guidance": (
         "classifier_free",
         "classifier_guided",
@@ -76,6 +78,7 @@ __all__ = [
     "Engine",
     "EngineBusy",
     "EngineError",
+    "GraphConfig",
     "Job",
     "JobBusy",
     "LinearOperator",

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from sgm_engine.chosen_conv import ChosenConv, chosen
 from sgm_engine.kernels.reference import ACTIVATIONS
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus, InstanceNormPlus
 from sgm_engine.numerics import float32_math
@@ -130,7 +131,11 @@ class Accelerated(nn.Module):
         found = self.traced(norms, x, level)
         if found.left:
             found.report(f"left: all but the norms ({found.left})", "forward")
-        network, pinned = self._assemble(found.graph, found.modules, found.resolve)
+        modules = {name: chosen(module, x.device) for name, module in found.modules.items()}
+        for name, module in modules.items():
+            if isinstance(module, ChosenConv):
+                found.report("convolution by the table of tuned shapes", name.removeprefix("module."))
+        network, pinned = self._assemble(found.graph, modules, found.resolve)
         return network, found.report, pinned
 
     def traced(self, norms: dict, x: Tensor, level: Tensor) -> Traced:

@@ -10,8 +10,8 @@ import test_cuda
 import torch
 
 from bench.gpu import __main__ as gpu
-from bench.gpu import kernels, stages
-from sgm_engine.kernels import cuda
+from bench.gpu import checks, convolutions, kernels, network, norms, stages, timing
+from sgm_engine.kernels import conv_table, cuda, triton_conv, triton_noise, triton_norm, triton_update
 
 host_library = test_cuda.host_library
 
@@ -79,15 +79,135 @@ def test_exit_status(tmp_path, monkeypatch, status):
 def test_what_the_sanitizer_watches_runs(host_library, monkeypatch):
     monkeypatch.setattr(cuda, "library", lambda: host_library)
     monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    monkeypatch.setattr(norms, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     kernels.exercise()
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_a_kernel_is_checked_before_it_is_timed(host_library, monkeypatch, residual):
+@pytest.mark.parametrize("what", norms.FORMS)
+def test_a_kernel_is_checked_before_it_is_timed(host_library, monkeypatch, what):
     monkeypatch.setattr(cuda, "library", lambda: host_library)
-    monkeypatch.setattr(kernels, "DEVICE", "cpu")
-    call, check = kernels.norm_case(cuda, 2, 16, 8, torch.bfloat16, torch.channels_last, residual, "cluster")
+    monkeypatch.setattr(norms, "DEVICE", "cpu")
+    call, check = norms.case(cuda, 2, 32, 8, torch.bfloat16, torch.channels_last, what)
     assert check() is not None  # nothing was written yet
     call()
     assert check() is None
+
+
+# The stages that measure, with a timer that only counts ---------------------------------------------------------------
+
+
+@pytest.fixture
+def no_gpu(host_library, monkeypatch):
+    """Every stage runs on the CPU: the host's build of the library, in place of Triton too, and a fake timer."""
+    timed = []
+
+    def microseconds(calls):
+        for call in calls:
+            call()
+        timed.append(len(calls))
+        return 10.0
+
+    for module in (kernels, norms, network, convolutions, timing):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "library", lambda: host_library)
+    monkeypatch.setattr(triton_update, "langevin_update", cuda.langevin_update)
+    monkeypatch.setattr(triton_noise, "noise_fill", cuda.noise_fill)
+    monkeypatch.setattr(triton_norm, "norm", cuda.norm)
+    monkeypatch.setattr(triton_norm, "norm_workspace_size", cuda.norm_workspace_size)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "fake")
+    monkeypatch.setattr(timing, "microseconds", microseconds)
+    monkeypatch.setattr(timing, "copies", lambda size: 2)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e12)
+    monkeypatch.setattr(timing, "peak_flops", lambda: 1e15)
+    return timed
+
+
+def test_the_stage_of_kernels(no_gpu, monkeypatch):
+    monkeypatch.setattr(kernels, "BATCHES", (2,))
+    monkeypatch.setattr(norms, "BATCHES", (2, 128))
+    monkeypatch.setattr(norms, "SHAPES", [(32, 2)])
+    rows = kernels.kernels()
+    assert [r for r in rows if r.get("failed")] == []
+    assert {r["backend"] for r in rows[1:]} == {"CUDA", "Triton", "CUDA cluster", "CUDA portable"}
+    measured = [r for r in rows if "µs" in r]
+    assert len(measured) == 4 + 2 * (3 * 3 + 2 * 2) == len(no_gpu) and set(no_gpu) == {2}
+    small = next(r for r in measured if r["case"].startswith("add + norm + ELU") and r["batch"] == 128)
+    assert small["floor µs"] == 4 * 2 * 128 * 32 * 4 / 1e6 and small["share"] == small["floor µs"] / 10
+    assert small["goal"] == "missed" and measured[0]["goal"] == "none"
+
+
+def test_a_kernel_that_is_wrong_is_not_timed(no_gpu, monkeypatch):
+    monkeypatch.setattr(kernels, "BATCHES", ())
+    monkeypatch.setattr(norms, "BATCHES", (2,))
+    monkeypatch.setattr(norms, "SHAPES", [(32, 2)])
+    monkeypatch.setattr(triton_norm, "norm", lambda *arguments: arguments[8].zero_())
+    wrong = [r for r in kernels.kernels() if r.get("failed")]
+    assert len(wrong) == len(norms.FORMS) and all(r["backend"] == "Triton" and "µs" not in r for r in wrong)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_tuning_writes_what_is_faster_and_right(no_gpu, monkeypatch, tmp_path, faster):
+    def convolution(x, weight, bias, residual, dilation, out, partial, tile):
+        out.copy_(torch.nn.functional.conv2d(x, weight, bias, 1, dilation, dilation))
+        if tile is triton_conv.TILES[1]:
+            out.zero_()  # a tile that is fastest, and wrong
+
+    times = iter([10.0, 8.0 if faster else 9.9, 9.0] * 4)
+    (tmp_path / "table.json").write_text('{"another": {"shape": {}}}')
+    monkeypatch.setattr(conv_table, "PATH", tmp_path / "table.json")
+    monkeypatch.setattr(convolutions, "SHAPES", [(128, 128, 4, 2)])
+    monkeypatch.setattr(convolutions, "BATCHES", (1,))
+    monkeypatch.setattr(triton_conv, "convolution", convolution)
+    monkeypatch.setattr(timing, "microseconds", lambda calls: (calls[0](), next(times))[1])
+    rows = convolutions.convolutions()
+    best = triton_conv.TILES[0] if faster else triton_conv.TILES[2]
+    key = "bfloat16 128×4×4 128→128 3×3 d2 at 1"
+    assert conv_table.read(tmp_path / "table.json") == {
+        "another": {"shape": triton_conv.ConvTile()}, "fake": {key: best}
+    }  # fmt: skip
+    assert [("wrong by" in r["failed"]) for r in rows if r.get("failed")] == [True]
+    assert rows[1]["backend"] == "cuDNN" and rows[1]["share"] == 2 * 9 * 128 * 128 * 16 / 1e15 * 1e6 / 10
+
+
+def test_the_stages_of_a_step_and_of_chains(no_gpu, monkeypatch):
+    made = network.network
+
+    def small():
+        model, sigmas = made()
+        return model, sigmas[::5]
+
+    monkeypatch.setattr(network, "NGF", 4)
+    monkeypatch.setattr(network, "SIDE", 8)
+    monkeypatch.setattr(network, "BATCHES", (2,))
+    monkeypatch.setattr(network, "ENGINES", {
+        "eager bfloat16": {"precision": "bfloat16", "executor": "eager"},
+        "graph bfloat16": {"precision": "bfloat16", "executor": "graph", "graph": {"unroll": 8}},
+    })  # fmt: skip
+    peers = network.peers
+    monkeypatch.setattr(network, "peers", lambda *a: {"eager": peers(*a)["eager"]})
+    monkeypatch.setattr(timing, "kernels_of", lambda step: (step(), (7, 0.001))[1])
+    monkeypatch.setattr(timing, "milliseconds", lambda step: (step(), 5.0)[1])
+    ours, refused, peer = network.step_times()
+    assert ours["kernels a step"] == 7 and 0 < ours["gaps"] < 1 and 0 < ours["score error"] < 0.1
+    assert ours["share of roofline"] * ours["ms a step"] == pytest.approx(1e3 * (58e6 * 2 + 60e6) / 1e12)
+    assert "executor='graph' needs a CUDA device" in refused["failed"]
+    assert peer["images/s"] == 2 / (0.005 * 1001) and peer["engine is faster by"] == 5.0 / ours["ms a step"]
+    (chain,) = network.end_to_end()
+    assert chain["failed"] is None and chain["images/s of 1,001 NFE"] > 0
+
+
+def test_what_ncu_says():
+    text = """==PROF== Connected
+"ID","Kernel Name","a.pct","b.pct","c.pct"
+"","","%","%","%"
+"0","void norm<float>(Norm, Tiling)","80.5","10","50"
+"1","void norm<float>(Norm, Tiling)","60.0","20","40"
+"2","update(Update)","1,000.0","3","90"
+"""
+    rows = checks.ncu_rows(text, {"memory %": "a.pct", "compute %": "b.pct", "occupancy %": "c.pct"})
+    assert [(r["case"], r["memory %"], r["compute %"]) for r in rows] == [
+        ("void norm<float>", 60.0, 20.0), ("update", 1000.0, 3.0)
+    ]  # fmt: skip

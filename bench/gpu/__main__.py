@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 import bench.gpu
-from bench.gpu.checks import ROOT, build, make_importable, sanitize, tests
+from bench.gpu.checks import ROOT, build, make_importable, ncu, sanitize, tests
+from bench.gpu.convolutions import convolutions
 from bench.gpu.kernels import kernels
 from bench.gpu.network import end_to_end, step_times
 from bench.gpu.stages import Row, run_stages, write_results
@@ -48,9 +49,14 @@ STAGES: dict[str, Callable[[], list[Row]]] = {
     "tests": tests,
     "sanitize": sanitize,
     "kernels": kernels,
+    "convolutions": convolutions,
+    "ncu": ncu,
     "step": step_times,
     "end-to-end": end_to_end,
 }
+
+
+OPTIONAL = ("sanitize", "convolutions", "ncu")  # convolutions writes the table that accelerate chooses by
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,7 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("bench.gpu: there is no CUDA device on this machine, so there is nothing to measure", file=sys.stderr)
         return 2
     make_importable()
-    names = options.only or [name for name in STAGES if name != "sanitize" or options.sanitize]
+    names = options.only or [
+        name for name in STAGES if name not in OPTIONAL or (name == "sanitize" and options.sanitize)
+    ]
     machine = describe_machine()
     stages = run_stages({name: STAGES[name] for name in STAGES if name in names})
     path = write_results(options.out, machine, stages, datetime.date.today())

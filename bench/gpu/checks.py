@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import csv
 import importlib.util
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from bench.gpu.stages import Row
 
+GPU_TESTS = [f"tests/test_{name}.py" for name in ("cuda", "triton", "triton_conv", "executor", "graphs", "numerics")]
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -61,7 +63,7 @@ def build() -> list[Row]:
 
 def tests() -> list[Row]:
     rows: list[Row] = []
-    for file in ("tests/test_cuda.py", "tests/test_triton.py", "tests/test_executor.py"):
+    for file in GPU_TESTS:
         run = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-rs", file],
             cwd=ROOT,
@@ -95,3 +97,36 @@ def sanitize() -> list[Row]:
         clean = run.returncode == 0 and bool(summary)
         rows.append({"case": check, "result": "; ".join(summary), "failed": None if clean else f"…{out[-1500:]}"})
     return rows
+
+
+def ncu() -> list[Row]:
+    """Nsight Compute's view of every kernel of the library, where it is installed and may read the counters."""
+    tool = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    if tool is None:
+        raise RuntimeError("not run: there is no ncu")
+    metrics = {
+        "memory %": "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed",
+        "compute %": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+        "occupancy %": "sm__warps_active.avg.pct_of_peak_sustained_active",
+    }
+    command = [tool, "--csv", "--page", "raw", "--metrics", ",".join(metrics.values()), "--kernel-name", "regex:sgm"]
+    run = subprocess.run(
+        [*command, sys.executable, "-c", "from bench.gpu.kernels import exercise; exercise()"],
+        cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=500,
+    )  # fmt: skip
+    if run.returncode or "ERR_NVGPUCTRPERM" in run.stdout:
+        raise RuntimeError(f"not run: ncu exited {run.returncode}: …{(run.stdout + run.stderr)[-500:]}")
+    return ncu_rows(run.stdout, metrics)
+
+
+def ncu_rows(text: str, metrics: dict[str, str]) -> list[Row]:
+    """The worst launch of each kernel in ncu's raw CSV, which begins with lines that are not CSV; row 2 holds units."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    worst: dict[str, Row] = {}
+    for record in list(csv.DictReader(lines))[1:]:
+        row: Row = {"case": record["Kernel Name"].split("(")[0]}
+        row |= {name: float(record[metric].replace(",", "")) for name, metric in metrics.items()}
+        before = worst.setdefault(str(row["case"]), row)
+        if row["memory %"] < before["memory %"]:
+            worst[str(row["case"])] = row
+    return list(worst.values())

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
+from bench.gpu import timing
 from bench.gpu.stages import Row
+from bench.gpu.timing import DEVICE
 from bench.peers import plain as without_kernels
 
-DEVICE = "cuda"
+BATCHES = (1, 16, 128)
+NGF, SIDE = 128, 32
+FLOPS, BYTES = (
+    19.79e9,
+    58e6,
+)  # of an image and evaluation: convolutions; reads and writes of activations, fused, in bf16
+WEIGHTS = 60e6  # bytes of bf16 weights, read once a step
+NFE = 1001  # of an image
+# name → what an Engine is made with; the first is what the peers are measured against.
+ENGINES: dict[str, dict] = {
+    "graph bfloat16": {"precision": "bfloat16", "executor": "graph"},
+    "graph bfloat16, cuDNN timed": {"precision": "bfloat16", "executor": "graph", "graph": {"benchmark": True}},
+    "graph bfloat16, 8 steps a graph": {"precision": "bfloat16", "executor": "graph", "graph": {"unroll": 8}},
+    "graph float16": {"precision": "float16", "executor": "graph"},
+    "graph tf32": {"precision": "tf32", "executor": "graph"},
+    "graph float32": {"precision": "float32", "executor": "graph"},
+    "eager bfloat16": {"precision": "bfloat16", "executor": "eager"},
+}
 
 
 def network():
@@ -19,47 +37,8 @@ def network():
 
     torch.manual_seed(0)
     sigmas = torch.logspace(0, -2, 10)
-    model = NCSN(sigmas, channels=3, ngf=128, image_size=32).eval().to(DEVICE, memory_format=torch.channels_last)
+    model = NCSN(sigmas, channels=3, ngf=NGF, image_size=SIDE).eval().to(DEVICE, memory_format=torch.channels_last)
     return model.requires_grad_(False), sigmas
-
-
-def peer_step(
-    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, level: torch.Tensor
-) -> None:
-    """A plain PyTorch Langevin step, in place, in float32 round a bf16 network; nothing goes to the host."""
-    x.add_(score(x, level).float(), alpha=1e-5).add_(torch.randn_like(x), alpha=1e-3)
-
-
-def graphed(step: Callable[[], None]) -> Callable[[], None]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def milliseconds(step: Callable[[], None], budget_s: float = 2.0) -> float:
-    """Median wall time of a step, blocks of steps with one synchronisation each: launch gaps count."""
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    step()
-    torch.cuda.synchronize()
-    block = max(1, min(100, int(budget_s / 5 / max(time.perf_counter() - began, 1e-5))))
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        for _ in range(block):
-            step()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - began) * 1e3 / block)
-    return statistics.median(times)
 
 
 def peers(model: torch.nn.Module, batch: int) -> dict[str, Callable]:
@@ -85,57 +64,96 @@ def peers(model: torch.nn.Module, batch: int) -> dict[str, Callable]:
     return makers
 
 
-def step_times() -> list[Row]:
-    """One step of NCSN CIFAR-10 (bf16, channels-last; x float32) by the engine and by each peer, in one run."""
+def checked(score: torch.Tensor, want: torch.Tensor) -> float:
+    """The relative error of a score; RuntimeError if it is more than 16 bits explain."""
+    error = float((score.float() - want).norm() / want.norm())
+    if not error < 0.1:
+        raise RuntimeError(f"score differs from float32 by {error:.3g}")
+    return error
+
+
+def engine_of(model: torch.nn.Module, batch: int, options: dict):
+    from sgm_engine.acceleration import accelerate
     from sgm_engine.engine import Engine
+    from sgm_engine.graphs import GraphConfig
+
+    options = dict(options)
+    if "graph" in options:
+        options["graph"] = GraphConfig(**options["graph"])
+    return Engine(accelerate(model), batch=batch, device=DEVICE, **options)
+
+
+@torch.no_grad()
+def engine_rows(model, sigmas, x, level, want) -> list[Row]:
+    """Of each way to run the engine: time, launches, gaps between them, and the share of what the device could do."""
     from sgm_engine.plan import annealed_langevin
 
-    torch.backends.cudnn.benchmark = True
-    model, sigmas = network()
+    batch, plan = len(x), annealed_langevin(sigmas, steps_per_level=10)
+    floor_ms = 1e3 * max(FLOPS * batch / timing.peak_flops(), (BYTES * batch + WEIGHTS) / timing.copy_bandwidth())
     rows: list[Row] = []
-    for batch in (1, 16, 128):
-        x = torch.rand(batch, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
-        level = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
-        want = model(x, level)  # float32: what every bf16 score is checked against
-        scale = want.norm()
-        engines = {}
-        for executor in ("eager", "graph"):
-            engine = Engine(model, batch=batch, device=DEVICE, precision="bfloat16", executor=executor)
-            plan = annealed_langevin(sigmas, steps_per_level=10)
+    for name, options in ENGINES.items():
+        row: Row = {"case": f"engine {name}", "batch": batch}
+        try:
+            engine = engine_of(model, batch, options)
             engine.sample(batch, plan=plan)
             before, began = engine.stats.steps, time.perf_counter()
             engine.sample(batch, plan=plan)
             torch.cuda.synchronize()
-            engines[executor] = (time.perf_counter() - began) * 1e3 / (engine.stats.steps - before)
-            rows.append({"case": f"engine {executor}", "batch": batch, "ms a step": engines[executor]})
-        for name, make in peers(model, batch).items():
-            row: Row = {"case": name, "batch": batch}
-            try:
-                with torch.no_grad():
-                    score, manual = make()
-                    row["score error"] = error = float((score(x, level).float() - want).norm() / scale)
-                    if not error < 0.1:
-                        raise RuntimeError(f"score differs from float32 by {error:.3g}")
-                    state = x.clone()
-                    step = lambda s=score, x=state, level=level: peer_step(s, x, level)  # noqa: E731
-                    row["ms a step"] = time_ms = milliseconds(graphed(step) if manual else step)
-                    row["engine graph is faster by"] = time_ms / engines["graph"]
-            except Exception as error:
-                row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-            rows.append(row)
+            steps = engine.stats.steps - before
+            row["ms a step"] = ms = (time.perf_counter() - began) * 1e3 / steps
+            row["score error"] = checked(engine._network(x, level), want)
+            launches, busy_ms = timing.kernels_of(lambda e=engine: e._executor.run(1))  # slots are idle: no update
+            row |= {"kernels a step": launches, "gaps": max(0.0, 1 - busy_ms / ms), "share of roofline": floor_ms / ms}
+            row["images/s"] = batch * 1e3 / (ms * NFE)
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+        rows.append(row)
     return rows
+
+
+def step_times() -> list[Row]:
+    """One step of NCSN CIFAR-10 (channels-last; x float32) by the engine and by each peer, in one run."""
+    model, sigmas = network()
+    rows: list[Row] = []
+    for batch in BATCHES:
+        x = torch.rand(batch, 3, SIDE, SIDE, device=DEVICE).contiguous(memory_format=torch.channels_last)
+        level = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+        want = model(x, level)  # what every score at x is checked against
+        ours = engine_rows(model, sigmas, x, level, want)
+        rows += ours
+        fastest = ours[0].get("ms a step")
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            for name, make in peers(model, batch).items():
+                rows.append(peer_row(name, make, x, level, want, fastest))
+    return rows
+
+
+def peer_row(name: str, make: Callable, x, level, want, engine_ms: float | None) -> Row:
+    row: Row = {"case": name, "batch": len(x)}
+    try:
+        with torch.no_grad():
+            score, manual = make()
+            row["score error"] = checked(score(x, level), want)
+            state = x.clone()
+            step = lambda: timing.peer_step(score, state, level)  # noqa: E731
+            row["ms a step"] = ms = timing.milliseconds(timing.graphed(step) if manual else step)
+            row["images/s"] = len(x) * 1e3 / (ms * NFE)
+            row["engine is faster by"] = ms / engine_ms if engine_ms else None
+    except Exception as error:
+        row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+    return row
 
 
 def end_to_end() -> list[Row]:
     """Images a second of the engine's chains: 1,001 evaluations each (NCSN CIFAR-10), or a stated part of them."""
-    from sgm_engine.engine import Engine
     from sgm_engine.plan import annealed_langevin
 
     model, sigmas = network()
     rows: list[Row] = []
-    for batch, steps_per_level in ((1, 100), (16, 100), (128, 20)):
+    for batch, steps_per_level in zip(BATCHES, (100, 100, 20), strict=False):
         plan = annealed_langevin(sigmas, steps_per_level=steps_per_level)
-        engine = Engine(model, batch=batch, device=DEVICE, precision="bfloat16", executor="graph")
+        name, options = next(iter(ENGINES.items()))
+        engine = engine_of(model, batch, options)
         engine.sample(batch, plan=annealed_langevin(sigmas, steps_per_level=1))
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -143,8 +161,8 @@ def end_to_end() -> list[Row]:
         torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         again = engine.sample(batch, plan=plan)
-        row: Row = {"case": "engine graph bf16", "batch": batch, "NFE an image": plan.nfe, "s": seconds}
-        row |= {"NFE/s": batch * plan.nfe / seconds, "images/s of 1,001 NFE": batch * plan.nfe / seconds / 1001}
+        row: Row = {"case": f"engine {name}", "batch": batch, "NFE an image": plan.nfe, "s": seconds}
+        row |= {"NFE/s": batch * plan.nfe / seconds, "images/s of 1,001 NFE": batch * plan.nfe / seconds / NFE}
         row["failed"] = None if torch.equal(samples, again) else "the same seed gave other bytes"
         rows.append(row)
     return rows

@@ -1,0 +1,108 @@
+"""What is timed how, and the limits of the device that times are compared with. Tests put a fake in place of these."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+DEVICE = "cuda"
+
+
+def microseconds(calls: list[Callable[[], None]], repeats: int = 20) -> float:
+    """Median time of one call, from replays of a graph that makes all of ``calls`` (on different buffers) in turn."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def copies(bytes_a_call: int) -> int:
+    """Sets of buffers that together overflow the L2 cache several times."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, min(64, 4 * cache // max(bytes_a_call, 1) + 1))
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a large device-to-device copy."""
+    a = torch.randn(2**28, device=DEVICE)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / (microseconds([lambda: b.copy_(a)]) * 1e-6)
+
+
+def peak_flops() -> float:
+    """Operations a second of a large bf16 matrix product, two for each multiply-add."""
+    n = 8192
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * n**3 / (microseconds([lambda: torch.mm(a, b, out=out)]) * 1e-6)
+
+
+def peer_step(
+    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, level: torch.Tensor
+) -> None:
+    """A plain PyTorch Langevin step, in place, in float32 round a bf16 network; nothing goes to the host."""
+    x.add_(score(x, level).float(), alpha=1e-5).add_(torch.randn_like(x), alpha=1e-3)
+
+
+def graphed(step: Callable[[], None]) -> Callable[[], None]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def milliseconds(step: Callable[[], None], budget_s: float = 2.0) -> float:
+    """Median wall time of a step, blocks of steps with one synchronisation each: launch gaps count."""
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    block = max(1, min(100, int(budget_s / 5 / max(time.perf_counter() - began, 1e-5))))
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        for _ in range(block):
+            step()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) * 1e3 / block)
+    return statistics.median(times)
+
+
+def kernels_of(step: Callable[[], None]) -> tuple[int, float]:
+    """(kernels launched, milliseconds in which one of them ran) of one call, as the profiler saw them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        step()
+        torch.cuda.synchronize()
+    found = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return len(found), sum(e.device_time for e in found) / 1e3
