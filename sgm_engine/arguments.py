@@ -126,7 +126,7 @@ def _sample(p: Parser) -> Parser:
         help="samples computed together; bits hold at one batch (default: 16 on a CPU, 128 on a GPU)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
     add("--precision", choices=PRECISIONS, default="float32",
-        help="of the network; direct: float32 without Winograd, on a CPU; tf32: on a GPU (default: float32)")  # fmt: skip
+        help="of the network; direct: float32 without Winograd, on a CPU; tf32: on a GPU")  # fmt: skip
     add("--executor", choices=EXECUTORS, default="auto",
         help="auto: graph (one CUDA graph, replayed) on a GPU; native (C++), hybrid or eager on a CPU")  # fmt: skip
 
