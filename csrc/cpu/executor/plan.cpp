@@ -50,8 +50,8 @@ bool Executor::prefers_winograd(const Conv& conv, int height, int width) const {
   };
   const double pixels = conv.pool ? 4.0 * height * width : static_cast<double>(live(height)) * live(width);
   const double tiles = total_tiles(make_strips(height, width, conv.dilation, conv.pool));
-  const double transforms = (conv.bf16 ? 2.0 : 1.0) * (8.0 / conv.c_out + 8.0 / conv.c_in);
-  const double small = 8.0 / batch_;  // tiles that the weights' traffic is worth
+  const double transforms = (conv.bf16 ? 12.0 : 6.0) * (1.0 / conv.c_out + 1.0 / conv.c_in);
+  const double small = 4.0 / batch_;  // tiles that the weights' traffic is worth
   return kPoints * (tiles * (1 + transforms) + small) < pixels;
 }
 
