@@ -15,8 +15,8 @@ from bench.stacks import native, stack
 from sgm_engine import _C
 
 WORSE = 1.15
-# Winograd wins by a third here, where a few layers' weights stay in the cache. In a network they do not: NCSN of 64 channels
-# at 8², B = 1, took 1.5 times as long when its layers at 4² were Winograd's.
+# Winograd wins by a third here, where a few layers' weights stay in the cache. In a network they do not: NCSN of 64
+# channels at 8², B = 1, took 1.5 times as long when its layers at 4² were Winograd's.
 HOT = {(64, 4, 1, 1)}
 GRID = [  # channels, pixels, dilation, batch
     *product((16, 64, 256), (4, 8, 16), (1, 2, 4), (1, 8)),
