@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sgm_engine.kernels import triton_conv, triton_noise, triton_norm, triton_update
+from sgm_engine.kernels import triton_conv, triton_noise, triton_norm, triton_norm_backward, triton_update
 from sgm_engine.kernels.launch import Launch
 
 BATCH = 8
@@ -144,6 +144,10 @@ def _norm_cases() -> Iterator[tuple[str, Case]]:
         tile = 2 * _tile(apply)
         yield f"norm group {_words(shape, nhwc)}", Case(group)
         yield f"norm apply {_words(shape, nhwc)} groups", Case(apply, loads=tile, stores=tile)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, parameter, part = _tensor(BATCH, 128, 32, 32, dtype=dtype), _tensor(128), _tensor(BATCH, 128)
+        (backward,) = triton_norm_backward.describe(x, x, parameter, parameter, "silu", 1e-5, 32, x, part, part)
+        yield f"norm backward 128·32·32 {_words(dtype)} groups", Case(backward)
     for shape in ((128, 32, 32), (256, 16, 16)):  # chained pooling
         x, other = (_tensor(BATCH, *shape, dtype=torch.bfloat16, nhwc=True) for _ in range(2))
         gamma, alpha, beta = _tensor(10, 3 * shape[0]).chunk(3, 1)
