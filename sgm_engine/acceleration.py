@@ -156,7 +156,7 @@ class Accelerated(nn.Module):
                 modules[node.target] = fused[module]
         left = None
         try:
-            Rewriter(graph, modules, values, report).run()
+            Rewriter(graph, modules, values, report, around_norms=_is_fused_around(x)).run()
         except Left as reason:
             left = str(reason)
         return Traced(graph, modules, values, resolve, report, left)
@@ -229,6 +229,11 @@ def accelerate(
         level = torch.zeros(1, dtype=level_dtype, device=device) if not level_dtype.is_floating_point else x.new_ones(1)
         model(x, level)
     return model
+
+
+def _is_fused_around(x: Tensor) -> bool:
+    """Whether an activation before a norm and a pool after it are part of its kernels, as they are on a GPU."""
+    return x.is_cuda
 
 
 def _as_fused_call(node: fx.Node) -> None:

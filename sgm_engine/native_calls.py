@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sgm_engine.native_norm import Table
-from sgm_engine.rewrite import ACTIVATIONS
+from sgm_engine.rewrite_norms import ACTIVATIONS
 
 POOLS = {"mean": (nn.AvgPool2d, (F.avg_pool2d,)), "max": (nn.MaxPool2d, (F.max_pool2d, torch.max_pool2d))}
 

@@ -79,8 +79,15 @@ class Rewriter(NormRewrites):
     """Rewrites one graph in place. modules: name → module of the call_module nodes; report(action, where, what)."""
 
     def __init__(
-        self, graph: fx.Graph, modules: dict[str, nn.Module], values: dict, report: Callable[[str, str], None]
+        self,
+        graph: fx.Graph,
+        modules: dict[str, nn.Module],
+        values: dict,
+        report: Callable[[str, str], None],
+        around_norms: bool = False,
     ):
+        """around_norms: also an activation before a norm, and a 5×5 mean after it, become part of it."""
+        self.around_norms = around_norms
         self.graph, self.modules, self.values = graph, modules, values
         self.report = lambda what, where: report(what, where.removeprefix("module."))
         self.places: dict[fx.Node, int] = {}  # of the nodes that were there when a rewrite began
@@ -88,7 +95,9 @@ class Rewriter(NormRewrites):
     def run(self) -> None:
         self._drop_unused()
         self._make_additions_functional()
-        norms = (self._before, self._residual, self._activation, self._pool)
+        norms = (self._residual, self._activation)
+        if self.around_norms:
+            norms = (self._before, *norms, self._pool)
         for rewrite in (self._upsampling, self._zero_sum, self._mean_pool, *norms):
             self.places = {node: i for i, node in enumerate(self.graph.nodes)}
             for node in list(self.graph.nodes):

@@ -145,8 +145,8 @@ def test_sixteen_bits(net, precision, dtype, most):
 
 
 def test_float16_samples(net):
-    engine = Engine(net, 4, precision="float16")
-    assert engine.executor == "eager"  # the native one has no float16, and is not taken by "auto"
+    with pytest.warns(UserWarning, match="precision='float16' is not one of its own.*executor='eager' runs it"):
+        engine = Engine(net, 4, precision="float16")
     x, exact = engine.sample(4, 1, PLAN), Engine(net, 4, executor="eager").sample(4, 1, PLAN)
     assert x.dtype == torch.float32 and ((x - exact).norm() / exact.norm()) < 1e-2
     with torch.no_grad():
@@ -160,9 +160,9 @@ def test_float16_samples(net):
 @pytest.mark.parametrize(
     "precision, options, message",
     [
-        ("half", {}, r"precision must be one of \('float32', 'tf32', 'bfloat16', 'float16'\), got 'half'"),
+        ("half", {}, r"precision must be one of \(.*'tf32', .*\), got 'half'"),
         ("tf32", {}, "precision='tf32' needs a CUDA device, got cpu: use precision='float32'"),
-        ("float16", {"executor": "native"}, "precision='float16' is not one of its own"),
+        ("float16", {"executor": "native"}, "precision.*float16"),
     ],
 )
 def test_precisions_that_are_refused(net, precision, options, message):
