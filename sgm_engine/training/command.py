@@ -15,7 +15,7 @@ examples:
   sgm train --config ncsnv2_cifar10 --data cifar/ --out run --set batch=64 lr=5e-5
   sgm train --config mine.yaml --data pictures/ --out run --set image_size=64
   torchrun --nproc-per-node 4 -m sgm_engine train --config ncsn_cifar10 --data cifar/ --out run
-  sgm train --objective cdm --data mnist/ --out run              a classifier of noise levels: docs/cdm.md
+  sgm train --objective cdm --data mnist/ --out run    a classifier of noise levels, for likelihoods
   sgm train --list                                               the configs that come with the package
 
 run/ then holds checkpoints/ (Lightning's), samples/ (PNG), metrics.csv, config.yaml, and at the end model.safetensors,
