@@ -16,7 +16,7 @@ from sgm_engine.native import NativeNetwork, Unsupported, refusal
 from sgm_engine.plan import annealed_langevin
 from sgm_engine.score_model import as_score
 from tests.plain_networks import Network
-from tests.test_native import isa, relative_error  # noqa: F401 - a fixture
+from tests.test_native import isa, network64, relative_error  # noqa: F401 - a fixture
 
 SIGMAS = torch.tensor([1.0, 0.5, 0.2, 0.1])
 
@@ -157,7 +157,7 @@ def test_ours_wrapped_and_accelerated():
     wrapped = as_score(model, "score")
     for other in (wrapped, accelerate(model), accelerate(wrapped)):
         native = NativeNetwork(other, 2, 8, 8, channels=1, levels=3)
-        assert relative_error(native(x, level), model(x, level).double()) < 5e-6
+        assert relative_error(native(x, level), network64(model)(x, level)) < 5e-6
 
 
 @pytest.mark.parametrize("name", ["U-Net", "the rest"])
