@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from test_executor import eager_engine, graph_engine
+from test_graphs import eager_engine, graph_engine
 from torch import nn
 
 from sgm_engine import (
