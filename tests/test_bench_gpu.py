@@ -173,15 +173,11 @@ def test_tuning_writes_what_is_faster_and_right(no_gpu, monkeypatch, tmp_path, f
 
 
 def test_the_stages_of_a_step_and_of_chains(no_gpu, monkeypatch):
-    made = network.network
-
-    def small():
-        model, sigmas = made()
-        return model, sigmas[::5]
-
     monkeypatch.setattr(network, "NGF", 4)
     monkeypatch.setattr(network, "SIDE", 8)
     monkeypatch.setattr(network, "BATCHES", (2,))
+    monkeypatch.setattr(network, "CHAINS", ((2, 1),))
+    monkeypatch.setattr(network, "checked", lambda score, want: 0.01)  # so small a network is no measure of bfloat16
     monkeypatch.setattr(network, "ENGINES", {
         "eager bfloat16": {"precision": "bfloat16", "executor": "eager"},
         "graph bfloat16": {"precision": "bfloat16", "executor": "graph", "graph": {"unroll": 8}},
@@ -191,12 +187,20 @@ def test_the_stages_of_a_step_and_of_chains(no_gpu, monkeypatch):
     monkeypatch.setattr(timing, "kernels_of", lambda step: (step(), (7, 0.001))[1])
     monkeypatch.setattr(timing, "milliseconds", lambda step: (step(), 5.0)[1])
     ours, refused, peer = network.step_times()
-    assert ours["kernels a step"] == 7 and 0 < ours["gaps"] < 1 and 0 < ours["score error"] < 0.1
+    assert ours["kernels a step"] == 7 and 0 < ours["gaps"] < 1 and ours["score error"] == 0.01
     assert ours["share of roofline"] * ours["ms a step"] == pytest.approx(1e3 * (58e6 * 2 + 60e6) / 1e12)
     assert "executor='graph' needs a CUDA device" in refused["failed"]
     assert peer["images/s"] == 2 / (0.005 * 1001) and peer["engine is faster by"] == 5.0 / ours["ms a step"]
     (chain,) = network.end_to_end()
     assert chain["failed"] is None and chain["images/s of 1,001 NFE"] > 0
+
+
+def test_a_score_that_is_wrong_is_not_timed():
+    want = torch.ones(2, 3)
+    assert network.checked(want.bfloat16() * 1.01, want) < 0.1
+    for wrong in (want * 1.2, want * float("nan")):
+        with pytest.raises(RuntimeError, match="score differs from float32"):
+            network.checked(wrong, want)
 
 
 def test_what_ncu_says():

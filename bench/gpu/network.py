@@ -13,6 +13,7 @@ from bench.gpu.timing import DEVICE
 from bench.peers import plain as without_kernels
 
 BATCHES = (1, 16, 128)
+CHAINS = ((1, 100), (16, 100), (128, 20))  # batch, steps a level: 1,001 evaluations, or a part of them
 NGF, SIDE = 128, 32
 FLOPS, BYTES = (
     19.79e9,
@@ -150,7 +151,7 @@ def end_to_end() -> list[Row]:
 
     model, sigmas = network()
     rows: list[Row] = []
-    for batch, steps_per_level in zip(BATCHES, (100, 100, 20), strict=False):
+    for batch, steps_per_level in CHAINS:
         plan = annealed_langevin(sigmas, steps_per_level=steps_per_level)
         name, options = next(iter(ENGINES.items()))
         engine = engine_of(model, batch, options)
