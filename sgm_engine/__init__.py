@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         ServiceClosed,
     )
     from sgm_engine.graphs import GraphConfig
-    from sgm_engine.guidance import classifier_free, classifier_guided, posterior, with_drift
+    from sgm_engine.guidance import classifier_free, classifier_guided, posterior, preconditioned, with_drift
     from sgm_engine.inverse import LinearOperator
     from sgm_engine.jobs.job import Job, generate
     from sgm_engine.likelihood import log_likelihood
@@ -57,6 +57,7 @@ _MODULES = {
         "classifier_free",
         "classifier_guided",
         "posterior",
+        "preconditioned",
         "with_drift",
     ),
     "inverse": ("LinearOperator",),
@@ -111,6 +112,7 @@ __all__ = [
     "ncsnv2",
     "plan_of_nfe",
     "posterior",
+    "preconditioned",
     "predictor_corrector",
     "reverse_diffusion",
     "save_checkpoint",

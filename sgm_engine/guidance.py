@@ -1,4 +1,4 @@
-"""Terms added to the score: a drift of one's own, guidance by a classifier or without one, linear measurements.
+"""Models made of models: a drift of one's own, guidance by a classifier or without, linear measurements, coordinates.
 
 Each function takes a model, x [B, C, H, W] and level [B] → score, and returns one; an Engine runs it like any other,
 with every plan. One condition serves a whole request.
@@ -139,3 +139,40 @@ def posterior(model: Callable, operator: LinearOperator, y: Tensor, noise: float
         return operator.adjoint(residual) / (noise**2 + sigma**2)
 
     return Guided(model, [term], sigmas, curvature=lambda sigma: norm2 / (noise**2 + sigma**2))
+
+
+class Preconditioned(nn.Module):
+    """forward(y [B, C, H, W], level [B]) → Rᵀ·score(R·y): the same law in the coordinates y, where x = R·y."""
+
+    def __init__(self, model: Callable, root: LinearOperator, sigmas=None):
+        super().__init__()
+        sigmas = getattr(model, "sigmas", None) if sigmas is None else sigmas
+        if sigmas is None:
+            raise ValueError("sigmas: the model has none of its own, so pass its noise levels, descending")
+        got = tuple(root.forward(torch.zeros(1, *root.shape)).shape[1:])
+        if got != root.shape:
+            raise ValueError(f"root must map images {list(root.shape)} to such images, got {list(got)}")
+        self.model, self.root, self.shape = model, root, root.shape
+        self.register_buffer("sigmas", torch.tensor(check_sigmas(sigmas), dtype=torch.float32), persistent=False)
+        self.train(getattr(model, "training", False))
+
+    def forward(self, y: Tensor, level: Tensor) -> Tensor:
+        return self.root.adjoint(self.model(self.root.forward(y), level).float())
+
+    def image(self, y: Tensor) -> Tensor:
+        """x = R·y, of what the engine drew."""
+        return self.root.forward(y)
+
+    def at_sigmas(self, sigmas) -> Preconditioned:
+        return Preconditioned(at_sigmas(self.model, sigmas), self.root, sigmas)
+
+
+def preconditioned(model: Callable, root: LinearOperator, sigmas=None) -> Preconditioned:
+    """Preconditioned Langevin, x ← x + α·R·Rᵀ·score + √(2α)·R·z: what a plan's Langevin rows are for x = R·y.
+
+    root: R, see inverse.py. With R·Rᵀ = (covariance of x)/σ², every direction of y is as stiff as 1/σ², the stiffest
+    that a plan reckons with, and relaxes in σ²/α steps; a larger R diverges. The engine draws y and its
+    white noise; ``.image(y)`` is x. Langevin rows only, and ``denoise=False``: other rows take σ for the noise of y.
+    One R serves all levels, so this is for chains at one level.
+    """
+    return Preconditioned(model, root, sigmas)
