@@ -11,7 +11,7 @@ from plain_networks import Network
 from sgm_engine.acceleration import accelerate
 from sgm_engine.checkpoint import load_checkpoint
 from sgm_engine.engine import Engine
-from sgm_engine.executor import GraphExecutor
+from sgm_engine.graphs import GraphExecutor
 from sgm_engine.kernels import ops
 from sgm_engine.kernels.noise import STREAM
 from sgm_engine.plan import annealed_langevin
