@@ -14,18 +14,6 @@ namespace sgm::SGM_ISA {
 namespace {
 #include "cpu/norm_simd.h"
 
-// f(i, lanes, j) for a run of n elements, four vectors (j = 0 … 3) at a time, then single ones.
-template <class F>
-SGM_INLINE void for_each_vector(int64_t n, F f) {
-  int64_t i = 0;
-  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
-    for (int j = 0; j < 4; ++j) f(i + j * kWidth, All{}, j);
-  for (; i + kWidth <= n; i += kWidth) f(i, All{}, 0);
-  if (i < n) f(i, First{int(n - i)}, 1);
-}
-
-SGM_INLINE Vec keep(Vec v, All) { return v; }
-SGM_INLINE Vec keep(Vec v, First lanes) { return first_lanes(lanes.count) ? v : Vec{}; }
 SGM_INLINE float sum_of(const Vec* v) { return sum((v[0] + v[1]) + (v[2] + v[3])); }
 
 // d act(y)/dy; to float32 for every type, as the sums are float32.

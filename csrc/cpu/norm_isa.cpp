@@ -52,19 +52,6 @@ struct Input {
   const Element* taken() const { return kResidual ? total : x; }
 };
 
-// f(i, lanes, j) for a run of n elements, four vectors (j = 0 … 3) at a time, then single ones.
-template <class F>
-SGM_INLINE void for_each_vector(int64_t n, F f) {
-  int64_t i = 0;
-  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
-    for (int j = 0; j < 4; ++j) f(i + j * kWidth, All{}, j);
-  for (; i + kWidth <= n; i += kWidth) f(i, All{}, 0);
-  if (i < n) f(i, First{int(n - i)}, 1);
-}
-
-SGM_INLINE Vec keep(Vec v, All) { return v; }
-SGM_INLINE Vec keep(Vec v, First lanes) { return first_lanes(lanes.count) ? v : Vec{}; }
-
 // [N, C, P]: a plane mostly fits L1, so two passes cost one; the second also finds what is left of the mean.
 template <class Type, bool kResidual>
 void statistics_planes(const Norm& a, int64_t n, int64_t begin, int64_t end) {
