@@ -93,6 +93,26 @@ def test_the_op_takes_it_and_says_the_same_as_before(layout, wanted, monkeypatch
     assert torch.autograd.grad(again[0].square().sum(), x)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("extra", ["pool", "residual", "before"])
+def test_what_the_kernel_does_not_know_is_recomputed(extra):
+    """The gradient through a GroupNorm with anything round it, against the reference's in float64."""
+    x, dy, gamma, beta = tensors((2, 8, 6, 6), torch.float32)
+    other = tensors((2, 8, 6, 6), torch.float32, seed=1)[0]
+    options = {"pool": {"pool": True}, "residual": {"residual": other}, "before": {"before": "elu"}}[extra]
+    found = []
+    for function, dtype in (
+        (ops.noise_conditioned_norm, torch.float32),
+        (reference.noise_conditioned_norm, torch.float64),
+    ):
+        inputs = [t.to(dtype).requires_grad_() for t in (x, gamma, beta)]
+        more = {name: v.to(dtype) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+        y = function(inputs[0], inputs[1], beta=inputs[2], groups=4, **more)
+        y = y[0] if isinstance(y, tuple) else y
+        found.append(torch.autograd.grad(y, inputs, dy.to(dtype)))
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
+
+
 def test_the_op_passes_pytorch_s_own_checks():
     x, dy, gamma, beta = tensors((2, 8, 5, 5), torch.float32)
     for arguments in ((dy, x, gamma, beta, "silu", 1e-5, 4), (dy, x, None, None, "none", 1e-5, 2)):
