@@ -244,6 +244,13 @@ def test_engine_runs_the_rest_hybrid_and_says_so():
         samples(model, "native")
 
 
+@pytest.mark.parametrize("executor", ["native", "hybrid"])
+def test_a_bucket_runs_like_its_engine(executor):
+    engine = Engine(model_of(UNet, attention=executor == "hybrid"), 2, executor=executor, buckets=(1,))
+    engine.sample(1, plan=annealed_langevin(SIGMAS, 1, step_lr=1e-3))
+    assert engine._slots.batch == 1 and engine.executor == executor
+
+
 @pytest.mark.parametrize("attention", [False, True])
 def test_weights_and_settings_are_followed(attention):
     """By the next request: an optimizer's step, and what the trace took as a number."""
