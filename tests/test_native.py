@@ -301,6 +301,17 @@ def test_bits_depend_on_neither_threads_nor_neighbours(threads):
     assert not torch.equal(network(x, (level + 1) % 3), want)
 
 
+@pytest.mark.parametrize("precision", ["float32", "direct"])
+def test_bits_do_not_depend_on_the_threads_it_was_planned_for(isa, threads, precision):
+    """More threads than images make narrower blocks of output channels, whose statistics must be merged alike."""
+    model, x = tiny(ngf=64, size=12), torch.rand(1, 1, 12, 12)
+    scores = []
+    for n in (1, 2, 8):
+        threads(n)
+        scores.append(NativeNetwork(model, 1, 12, 12, precision)(x, torch.tensor([1])))
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
+
+
 def test_sync_packs_what_changed():
     model = tiny()
     x, level = torch.rand(2, 1, 8, 8), torch.tensor([0, 2])

@@ -44,8 +44,9 @@ static void direct(const Run& run, const Layer& layer, const Conv& conv) {
   using T = typename Element::Type;
   const Padded p = pad_input<Element>(run, layer, conv);
   const Tensor &in = run.tensor(layer.input), &out = run.tensor(layer.output);
-  const int width = conv.vectors * kWidth, pixels = out.height * out.width, most_rows = max_rows(conv.vectors);
-  const int groups = (pixels + most_rows - 1) / most_rows;
+  const int width = conv.vectors * kWidth, pixels = out.height * out.width;
+  const int groups = (pixels + kLeastRows - 1) / kLeastRows, taken = max_rows(conv.vectors) / kLeastRows;
+  const auto boundary = [&](int g) { return (int)((int64_t)pixels * least(g, groups) / groups); };
   alignas(64) float result[kAccumulators * kWidth];
   int first, last;
   run.share(conv.blocks, first, last);
@@ -55,8 +56,8 @@ static void direct(const Run& run, const Layer& layer, const Conv& conv) {
       const T* src = (const T*)run.workspace.padded + image * p.image();
       float* const target = run.data(layer.output, image);
       float* const kept = run.moments(layer.output, image);
-      for (int g = 0, begin = 0; g < groups; g++) {
-        const int end = (int)((int64_t)pixels * (g + 1) / groups);
+      for (int g = 0; g < groups; g += taken) {
+        const int begin = boundary(g), end = boundary(g + taken);
         const int top = begin / out.width * conv.stride, bottom = (end - 1) / out.width * conv.stride;
         int64_t rows[kMaxRows], offset[kMaxTaps];
         int index[kMaxTaps], taps = 0;
@@ -82,10 +83,10 @@ static void direct(const Run& run, const Layer& layer, const Conv& conv) {
           }
           if (!kept) continue;
           Moments moments = begin ? Moments::read(kept + k, out.padded) : Moments::start(Vec{});
-          moments.add(target + (int64_t)begin * out.padded + k, out.padded, begin, end - begin);
+          for (int i = g; i < least(g + taken, groups); i++)  // each group for itself, however many the kernel takes
+            moments.add(target + (int64_t)boundary(i) * out.padded + k, out.padded, boundary(i), boundary(i + 1) - boundary(i));
           moments.write(kept + k, out.padded);
         }
-        begin = end;
       }
     }
   }

@@ -1,5 +1,7 @@
 #include "cpu/executor/executor.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -15,6 +17,7 @@ namespace sgm::executor {
 namespace {
 
 constexpr int kTileFloats = 16384;  // tiles × channels of one Winograd plane: 36 planes stay near the second-level cache
+constexpr size_t kHugePage = 2 << 20;
 constexpr int kMicroBatch = 8;      // images one team carries through a layer together
 
 }  // namespace
@@ -36,11 +39,19 @@ void wait(Barrier* barrier) {
     if (spin > 1000) std::this_thread::yield();
 }
 
+// Large buffers ask for huge pages: a network's weights pass through in one sweep, and cost a walk of the page tables for
+// every 4 KiB otherwise.
 Buffer::Buffer(int64_t floats) : size_(floats) {
-  if (floats) data_.reset(static_cast<float*>(::operator new(static_cast<size_t>(floats) * sizeof(float), std::align_val_t{64})));
+  if (!floats) return;
+  const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
+  const std::align_val_t alignment{bytes < kHugePage ? 64 : kHugePage};
+  data_ = {static_cast<float*>(::operator new(bytes, alignment)), Free{alignment}};
+#ifdef MADV_HUGEPAGE
+  if (bytes >= kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);  // a wish: refused, all works as well
+#endif
 }
 
-void Buffer::Free::operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
+void Buffer::Free::operator()(float* p) const { ::operator delete(p, alignment); }
 
 struct Executor::Team {
   Team(int size) : barrier(size) {}

@@ -9,6 +9,7 @@
 #pragma once
 #include <functional>
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -18,7 +19,7 @@ namespace sgm::executor {
 
 enum class Precision { float32, bfloat16, direct, winograd };  // direct, winograd: float32 by that algorithm where it can
 
-class Buffer {  // 64-byte aligned floats
+class Buffer {  // floats, aligned to a cache line at least
  public:
   explicit Buffer(int64_t floats = 0);
   float* data() const { return data_.get(); }
@@ -26,6 +27,7 @@ class Buffer {  // 64-byte aligned floats
 
  private:
   struct Free {
+    std::align_val_t alignment;
     void operator()(float* p) const;
   };
   std::unique_ptr<float, Free> data_;

@@ -12,12 +12,21 @@ constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
 constexpr int kMaxRows = 12;
 constexpr int max_rows(int vectors) { return kAccumulators / vectors < kMaxRows ? kAccumulators / vectors : kMaxRows; }
 
+constexpr int kLeastRows = max_rows(kMaxVectors);  // what every number of vectors holds, once or more
+
+// Called at each channel of a tap for the same channel of the next one: with few rows a network waits for its weights.
+template <int kBytes>
+SGM_INLINE void prefetch(const void* p) {
+  SGM_UNROLL for (int i = 0; i < kBytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
+}
+
 // One channel step of kRows × kVectors accumulators.
 template <int kRows, int kVectors>
 SGM_INLINE void accumulate(Vec (&sum)[kRows][kVectors], const float* const (&in)[kRows], const float* weights, int channels) {
   for (int c = 0; c < channels; c++, weights += kVectors * kWidth) {
     Vec w[kVectors];
     SGM_UNROLL for (int j = 0; j < kVectors; j++) w[j] = load(weights + j * kWidth);
+    prefetch<kVectors * kWidth * 4>(weights + (int64_t)channels * kVectors * kWidth);
     SGM_UNROLL for (int i = 0; i < kRows; i++) {
       const float value = in[i][c];
       SGM_UNROLL for (int j = 0; j < kVectors; j++) sum[i][j] += w[j] * value;
@@ -32,6 +41,7 @@ SGM_INLINE void accumulate(Vec (&sum)[kRows][kVectors], const uint16_t* const (&
   for (int c = 0; c < channels; c += 2, weights += 2 * kVectors * kWidth) {
     __m512bh w[kVectors];
     SGM_UNROLL for (int j = 0; j < kVectors; j++) w[j] = (__m512bh)_mm512_loadu_si512(weights + j * 2 * kWidth);
+    prefetch<kVectors * kWidth * 4>(weights + (int64_t)channels * kVectors * kWidth);
     SGM_UNROLL for (int i = 0; i < kRows; i++) {
       int32_t pair;
       memcpy(&pair, in[i] + c, 4);
