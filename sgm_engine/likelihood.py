@@ -9,6 +9,7 @@ by Heun's second-order steps, the trace by Skilling's and Hutchinson's estimate 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -98,3 +99,42 @@ def _unit_vectors(x: Tensor) -> Tensor:
     size = x[0].numel()
     eye = torch.eye(size, device=x.device) * size**0.5
     return eye.view(size, 1, *x.shape[1:]).expand(size, *x.shape)
+
+
+def bits_per_dim(log_prob: Tensor, dim: int, bins: float = 256) -> Tensor:
+    """Bits a dimension of an image of grey levels: −log p/(d·ln 2) + log₂ bins, like log_prob (nats).
+
+    bins: grey levels in a unit of x: 256 for pixels in [0, 1], 128 for [−1, 1] (log₂ 128 = 7).
+    """
+    return -log_prob / (dim * math.log(2)) + math.log2(bins)
+
+
+@torch.no_grad()
+def image_bits(
+    log_prob: Callable[[Tensor], Tensor],
+    images: np.ndarray,
+    dequantised: bool = True,
+    seed: int = 0,
+    batch: int = 100,
+    device=None,
+) -> Tensor:
+    """Bits per dimension of uint8 images [N, C, H, W] under a density of pixels in [0, 1], float64 [N].
+
+    log_prob: x float32 [b, C, H, W] → nats [b], on ``device``. dequantised: at (image + U)/256, U uniform, whose mean
+    bounds the bits of the discrete image from above; else at the middle of the pixel's interval, (image + ½)/256. U of
+    image i is the noise of training sample i under ``seed`` (training.keys), whatever the batch.
+    """
+    from sgm_engine.training.data import dequantise
+    from sgm_engine.training.keys import Key
+
+    found = [torch.empty(0, dtype=torch.float64)]
+    for first in range(0, len(images), batch):
+        x = torch.from_numpy(np.array(images[first : first + batch])).to(device)
+        u = torch.full(x.shape, 0.5, device=device)
+        if dequantised:
+            u = Key(seed, torch.arange(first, first + len(x), device=device)).uniform(u)
+        log_p = log_prob(dequantise(x, u))
+        if log_p.shape != (len(x),):
+            raise ValueError(f"log_prob must return one number an image, [{len(x)}], got {list(log_p.shape)}")
+        found.append(bits_per_dim(log_p.double(), x[0].numel()).cpu())
+    return torch.cat(found)

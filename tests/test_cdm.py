@@ -12,6 +12,7 @@ from sgm_engine.cdm.classes import NoiseClasses
 from sgm_engine.cdm.model import CDM
 from sgm_engine.cdm.networks import MLP, Head, UNet
 from sgm_engine.cdm.objective import cdm, parts
+from sgm_engine.likelihood import bits_per_dim
 from sgm_engine.training.keys import Key
 from sgm_engine.training.toy import TRIPLE
 
@@ -113,8 +114,6 @@ def test_score_and_energy_of_every_level(name, prior):
 
 
 def test_bits_per_dim_are_those_of_minus_one_to_one():
-    from sgm_engine.cdm.likelihood import bits_per_dim
-
     classes = T50
     u = points(8)
     of_u = bits_per_dim(CDM(Exact(classes), classes).log_prob(u), 2, bins=128)  # [−1, 1] in 256 grey levels

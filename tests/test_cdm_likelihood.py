@@ -7,10 +7,10 @@ import torch
 
 from sgm_engine.cdm import classes as schedules
 from sgm_engine.cdm.ablation import Exact
-from sgm_engine.cdm.likelihood import auroc, image_bits, pixel_gaussian_bits
+from sgm_engine.cdm.likelihood import auroc, pixel_gaussian_bits
 from sgm_engine.cdm.model import CDM
 from sgm_engine.cdm.networks import UNet
-from sgm_engine.likelihood import log_likelihood
+from sgm_engine.likelihood import image_bits, log_likelihood
 from sgm_engine.schedule import karras
 from sgm_engine.training.keys import Key
 from sgm_engine.training.toy import TRIPLE
@@ -22,13 +22,13 @@ def test_bits_of_images_are_those_of_the_density():
     net = UNet(1, 8, classes, width=8, multipliers=(1,), blocks=1, baseline=(0.2, 0.7)).eval()
     model = CDM(net, classes, (1, 8, 8), scale=2.0, shift=-1.0)
     images = np.random.default_rng(0).integers(0, 256, (300, 1, 8, 8), dtype=np.uint8)
-    found = image_bits(model, images, dequantised=False, batch=7)
+    found = image_bits(model.log_prob, images, dequantised=False, batch=7)
     of_x = torch.distributions.Normal(torch.tensor(0.6, dtype=torch.float64), 0.35)
     x = (torch.from_numpy(images).double() + 0.5) / 256
     exact = -of_x.log_prob(x).flatten(1).mean(1) / math.log(2) + 8
     assert torch.allclose(found, exact, atol=1e-4)
-    noisy = image_bits(model, images)
-    assert 0 < (noisy - found).abs().max() < 0.02 and torch.equal(noisy, image_bits(model, images, batch=100))
+    noisy = image_bits(model.log_prob, images)
+    assert 0 < (noisy - found).abs().max() < 0.02 and torch.equal(noisy, image_bits(model.log_prob, images, batch=100))
     # independent uniform pixels: 8 bits exactly, and their Gaussian ½·log₂(2πe/12)
     bits, _ = pixel_gaussian_bits(images, images)
     assert abs(bits - (8 + 0.5 * math.log2(2 * math.pi * math.e / 12))) < 0.02

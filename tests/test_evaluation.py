@@ -283,9 +283,9 @@ def test_bits_per_dimension_of_known_densities():
     assert uniform.value == uniform.low == uniform.high == 8  # 256 equal values
     normal = torch.distributions.Normal(0.5, 0.25)
     found = bits_per_dimension(lambda x: normal.log_prob(x.double()).sum((1, 2, 3)), images.split(150))
-    x = images.double() / 255
+    x = (images.double() + 0.5) / 256  # dequantised, which costs little where the density is so flat
     expected = 8 - (-0.5 * ((x - 0.5) / 0.25) ** 2 - np.log(0.25 * np.sqrt(2 * np.pi))).mean() / np.log(2)
-    assert found.value == pytest.approx(float(expected), rel=1e-6) and found.low < found.value < found.high
+    assert found.value == pytest.approx(float(expected), abs=1e-3) and found.low < found.value < found.high
     with pytest.raises(ValueError, match=r"one number an image, \[100\], got \[100, 1\]"):
         bits_per_dimension(lambda x: torch.zeros(len(x), 1), images.split(100))
 

@@ -10,8 +10,6 @@ _HOMES = {
     "NoiseClasses": "classes",
     "UNet": "networks",
     "auroc": "likelihood",
-    "bits_per_dim": "likelihood",
-    "image_bits": "likelihood",
     "mala": "metropolis",
 }
 __all__ = [
@@ -22,8 +20,6 @@ __all__ = [
     "NoiseClasses",
     "UNet",
     "auroc",
-    "bits_per_dim",
-    "image_bits",
     "mala",
 ]
 

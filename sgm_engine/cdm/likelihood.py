@@ -1,4 +1,4 @@
-"""How likely images are under a classification diffusion model, in bits, and whether it tells them from others."""
+"""What the likelihoods of images are compared with."""
 
 from __future__ import annotations
 
@@ -7,35 +7,6 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-
-from sgm_engine.cdm.model import CDM
-from sgm_engine.training.data import dequantise
-from sgm_engine.training.keys import Key
-
-
-def bits_per_dim(log_prob: Tensor, dim: int, bins: float = 256) -> Tensor:
-    """Bits a dimension of an image of grey levels: −log p/(d·ln 2) + log₂ bins, like log_prob (nats).
-
-    bins: grey levels in a unit of x: 256 for pixels in [0, 1], 128 for [−1, 1] (log₂ 128 = 7).
-    """
-    return -log_prob / (dim * math.log(2)) + math.log2(bins)
-
-
-@torch.no_grad()
-def image_bits(model: CDM, images: np.ndarray, dequantised: bool = True, seed: int = 0, batch: int = 100) -> Tensor:
-    """Bits per dimension of uint8 images [N, C, H, W] under a model of pixels in [0, 1], float64 [N]: one pass each.
-
-    dequantised: at (x + U)/256, U uniform, whose mean bounds the bits of the discrete image from above if log p is a
-    density; else at the middle of the pixel's interval, (x + ½)/256. U of image i is the noise of Key(seed, i).
-    """
-    device, found = model.sigmas.device, []
-    for first in range(0, len(images), batch):
-        x = torch.from_numpy(np.array(images[first : first + batch])).to(device)
-        u = torch.full(x.shape, 0.5, device=device)
-        if dequantised:
-            u = Key(seed, torch.arange(first, first + len(x))).uniform(u)
-        found.append(bits_per_dim(model.log_prob(dequantise(x, u)).double(), x[0].numel()).cpu())
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.float64)
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float:

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sgm_engine.cdm.likelihood import auroc, image_bits, pixel_gaussian_bits
+from sgm_engine.cdm.likelihood import auroc, pixel_gaussian_bits
 from sgm_engine.cdm.model import CDM
 from sgm_engine.checkpoint import load_checkpoint
+from sgm_engine.likelihood import image_bits
 from sgm_engine.training.data import load_images
 from sgm_engine.training.keys import Key
 
@@ -47,17 +48,17 @@ def main(argv: list[str] | None = None) -> None:
     if not isinstance(model, CDM):
         parser.error(f"{args.checkpoint} holds no classification diffusion model")
     train, test = load_images(args.data), load_images(args.data, "test")[: args.n]
-    bits, middle = image_bits(model, test), image_bits(model, test, dequantised=False)
+    bits, middle = image_bits(model.log_prob, test), image_bits(model.log_prob, test, dequantised=False)
     gaussian, floor = pixel_gaussian_bits(train, test)
     error = bits.std() / len(bits) ** 0.5
     print(f"held-out images: {len(test)}, bits per dimension, one forward pass each")
     print(f"  dequantised                    {bits.mean():.3f} ± {error:.3f}")
     print(f"  at the middle of the interval  {middle.mean():.3f}")
-    print(f"  training images, dequantised   {image_bits(model, train[: args.n]).mean():.3f}")
+    print(f"  training images, dequantised   {image_bits(model.log_prob, train[: args.n]).mean():.3f}")
     print(f"  a Gaussian for each pixel      {gaussian:.3f} (variances at least {floor:.1e}, the best choice here)")
     print("AUROC of held-out images above")
     for name, images in others(test, None if args.cifar is None else load_images(args.cifar, "test")).items():
-        other = image_bits(model, images)
+        other = image_bits(model.log_prob, images)
         print(f"  {name:29}  {auroc(-bits, -other):.4f}   ({other.mean():.2f} bits per dimension)")
 
 

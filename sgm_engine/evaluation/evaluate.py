@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -17,6 +16,7 @@ from sgm_engine.evaluation.frechet import frechet
 from sgm_engine.evaluation.moments import GroupedMoments
 from sgm_engine.evaluation.neighbours import nearest, neighbourhood
 from sgm_engine.evaluation.report import Estimate, mean_estimate
+from sgm_engine.likelihood import image_bits
 
 FROM_LOGITS = ("score", "classes")
 METRICS = ("frechet", *FROM_LOGITS, "sliced", "mmd", "precision", "recall", "density", "coverage")
@@ -195,18 +195,15 @@ def copies(samples: Summary, reference: Summary, training: Iterable[Tensor]) -> 
 
 
 def bits_per_dimension(
-    log_prob: Callable[[Tensor], Tensor], images: Iterable[Tensor], replicates: int = 1000
+    log_prob: Callable[[Tensor], Tensor], images: Iterable[Tensor], replicates: int = 1000, seed: int = 0
 ) -> Estimate:
-    """Mean of −log₂ p(image)/D + 8, in bits, for a model with ``log_prob``: a density of x in [0, 1], [b, C, H, W] →
-    natural logarithms [b]. images: blocks of uint8; dequantising is log_prob's own affair.
+    """Mean bits per dimension of images under ``log_prob``, a density of x in [0, 1] (likelihood.image_bits).
+
+    images: blocks [b, C, H, W] of uint8; they are dequantised by noise of ``seed``.
     """
-    bits = []
-    for block in images:
-        log_p = log_prob(block.float() / 255).double().cpu().numpy()
-        if log_p.shape != (len(block),):
-            raise ValueError(f"log_prob must return one number an image, [{len(block)}], got {list(log_p.shape)}")
-        bits.append(8 - log_p / (math.log(2) * block[0].numel()))
-    return mean_estimate(np.concatenate(bits), replicates)
+    return mean_estimate(
+        image_bits(log_prob, np.concatenate([block.numpy() for block in images]), seed=seed).numpy(), replicates
+    )
 
 
 def _names(extractor: Extractor) -> dict[str, str]:
