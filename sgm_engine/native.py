@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine import _C
+from sgm_engine.cdm.model import CDM
 from sgm_engine.models.ncsn import RefineNet
 from sgm_engine.native_graph import PRECISIONS, Graph
 from sgm_engine.native_norm import Unsupported
@@ -13,7 +14,7 @@ from sgm_engine.native_refinenet import lower_refinenet
 from sgm_engine.network import Network
 from sgm_engine.slots import Slots, Tables
 
-AGREEMENT = {"bfloat16": 0.1}  # of a traced network with its module, relative; a wrong graph is off by O(1)
+AGREEMENT = {"bfloat16": 0.1}  # of a network with its module, relative; a wrong graph is off by O(1)
 FLOAT32_AGREEMENT = 1e-4
 
 
@@ -25,6 +26,10 @@ def lower(graph: Graph, model: nn.Module, shape: tuple[int, int, int], levels: i
         return lower_refinenet(graph, model, *shape[1:])
     if not isinstance(model, nn.Module):
         raise Unsupported(f"{type(model).__name__} is no nn.Module")
+    if type(model) is CDM:
+        from sgm_engine.native_cdm import lower_cdm
+
+        return lower_cdm(graph, model, shape, levels)
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
         raise Unsupported(f"{type(model).__name__} holds no convolution")
     from sgm_engine.native_traced import lower_traced  # torch.fx, which NCSN does not need
@@ -92,8 +97,8 @@ class NativeNetwork:
     def _refuse_disagreement(self, levels: int, tolerance: float) -> None:
         x = torch.rand(2, *self.shape, generator=torch.Generator().manual_seed(0))
         level = torch.tensor([0, levels - 1])
-        ours, theirs = self(x, level), self.model(x, level).float()
-        difference = ((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item()
+        ours, theirs = self(x, level).flatten(1), self.model(x, level).float().flatten(1)
+        difference = ((ours - theirs).norm(dim=1) / theirs.norm(dim=1).clamp_min(1e-30)).max().item()
         if not difference <= tolerance:
             raise Unsupported(f"lowered, it would differ by {difference:.1e}")
 

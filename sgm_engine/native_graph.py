@@ -7,14 +7,13 @@ the layer that reads or writes it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from sgm_engine import _C
 from sgm_engine.native_norm import Norm, Table, Unsupported, norm_of
+from sgm_engine.native_weights import Kernel, Packed, as_float32, given
 
 # "direct" and "winograd" are float32 by one algorithm wherever it applies, "float32" by the cheaper of the two a layer.
 PRECISIONS = ("float32", "bfloat16", "direct", "winograd")
@@ -29,38 +28,17 @@ class Value(NamedTuple):
     width: int
 
 
-@dataclass
-class _Weights:
-    """Parameters that C++ keeps a packed copy of: how to pack them, and what they were when it last happened."""
+class Layer(NamedTuple):
+    """A layer as it was emitted: what native_gradient.py goes back through."""
 
-    tensors: tuple[Tensor | None, ...]
-    pack: Callable[[], None]
-    seen: tuple | None = None
-
-    def state(self) -> tuple:
-        """Where the parameters are and what they hold: a version does not count what is written through ``.data``."""
-        return tuple(None if t is None else (t.data_ptr(), t._version, _sum(t)) for t in self.tensors)
-
-    def refresh(self) -> bool:
-        if self.seen == (now := self.state()):
-            return False
-        with torch.no_grad():
-            self.pack()
-        self.seen = now
-        return True
-
-
-def _sum(t: Tensor) -> float:
-    return t.detach().sum(dtype=torch.float64).item()
-
-
-def _given(t: Tensor | None) -> tuple[int, int]:
-    """Address and size of a float32 tensor, as C++ takes it."""
-    return (0, 0) if t is None else (t.data_ptr(), t.numel())
-
-
-def _float32(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().to(torch.float32).contiguous()
+    op: object  # _C.Op
+    x: Value | None
+    out: Value | None
+    second: Value | None
+    add: tuple[Value, ...]
+    norm: Norm | None
+    activation: str
+    kernel: Kernel | None
 
 
 class Graph:
@@ -70,8 +48,9 @@ class Graph:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
         self.native = _C.NativeExecutor(batch, getattr(_C.Precision, precision))
-        self.weights: list[_Weights] = []
+        self.weights: list[Packed] = []
         self.convs: list[int] = []
+        self.layers: list[Layer] = []
 
     def load(self, channels: int, height: int, width: int, scale: float = 1.0, shift: float = 0.0) -> Value:
         """scale·x + shift of the network's input x [channels, height, width]."""
@@ -80,23 +59,23 @@ class Graph:
     def conv(
         self,
         x: Value,
-        conv: nn.Conv2d,
+        conv: nn.Conv2d | Kernel,
         norm: nn.Module | Norm | None = None,
         activation: str = "none",
         add: Sequence[Value] = (),
         pool: bool = False,
     ) -> Value:
         """conv(activation(norm(x))), its 2×2 mean if ``pool``, plus at most two addends."""
-        index, height, width = self._conv(conv, x, pool)
-        shape = (conv.out_channels, height, width)
-        return self._layer(_C.Op.conv, x, shape, add=add, norm=norm, activation=activation, conv=index)
+        kernel = conv if isinstance(conv, Kernel) else Kernel.of(conv)
+        shape = (kernel.c_out, *self._output(kernel, x, pool))
+        return self._layer(_C.Op.conv, x, shape, add=add, norm=norm, activation=activation, kernel=kernel, pool=pool)
 
     def store(self, x: Value, conv: nn.Conv2d, norm: nn.Module | Norm | None = None, activation: str = "none") -> None:
         """The network's output: conv(activation(norm(x)))."""
-        index, height, width = self._conv(conv, x, False)
-        if (height, width) != (x.height, x.width) or conv.stride != (1, 1):
+        kernel = Kernel.of(conv)
+        if self._output(kernel, x) != (x.height, x.width) or kernel.stride != 1:
             raise Unsupported(f"{conv}: the last convolution must keep the size")
-        self._layer(_C.Op.store, x, None, norm=norm, activation=activation, conv=index)
+        self._layer(_C.Op.store, x, None, norm=norm, activation=activation, kernel=kernel)
 
     def activate(
         self, x: Value, activation: str, norm: nn.Module | Norm | None = None, add: Sequence[Value] = ()
@@ -119,19 +98,67 @@ class Graph:
         return self._layer(_C.Op.upsample, x, (x.channels, height, width), add=add)
 
     def nearest(self, x: Value, height: int, width: int, add: Sequence[Value] = ()) -> Value:
-        """Every pixel repeated, to whole multiples of the size, plus at most two addends."""
+        """Every pixel repeated a whole number of times, cropped, plus at most two addends."""
         return self._layer(_C.Op.nearest, x, (x.channels, height, width), add=add)
 
     def concat(self, x: Value, second: Value) -> Value:
         """The channels of x, then those of second."""
         return self._layer(_C.Op.concat, x, (x.channels + second.channels, x.height, x.width), second=second)
 
+    def embed(self, shape: tuple[int, int, int], patch: int, octaves: Sequence[int], table: Table) -> Value:
+        """u = a·x + b of x [*shape], then sin and cos(2ⁿ·π·u) of each octave n, patch×patch pixels as channels.
+
+        table: float64 [levels, 5]: a and b, and what ``store_gradient`` makes the score with.
+        """
+        channels, height, width = shape
+        self.native.embedding(channels, height, width, patch, list(octaves))
+
+        def pack() -> None:
+            rows = table.make().detach().double().contiguous()
+            self.native.set_embedding((rows.data_ptr(), rows.numel()))
+
+        self._keep(table.tensors, pack)
+        planes = channels * (1 + 2 * len(octaves)) * patch**2
+        return self._layer(_C.Op.embed, None, (planes, height // patch, width // patch))
+
+    def store_gradient(self, gradient: Value, embedded: Value) -> None:
+        """The network's output: table[:, 2]·∇ᵤ + table[:, 3]·x + table[:, 4], by the gradient of what embed made."""
+        self._layer(_C.Op.store_gradient, gradient, None, second=embedded)
+
+    def attention(self, x: Value, channels: int) -> Value:
+        """softmax(qᵀk/√channels)·v over the pixels; x: q, k and v, each padded by zeros to a third of its channels."""
+        return self._layer(_C.Op.attention, x, (channels, x.height, x.width))
+
+    def slope(self, x: Value, scale: Norm, activation: str) -> Value:
+        """γ(level)·activation′(x)."""
+        return self._layer(_C.Op.slope, x, x[1:], norm=scale, activation=activation)
+
+    def norm_backward(self, x: Value, gradient: Value, norm: Norm, activation: str, add: Sequence[Value] = ()) -> Value:
+        """Gradient in x, given that of activation(norm(x)), plus at most two addends."""
+        return self._layer(_C.Op.norm_backward, x, x[1:], second=gradient, add=add, norm=norm, activation=activation)
+
+    def attention_backward(self, x: Value, gradient: Value) -> Value:
+        """Gradient in x, given that of attention(x)."""
+        return self._layer(_C.Op.attention_backward, x, x[1:], second=gradient)
+
+    def spread(self, x: Value, height: int, width: int) -> Value:
+        """x at every second pixel of every second row, zeros between."""
+        return self._layer(_C.Op.spread, x, (x.channels, height, width))
+
+    def block_sum(self, x: Value, height: int, width: int, add: Sequence[Value] = ()) -> Value:
+        """The transpose of ``nearest``, plus at most two addends."""
+        return self._layer(_C.Op.block_sum, x, (x.channels, height, width), add=add)
+
+    def slice(self, x: Value, first: int, channels: int, add: Sequence[Value] = ()) -> Value:
+        """Channels first … first + channels − 1, plus at most two addends."""
+        return self._layer(_C.Op.slice, x, (channels, x.height, x.width), add=add, first=first)
+
     def divide_by(self, divisor: Table) -> None:
         """Divide the output by the number [levels, 1] of the level."""
 
         def pack() -> None:
-            values = _float32(divisor.make())
-            self.native.set_sigmas(_given(values))
+            values = as_float32(divisor.make())
+            self.native.set_sigmas(given(values))
 
         self._keep(divisor.tensors, pack)
 
@@ -150,7 +177,7 @@ class Graph:
         return score
 
     def _keep(self, tensors: tuple[Tensor | None, ...], pack: Callable[[], None]) -> None:
-        self.weights.append(_Weights(tensors, pack))
+        self.weights.append(Packed(tensors, pack))
 
     def _layer(
         self,
@@ -162,11 +189,14 @@ class Graph:
         add: Sequence[Value] = (),
         norm: nn.Module | Norm | None = None,
         activation: str = "none",
-        conv: int = -1,
+        kernel: Kernel | None = None,
+        pool: bool = False,
         scale: float = 1.0,
         shift: float = 0.0,
+        first: int = 0,
     ) -> Value | None:
         out = None if shape is None else Value(self.native.tensor(*shape), *shape)
+        norm = norm_of(norm) if isinstance(norm, nn.Module) else norm
         self.native.layer(
             op=op,
             input=-1 if x is None else x.id,
@@ -175,46 +205,40 @@ class Graph:
             add=[a.id for a in add],
             norm=-1 if norm is None else self._norm(norm),
             activation=getattr(_C.Activation, activation),
-            conv=conv,
+            conv=-1 if kernel is None else self._conv(kernel, pool),
             scale=scale,
             shift=shift,
+            first=first,
         )
+        self.layers.append(Layer(op, x, out, second, tuple(add), norm, activation, None if pool else kernel))
         return out
 
-    def _conv(self, conv: nn.Conv2d, x: Value, pool: bool) -> tuple[int, int, int]:
-        """The index of a convolution of x, and the height and width of what it makes."""
-        k, d, s, p = (_square(getattr(conv, name)) for name in ("kernel_size", "dilation", "stride", "padding"))
-        if None in (k, d, s, p) or k > 7 or 2 * p > d * (k - 1) or conv.groups != 1 or conv.padding_mode != "zeros":
-            raise Unsupported(
-                f"{conv}: only square ungrouped convolutions up to 7×7 that do not enlarge, padded by zeros"
-            )
-        if pool and (k, d, s, p) != (3, 1, 1, 1):
-            raise Unsupported(f"{conv}: a 2×2 mean after anything but an undilated 3×3 convolution")
-        size = [n // 2 if pool else (n + 2 * p - d * (k - 1) - 1) // s + 1 for n in x[2:]]
+    def _output(self, kernel: Kernel, x: Value, pool: bool = False) -> tuple[int, int]:
+        """Height and width of a convolution of x."""
+        if pool and (kernel.size, kernel.dilation, kernel.stride, kernel.padding) != (3, 1, 1, 1):
+            raise Unsupported("a 2×2 mean after anything but an undilated 3×3 convolution")
+        size = (x.height // 2, x.width // 2) if pool else kernel.output(x.height, x.width)
         if min(size) < 1:
-            raise Unsupported(f"{conv}: images of {x.height}×{x.width} are too small for it")
-        index = self.native.conv(conv.in_channels, conv.out_channels, k, d if k > 1 else 1, s, p, pool)
+            raise Unsupported(f"images of {x.height}×{x.width} are too small for a convolution of them")
+        return size
+
+    def _conv(self, k: Kernel, pool: bool) -> int:
+        index = self.native.conv(k.c_in, k.c_out, k.size, k.dilation, k.stride, k.padding, pool)
         self.convs.append(index)
 
         def pack() -> None:
-            weight, bias = _float32(conv.weight), _float32(conv.bias)
-            self.native.set_conv(index, _given(weight), _given(bias))
+            weight, bias = as_float32(k.weight()), as_float32(k.bias())
+            self.native.set_conv(index, given(weight), given(bias))
 
-        self._keep((conv.weight, conv.bias), pack)
-        return index, *size
+        self._keep(k.tensors, pack)
+        return index
 
-    def _norm(self, norm: nn.Module | Norm) -> int:
-        norm = norm if isinstance(norm, Norm) else norm_of(norm)
+    def _norm(self, norm: Norm) -> int:
         index = self.native.norm(norm.channels, norm.groups, norm.rows, norm.rows > 1, norm.has_alpha, norm.eps)
 
         def pack() -> None:
             table = norm.table()
-            self.native.set_norm(index, _given(table))
+            self.native.set_norm(index, given(table))
 
         self._keep(norm.tensors, pack)
         return index
-
-
-def _square(pair: object) -> int | None:
-    """n of (n, n)."""
-    return pair[0] if isinstance(pair, tuple) and pair[0] == pair[1] else None

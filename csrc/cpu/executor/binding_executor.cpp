@@ -43,7 +43,16 @@ void bind_executor(py::module_& m) {
       .value("upsample", Op::upsample)
       .value("nearest", Op::nearest)
       .value("concat", Op::concat)
-      .value("store", Op::store);
+      .value("store", Op::store)
+      .value("embed", Op::embed)
+      .value("attention", Op::attention)
+      .value("slope", Op::slope)
+      .value("norm_backward", Op::norm_backward)
+      .value("attention_backward", Op::attention_backward)
+      .value("spread", Op::spread)
+      .value("block_sum", Op::block_sum)
+      .value("slice", Op::slice)
+      .value("store_gradient", Op::store_gradient);
   py::class_<Executor>(m, "NativeExecutor", py::module_local(), "A whole network in one native call (csrc/cpu/executor/executor.h).")
       .def(py::init<int, Precision>(), py::arg("batch"), py::arg("precision"))
       .def("tensor", &Executor::tensor, py::arg("channels"), py::arg("height"), py::arg("width"))
@@ -51,13 +60,16 @@ void bind_executor(py::module_& m) {
       .def("conv", &Executor::conv, py::arg("c_in"), py::arg("c_out"), py::arg("kernel"), py::arg("dilation"), py::arg("stride"),
            py::arg("padding"), py::arg("pool"))
       .def("layer", &Executor::layer, py::arg("op"), py::arg("input"), py::arg("second"), py::arg("output"), py::arg("add"), py::arg("norm"),
-           py::arg("activation"), py::arg("conv"), py::arg("scale"), py::arg("shift"))
+           py::arg("activation"), py::arg("conv"), py::arg("scale"), py::arg("shift"), py::arg("first") = 0)
+      .def("embedding", &Executor::embedding, py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"), py::arg("octaves"))
       .def("plan", &Executor::plan)
       .def("set_conv", [](Executor& e, int conv, Given weight, Given bias) {
         e.set_conv(conv, array(weight), array(bias));
       }, py::arg("conv"), py::arg("weight"), py::arg("bias"), py::call_guard<py::gil_scoped_release>())
       .def("set_norm", [](Executor& e, int norm, Given table) { e.set_norm(norm, array(table)); }, py::arg("norm"), py::arg("table"))
       .def("set_sigmas", [](Executor& e, Given sigmas) { e.set_sigmas(array(sigmas)); }, py::arg("sigmas"))
+      .def("set_embedding", [](Executor& e, Given table) { e.set_embedding(pointer<const double>(table.first), table.second); },
+           py::arg("table"))
       .def("run", [](Executor& e, uintptr_t x, uintptr_t level, uintptr_t score, int images) {
         e.run(pointer<const float>(x), pointer<const int64_t>(level), pointer<float>(score), images);
       }, py::arg("x"), py::arg("level"), py::arg("score"), py::arg("images"), py::call_guard<py::gil_scoped_release>())

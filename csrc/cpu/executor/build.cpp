@@ -25,12 +25,27 @@ bool conv_fits(const Conv& c, const Tensor& in, const Tensor* out) {
   return c.c_in == in.channels && sized(*out, c.c_out, height, width);
 }
 
+// Whether every pixel of `small`, repeated a whole number of times and cropped, makes `large`.
+bool repeats(const Tensor& small, const Tensor& large) {
+  const auto fits = [](int few, int many) { return (few - 1) * ((many + few - 1) / few) < many; };
+  return fits(small.height, large.height) && fits(small.width, large.width);
+}
+
 bool shape_follows(Op op, const Tensor& in, const Tensor* second, const Tensor& out) {
   switch (op) {
     case Op::activate: case Op::mean_pool5: case Op::max_pool5: return sized(out, in.channels, in.height, in.width);
     case Op::mean_pool: return sized(out, in.channels, in.height / 2, in.width / 2);
     case Op::upsample: return out.channels == in.channels;
-    case Op::nearest: return out.channels == in.channels && out.height % in.height == 0 && out.width % in.width == 0;
+    case Op::nearest: return out.channels == in.channels && repeats(in, out);
+    case Op::block_sum: return out.channels == in.channels && repeats(out, in);
+    case Op::slope: return sized(out, in.channels, in.height, in.width);
+    case Op::norm_backward: return sized(out, in.channels, in.height, in.width) && sized(*second, in.channels, in.height, in.width);
+    case Op::attention: return in.channels % 3 == 0 && out.channels <= in.channels / 3 && sized(out, out.channels, in.height, in.width);
+    case Op::attention_backward:
+      return in.channels % 3 == 0 && second->channels <= in.channels / 3 && sized(*second, second->channels, in.height, in.width) &&
+             sized(out, in.channels, in.height, in.width);
+    case Op::spread: return sized(in, out.channels, (out.height + 1) / 2, (out.width + 1) / 2);
+    case Op::slice: return sized(out, out.channels, in.height, in.width);
     case Op::concat:
       return sized(in, in.channels, out.height, out.width) && sized(*second, out.channels - in.channels, out.height, out.width);
     default: return true;
@@ -55,7 +70,7 @@ int Executor::norm(int channels, int groups, int levels, bool per_level, bool ha
            std::to_string(groups) + " groups");
   if (levels < 1 || eps < 0) refuse("a norm needs levels >= 1 and eps >= 0, got " + std::to_string(levels) + " and " + std::to_string(eps));
   const int rows = per_level ? levels : 1;
-  if (per_level) levels_ = levels_ ? std::min(levels_, levels) : levels;
+  if (per_level) set_levels(levels);
   norm_tables_.emplace_back(static_cast<size_t>(rows) * 3 * channels);
   norms_.push_back({channels, groups, per_level ? 3 * channels : 0, has_alpha, static_cast<float>(eps), nullptr});
   return static_cast<int>(norms_.size()) - 1;
@@ -76,28 +91,58 @@ int Executor::conv(int c_in, int c_out, int kernel, int dilation, int stride, in
   return static_cast<int>(convs_.size()) - 1;
 }
 
+void Executor::embedding(int channels, int height, int width, int patch, const std::vector<int>& octaves) {
+  if (channels < 1 || height < 1 || width < 1 || patch < 1 || height % patch || width % patch)
+    refuse("an embedding needs channels, height, width >= 1 and a patch that divides them, got " + std::to_string(channels) + ", " +
+           std::to_string(height) + ", " + std::to_string(width) + " and " + std::to_string(patch));
+  if (static_cast<int>(octaves.size()) > kMaxOctaves) refuse("octaves must be at most " + std::to_string(kMaxOctaves));
+  embedding_ = {channels, height, width, patch, static_cast<int>(octaves.size()), {}, nullptr};
+  for (size_t i = 0; i < octaves.size(); ++i) {
+    if (octaves[i] < 0 || octaves[i] > 30) refuse("octave n of 2^n must be from 0 to 30, got " + std::to_string(octaves[i]));
+    embedding_.octave[i] = octaves[i];
+  }
+}
+
 void Executor::layer(Op op, int input, int second, int output, const std::vector<int>& add, int norm, Activation activation,
-                     int conv, double scale, double shift) {
+                     int conv, double scale, double shift, int first) {
   if (planned_) throw std::logic_error("layer() after plan()");
   const std::string where = "layer " + std::to_string(layers_.size()) + ": ";
   const auto is_index = [](int i, size_t n) { return i >= 0 && i < static_cast<int>(n); };
-  const bool reads = op != Op::load, writes = op != Op::store, convolves = op == Op::conv || op == Op::store;
+  const bool reads = op != Op::load && op != Op::embed, writes = op != Op::store && op != Op::store_gradient;
+  const bool convolves = op == Op::conv || op == Op::store, of_norm = op == Op::slope || op == Op::norm_backward;
+  const bool pairs = op == Op::concat || op == Op::norm_backward || op == Op::attention_backward || op == Op::store_gradient;
+  const bool adds = writes && op != Op::load && op != Op::embed && op != Op::slope && op != Op::attention && op != Op::attention_backward;
   if ((reads && !is_index(input, tensors_.size())) || (writes && !is_index(output, tensors_.size())) ||
-      (op == Op::concat && !is_index(second, tensors_.size())) || (convolves && !is_index(conv, convs_.size())) ||
-      (norm >= 0 && !is_index(norm, norms_.size())) || add.size() > 2 || (!add.empty() && !writes))
+      (pairs && !is_index(second, tensors_.size())) || (convolves && !is_index(conv, convs_.size())) ||
+      ((norm >= 0 || of_norm) && !is_index(norm, norms_.size())) || add.size() > 2 || (!add.empty() && !adds))
     throw std::out_of_range(where + "no such tensor, norm or conv, or more addends than it takes");
-  Layer l{op, reads ? input : -1, op == Op::concat ? second : -1, writes ? output : -1, {-1, -1}, norm, activation,
-          convolves ? conv : -1, static_cast<float>(scale), static_cast<float>(shift)};
+  Layer l{op, reads ? input : -1, pairs ? second : -1, writes ? output : -1, {-1, -1}, norm, activation,
+          convolves ? conv : -1, static_cast<float>(scale), static_cast<float>(shift), first};
   for (size_t i = 0; i < add.size(); ++i) {
     const Tensor &a = tensors_.at(add[i]), &o = tensors_[output];
     if (a.channels != o.channels || a.height != o.height || a.width != o.width) refuse(where + "an addend has another shape than the output");
     l.add[i] = add[i];
   }
-  const bool has_prologue = reads && op != Op::upsample && op != Op::nearest && op != Op::concat;
+  const bool has_prologue = convolves || of_norm || op == Op::activate || op == Op::mean_pool || op == Op::mean_pool5 || op == Op::max_pool5;
   if (!has_prologue && (norm >= 0 || activation != Activation::none)) refuse(where + "it takes no norm and no activation");
   if (norm >= 0 && norms_[norm].channels != tensors_[input].channels)
     refuse(where + "the norm has " + std::to_string(norms_[norm].channels) + " channels, its input " +
            std::to_string(tensors_[input].channels));
+  if (of_norm && ((op == Op::slope) != (norms_[norm].groups == 0) || norms_[norm].has_alpha ||
+                  (activation != Activation::silu && (op == Op::slope || activation != Activation::none))))
+    refuse(where + "no gradient of that norm and activation");
+  if (op == Op::slice && (first < 0 || first + tensors_[output].channels > tensors_[input].channels))
+    refuse(where + "its input has " + std::to_string(tensors_[input].channels) + " channels");
+  if (op == Op::attention && tensors_[input].channels % (3 * backend_.width))
+    refuse(where + "q, k and v need " + std::to_string(backend_.width) + " channels or multiples of it");
+  const int planes = embedding_.channels * (1 + 2 * embedding_.octaves) * embedding_.patch * embedding_.patch;
+  const auto embedded = [&](const Tensor& t) {
+    return embedding_.channels && sized(t, planes, embedding_.height / embedding_.patch, embedding_.width / embedding_.patch);
+  };
+  if ((op == Op::embed && !embedded(tensors_[output])) ||
+      (op == Op::store_gradient && (!embedded(tensors_[input]) || !embedded(tensors_[second]))))
+    refuse(where + "it needs embedding() and a tensor of that shape");
+  if (op == Op::embed || op == Op::store_gradient) return layers_.push_back(l);
   if (convolves ? !conv_fits(convs_[conv], tensors_[input], writes ? &tensors_[output] : nullptr)
                 : reads && !shape_follows(op, tensors_[input], second < 0 ? nullptr : &tensors_[second], tensors_[output]))
     refuse(where + "the output's shape does not follow from its inputs");
@@ -138,9 +183,18 @@ void Executor::set_sigmas(Array sigmas) {
   if (sigmas.size < 1 || (!sigmas_.empty() && sigmas.size != static_cast<int64_t>(sigmas_.size())))
     refuse("sigmas must have " + (sigmas_.empty() ? "at least 1 float" : std::to_string(sigmas_.size()) + " floats") +
            ", got " + std::to_string(sigmas.size));
-  const int levels = static_cast<int>(sigmas.size);
-  sigmas_.assign(sigmas.data, sigmas.data + levels);
-  levels_ = levels_ ? std::min(levels_, levels) : levels;
+  sigmas_.assign(sigmas.data, sigmas.data + sigmas.size);
+  set_levels(sigmas.size);
 }
+
+void Executor::set_embedding(const double* table, int64_t size) {
+  if (size < 5 || size % 5 || (!embedding_table_.empty() && size != static_cast<int64_t>(embedding_table_.size())))
+    refuse("the table of an embedding must have 5 numbers a level, as many as before, got " + std::to_string(size));
+  embedding_table_.assign(table, table + size);
+  embedding_.table = embedding_table_.data();
+  set_levels(size / 5);
+}
+
+void Executor::set_levels(int64_t levels) { levels_ = static_cast<int>(levels_ ? std::min<int64_t>(levels_, levels) : levels); }
 
 }  // namespace sgm::executor

@@ -82,8 +82,9 @@ void Executor::check_level(int64_t level, const char* name, int64_t index) const
 }
 
 void Executor::check_chain(const Chain& chain, int64_t steps) const {
-  const Tensor &x = tensors_[layers_.front().output], &end = tensors_[layers_.back().input];
-  if (convs_[layers_.back().conv].c_out != x.channels || end.height != x.height || end.width != x.width)
+  const Layer& last = layers_.back();
+  const Tensor x = sample(), &end = tensors_[last.input];
+  if (last.op == Op::store && (convs_[last.conv].c_out != x.channels || end.height != x.height || end.width != x.width))
     refuse("the score must have the shape of x");
   for (int b = 0; b < chain.slots; ++b) {
     const int64_t end = std::min(chain.stop[b], chain.row[b] + steps);
@@ -99,12 +100,13 @@ void Executor::check_chain(const Chain& chain, int64_t steps) const {
 
 Program Executor::program() const {
   return {layers_.data(), static_cast<int>(layers_.size()), tensors_.data(), norms_.data(), convs_.data(),
-          sigmas_.empty() ? nullptr : sigmas_.data()};
+          sigmas_.empty() ? nullptr : sigmas_.data(), embedding_};
 }
 
-int64_t Executor::sample_size() const {
-  const Tensor& x = tensors_[layers_.front().output];
-  return static_cast<int64_t>(x.channels) * x.height * x.width;
+// The shape of x.
+Tensor Executor::sample() const {
+  if (layers_.front().op == Op::load) return tensors_[layers_.front().output];
+  return {embedding_.channels, 0, embedding_.height, embedding_.width, 0, -1};
 }
 
 void Executor::prepare_teams(int images) {
@@ -114,7 +116,7 @@ void Executor::prepare_teams(int images) {
   if (static_cast<int>(teams_.size()) >= teams && team_size_ == size && team_capacity_ >= capacity) return;
   teams_.clear();
   team_size_ = size, team_capacity_ = capacity;
-  int64_t planes = 0, products = 0, rows = 0, affine = 0;
+  int64_t planes = matrices_size_, products = 0, rows = 0, affine = 0;
   for (const Layer& layer : layers_) {
     if (layer.input < 0) continue;
     const Tensor& in = tensors_[layer.input];
@@ -134,7 +136,7 @@ void Executor::prepare_teams(int images) {
     }
   }
   const int64_t aligned_rows = round_up(rows, 16) + 16, aligned_products = round_up(products, 16) + 16;
-  const int64_t affine_floats = 3 * capacity * affine;
+  const int64_t affine_floats = kAffineRows * capacity * affine;
   for (int i = 0; i < teams; ++i) {
     auto team = std::make_unique<Team>(size);
     Workspace& w = team->workspace;
@@ -153,6 +155,7 @@ void Executor::prepare_teams(int images) {
 template <class Body>
 void Executor::run_teams(int samples, const Body& body) {
   if (!planned_) throw std::logic_error("run before plan()");
+  if (embedding_.channels && !embedding_.table) throw std::logic_error("run before set_embedding()");
   if (samples < 1) return;
   prepare_teams(samples);
   struct Job {
@@ -196,7 +199,8 @@ float inverse_rms(const float* score, int64_t n) {
 void Executor::run_steps(const Chain& chain, int64_t steps, const std::function<bool()>& stop_requested) {
   check_chain(chain, steps);
   const Program program = this->program();
-  const int64_t size = sample_size(), channels = tensors_[layers_.front().output].channels;
+  const Tensor sample = this->sample();
+  const int64_t channels = sample.channels, size = channels * sample.height * sample.width;
   const auto update_range = SGM_PICK(update_range);
   std::atomic<bool> stopping{false};
   run_teams(chain.slots, [&](Team& team, const Member& member, int first, int last) {

@@ -63,7 +63,8 @@ class Executor {
   int norm(int channels, int groups, int levels, bool per_level, bool has_alpha, double eps);
   int conv(int c_in, int c_out, int kernel, int dilation, int stride, int padding, bool pool);
   void layer(Op op, int input, int second, int output, const std::vector<int>& add, int norm, Activation activation,
-             int conv, double scale, double shift);
+             int conv, double scale, double shift, int first = 0);
+  void embedding(int channels, int height, int width, int patch, const std::vector<int>& octaves);  // before an embed layer
   void plan();
 
   // Each array comes with its number of floats, which must be the right one.
@@ -74,6 +75,7 @@ class Executor {
   void set_conv(int conv, Array weight, Array bias);  // [c_out][c_in][kernel][kernel]; [c_out], or null for zeros
   void set_norm(int norm, Array table);               // [levels or 1][gamma, alpha, beta][channels]
   void set_sigmas(Array sigmas);                      // [levels]: the score is divided by σ(level)
+  void set_embedding(const double* table, int64_t size);  // [levels][5]: Embedding
 
   // x, score [images][channels][height][width]; level [images]
   void run(const float* x, const int64_t* level, float* score, int images);
@@ -88,8 +90,9 @@ class Executor {
   struct Team;
   void check_level(int64_t level, const char* name, int64_t index) const;
   void check_chain(const Chain& chain, int64_t steps) const;
+  void set_levels(int64_t levels);
   Program program() const;
-  int64_t sample_size() const;
+  Tensor sample() const;
   template <class Body>
   void run_teams(int samples, const Body& body);
   void prepare_teams(int images);
@@ -110,8 +113,11 @@ class Executor {
   std::vector<std::vector<Strip>> strips_;
   std::vector<std::vector<Tap>> taps_;
   std::vector<float> sigmas_;
+  Embedding embedding_{};
+  std::vector<double> embedding_table_;
 
   int64_t arena_size_ = 0, moments_size_ = 0;  // floats an image
+  int64_t matrices_size_ = 0;                  // floats of attention.h's matrices
   std::vector<std::unique_ptr<Team>> teams_;
   int team_size_ = 0, team_capacity_ = 0;
 };

@@ -1,6 +1,9 @@
 // The layers of a network, one after the other, in the instructions of one ISA: compiled several times, each time with
 // SGM_ISA naming the set (and the namespace). See program.h for what this file may include.
+#include "attention.h"
+#include "backward.h"
 #include "direct.h"
+#include "embed.h"
 #include "pointwise.h"
 #include "reshape.h"
 #include "winograd.h"
@@ -37,6 +40,15 @@ static void forward(const Program& program, const Workspace& workspace, const Me
       case Op::nearest: nearest(run, layer); break;
       case Op::concat: concat(run, layer); break;
       case Op::store: store_score(run, layer, *conv); break;
+      case Op::embed: embed(run, layer); break;
+      case Op::attention: attention(run, layer); break;
+      case Op::slope: slope_layer(run, layer); break;
+      case Op::norm_backward: norm_backward(run, layer); break;
+      case Op::attention_backward: attention_backward(run, layer); break;
+      case Op::spread: spread(run, layer); break;
+      case Op::block_sum: block_sum(run, layer); break;
+      case Op::slice: slice(run, layer); break;
+      case Op::store_gradient: store_gradient(run, layer); break;
     }
   }
 }

@@ -9,9 +9,9 @@ SGM_INLINE double mean_of(const float* kept, int padded, double share, int c) { 
 }
 
 // a = γ·rstd, b = γ·rstd·(pivot − mean) + β with the mean and rstd of each channel's group: the merge of its channels'
-// moments, in double precision, where |mean| ≫ std costs nothing that counts. `kept`: Tensor::moments.
+// moments, in double precision, where |mean| ≫ std costs nothing that counts. `kept`: Tensor::moments. table null: γ 1, β 0.
 static void fold_groups(const Norm& norm, const float* kept, int padded, int pixels, const float* table, float* a, float* b) {
-  const float *squares = kept + 3 * padded, *gamma = table, *beta = table + 2 * norm.channels;
+  const float *squares = kept + 3 * padded, *gamma = table, *beta = table ? table + 2 * norm.channels : nullptr;
   const int size = norm.channels / norm.groups;
   const double share = 1. / pixels;
   for (int first = 0; first < norm.channels; first += size) {
@@ -24,8 +24,9 @@ static void fold_groups(const Norm& norm, const float* kept, int padded, int pix
     }
     const double rstd = 1 / __builtin_sqrt(spread / ((double)size * pixels) + norm.eps);
     for (int c = first; c < first + size; c++) {
-      a[c] = (float)(gamma[c] * rstd);
-      b[c] = (float)(gamma[c] * rstd * (kept[c] - centre) + beta[c]);
+      const double scale = gamma ? gamma[c] * rstd : rstd;
+      a[c] = (float)scale;
+      b[c] = (float)(scale * (kept[c] - centre) + (beta ? beta[c] : 0));
     }
   }
 }

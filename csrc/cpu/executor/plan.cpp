@@ -63,11 +63,19 @@ void Executor::plan() {
   const int team = std::max(1, num_threads() / batch_);
   std::vector<bool> loaded(tensors_.size());
 
-  if (layers_.empty() || layers_.front().op != Op::load || layers_.back().op != Op::store)
-    refuse("the first layer must be a load, the last a store");
+  const auto ends = [&](Op first, Op last) { return layers_.front().op == first && layers_.back().op == last; };
+  if (layers_.empty() || !(ends(Op::load, Op::store) || ends(Op::embed, Op::store_gradient)))
+    refuse("the first layer must be a load and the last a store, or an embed and a store_gradient");
   for (const Layer& layer : layers_) {
-    if (layer.op == Op::load) loaded[layer.output] = true;
+    if (layer.op == Op::load || layer.op == Op::embed) loaded[layer.output] = true;
     if (layer.norm >= 0 && norms_[layer.norm].groups) tensors_[layer.input].moments = 0;
+    if (layer.op == Op::norm_backward) tensors_[layer.output].moments = 0;  // sums that its members share
+    if (layer.op == Op::attention || layer.op == Op::attention_backward) {
+      const Tensor& in = tensors_[layer.input];
+      const int64_t pixels = in.height * in.width, line = round_up(pixels, backend_.width) + backend_.width;
+      const int64_t rows = in.channels / 3 + pixels;
+      matrices_size_ = std::max(matrices_size_, (layer.op == Op::attention ? rows : 2 * rows) * line);
+    }
     if (layer.conv < 0) continue;
     Conv& c = convs_[layer.conv];
     if (c.weights) refuse("a convolution is used by two layers");

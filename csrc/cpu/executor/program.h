@@ -10,6 +10,8 @@
 
 namespace sgm::executor {
 
+constexpr int kMaxOctaves = 16;
+
 // Activations are float32 [n][height][width][padded], padded = channels rounded up to a vector; the padding is zero.
 struct Tensor {
   int channels, padded, height, width;
@@ -25,9 +27,20 @@ enum class Op : int {
   mean_pool5, // output = 5×5 mean of prologue(input), stride 1, padding counted as zeros
   max_pool5,  // output = 5×5 maximum of prologue(input), stride 1
   upsample,   // output = bilinear(input), corners aligned, + Σ add
-  nearest,    // output = input, each pixel repeated to a whole multiple of the size, + Σ add
+  nearest,    // output = input, each pixel repeated to a whole multiple of the size, cropped, + Σ add
   concat,     // output = the channels of input, then those of second
   store,      // score = conv(prologue(input)) + bias, [n][channels][height][width], optionally divided by σ(level)
+
+  // Of classifiers whose score is a gradient in their input (sgm_engine/native_gradient.py):
+  embed,      // output = u = scale(level)·x + shift(level), sin and cos of it, patches of pixels folded into channels
+  attention,  // output = softmax(qᵀk/√channels)·v over the pixels, one head; input: q, k, v, each rounded up alike
+  slope,      // output = γ(level)·activation′(input)
+  norm_backward,       // output = gradient in input of Σ second·prologue(input), + Σ add
+  attention_backward,  // output = gradient in input of Σ second·attention(input)
+  spread,     // output = input at every second pixel of every second row, zeros between
+  block_sum,  // output = Σ over the pixels that nearest made of one, + Σ add
+  slice,      // output = channels first, first + 1, … of input, + Σ add
+  store_gradient,  // score = gradient in x of what has the gradient input in second, which embed made, + its affine part
 };
 
 enum class Activation : int { none, elu, relu, silu };
@@ -41,6 +54,7 @@ struct Layer {
   Activation activation;
   int conv;           // -1: none
   float scale, shift;
+  int first;          // slice
 };
 
 // y = gamma·(x̂ + alpha·ms) + beta (SPEC: InstanceNorm++); rows of `row` floats, one a level, or one row for all. x̂ is
@@ -66,6 +80,14 @@ struct Tap {
   int row, col;
 };
 
+// What embed makes of x [channels][height][width]: planes u, then sin(2ⁿ·π·u) and cos(2ⁿ·π·u) of each octave n, and of
+// each plane patch² channels, one for each pixel of a patch.
+struct Embedding {
+  int channels, height, width, patch, octaves;
+  int octave[kMaxOctaves];
+  const double* table;  // [levels][5]: scale, shift; gradient, slope, offset: score = gradient·∇ᵤ + slope·x + offset
+};
+
 struct Conv {
   int c_in, c_out;         // true channel counts
   int c_step;              // input channels summed: c_in, rounded up to even for bf16
@@ -89,6 +111,7 @@ struct Program {
   const Norm* norms;
   const Conv* convs;
   const float* sigmas;  // [levels], or null: the score is not divided
+  Embedding embedding;
 };
 
 // Scratch of one team; sizes from executor.cpp.
@@ -97,11 +120,11 @@ struct Workspace {
   float* arena;
   float* moments;
   int tile_capacity;  // floats of one Winograd plane: tiles × channels stay below it
-  float* planes;      // transformed input [36][tiles][c_in], float or bf16
+  float* planes;      // transformed input [36][tiles][c_in], float or bf16; attention.h's matrices
   float* products;    // [members][36][tiles][vectors × width]
   float* padded;      // activated input with its border, float or bf16
   float* rows;        // [members] rows of one channel vector under transformation
-  float* affine;      // [members][3][capacity][channels]: a, b, pivot of the folded norm
+  float* affine;      // [members][kAffineRows][capacity][channels]: a, b, pivot of the folded norm; also γ, β
   int64_t products_stride, rows_stride, affine_stride;  // floats a member
 };
 
@@ -135,6 +158,7 @@ struct Backend {
 };
 
 constexpr int kTile = 4, kPoints = 36, kMaxTaps = 49;
+constexpr int kAffineRows = 5;
 constexpr int kMomentRows = 4;  // pivot, Σ(x − pivot), what that sum lost to rounding, Σ(x − mean)²
 
 }  // namespace sgm::executor

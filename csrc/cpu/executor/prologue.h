@@ -48,8 +48,8 @@ static Affine fold_norm(const Run& run, const Layer& layer) {
   const Norm& norm = run.program.norms[layer.norm];
   const Workspace& w = run.workspace;
   float* const a = w.affine + run.member.rank * w.affine_stride;
-  float* const b = a + w.affine_stride / 3;
-  float* const pivots = b + w.affine_stride / 3;
+  float* const b = a + w.affine_stride / kAffineRows;
+  float* const pivots = b + w.affine_stride / kAffineRows;
   const int channels = norm.channels;
   const int pixels = t.height * t.width;
   const double share = 1. / pixels;

@@ -4,9 +4,12 @@
 
 namespace sgm::SGM_ISA::executor {
 
+// How often nearest repeats a pixel.
+SGM_INLINE int factor_of(int small, int large) { return (large + small - 1) / small; }
+
 static void nearest(const Run& run, const Layer& layer) {
   const Tensor &in = run.tensor(layer.input), &out = run.tensor(layer.output);
-  const int down = out.height / in.height, right = out.width / in.width;
+  const int down = factor_of(in.height, out.height), right = factor_of(in.width, out.width);
   for_each_row(run, layer, [&](int image, int h, int c) {
     const float* x = run.data(layer.input, image) + (int64_t)(h / down) * in.width * in.padded + c;
     float* y = run.data(layer.output, image) + (int64_t)h * out.width * out.padded + c;
@@ -25,6 +28,46 @@ static void concat(const Run& run, const Layer& layer) {
       else
         for (int k = c; k < c + kWidth; k++)
           y[k] = k < a.channels ? first[k] : k < out.channels ? second[k - a.channels] : 0.f;
+    }
+  });
+}
+
+// The transpose of nearest.
+static void block_sum(const Run& run, const Layer& layer) {
+  const Tensor &in = run.tensor(layer.input), &out = run.tensor(layer.output);
+  const int down = factor_of(out.height, in.height), right = factor_of(out.width, in.width);
+  for_each_row(run, layer, [&](int image, int h, int c) {
+    const float* x = run.data(layer.input, image) + c;
+    float* y = run.data(layer.output, image) + (int64_t)h * out.width * out.padded + c;
+    for (int w = 0; w < out.width; w++) {
+      Vec sum = Vec{};
+      for (int i = h * down; i < least((h + 1) * down, in.height); i++)
+        for (int j = w * right; j < least((w + 1) * right, in.width); j++) sum += load(x + ((int64_t)i * in.width + j) * in.padded);
+      store(y + (int64_t)w * out.padded, sum);
+    }
+  });
+}
+
+// Zeros between: the transpose of a convolution of stride 2 is an ordinary one of this.
+static void spread(const Run& run, const Layer& layer) {
+  const Tensor &in = run.tensor(layer.input), &out = run.tensor(layer.output);
+  for_each_row(run, layer, [&](int image, int h, int c) {
+    const float* x = run.data(layer.input, image) + (int64_t)(h / 2) * in.width * in.padded + c;
+    float* y = run.data(layer.output, image) + (int64_t)h * out.width * out.padded + c;
+    for (int w = 0; w < out.width; w++)
+      store(y + (int64_t)w * out.padded, (h | w) & 1 ? Vec{} : load(x + (int64_t)(w / 2) * in.padded));
+  });
+}
+
+static void slice(const Run& run, const Layer& layer) {
+  const Tensor &in = run.tensor(layer.input), &out = run.tensor(layer.output);
+  for_each_row(run, layer, [&](int image, int h, int c) {
+    const float* x = run.data(layer.input, image) + (int64_t)h * in.width * in.padded + layer.first + c;
+    float* y = run.data(layer.output, image) + (int64_t)h * out.width * out.padded + c;
+    for (int w = 0; w < out.width; w++, x += in.padded, y += out.padded) {
+      if (c + kWidth <= out.channels) store(y, load(x));
+      else
+        for (int k = 0; k < kWidth; k++) y[k] = c + k < out.channels ? x[k] : 0.f;
     }
   });
 }
