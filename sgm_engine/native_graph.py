@@ -169,7 +169,8 @@ class Graph:
 
     def sync(self) -> int:
         """Pack the weights that changed since the last time; returns how many layers' they were."""
-        return sum(w.refresh() for w in self.weights)
+        states: dict[int, tuple] = {}
+        return sum(w.refresh(states) for w in self.weights)
 
     def run(self, x: Tensor, level: Tensor, score: Tensor) -> Tensor:
         """One evaluation of x [B, C, H, W] at level [B] into score; all contiguous, nothing checked but the levels."""

@@ -20,12 +20,13 @@ class Packed:
     pack: Callable[[], None]
     seen: tuple | None = None
 
-    def state(self) -> tuple:
-        """Where the parameters are and what they hold: a version does not count what is written through ``.data``."""
-        return tuple(None if t is None else (t.data_ptr(), t._version, _sum(t)) for t in self.tensors)
-
-    def refresh(self) -> bool:
-        if self.seen == (now := self.state()):
+    def refresh(self, states: dict[int, tuple]) -> bool:
+        """Pack if a parameter changed. states: of those looked at so far, which others may hold as well."""
+        for t in self.tensors:
+            if t is not None and id(t) not in states:
+                states[id(t)] = _state(t)
+        now = tuple(states.get(id(t)) for t in self.tensors)
+        if self.seen == now:
             return False
         with torch.no_grad():
             self.pack()
@@ -33,8 +34,9 @@ class Packed:
         return True
 
 
-def _sum(t: Tensor) -> float:
-    return t.detach().sum(dtype=torch.float64).item()
+def _state(t: Tensor) -> tuple:
+    """Where it is and what it holds: a version does not count what is written through ``.data``."""
+    return t.data_ptr(), t._version, t.detach().sum(dtype=torch.float64).item()
 
 
 def given(t: Tensor | None) -> tuple[int, int]:

@@ -8,14 +8,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 #include <string>
 #include <thread>
 
-#include "allocations.h"
+#include "classifier.h"
 #include "cpu/pool.h"
 #include "isa.h"
-#include "reference.h"
 
 #ifdef SGM_PLANTED  // tests/test_native_driver.py builds csrc with factors at this many places
 namespace sgm {
@@ -25,33 +23,15 @@ float planted[SGM_PLANTED];
 
 using namespace sgm::executor;
 using reference::Image;
+using namespace subject;
 
 namespace {
 
 #ifndef SGM_TOLERANCE
 #define SGM_TOLERANCE 1e-5  // of a whole network, relative; bfloat16 is checked for memory, not for digits
 #endif
-constexpr int kLevels = 3;
 
-struct Random {
-  std::mt19937 engine;
-  explicit Random(unsigned seed) : engine(seed) {}
-  int below(int n) { return static_cast<int>(engine() % static_cast<unsigned>(n)); }
-  int from(int low, int high) { return low + below(high - low + 1); }
-  float normal() { return std::normal_distribution<float>()(engine); }
-  std::vector<float> normals(size_t n, float scale) {
-    std::vector<float> v(n);
-    for (float& x : v) x = scale * normal();
-    return v;
-  }
-};
-
-struct Network {
-  Random random;
-  const int images;
-  Executor executor;
-  std::vector<float> x;
-  std::vector<int64_t> level;
+struct Network : Subject {
   std::vector<int> ids;                    // tensors so far
   std::vector<std::vector<Image>> values;  // of those, in every image
   struct Weights {
@@ -65,11 +45,9 @@ struct Network {
   };
   std::vector<Weights> weights;
   std::vector<Table> tables;
-  std::vector<Image> score;
-  long taken = 0;  // allocations during calls of the executor
 
   Network(unsigned seed, Precision precision)
-      : random(seed), images(random.from(1, 4)), executor(random.from(1, 4), precision) {
+      : Subject(seed, precision) {
     const int channels = random.from(1, 4), height = 2 * random.from(2, 7), width = 2 * random.from(2, 7);
     x = random.normals(static_cast<size_t>(images) * channels * height * width, 1);
     std::vector<Image> loaded;
@@ -93,8 +71,6 @@ struct Network {
     for (const Weights& w : weights) executor.set_conv(w.conv, array(w.weight), array(w.bias));
     for (const Table& t : tables) executor.set_norm(t.norm, array(t.norm64.table));
   }
-
-  static Executor::Array array(const std::vector<float>& v) { return {v.data(), static_cast<int64_t>(v.size())}; }
 
   const Image& shape(int at) const { return values[at][0]; }
 
@@ -193,40 +169,6 @@ struct Network {
     executor.layer(op, ids[at], second, id, add, norm, activation, conv, 1, 0);
     ids.push_back(id), values.push_back(y);
   }
-
-  std::vector<float> run() {
-    std::vector<float> out(x.size(), NAN);
-    const long before = allocations::count;
-    executor.run(x.data(), level.data(), out.data(), images);
-    taken += allocations::count - before;
-    return out;
-  }
-
-  // A chain of slots at different rows, one of them idle, from x; stops on its own after a few looks.
-  std::vector<float> chain() {
-    const float coef[] = {1, 1e-3f, 1e-2f, 0, 1, 1e-3f, 0, 0, 1, 1e-4f, 1e-3f, 0};
-    const int32_t draw[] = {1, 2, 3};
-    const int64_t levels[] = {0, 1, 2};
-    std::vector<int64_t> row(images), stop(images, 3), seed(images, 7), id(images), bad(images, INT64_MAX);
-    for (int i = 0; i < images; ++i) id[i] = i, row[i] = i % 2;
-    stop[images - 1] = 0;
-    std::vector<float> state = x, last(x.size());
-    const long before = allocations::count;
-    executor.run_steps({images, state.data(), false, last.data(), coef, draw, levels, 3, row.data(), stop.data(), seed.data(),
-                        id.data(), bad.data(), nullptr, nullptr, nullptr, nullptr}, 3, [] { return false; });
-    taken += allocations::count - before;
-    return state;
-  }
-
-  double error(const std::vector<float>& found) const {
-    double distance = 0, size = 1e-30;
-    for (int i = 0; i < images; ++i)
-      for (size_t j = 0; j < score[i].v.size(); ++j) {
-        const double want = score[i].v[j], d = found[static_cast<size_t>(i) * score[i].v.size() + j] - want;
-        distance += d * d, size += want * want;
-      }
-    return std::sqrt(distance / size);
-  }
 };
 
 bool same(const std::vector<float>& a, const std::vector<float>& b) {
@@ -234,14 +176,15 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
 }
 
 // Whether calls like those before, with the same number of threads, take memory.
-bool takes_memory(Network& network) {
+bool takes_memory(Subject& network) {
   network.taken = 0;
   network.run(), network.chain();
   return network.taken > 0;
 }
 
+template <class Kind>
 const char* failure(unsigned seed, Precision precision, int threads) {
-  Network network(seed, precision), other(seed, precision);
+  Kind network(seed, precision), other(seed, precision);
   sgm::set_num_threads(1);
   const std::vector<float> alone = network.run(), chain = network.chain();
   const double error = network.error(alone);
@@ -274,7 +217,10 @@ int main(int argc, char** argv) {
   if (const char* place = std::getenv("SGM_PLANT")) sgm::planted[std::atoi(place)] = 1 + 1e-4f;
 #endif
   for (int i = 0; i < networks; ++i)
-    if (const char* why = failure(static_cast<unsigned>(i), static_cast<Precision>(precision), threads))
-      return std::fprintf(stderr, "network %d, %s, %s: %s\n", i, wanted.c_str(), sgm::name(sgm::isa()), why), 1;
+    for (const bool gradient : {false, true}) {
+      const auto fails = gradient ? failure<classifier::Classifier> : failure<Network>;
+      if (const char* why = fails(static_cast<unsigned>(i), static_cast<Precision>(precision), threads))
+        return std::fprintf(stderr, "%s %d, %s, %s: %s\n", gradient ? "gradient" : "network", i, wanted.c_str(), sgm::name(sgm::isa()), why), 1;
+    }
   std::printf("%d networks, %s, %s: they agree\n", networks, wanted.c_str(), sgm::name(sgm::isa()));
 }

@@ -122,4 +122,23 @@ inline Image concat(const Image& a, const Image& b) {
               [&](int c, int h, int w) { return c < a.channels ? a.at(c, h, w) : b.at(c - a.channels, h, w); });
 }
 
+// softmax(qᵀk/√channels)·v over the pixels of q, k, v: `head` channels each, of v the first `channels`.
+inline Image attention(const Image& x, int head, int channels) {
+  const int pixels = x.height * x.width;
+  const auto value = [&](int c, int i) { return x.v[static_cast<size_t>(c) * pixels + i]; };
+  Image y(channels, x.height, x.width);
+  for (int i = 0; i < pixels; ++i) {
+    std::vector<double> weight(pixels);
+    double sum = 0;
+    for (int j = 0; j < pixels; ++j) {
+      double dot = 0;
+      for (int c = 0; c < head; ++c) dot += value(c, i) * value(head + c, j);
+      sum += weight[j] = std::exp(dot / std::sqrt(channels));
+    }
+    for (int c = 0; c < channels; ++c)
+      for (int j = 0; j < pixels; ++j) y.v[static_cast<size_t>(c) * pixels + i] += weight[j] / sum * value(2 * head + c, j);
+  }
+  return y;
+}
+
 }  // namespace reference
