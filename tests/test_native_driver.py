@@ -53,6 +53,7 @@ def test_clang(tmp_path):
 
 
 WINOGRAD, PACK = "cpu/executor/winograd.h", "cpu/executor/pack.cpp"
+EMBED, BACKWARD, ATTENTION = (f"cpu/executor/{name}.h" for name in ("embed", "backward", "attention"))
 # function → what its coefficients stand at: every term that it reads, every number and named constant
 PLACES = {
     (WINOGRAD, "transform_input"): r"\bd\[\d\]|\b\d+\.?\d*f\b|\bkRoot\w+",
@@ -60,6 +61,14 @@ PLACES = {
     (PACK, "WeightTransform"): r"std::sqrt\(\d\.\d\)|std::pow\([^)]*\)|\bproduct;|(?<=g\[5\]\[2\] = )1",
     (PACK, "transform_winograd"): r"\bg\[[ij]\]\[\d\]",
     (PACK, "widen_for_pool"): r"\b0\.25\b",
+    (EMBED, "sin_cos"): r"\bkHalfPi\b|(?<=-)\.5f",
+    (EMBED, "embed"): r"\btable\[\d\]",
+    (EMBED, "store_gradient"): r"\btable\[\d\]|\by\[\w+\]|\bkHalfPi\b",
+    (BACKWARD, "slope"): r"\b[sy](?= \*)",
+    (BACKWARD, "norm_backward_of"): r"\bxhat\.(?:gamma|beta|r)\b|\bshare(?=\))|(?<=\* )product\b|(?<=- )mean\b",
+    (ATTENTION, "product_block"): r"(?<=\* )scale\b",
+    (ATTENTION, "softmax"): r"(?<=\* )share\b",
+    (ATTENTION, "attention_backward"): r"\bat\.scale\b|(?<=- )mean\b",
 }
 
 
@@ -75,8 +84,8 @@ def body(text, function):
 
 
 def planted():
-    """The sources with a factor at every coefficient of the Winograd transforms, and what stands at each."""
-    texts = {file: (CSRC / file).read_text() for file in (WINOGRAD, PACK)}
+    """The sources with a factor at every coefficient of PLACES, and what stands at each."""
+    texts = {file: (CSRC / file).read_text() for file, _ in PLACES}
     places = []
 
     def factor(match):
@@ -93,7 +102,7 @@ def planted():
     return {file: head + text for file, text in texts.items()}, places
 
 
-def test_every_winograd_coefficient_counts(tmp_path):
+def test_every_coefficient_counts(tmp_path):
     """One part in 10,000 more in any one of them, and the random networks no longer agree with double precision."""
     edited, places = planted()
     driver = Driver(tmp_path, ["-O1", f"-DSGM_PLANTED={len(places)}"])

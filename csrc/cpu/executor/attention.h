@@ -1,7 +1,7 @@
 // One-head attention over the pixels of an image, and its gradient, as products of small matrices. Members split rows;
 // what another member reads is behind a barrier. The weights are computed again for the gradient rather than kept.
 #pragma once
-#include "vec.h"
+#include "pointwise.h"
 
 namespace sgm::SGM_ISA::executor {
 
@@ -102,6 +102,7 @@ static void attention(const Run& run, const Layer& layer) {
             run.data(layer.output, image) + (int64_t)first * out.padded, out.padded);
     run.wait();
   }
+  if (out.moments >= 0) for_each_row(run, layer, [](int, int, int) {});
 }
 
 // With A = softmax(scale·q·kᵀ) and dA = dy·vᵀ: dS = scale·A∘(dA − Σ_row A∘dA), dq = dS·k, dk = dSᵀ·q, dv = Aᵀ·dy.
