@@ -7,13 +7,14 @@ import torch
 
 from bench.common import about, paired_ratio
 from sgm_engine import _C, annealed_langevin
+from sgm_engine.cdm.config import CDMConfig
 from sgm_engine.engine import Engine
 from sgm_engine.kernels import ops, reference
 from sgm_engine.native_cdm import _unet
 from sgm_engine.native_graph import Graph
 from sgm_engine.training.config import TrainConfig
 
-BATCH, MOST = 16, 3.2
+MOST = 3.2
 
 
 @pytest.fixture
@@ -24,26 +25,39 @@ def one_thread():
     torch.set_num_threads(threads[0]), _C.set_num_threads(threads[1])
 
 
-def native_forward(net):
+def native_forward(net, batch, size):
     """The U-Net up to its last convolution, which is then read through one 1×1; from planes, not from x."""
-    graph = Graph(BATCH, "float32")
-    out = _unet(graph, net, graph.load(net.begin.in_channels, 14, 14))
+    graph = Graph(batch, "float32")
+    planes = net.begin.in_channels
+    out = _unet(graph, net, graph.load(planes, size, size))
     graph.store(out, torch.nn.Conv2d(out.channels, 1, 1))
     graph.plan()
-    x, level = torch.randn(BATCH, net.begin.in_channels, 14, 14), torch.zeros(BATCH, dtype=torch.int64)
-    score = torch.empty(BATCH, 1, 14, 14)
+    x, level = torch.randn(batch, planes, size, size), torch.zeros(batch, dtype=torch.int64)
+    score = torch.empty(batch, 1, size, size)
     return lambda: graph.run(x, level, score)
 
 
-@pytest.mark.quick
-def test_step_against_forward(benchmark, one_thread):
+def wide():
+    sizes = {"channels": 3, "image_size": 32, "width": 64, "multipliers": (1, 2, 2), "blocks": 1, "attention": (16,)}
+    return CDMConfig(**sizes, schedule="uniform", levels=100)
+
+
+CASES = {
+    "cdm_mnist_small": (lambda: TrainConfig.read("cdm_mnist_small").model(1, 28), 16, 7),
+    "64 channels, 32×32": (wide, 4, 3),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param("cdm_mnist_small", marks=pytest.mark.quick), "64 channels, 32×32"])
+def test_step_against_forward(benchmark, one_thread, name):
     """A step is forward, backward to the input and update: at most 3.2 forward passes, eager and native alike."""
+    config, batch, count = CASES[name]
     torch.manual_seed(0)
-    model = TrainConfig.read("cdm_mnist_small").model(1, 28).build().eval()
+    model = config().build().eval()
     torch.nn.init.normal_(model.classifier.head.weight, std=0.01)
     plan = annealed_langevin(model.sigmas[-2:], 2, step_lr=1e-6, denoise=False).on_levels(model.sigmas)
-    u, level = torch.randn(BATCH, 1, 28, 28), torch.full((BATCH,), 80)
-    eager, native = (Engine(model, BATCH, executor=name) for name in ("eager", "native"))
+    u, level = torch.randn(batch, *model.shape), torch.full((batch,), 80)
+    eager, native = (Engine(model, batch, executor=name) for name in ("eager", "native"))
     with torch.no_grad():
         ours, double = model(u, level), model.double()(u.double(), level)
         torch.testing.assert_close(ours.double(), double, rtol=1e-3, atol=1e-3 * double.abs().max().item())
@@ -54,20 +68,20 @@ def test_step_against_forward(benchmark, one_thread):
         return model.logits(u)
 
     def steps(engine):
-        return lambda: engine.sample(BATCH, plan=plan)
+        return lambda: engine.sample(batch, plan=plan)
 
+    size = model.shape[1] // model.classifier.patch
     pairs = {
         "eager": (steps(eager), logits),
-        "native": (steps(native), native_forward(model.classifier)),
+        "native": (steps(native), native_forward(model.classifier, batch, size)),
         "faster": (steps(eager), steps(native)),
     }
-    found = {name: paired_ratio(*pair, pairs=7, clock=time.thread_time) for name, pair in pairs.items()}
-    step = {name: found[name].median / plan.nfe for name in ("eager", "native")}
+    found = {kind: paired_ratio(*pair, pairs=count, clock=time.thread_time) for kind, pair in pairs.items()}
+    step = {kind: round(found[kind].median / plan.nfe, 2) for kind in ("eager", "native")}
     benchmark.pedantic(steps(native), rounds=3)
-    benchmark.extra_info |= about() | {"step / forward": {k: round(v, 2) for k, v in step.items()}}
-    for name, cost in step.items():
-        print(f"\nCDM, 28×28, B = {BATCH}, {name}: a step costs {cost:.2f} forward passes of its U-Net")
-    print(f"a native step is {found['faster']} times as fast as an eager one")
+    benchmark.extra_info |= about() | {"step / forward": step, "native, times faster": found["faster"].median}
+    print(f"\nCDM, {name}, B = {batch}: forward passes of its U-Net that a step costs: {step};")
+    print(f"  a native step is {found['faster']} times as fast as an eager one")
     assert max(step.values()) <= MOST, f"a step costs {step} forward passes, more than {MOST}"
     assert found["faster"].low > 1.5, f"native only {found['faster']} times as fast"
 

@@ -43,7 +43,7 @@ class Engine(Loop):
     sigmas [L] descending and shape (C, H, W): None takes ``model.sigmas`` and ``model.shape``.
     precision: of the network, "float32", "bfloat16", "float16", on a GPU "tf32" or, with executor "native", "direct":
         float32 without Winograd convolutions, slower and with a smaller error. x is float32 always.
-    executor: "eager"; "graph" (CUDA); "native" (CPU; NCSN, and networks of convolutions that can be traced); "hybrid"
+    executor: "eager"; "graph" (CUDA); "native" (CPU; NCSN, CDMs, networks of convolutions that can be traced); "hybrid"
         (CPU; fused ops, packed convolutions); or "auto", the fastest of those that can run the model. A module that
         "native" cannot take whole, or that fails to be captured, then runs slower, with a warning that says why.
     graph: how "graph" captures, a GraphConfig.

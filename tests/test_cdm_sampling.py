@@ -78,14 +78,15 @@ def test_bfloat16_keeps_the_head_in_float32():
     assert 0 < (wide - half).abs().max() < 0.05 * wide.std()
 
 
-def test_thousand_steps_leave_nothing_behind():
+@pytest.mark.parametrize("executor", ["eager", "native"])
+def test_thousand_steps_leave_nothing_behind(executor):
     def resident():
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("needs /proc to see the memory of this process")
-    engine = Engine(small(levels=10), 1)
+    engine = Engine(small(levels=10), 1, executor=executor)
     short, long = (
         annealed_langevin(engine.sigmas, k, step_lr=1e-4, start="normal", start_scale=5.0) for k in (10, 100)
     )

@@ -278,20 +278,30 @@ def points():
     return CDM(MLP(2, classes), classes, (2, 1, 1))
 
 
-def with_term(model):
+def with_term():
+    model = small()
     model.classifier.head.register_parameter("other", nn.Parameter(torch.zeros(1)))
     return model
 
 
+def hooked():
+    model = small()
+    model.classifier.middle[0].register_forward_hook(lambda *_: None)
+    return model
+
+
 @pytest.mark.parametrize(
-    "model, message",
+    "make, message",
     [
-        (points(), "a classifier that is MLP"),
-        (with_term(small()), "a head with other terms.* other"),
-        (small(fourier=(31,)), "octave n of 2\\^n must be from 0 to 30, got 31"),
+        (points, "a classifier that is MLP"),
+        (with_term, "a head with other terms.* other"),
+        (hooked, "classifier.middle.0 has hooks"),
+        (lambda: small().double(), "classifier.begin.weight is torch.float64"),
+        (lambda: small(fourier=(31,)), "octave n of 2\\^n must be from 0 to 30, got 31"),
     ],
 )
-def test_what_it_cannot_run_is_named(model, message):
+def test_what_it_cannot_run_is_named(make, message):
+    model = make()
     assert refusal(model) is not None
     with pytest.raises(ValueError, match=message):
         Engine(model, 1, executor="native")
