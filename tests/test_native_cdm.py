@@ -192,6 +192,11 @@ def test_bits_depend_on_neither_threads_nor_neighbours(threads):  # noqa: F811
         for i in (0, 7):  # alone, so that with several threads a team shares one image
             assert torch.equal(network(x[i : i + 1], level[i : i + 1])[0], want[i])
     assert not torch.equal(network(x, (level + 1) % LEVELS), want)
+    alone = []
+    for n in (1, 3):  # planned for one thread an image, and for three
+        threads(n)
+        alone.append(NativeNetwork(model, 1, 14, 14)(x[:1], level[:1]))
+    assert torch.equal(*alone)
 
 
 def test_weights_follow_training():

@@ -31,6 +31,27 @@ bool repeats(const Tensor& small, const Tensor& large) {
   return fits(small.height, large.height) && fits(small.width, large.width);
 }
 
+struct Takes {
+  bool input, second, output, add, prologue;
+};
+
+Takes what_it_takes(Op op) {
+  switch (op) {
+    case Op::load: return {false, false, true, true, false};
+    case Op::embed: return {false, false, true, false, false};
+    case Op::store: return {true, false, false, false, true};
+    case Op::store_gradient: return {true, true, false, false, false};
+    case Op::conv: case Op::activate: case Op::mean_pool: case Op::mean_pool5: case Op::max_pool5: case Op::slope:
+      return {true, false, true, true, true};
+    case Op::norm_backward: return {true, true, true, true, true};
+    case Op::upsample: case Op::nearest: case Op::block_sum: case Op::spread: case Op::slice: return {true, false, true, true, false};
+    case Op::concat: return {true, true, true, true, false};
+    case Op::attention: return {true, false, true, false, false};
+    case Op::attention_backward: return {true, true, true, false, false};
+  }
+  return {};
+}
+
 bool shape_follows(Op op, const Tensor& in, const Tensor* second, const Tensor& out) {
   switch (op) {
     case Op::activate: case Op::mean_pool5: case Op::max_pool5: return sized(out, in.channels, in.height, in.width);
@@ -103,48 +124,50 @@ void Executor::embedding(int channels, int height, int width, int patch, const s
   }
 }
 
+// What only the layers of a gradient ask for.
+void Executor::check_gradient(const Layer& l, const std::string& where) const {
+  if (l.op == Op::slope || l.op == Op::norm_backward) {
+    const Norm& norm = norms_[l.norm];
+    const bool known = l.activation == Activation::silu || (l.op == Op::norm_backward && l.activation == Activation::none);
+    if ((l.op == Op::slope) != (norm.groups == 0) || norm.has_alpha || !known) refuse(where + "no gradient of that norm and activation");
+  }
+  if (l.op == Op::slice && (l.first < 0 || l.first + tensors_[l.output].channels > tensors_[l.input].channels))
+    refuse(where + "its input has " + std::to_string(tensors_[l.input].channels) + " channels");
+  if ((l.op == Op::attention || l.op == Op::attention_backward) && tensors_[l.input].channels % (3 * backend_.width))
+    refuse(where + "q, k and v need " + std::to_string(backend_.width) + " channels or multiples of it");
+  const Embedding& e = embedding_;
+  const auto embedded = [&](int id) {
+    return e.channels && sized(tensors_[id], e.channels * (1 + 2 * e.octaves) * e.patch * e.patch, e.height / e.patch, e.width / e.patch);
+  };
+  if ((l.op == Op::embed && !embedded(l.output)) || (l.op == Op::store_gradient && !(embedded(l.input) && embedded(l.second))))
+    refuse(where + "it needs embedding() and a tensor of that shape");
+}
+
 void Executor::layer(Op op, int input, int second, int output, const std::vector<int>& add, int norm, Activation activation,
                      int conv, double scale, double shift, int first) {
   if (planned_) throw std::logic_error("layer() after plan()");
   const std::string where = "layer " + std::to_string(layers_.size()) + ": ";
   const auto is_index = [](int i, size_t n) { return i >= 0 && i < static_cast<int>(n); };
-  const bool reads = op != Op::load && op != Op::embed, writes = op != Op::store && op != Op::store_gradient;
+  const Takes takes = what_it_takes(op);
   const bool convolves = op == Op::conv || op == Op::store, of_norm = op == Op::slope || op == Op::norm_backward;
-  const bool pairs = op == Op::concat || op == Op::norm_backward || op == Op::attention_backward || op == Op::store_gradient;
-  const bool adds = writes && op != Op::load && op != Op::embed && op != Op::slope && op != Op::attention && op != Op::attention_backward;
-  if ((reads && !is_index(input, tensors_.size())) || (writes && !is_index(output, tensors_.size())) ||
-      (pairs && !is_index(second, tensors_.size())) || (convolves && !is_index(conv, convs_.size())) ||
-      ((norm >= 0 || of_norm) && !is_index(norm, norms_.size())) || add.size() > 2 || (!add.empty() && !adds))
+  if ((takes.input && !is_index(input, tensors_.size())) || (takes.output && !is_index(output, tensors_.size())) ||
+      (takes.second && !is_index(second, tensors_.size())) || (convolves && !is_index(conv, convs_.size())) ||
+      ((norm >= 0 || of_norm) && !is_index(norm, norms_.size())) || add.size() > 2 || (!add.empty() && !takes.add))
     throw std::out_of_range(where + "no such tensor, norm or conv, or more addends than it takes");
-  Layer l{op, reads ? input : -1, pairs ? second : -1, writes ? output : -1, {-1, -1}, norm, activation,
+  Layer l{op, takes.input ? input : -1, takes.second ? second : -1, takes.output ? output : -1, {-1, -1}, norm, activation,
           convolves ? conv : -1, static_cast<float>(scale), static_cast<float>(shift), first};
   for (size_t i = 0; i < add.size(); ++i) {
     const Tensor &a = tensors_.at(add[i]), &o = tensors_[output];
     if (a.channels != o.channels || a.height != o.height || a.width != o.width) refuse(where + "an addend has another shape than the output");
     l.add[i] = add[i];
   }
-  const bool has_prologue = convolves || of_norm || op == Op::activate || op == Op::mean_pool || op == Op::mean_pool5 || op == Op::max_pool5;
-  if (!has_prologue && (norm >= 0 || activation != Activation::none)) refuse(where + "it takes no norm and no activation");
+  if (!takes.prologue && (norm >= 0 || activation != Activation::none)) refuse(where + "it takes no norm and no activation");
   if (norm >= 0 && norms_[norm].channels != tensors_[input].channels)
     refuse(where + "the norm has " + std::to_string(norms_[norm].channels) + " channels, its input " +
            std::to_string(tensors_[input].channels));
-  if (of_norm && ((op == Op::slope) != (norms_[norm].groups == 0) || norms_[norm].has_alpha ||
-                  (activation != Activation::silu && (op == Op::slope || activation != Activation::none))))
-    refuse(where + "no gradient of that norm and activation");
-  if (op == Op::slice && (first < 0 || first + tensors_[output].channels > tensors_[input].channels))
-    refuse(where + "its input has " + std::to_string(tensors_[input].channels) + " channels");
-  if (op == Op::attention && tensors_[input].channels % (3 * backend_.width))
-    refuse(where + "q, k and v need " + std::to_string(backend_.width) + " channels or multiples of it");
-  const int planes = embedding_.channels * (1 + 2 * embedding_.octaves) * embedding_.patch * embedding_.patch;
-  const auto embedded = [&](const Tensor& t) {
-    return embedding_.channels && sized(t, planes, embedding_.height / embedding_.patch, embedding_.width / embedding_.patch);
-  };
-  if ((op == Op::embed && !embedded(tensors_[output])) ||
-      (op == Op::store_gradient && (!embedded(tensors_[input]) || !embedded(tensors_[second]))))
-    refuse(where + "it needs embedding() and a tensor of that shape");
-  if (op == Op::embed || op == Op::store_gradient) return layers_.push_back(l);
-  if (convolves ? !conv_fits(convs_[conv], tensors_[input], writes ? &tensors_[output] : nullptr)
-                : reads && !shape_follows(op, tensors_[input], second < 0 ? nullptr : &tensors_[second], tensors_[output]))
+  check_gradient(l, where);
+  if (convolves ? !conv_fits(convs_[conv], tensors_[input], takes.output ? &tensors_[output] : nullptr)
+                : takes.input && takes.output && !shape_follows(op, tensors_[input], takes.second ? &tensors_[second] : nullptr, tensors_[output]))
     refuse(where + "the output's shape does not follow from its inputs");
   layers_.push_back(l);
 }

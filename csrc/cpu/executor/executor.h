@@ -88,6 +88,7 @@ class Executor {
 
  private:
   struct Team;
+  void check_gradient(const Layer& layer, const std::string& where) const;
   void check_level(int64_t level, const char* name, int64_t index) const;
   void check_chain(const Chain& chain, int64_t steps) const;
   void set_levels(int64_t levels);
