@@ -30,10 +30,16 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+FLOAT8_TARGETS = (
+    "sm_90",
+    "sm_100",
+    "sm_120",
+)  # sm_89 too, which nothing here is compiled for; gfx942's is another e4m3
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -57,6 +63,11 @@ class Report:
     def wide(self, accesses: dict[int, int]) -> int:
         """Bytes that a program moves by accesses of 16 bytes or more, loops counted once."""
         return self.threads * sum(width * count for width, count in accesses.items() if width >= 16)
+
+
+def targets(case: Case) -> tuple[str, ...]:
+    """The GPUs that a case is for."""
+    return FLOAT8_TARGETS if case.float8 else tuple(TARGETS)
 
 
 def problems(case: Case, report: Report) -> list[str]:
@@ -158,10 +169,10 @@ def _dwords(pattern: str, text: str) -> dict[int, int]:
     return dict(Counter(names.get(name, 2 if "short" in name else 1) for name in re.findall(pattern, text)))
 
 
-def main(targets: list[str]) -> int:
+def main(wanted: list[str]) -> int:
     failed = 0
     for name, case in cases().items():
-        for target in targets or TARGETS:
+        for target in (t for t in targets(case) if t in (wanted or TARGETS)):
             found = report(case, target)
             wrong = problems(case, found)
             failed += bool(wrong)

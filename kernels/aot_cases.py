@@ -9,10 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sgm_engine.kernels import triton_conv, triton_noise, triton_norm, triton_norm_backward, triton_update
+from sgm_engine.kernels import (
+    triton_conv,
+    triton_float8,
+    triton_noise,
+    triton_norm,
+    triton_norm_backward,
+    triton_update,
+)
 from sgm_engine.kernels.launch import Launch
 
-BATCH = 8
+BATCH, FLOAT8 = 8, torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -24,12 +31,13 @@ class Case:
     stores: int = 0  # likewise written
     shared: int = 16384  # bytes of shared memory at most: a tile that goes through it needs more
     exact: bool = False  # products and sums rounded separately, subnormals kept
+    float8: bool = False  # for the targets whose tensor cores know e4m3
 
 
 @functools.cache
 def cases() -> dict[str, Case]:
     """Every kernel, at the shapes of the published and the bundled networks, over dtypes, layouts and options."""
-    return dict([*_noise_cases(), *_update_cases(), *_norm_cases(), *_conv_cases()])
+    return dict([*_noise_cases(), *_update_cases(), *_norm_cases(), *_conv_cases(), *_float8_cases()])
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.float32, nhwc: bool = False) -> Tensor:
@@ -171,6 +179,24 @@ def _conv_cases() -> Iterator[tuple[str, Case]]:
         written = 2 * tile.pixels * tile.channels
         case = Case(launch, loads=written, stores=written, shared=2**16 + 64)
         yield f"conv {_words((channels, side, side))} 3×3 d{dilation} {tile.pixels}×{tile.channels}×{tile.depth}", case
+
+
+def _float8_cases() -> Iterator[tuple[str, Case]]:
+    """Every tile that is tuned over and that is taken untuned, and what makes its input."""
+    tiles = [*triton_conv.FLOAT8_TILES, *(triton_conv.float8_tile(c, c) for c in (32, 64))]
+    for channels, side, tile in zip((128, 128, 256, 32, 64), (32, 32, 16, 28, 28), tiles, strict=True):
+        x, weight = _tensor(BATCH, channels, side, side, nhwc=True), _tensor(channels, channels, 3, 3, nhwc=True)
+        x, weight = x.to(FLOAT8), weight.to(FLOAT8)
+        out, scale = _tensor(BATCH, channels, side, side, dtype=torch.bfloat16, nhwc=True), _tensor(channels)
+        launch = triton_conv.describe(x, weight, scale, torch.empty_like(out), 1, out, None, tile, scale)
+        written = 2 * tile.pixels * tile.channels
+        name = f"conv float8 {_words((channels, side, side))} {tile.pixels}×{tile.channels}×{tile.depth}"
+        yield name, Case(launch, loads=written, stores=written, shared=3 * 2**15 + 64, float8=True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = _tensor(BATCH, 128, 32, 32, dtype=dtype, nhwc=True)
+        launch = triton_float8.describe(x, 0.5, x.to(FLOAT8))
+        read, written = (launch.constants["ELEMENTS"] * size for size in (dtype.itemsize, 1))
+        yield f"quantise {_words(dtype)}", Case(launch, loads=read, stores=written, float8=True)
 
 
 def _tile(launch: Launch) -> int:

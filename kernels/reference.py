@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from sgm_engine.kernels.noise import fill
 
+E4M3_MAX = 448.0  # the largest float8 e4m3 (OCP 8-bit floating point, revision 1.0)
 ACTIVATIONS = {"none": lambda x: x, "elu": F.elu, "relu": F.relu, "silu": F.silu}
 
 
@@ -61,6 +62,34 @@ def _per_sample(p: Tensor | None, level: Tensor | None) -> Tensor | None:
     if p is None:
         return None
     return p[None, :, None, None] if p.dim() == 1 else p[level][:, :, None, None]
+
+
+def quantised(x: Tensor, inverse: float) -> Tensor:
+    """x·inverse as float8 e4m3: to the nearest, ties to even, at most ±448; NaN stays NaN. inverse: a float32."""
+    return (x.float() * inverse).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def float8_convolution(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    inverse: float,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    dilation: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """scale·(q(x) ∗ weight) + bias + residual in ``dtype``, stride 1, padding that keeps the size.
+
+    x: [N, Cin, H, W], of which q(x) = quantised(x, inverse), or float8 already; weight: float8 [Cout, Cin, k, k];
+    scale: [Cout], what one unit of q(x)·weight is worth; bias: [Cout]; residual: [N, Cout, H, W].
+    """
+    x = x if x.dtype == torch.float8_e4m3fn else quantised(x, inverse)
+    y = F.conv2d(x.to(dtype), weight.to(dtype), padding=weight.shape[-1] // 2 * dilation, dilation=dilation)
+    y = y * scale.to(dtype)[:, None, None]
+    if bias is not None:
+        y = y + bias.to(dtype)[:, None, None]
+    return y if residual is None else y + residual.to(dtype)
 
 
 def langevin_update(

@@ -1,11 +1,16 @@
 """Triton: a convolution of stride 1 that keeps the size, as an implicit matrix product, with what follows it.
 
     y = x ∗ w + bias + residual          1×1 or 3×3, any dilation; NHWC; sums in float32, rounded once
+    y = scale·(x ∗ w) + bias + residual  the same of x and w in float8 (e4m3): reference.float8_convolution
     (mean, M2) of y for each tile of pixels and channel, if asked for: what `stats` of triton_norm.py would read y for
 
 Rows of the product are pixels, columns are output channels; the inner dimension runs over taps, then input channels,
 which is how an NHWC tensor and an NHWC (channels_last) weight lie in memory. No atomics: the bits depend on the shape
 and the tile alone.
+
+float8: Hopper's tensor cores sum its products to some 14 bits (arXiv 2412.19437, 3.3.2), so that each chunk of DEPTH
+channels is added to the sum in float32. x is quantised before, not here: nine taps would each do it again, at the cost
+of the products themselves, and Triton 3.7 does not add chunks in float32 if an operand comes from registers.
 """
 
 from __future__ import annotations
@@ -32,13 +37,21 @@ class ConvTile:
 
 
 TILES = (ConvTile(), ConvTile(pixels=64, channels=128, warps=4), ConvTile(depth=64, stages=2))  # what is tuned over
+FLOAT8_TILES = (ConvTile(depth=64), ConvTile(depth=128), ConvTile(pixels=64, depth=128, warps=4))
+
+
+def float8_tile(c_in: int, c_out: int) -> ConvTile:
+    """For a float8 layer that nothing is tuned for; its channels divide by 32."""
+    channels, depth = (max(size for size in (32, 64, 128) if count % size == 0) for count in (c_out, c_in))
+    return ConvTile(channels=channels, depth=min(depth, 64), warps=8 if channels == 128 else 4)
 
 
 @triton.jit
 def conv_kernel(
     x_ptr,  # [N, H, W, CIN] in memory
     weight_ptr,  # [COUT, KERNEL, KERNEL, CIN] in memory
-    bias_ptr,  # float32 or like x, [COUT]; or None
+    scale_ptr,  # float32 [COUT] if x and weight are float8, else None
+    bias_ptr,  # float32 or like out, [COUT]; or None
     residual_ptr,  # like out, or None
     out_ptr,  # [N, H, W, COUT] in memory
     partial_ptr,  # float32 [N, H·W / PIXELS, 2, COUT], or None
@@ -70,7 +83,12 @@ def conv_kernel(
         x = tl.load(x_ptr + source[:, None] + inner[None, :], mask=there[:, None], other=0.0)
         at = channel * (KERNEL * KERNEL * CIN) + tap * CIN + first
         w = tl.load(weight_ptr + at[None, :] + inner[:, None])
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        if scale_ptr is None:
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x, w, acc, max_num_imprecise_acc=DEPTH)
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + channel)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + channel)[None, :].to(tl.float32)
     offset = pixel[:, None] * COUT + channel[None, :]
@@ -114,11 +132,12 @@ def describe(
     out: Tensor,
     partial: Tensor | None = None,
     tile: ConvTile = TILES[0],
+    scale: Tensor | None = None,
 ) -> Launch:
     batch, c_in, height, width = x.shape
     c_out, _, kernel, _ = weight.shape
     arguments = {"x_ptr": x, "weight_ptr": weight, "bias_ptr": bias, "residual_ptr": residual, "out_ptr": out}
-    arguments |= {"partial_ptr": partial, "total": batch * height * width}
+    arguments |= {"scale_ptr": scale, "partial_ptr": partial, "total": batch * height * width}
     constants = {"H": height, "W": width, "CIN": c_in, "COUT": c_out, "KERNEL": kernel, "DILATION": dilation}
     constants |= {"PIXELS": tile.pixels, "CHANNELS": tile.channels, "DEPTH": tile.depth}
     programs = triton.cdiv(batch * height * width, tile.pixels) * (c_out // tile.channels)
@@ -135,16 +154,18 @@ def convolution(
     out: Tensor,
     partial: Tensor | None = None,
     tile: ConvTile = TILES[0],
+    scale: Tensor | None = None,
 ) -> None:
     """out ← x ∗ weight + bias + residual, stride 1, padding that keeps the size.
 
-    x: float32, bfloat16 or float16 [N, Cin, H, W], channels_last, as all images here; weight: [Cout, Cin, k, k] of its
-    dtype, channels_last; residual, out: [N, Cout, H, W]; bias: [Cout]. partial: float32 [N, H·W / tile.pixels, 2,
-    Cout], the mean and the sum of squared deviations of each tile of out.
+    x: float32, bfloat16, float16 or float8 [N, Cin, H, W], channels_last, as all images here; weight: [Cout, Cin, k, k]
+    of its dtype, channels_last; residual, out: [N, Cout, H, W]; bias: [Cout]. partial: float32 [N, H·W / tile.pixels,
+    2, Cout], the mean and the sum of squared deviations of each tile of out. scale: float32 [Cout], of x and weight in
+    float8_e4m3fn; bias is then float32, and residual and out have another dtype.
     Checks and allocates nothing: ``refusal`` says what it cannot do.
     """
     with torch.cuda.device_of(x):
-        describe(x, weight, bias, residual, dilation, out, partial, tile)()
+        describe(x, weight, bias, residual, dilation, out, partial, tile, scale)()
 
 
 def as_dict(tile: ConvTile) -> dict[str, int]:

@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sgm_engine.acceleration import accelerate
     from sgm_engine.bundled import load_bundled
+    from sgm_engine.calibration import calibrate_float8
     from sgm_engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
     from sgm_engine.conditioning import at_sigmas
     from sgm_engine.engine import Engine
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         SampleDiverged,
         ServiceClosed,
     )
+    from sgm_engine.float8 import Float8Config
     from sgm_engine.graphs import GraphConfig
     from sgm_engine.guidance import classifier_free, classifier_guided, posterior, preconditioned, with_drift
     from sgm_engine.inverse import LinearOperator
@@ -39,6 +41,7 @@ _MODULES = {
     "acceleration": ("accelerate",),
     "bundled": ("load_bundled",),
     "checkpoint": ("CheckpointError", "load_checkpoint", "save_checkpoint"),
+    "calibration": ("calibrate_float8",),
     "engine": ("Engine",),
     "errors": (
         "Cancelled",
@@ -52,6 +55,7 @@ _MODULES = {
         "ServiceClosed",
     ),
     "conditioning": ("at_sigmas",),
+    "float8": ("Float8Config",),
     "graphs": ("GraphConfig",),
     "guidance": (
         "classifier_free",
@@ -79,6 +83,7 @@ __all__ = [
     "Engine",
     "EngineBusy",
     "EngineError",
+    "Float8Config",
     "GraphConfig",
     "Job",
     "JobBusy",
@@ -94,6 +99,7 @@ __all__ = [
     "annealed_langevin",
     "as_score",
     "at_sigmas",
+    "calibrate_float8",
     "classifier_free",
     "classifier_guided",
     "consistent_annealed",

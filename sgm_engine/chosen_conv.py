@@ -20,6 +20,8 @@ class ChosenConv(nn.Module):
         from sgm_engine.kernels import conv_table, triton_conv
 
         conv, weight = self.conv, self.conv.weight
+        if type(conv) is not nn.Conv2d:  # in a copy of the network for precision="float8": a Float8Conv
+            return conv(x)
         learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         tile = None if learns else conv_table.choose(x, weight, conv.dilation[0])
         if tile is None or triton_conv.refusal(x, weight, tile):

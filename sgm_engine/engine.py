@@ -18,6 +18,7 @@ from torch import Tensor
 from sgm_engine.checks import MAX_SEED, check_chains, check_int, check_plan, check_shape, place
 from sgm_engine.errors import Cancelled, Divergence, EngineBusy, SampleDiverged
 from sgm_engine.executor import make_executor
+from sgm_engine.float8 import Float8Config
 from sgm_engine.graphs import GraphConfig
 from sgm_engine.known import REDRAWS, check_known
 from sgm_engine.lanes import Turns, check_buckets
@@ -42,11 +43,13 @@ class Engine(Loop):
         its bits are then those of that batch. stream, jobs and services always use ``batch``.
     sigmas [L] descending and shape (C, H, W): None takes ``model.sigmas`` and ``model.shape``.
     precision: of the network, "float32", "bfloat16", "float16", on a GPU "tf32" or, with executor "native", "direct":
-        float32 without Winograd convolutions, slower and with a smaller error. x is float32 always.
+        float32 without Winograd convolutions, slower and with a smaller error. x is float32 always. "float8": bfloat16,
+        and large convolutions in 8 bits (e4m3) on a GPU that has them; opt in with docs/float8.md, its measured effect
+        on samples, in mind.
     executor: "eager"; "graph" (CUDA); "native" (CPU; NCSN, CDMs, networks of convolutions that can be traced); "hybrid"
         (CPU; fused ops, packed convolutions); or "auto", the fastest of those that can run the model. A module that
         "native" cannot take whole, or that fails to be captured, then runs slower, with a warning that says why.
-    graph: how "graph" captures, a GraphConfig.
+    graph: how "graph" captures, a GraphConfig. float8: the scales of precision "float8", of calibrate_float8(model).
 
     One request runs at a time: a second thread waits for its turn.
     """
@@ -62,6 +65,7 @@ class Engine(Loop):
         shape: tuple[int, int, int] | None = None,
         buckets: Sequence[int] = (),
         graph: GraphConfig | None = None,
+        float8: Float8Config | None = None,
     ):
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, level), got {type(model).__name__}")
@@ -75,7 +79,7 @@ class Engine(Loop):
         self.shape = check_shape(getattr(model, "shape", None) if shape is None else shape)
         self.device = place(model, device)
         batch = check_int("batch", (128 if self.device.type == "cuda" else 16) if batch is None else batch, 1)
-        network = Network(model, precision, self.device, self.shape, len(self.sigmas))
+        network = Network(model, precision, self.device, self.shape, len(self.sigmas), float8)
         runs = make_executor(executor, network, graph)
         super().__init__(network, runs, executor == "auto", batch, self.shape, check_buckets(buckets, batch))
         self._lock, self._owner = threading.Lock(), None

@@ -52,8 +52,8 @@ class Loop:
 
     def describe(self) -> str:
         """The executor that runs, and what it makes of the model: algorithms, memory, why it is not a faster one."""
-        about = getattr(self._executor, "describe", None)
-        return f"{self.executor}, {self._network.precision}, batch {self.batch}" + (f": {about()}" if about else "")
+        about = getattr(self._executor, "describe", str)(), self._network.describe()
+        return ": ".join([f"{self.executor}, {self._network.precision}, batch {self.batch}", *filter(None, about)])
 
     @property
     def batch(self) -> int:

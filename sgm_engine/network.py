@@ -6,14 +6,19 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from sgm_engine.numerics import float32_math
 
-PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "direct")
-HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    from sgm_engine.float8 import Float8Config
+    from sgm_engine.float8_conv import Float8Conv
+
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "float8", "direct")
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.bfloat16}
 SCORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The layers that autocast runs in 16 bits, and whose weights are therefore worth casting once instead of every step.
 _CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
@@ -30,6 +35,7 @@ class Network:
     bfloat16, float16: autocast (norms and parameters of other layers stay float32) over a copy of the module that
     shares everything with it except the weights of convolutions and linear layers. Those are 16-bit buffers of their
     own, in place for good; ``sync`` rewrites them from the module's current weights.
+    float8: bfloat16, and the convolutions that ``float8`` names in 8 bits (float8.py), quantised by ``sync`` likewise.
     direct: float32, by the one executor that has a choice (native) without Winograd.
     shape, levels: (C, H, W) of a sample and the number of levels, for executors that prepare for them.
     """
@@ -41,6 +47,7 @@ class Network:
         device: torch.device,
         shape: tuple[int, int, int] | None = None,
         levels: int | None = None,
+        float8: Float8Config | None = None,
     ):
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
@@ -51,6 +58,10 @@ class Network:
             raise ValueError(
                 f"precision={precision!r} needs an nn.Module, got a plain callable: cast inside it instead"
             )
+        if precision == "float8" or float8 is not None:
+            from sgm_engine.float8 import check_float8
+
+            check_float8(float8, precision, device)
         if precision == "tf32" and device.type != "cuda":
             raise ValueError(f"precision='tf32' needs a CUDA device, got {device}: use precision='float32'")
         self._modal = self.module is not None and any(isinstance(m, _MODAL) for m in self.module.modules())
@@ -58,6 +69,10 @@ class Network:
         self._known = _tensors(self.module)
         self._copied: list[Tensor] = []
         self._casts: list[tuple[Tensor, Tensor]] = []  # (parameter, its 16-bit buffer)
+        self._float8 = float8
+        self._quantised: dict[nn.Conv2d, Float8Conv] = {}  # convolution → the layer in its place
+        if float8 is not None:
+            self._quantised = self._float8_layers()  # raises what is wrong with it
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         with self._numerics():
@@ -90,9 +105,31 @@ class Network:
             now = _tensors(self.module)
             if not _same(self._copied, now):
                 self._copied = now
-                self._forward, self._casts = _cast_copy(self.module, self._half)
+                if self._float8 is not None:
+                    self._quantised = self._float8_layers()
+                self._forward, self._casts = _cast_copy(self.module, self._half, self._quantised)
             for parameter, buffer in self._casts:
                 buffer.copy_(parameter)
+            for conv, layer in self._quantised.items():
+                layer.load(conv)
+
+    def _float8_layers(self) -> dict[nn.Conv2d, Float8Conv]:
+        from sgm_engine.float8 import float8_layers
+
+        return float8_layers(self.module, self._float8)
+
+    def describe(self) -> str:
+        """What the precision leaves to be said."""
+        if not self._quantised:
+            return ""
+        convolutions = sum(isinstance(m, nn.Conv2d) for m in self.module.modules())
+        how = "emulated" if self._float8.emulate else "e4m3"
+        return f"{len(self._quantised)} of {convolutions} convolutions in float8 ({how}), the others in bfloat16"
+
+    @property
+    def forward_module(self) -> nn.Module:
+        """What an evaluation calls: after ``sync``, in 16 bits, a copy of this network's own."""
+        return self._forward
 
     def versions(self) -> list[int]:
         """A number for each parameter and buffer, which changes in place raise; writes through ``.data`` do not."""
@@ -116,12 +153,17 @@ def _same(left: list[Tensor], right: list[Tensor]) -> bool:
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
 
 
-def _cast_copy(module: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-    """A copy that shares every tensor with ``module`` but the weights of _CAST layers, and those paired with theirs."""
-    memo: dict[int, object] = {id(t): t for t in _tensors(module)}
+def _cast_copy(
+    module: nn.Module, dtype: torch.dtype, replaced: dict[nn.Conv2d, Float8Conv]
+) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A copy that shares every tensor with ``module`` but the weights of _CAST layers, and those paired with theirs.
+
+    replaced: layers in whose place the copy has others, wherever they are called.
+    """
+    memo: dict[int, object] = {id(t): t for t in _tensors(module)} | {id(old): new for old, new in replaced.items()}
     casts = []
     for layer in module.modules():
-        if isinstance(layer, _CAST):
+        if isinstance(layer, _CAST) and layer not in replaced:
             for p in layer.parameters(recurse=False):
                 layout = torch.channels_last if p.dim() == 4 else torch.preserve_format  # as x in 16 bits
                 empty = torch.empty_like(p, dtype=dtype, memory_format=layout)

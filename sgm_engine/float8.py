@@ -1,0 +1,136 @@
+"""precision="float8": which convolutions run in float8 (e4m3), and by what scales.
+
+Everything else of the network is bfloat16, as with precision="bfloat16". docs/float8.md has what it does to samples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from sgm_engine.acceleration import Accelerated
+from sgm_engine.float8_conv import Float8Conv
+from sgm_engine.kernels.reference import E4M3_MAX
+
+CHANNELS = 32  # a layer's channels, in and out, must divide by this
+FORMAT = "sgm-float8"
+
+
+@dataclass(frozen=True)
+class Float8Config:
+    """How precision="float8" quantises. Make one with :func:`calibrate_float8`, once for a set of weights.
+
+    maxima: name of a convolution → the largest |input| that it has seen; a convolution without stays bfloat16.
+    margin: inputs up to margin·maximum are represented, larger ones cut off. e4m3 has an exponent of its own, so that
+        a margin of 2 costs no digits, but the smallest numbers: those below 1/30,000 of the maximum.
+    source: what the maxima were taken from, in words.
+    emulate: compute the same numbers in plain PyTorch: quantised operands, products and sums in float32. On any device,
+        and slow. Sums run in another order than on a GPU: results agree to rounding, not bit by bit.
+
+    Weights need no calibration: whenever they change they are quantised, by the largest of each output channel.
+    """
+
+    maxima: Mapping[str, float]
+    margin: float = 2.0
+    source: str = ""
+    emulate: bool = False
+
+    def __post_init__(self) -> None:
+        for name, largest in self.maxima.items():
+            if not (isinstance(largest, (int, float)) and 1e-30 < largest < 1e30):
+                raise ValueError(f"maxima must be positive and finite, got {largest!r} for {name!r}: calibrate again")
+        if not (isinstance(self.margin, (int, float)) and 1 <= self.margin <= 256):
+            raise ValueError(f"margin must be in [1, 256], got {self.margin!r}")
+        if not isinstance(self.emulate, bool):
+            raise TypeError(f"emulate must be True or False, got {self.emulate!r}")
+
+    def inverse(self, name: str) -> float:
+        """What the input of that convolution is multiplied by before it is rounded to float8; a float32."""
+        return float(np.float32(E4M3_MAX / (self.margin * self.maxima[name])))
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Float8Config:
+        """What ``to_json`` wrote. ValueError says why a text is refused."""
+        try:
+            content = json.loads(text)
+            if content.pop("format", None) != FORMAT:
+                raise ValueError(f'expected an object with "format": "{FORMAT}"')
+            return cls(**content)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a float8 calibration ({error}): make one with calibrate_float8") from error
+
+
+def check_float8(config: Float8Config | None, precision: str, device: torch.device) -> None:
+    """ValueError unless the two arguments of an engine fit each other and the device."""
+    if precision != "float8":
+        if config is not None:
+            raise ValueError(
+                f"float8={config.source or '…'!r} is for precision='float8', got {precision!r}: leave it out"
+            )
+        return
+    if config is None:
+        raise ValueError(
+            "precision='float8' needs float8=calibrate_float8(model), the scales of its layers; "
+            "docs/float8.md says what it does to samples"
+        )
+    if config.emulate:
+        return
+    if device.type != "cuda":
+        raise ValueError(
+            f"precision='float8' needs a CUDA device, got {device}: use precision='bfloat16', or "
+            "float8=replace(float8, emulate=True), which computes the same numbers slowly"
+        )
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(
+            f"precision='float8' needs e4m3 tensor cores (compute capability 8.9), which {name} does not have: "
+            "use precision='bfloat16'"
+        )
+
+
+def qualifies(conv: nn.Module) -> bool:
+    """3×3, stride 1, size kept, ungrouped, at least 32 channels in and out: what the kernel does, and where the work is.
+
+    So the first and the last convolution stay bfloat16 (images have few channels, and an error there is one of x), as
+    do those of one tap, which read as much as they compute.
+    """
+    if type(conv) is not nn.Conv2d or conv._forward_hooks or conv._forward_pre_hooks:
+        return False
+    same = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == conv.dilation
+    square = conv.dilation[0] == conv.dilation[1] and conv.padding_mode == "zeros" and conv.groups == 1
+    return same and square and conv.in_channels % CHANNELS == 0 and conv.out_channels % CHANNELS == 0
+
+
+def convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
+    """Name → convolution of the user's own module. Accelerated, one that a 2×2 mean follows is called no more."""
+    derived = module.derived.values() if isinstance(module, Accelerated) else ()
+    pooled = {id(pooled_conv._conv[0]) for pooled_conv in derived}
+    modules = _own(module).named_modules()
+    return {name: m for name, m in modules if isinstance(m, nn.Conv2d) and id(m) not in pooled}
+
+
+def _own(module: nn.Module) -> nn.Module:
+    return module.source if isinstance(module, Accelerated) else module
+
+
+def float8_layers(module: nn.Module, config: Float8Config) -> dict[nn.Conv2d, Float8Conv]:
+    """The layer in place of each convolution that qualifies and was calibrated, its weights not loaded yet."""
+    found = convolutions(module)
+    known = dict(_own(module).named_modules())
+    if unknown := [name for name in config.maxima if name not in known]:
+        raise ValueError(f"float8 was calibrated on another network: this one has no {unknown[0]!r}")
+    chosen = {name: conv for name, conv in found.items() if name in config.maxima and qualifies(conv)}
+    if not chosen:
+        raise ValueError(
+            f"precision='float8' finds nothing to do: none of {len(found)} convolutions is 3×3, keeps the size, has "
+            f"channels that divide by {CHANNELS} and a maximum in float8.maxima; use precision='bfloat16'"
+        )
+    return {conv: Float8Conv(conv, config.inverse(name), config.emulate) for name, conv in chosen.items()}

@@ -1,0 +1,60 @@
+"""A convolution in float8 (e4m3), from weights that it quantises itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sgm_engine.kernels.reference import E4M3_MAX, float8_convolution, quantised
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+class Float8Conv(nn.Module):
+    """3×3, stride 1, size kept: x and weight in float8, products summed in float32, bias added, bfloat16 out.
+
+    inverse: what x is multiplied by before it becomes float8. weight: float8 [Cout, Cin, 3, 3], channels_last;
+    scale: float32 [Cout], what a product of two float8 is worth. ``load`` writes them, in place.
+    """
+
+    def __init__(self, conv: nn.Conv2d, inverse: float, emulate: bool):
+        super().__init__()
+        self.inverse, self.emulate, self.dilation = inverse, emulate, conv.dilation[0]
+        weight = torch.empty_like(conv.weight, dtype=FLOAT8, memory_format=torch.channels_last, requires_grad=False)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", torch.empty(len(weight), dtype=torch.float32, device=weight.device))
+        self.register_buffer("bias", None if conv.bias is None else torch.empty_like(self.scale))
+
+    @torch.no_grad()
+    def load(self, conv: nn.Conv2d) -> None:
+        """Quantise conv's weights as they are now, each output channel by its largest."""
+        weight = conv.weight.float()
+        scale = weight.abs().amax((1, 2, 3)).div_(E4M3_MAX).clamp_min_(torch.finfo(torch.float32).tiny)
+        self.weight.copy_(quantised(weight / scale[:, None, None, None], 1.0))
+        self.scale.copy_(scale / self.inverse)
+        if self.bias is not None:
+            self.bias.copy_(conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: any float [N, Cin, H, W], or already what quantised(x, inverse) is → bfloat16 [N, Cout, H, W]."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("precision='float8' has no gradient: use precision='bfloat16' where one is needed")
+        if self.emulate:
+            with torch.autocast(x.device.type, enabled=False):
+                y = float8_convolution(x, self.weight, self.scale, self.inverse, self.bias, None, self.dilation)
+            return y.to(torch.bfloat16)
+        return self._launch(x.contiguous(memory_format=torch.channels_last))
+
+    def _launch(self, x: Tensor) -> Tensor:
+        from sgm_engine.kernels import conv_table, triton_conv, triton_float8
+
+        if x.dtype != FLOAT8:
+            x8 = torch.empty_like(x, dtype=FLOAT8)
+            triton_float8.quantise(x, self.inverse, x8)
+            x = x8
+        c_out, c_in, *_ = self.weight.shape
+        tile = conv_table.choose(x, self.weight, self.dilation) or triton_conv.float8_tile(c_in, c_out)
+        shape = (len(x), c_out, *x.shape[2:])
+        out = torch.empty(shape, dtype=torch.bfloat16, device=x.device, memory_format=torch.channels_last)
+        triton_conv.convolution(x, self.weight, self.bias, None, self.dilation, out, None, tile, self.scale)
+        return out
