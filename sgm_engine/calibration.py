@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +24,22 @@ def calibrate_float8(
     device: torch.device | str | None = None,
     sigmas=None,
     shape: tuple[int, int, int] | None = None,
-    margin: float = 2.0,
-    emulate: bool = False,
+    **options: object,
 ) -> Float8Config:
-    """Draw n samples in bfloat16 and keep the largest |input| of each convolution that precision="float8" would replace.
+    """Draw n samples in bfloat16 and keep the largest |input| of each convolution that "float8" would replace.
 
     plan: what the samples are drawn by. None: consistent annealed sampling through every level of the model, from the
         highest sigma to the lowest, each as often as makes about 60 evaluations; the noise in x is then exactly each
         level's sigma. A plan whose states differ from that (inpainting, guidance) is better calibrated by itself.
     seed: of the samples; take another one for those that are judged. device, sigmas, shape: as of Engine.
-    margin, emulate: of the Float8Config that is returned.
+    options: margin, channels, emulate of the Float8Config that is returned.
 
     ValueError if a convolution saw something that is not finite. The model is left as it is; changed weights are
     followed without a new calibration as long as the activations keep their size (norms see to that in NCSN).
     docs/float8.md has the measured effect on samples.
     """
     n = check_int("n", n, 1)
+    empty = Float8Config({}, **options)
     engine = Engine(model, min(n, 16), device, "bfloat16", "eager", sigmas, shape)
     if plan is None:
         plan = consistent_annealed(engine.sigmas, steps_per_level=max(1, EVALUATIONS // len(engine.sigmas)))
@@ -46,14 +47,14 @@ def calibrate_float8(
     network.sync()  # makes the copy whose layers are watched
     watched = {}
     for name, conv in convolutions(network.forward_module).items():
-        if qualifies(conv):
+        if qualifies(conv, empty.channels):
             watched[name] = torch.zeros((), device=engine.device)
             conv.register_forward_pre_hook(_keep_largest(watched[name]))
     engine.sample(n, seed, plan)
     maxima = {name: float(largest) for name, largest in watched.items() if largest != 0}
     levels = f"levels {plan.level.min()} to {plan.level.max()}"
     source = f"{n} samples of {plan.name}, {plan.nfe} evaluations, {levels}, seed {seed}"
-    return Float8Config(maxima, margin, source, emulate)
+    return replace(empty, maxima=maxima, source=source)
 
 
 def _keep_largest(largest: Tensor) -> Callable:

@@ -85,6 +85,11 @@ class Engine(Loop):
         self._lock, self._owner = threading.Lock(), None
         self._turns = Turns(self.device)
 
+    @property
+    def numerics(self) -> str:
+        """precision, and for "float8" a digest of its scales: what the bits of a job's samples depend on."""
+        return self._network.numerics
+
     @cached_property
     def default_plan(self) -> Plan:
         """The plan of a request that names none: what the model's weights recommend, else annealed Langevin (NCSN)."""

@@ -5,19 +5,21 @@ Everything else of the network is bfloat16, as with precision="bfloat16". docs/f
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from sgm_engine.acceleration import Accelerated
+from sgm_engine.checks import check_int
 from sgm_engine.float8_conv import Float8Conv
 from sgm_engine.kernels.reference import E4M3_MAX
 
-CHANNELS = 32  # a layer's channels, in and out, must divide by this
+CHANNELS = 32  # what the kernel needs a convolution's channels to divide by
 FORMAT = "sgm-float8"
 
 
@@ -28,6 +30,7 @@ class Float8Config:
     maxima: name of a convolution → the largest |input| that it has seen; a convolution without stays bfloat16.
     margin: inputs up to margin·maximum are represented, larger ones cut off. e4m3 has an exponent of its own, so that
         a margin of 2 costs no digits, but the smallest numbers: those below 1/30,000 of the maximum.
+    channels: a convolution takes part if its channels, in and out, divide by this; below 32 only emulated.
     source: what the maxima were taken from, in words.
     emulate: compute the same numbers in plain PyTorch: quantised operands, products and sums in float32. On any device,
         and slow. Sums run in another order than on a GPU: results agree to rounding, not bit by bit.
@@ -37,6 +40,7 @@ class Float8Config:
 
     maxima: Mapping[str, float]
     margin: float = 2.0
+    channels: int = CHANNELS
     source: str = ""
     emulate: bool = False
 
@@ -48,10 +52,20 @@ class Float8Config:
             raise ValueError(f"margin must be in [1, 256], got {self.margin!r}")
         if not isinstance(self.emulate, bool):
             raise TypeError(f"emulate must be True or False, got {self.emulate!r}")
+        check_int("channels", self.channels, 1)
+        if self.channels % CHANNELS and not self.emulate:
+            raise ValueError(
+                f"channels must be a multiple of {CHANNELS}, got {self.channels}: fewer can be emulated only"
+            )
 
     def inverse(self, name: str) -> float:
         """What the input of that convolution is multiplied by before it is rounded to float8; a float32."""
         return float(np.float32(E4M3_MAX / (self.margin * self.maxima[name])))
+
+    @property
+    def digest(self) -> str:
+        """Of everything that results depend on."""
+        return hashlib.sha256(replace(self, source="").to_json().encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
@@ -72,9 +86,7 @@ def check_float8(config: Float8Config | None, precision: str, device: torch.devi
     """ValueError unless the two arguments of an engine fit each other and the device."""
     if precision != "float8":
         if config is not None:
-            raise ValueError(
-                f"float8={config.source or '…'!r} is for precision='float8', got {precision!r}: leave it out"
-            )
+            raise ValueError(f"float8=… is for precision='float8', got {precision!r}: leave it out")
         return
     if config is None:
         raise ValueError(
@@ -96,8 +108,8 @@ def check_float8(config: Float8Config | None, precision: str, device: torch.devi
         )
 
 
-def qualifies(conv: nn.Module) -> bool:
-    """3×3, stride 1, size kept, ungrouped, at least 32 channels in and out: what the kernel does, and where the work is.
+def qualifies(conv: nn.Module, channels: int = CHANNELS) -> bool:
+    """3×3, stride 1, size kept, ungrouped, channels that divide by ``channels``: the kernel's, and where the work is.
 
     So the first and the last convolution stay bfloat16 (images have few channels, and an error there is one of x), as
     do those of one tap, which read as much as they compute.
@@ -106,7 +118,7 @@ def qualifies(conv: nn.Module) -> bool:
         return False
     same = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == conv.dilation
     square = conv.dilation[0] == conv.dilation[1] and conv.padding_mode == "zeros" and conv.groups == 1
-    return same and square and conv.in_channels % CHANNELS == 0 and conv.out_channels % CHANNELS == 0
+    return same and square and conv.in_channels % channels == 0 and conv.out_channels % channels == 0
 
 
 def convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
@@ -127,10 +139,10 @@ def float8_layers(module: nn.Module, config: Float8Config) -> dict[nn.Conv2d, Fl
     known = dict(_own(module).named_modules())
     if unknown := [name for name in config.maxima if name not in known]:
         raise ValueError(f"float8 was calibrated on another network: this one has no {unknown[0]!r}")
-    chosen = {name: conv for name, conv in found.items() if name in config.maxima and qualifies(conv)}
+    chosen = {name: conv for name, conv in found.items() if name in config.maxima and qualifies(conv, config.channels)}
     if not chosen:
         raise ValueError(
             f"precision='float8' finds nothing to do: none of {len(found)} convolutions is 3×3, keeps the size, has "
-            f"channels that divide by {CHANNELS} and a maximum in float8.maxima; use precision='bfloat16'"
+            f"channels that divide by {config.channels} and a maximum in float8.maxima; use precision='bfloat16'"
         )
     return {conv: Float8Conv(conv, config.inverse(name), config.emulate) for name, conv in chosen.items()}

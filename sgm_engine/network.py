@@ -118,6 +118,10 @@ class Network:
 
         return float8_layers(self.module, self._float8)
 
+    @property
+    def numerics(self) -> str:
+        return self.precision if self._float8 is None else f"{self.precision} {self._float8.digest}"
+
     def describe(self) -> str:
         """What the precision leaves to be said."""
         if not self._quantised:

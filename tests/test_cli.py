@@ -267,4 +267,4 @@ def test_what_is_offered_is_what_there_is():
 
     assert tuple(PLANS) == arguments.PLANS
     assert EXECUTORS == arguments.EXECUTORS
-    assert PRECISIONS == arguments.PRECISIONS
+    assert {*arguments.PRECISIONS, "float8"} == {*PRECISIONS}  # float8 needs a calibration, and so Python

@@ -46,7 +46,7 @@ class Geometry:
 
             processor = _C.isa()
         device = f"{engine.device.type} {processor}"
-        return cls(engine.precision, engine.executor, engine.batch, device, torch.__version__)
+        return cls(engine.numerics, engine.executor, engine.batch, device, torch.__version__)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,77 @@
+"""What precision="float8" does to scores and samples, emulated on a CPU: ``python -m bench.float8 [--out DIR]``.
+
+Prints the relative error (L2) of one evaluation of the bundled network in each precision, level by level, then draws
+--n samples in each, of the same noise, for ``sgm eval`` to compare (docs/float8.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sgm_engine import Engine, accelerate, at_sigmas, calibrate_float8, load_bundled, plan_of_nfe
+from sgm_engine.output import Output
+
+NFE, CALIBRATING_SEED = 10, 1000
+PRECISIONS = ("float32", "bfloat16", "float8")
+
+
+def engines(model: nn.Module, batch: int) -> dict[str, Engine]:
+    float8 = calibrate_float8(model, seed=CALIBRATING_SEED, emulate=True)
+    print(f"scales: {float8.source}")
+    options = {"float8": {"float8": float8}}
+    return {p: Engine(model, batch, precision=p, executor="eager", **options.get(p, {})) for p in PRECISIONS}
+
+
+@torch.no_grad()
+def errors() -> None:
+    model, _ = load_bundled()
+    level = torch.arange(len(model.sigmas))
+    noise = torch.Generator().manual_seed(0)
+    images = load_images(len(level))
+    x = images + model.sigmas[:, None, None, None] * torch.randn(images.shape, generator=noise)
+    scores = {}
+    for precision, engine in engines(model, len(level)).items():
+        engine._network.sync()
+        scores[precision] = engine._network(x, level).float()
+    exact = scores["float32"].flatten(1)
+    for precision in PRECISIONS[1:]:
+        error = (scores[precision].flatten(1) - exact).norm(dim=1) / exact.norm(dim=1)
+        print(f"{precision}, level 0 to {level[-1]}: " + " ".join(f"{e:.2%}" for e in error))
+
+
+def load_images(n: int) -> torch.Tensor:
+    """Samples of the bundled weights: what the network is trained to see under noise."""
+    model, plan = load_bundled()
+    return Engine(model, n).sample(n, CALIBRATING_SEED + 1, plan)
+
+
+def draw(n: int, seed: int, out: Path) -> None:
+    """float32, bfloat16 and float8.safetensors in ``out``, of an SDE-DPM-Solver++(2M) of ten evaluations."""
+    model, _ = load_bundled()
+    plan = plan_of_nfe("sde_dpm_solver_2m", NFE, float(model.sigmas[0]), float(model.sigmas[-1]))
+    model = accelerate(at_sigmas(model, plan.sigmas))
+    out.mkdir(parents=True, exist_ok=True)
+    for precision, engine in engines(model, 16).items():
+        Output.parse(f"{out}/{precision}.safetensors").write(
+            engine.sample(n, seed, plan.on_levels(plan.sigmas)), range(n)
+        )
+        print(f"{out}/{precision}.safetensors: {engine.describe()}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.float8", description=__doc__.splitlines()[0])
+    parser.add_argument("--n", type=int, default=1000, help="samples (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where they go; without it only the errors are shown")
+    args = parser.parse_args()
+    errors()
+    if args.out:
+        draw(args.n, args.seed, args.out)
+
+
+if __name__ == "__main__":
+    main()
