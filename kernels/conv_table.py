@@ -1,39 +1,31 @@
 """Which convolutions of which shape the Triton kernel does, and in what tiles: a table that is tuned offline.
 
-conv_table.json beside this: {device name: {shape: tile}}. A shape that is not there is cuDNN's, and nothing is ever
-timed while a network runs. ``python -m bench.gpu --only convolutions`` writes it. It is empty: nothing has been tuned.
+conv_table.json beside this: {device name: {shape: tile}}. A shape that is not there is cuDNN's, or in float8 done in
+tiles that nothing was measured for; nothing is ever timed while a network runs. ``python -m bench.gpu --only
+convolutions`` writes it. It is empty: nothing has been tuned.
 """
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sgm_engine.kernels import measured
 from sgm_engine.kernels.triton_conv import ConvTile, as_dict
 
 PATH = Path(__file__).parent / "conv_table.json"
-Table = dict[str, dict[str, ConvTile]]
+Table = measured.Table[ConvTile]
 
 
 def read(path: Path = PATH) -> Table:
-    """ValueError names the file and what is wrong with it."""
-    try:
-        found = json.loads(path.read_text())
-        return {device: {key: ConvTile(**tile) for key, tile in shapes.items()} for device, shapes in found.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a table of convolutions ({error}): tune it again, or put {{}} there"
-        ) from error
+    return measured.read(path, "convolutions", lambda tile: ConvTile(**tile))
 
 
 def write(table: Table, path: Path = PATH) -> None:
-    """Sorted, so that two tunings can be compared line by line."""
-    plain = {d: {shape: as_dict(tile) for shape, tile in sorted(shapes.items())} for d, shapes in sorted(table.items())}
-    path.write_text(json.dumps(plain, indent=1) + "\n")
+    measured.write(table, path, as_dict)
 
 
 @cache
@@ -48,7 +40,7 @@ def shape_key(x: Tensor, weight: Tensor, dilation: int) -> str:
 
 
 def choose(x: Tensor, weight: Tensor, dilation: int) -> ConvTile | None:
-    """The tile for this shape on x's device; None: cuDNN."""
+    """The tile for this shape on x's device; None: nothing was measured."""
     if not table() or not x.is_cuda:
         return None
     return table().get(torch.cuda.get_device_name(x.device), {}).get(shape_key(x, weight, dilation))

@@ -1,4 +1,4 @@
-"""Which function an op ends in, cpu → C++ and cuda → Triton, and how ops are registered."""
+"""Which function an op ends in, cpu → C++ and cuda → gpu.py (Triton or CUDA C++), and how ops are registered."""
 
 from __future__ import annotations
 
@@ -36,16 +36,11 @@ def launchers(device_type: str) -> Launchers:
         return Launchers(cpu.noise_fill, cpu.langevin_update, cpu.norm, cpu.norm_workspace_size, cpu.norm_backward)
     if device_type == "cuda":
         try:
-            from sgm_engine.kernels import triton_noise, triton_norm, triton_norm_backward, triton_update
+            from sgm_engine.kernels import gpu, triton_norm_backward
         except ImportError as error:
             raise RuntimeError(f"a CUDA tensor needs Triton >= 3.6 ({error}): pip install triton") from error
-        return Launchers(
-            triton_noise.noise_fill,
-            triton_update.langevin_update,
-            triton_norm.norm,
-            triton_norm.norm_workspace_size,
-            triton_norm_backward.norm_backward,
-        )
+        backward = triton_norm_backward.norm_backward
+        return Launchers(gpu.noise_fill, gpu.langevin_update, gpu.norm, gpu.norm_workspace_size, backward)
     raise ValueError(f"tensors must be on cpu or cuda, got {device_type}")
 
 

@@ -1,4 +1,4 @@
-"""The ops: every argument checked, outputs allocated, then cpu → C++ and cuda → Triton.
+"""The ops: every argument checked, outputs allocated, then cpu → C++ and cuda → Triton or CUDA C++.
 
 Each is a torch.library op of namespace ``sgm_engine``, with a fake implementation for torch.compile and a gradient
 where it has one. ``launchers(device.type)`` is what they end in: the same functions without checks, for a loop whose

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +107,24 @@ def _ops() -> dict[str, str]:
     for device in ("cpu", "cuda"):
         try:
             found = ops.launchers(device)
-            backends[device] = [_backend(getattr(found, launcher).__module__) for launcher in OPS.values()]
+            backends[device] = [_backend(getattr(found, launcher)) for launcher in OPS.values()]
         except (ImportError, RuntimeError, ValueError) as error:
             backends[device] = [f"none: {error}"] * len(OPS)
     rows = zip(OPS, backends["cpu"], backends["cuda"], strict=True)
     return {op: f"CPU tensors: {cpu}; CUDA tensors: {cuda}" for op, cpu, cuda in rows}
 
 
-def _backend(module: str) -> str:
-    name = module.rpartition(".")[2]
-    if name == "cpu":
+def _backend(launcher: Callable) -> str:
+    if launcher.__module__.endswith(".cpu"):
         native, why = _native()
         return f"C++ ({native.isa()})" if native else f"none: {why}"
-    return f"Triton {_version('triton')}" if name.startswith("triton") else name
+    import torch
+
+    from sgm_engine.kernels import backend_table
+
+    if not torch.cuda.is_available():
+        return f"Triton {_version('triton')}"
+    return backend_table.summary(launcher.__name__, torch.device("cuda", torch.cuda.current_device()))
 
 
 def _executor() -> dict[str, str]:

@@ -23,6 +23,16 @@ from sgm_engine.slots import NO_BAD_ROW, Job, Slots, Tables, to_device
 STRIDE = 16  # steps between two looks at the cancel flag
 
 
+def backends(device: torch.device) -> str:
+    """Which backend runs each op on a GPU."""
+    if device.type != "cuda":
+        return ""
+    from sgm_engine.kernels import backend_table
+
+    ops = {"update": "langevin_update", "norm": "norm"}
+    return "; ".join(f"{name} by {backend_table.summary(op, device)}" for name, op in ops.items())
+
+
 class Loop:
     """The loop of an engine, over the lane that its request was given. ``Engine`` adds checks, turns and results."""
 
@@ -52,7 +62,7 @@ class Loop:
 
     def describe(self) -> str:
         """The executor that runs, and what it makes of the model: algorithms, memory, why it is not a faster one."""
-        about = getattr(self._executor, "describe", str)(), self._network.describe()
+        about = getattr(self._executor, "describe", str)(), self._network.describe(), backends(self.device)
         return ": ".join([f"{self.executor}, {self._network.precision}, batch {self.batch}", *filter(None, about)])
 
     @property

@@ -11,7 +11,17 @@ import torch
 
 from bench.gpu import __main__ as gpu
 from bench.gpu import checks, convolutions, kernels, network, norms, stages, timing
-from sgm_engine.kernels import conv_table, cuda, triton_conv, triton_noise, triton_norm, triton_update
+from sgm_engine.kernels import (
+    backend_table,
+    conv_table,
+    cuda,
+    reference,
+    triton_conv,
+    triton_float8,
+    triton_noise,
+    triton_norm,
+    triton_update,
+)
 
 host_library = test_cuda.host_library
 
@@ -116,7 +126,7 @@ def no_gpu(host_library, monkeypatch):
     monkeypatch.setattr(triton_norm, "norm", cuda.norm)
     monkeypatch.setattr(triton_norm, "norm_workspace_size", cuda.norm_workspace_size)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "fake")
     monkeypatch.setattr(timing, "microseconds", microseconds)
     monkeypatch.setattr(timing, "copies", lambda size: 2)
@@ -139,6 +149,23 @@ def test_the_stage_of_kernels(no_gpu, monkeypatch):
     assert small["goal"] == "missed" and measured[0]["goal"] == "none"
 
 
+def test_the_stage_that_writes_the_table_of_backends(no_gpu, monkeypatch, tmp_path):
+    """CUDA C++ is put down where it is right and faster; other devices' entries stay."""
+    monkeypatch.setattr(kernels, "BATCHES", (2,))
+    monkeypatch.setattr(norms, "BATCHES", (2,))
+    monkeypatch.setattr(norms, "SHAPES", [(32, 2)])
+    monkeypatch.setattr(backend_table, "PATH", tmp_path / "table.json")
+    (tmp_path / "table.json").write_text('{"sm_80": {"x": "CUDA"}, "sm_90": {"old": "CUDA"}}')
+    times = iter([3.0, 9.0] + [5.0] * 99)
+    monkeypatch.setattr(timing, "microseconds", lambda calls: next(times))
+    rows = kernels.backends()
+    written = backend_table.read(tmp_path / "table.json")
+    assert written["sm_80"] == {"x": "CUDA"} and len(written["sm_90"]) == 2 + len(norms.FORMS)
+    assert written["sm_90"].pop("langevin_update NHWC bfloat16 NHWC 2^12") == "CUDA"
+    assert set(written["sm_90"].values()) == {"Triton"}, "a tie is Triton's"
+    assert rows[-1]["case"] == f"{2 + len(norms.FORMS)} cases to table.json, CUDA C++ in 1 of them"
+
+
 def test_a_kernel_that_is_wrong_is_not_timed(no_gpu, monkeypatch):
     monkeypatch.setattr(kernels, "BATCHES", ())
     monkeypatch.setattr(norms, "BATCHES", (2,))
@@ -155,6 +182,7 @@ def test_tuning_writes_what_is_faster_and_right(no_gpu, monkeypatch, tmp_path, f
         if tile is triton_conv.TILES[1]:
             out.zero_()  # a tile that is fastest, and wrong
 
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))  # without float8
     times = iter([10.0, 8.0 if faster else 9.9, 9.0] * 4)
     (tmp_path / "table.json").write_text('{"another": {"shape": {}}}')
     monkeypatch.setattr(conv_table, "PATH", tmp_path / "table.json")
@@ -172,12 +200,40 @@ def test_tuning_writes_what_is_faster_and_right(no_gpu, monkeypatch, tmp_path, f
     assert rows[1]["backend"] == "cuDNN" and rows[1]["share"] == 2 * 9 * 128 * 128 * 16 / 1e15 * 1e6 / 10
 
 
+def test_tuning_in_float8(no_gpu, monkeypatch, tmp_path):
+    """Beside bfloat16 where the device has it: with what makes its input, and the fastest tile that is right."""
+
+    def convolution(x, weight, bias, residual, dilation, out, partial, tile, scale=None):
+        if scale is None:
+            raise ValueError("not this one")
+        out.copy_(reference.float8_convolution(x, weight, scale, 1.0, bias, residual, dilation))
+        if tile is triton_conv.FLOAT8_TILES[1]:
+            out.zero_()
+
+    monkeypatch.setattr(conv_table, "PATH", tmp_path / "table.json")
+    (tmp_path / "table.json").write_text("{}")
+    monkeypatch.setattr(convolutions, "SHAPES", [(128, 128, 4, 2)])
+    monkeypatch.setattr(convolutions, "BATCHES", (1,))
+    monkeypatch.setattr(triton_conv, "convolution", convolution)
+    monkeypatch.setattr(triton_float8, "quantise", lambda x, s, out: out.copy_(reference.quantised(x, s)))
+    times = iter([10.0, 1.0, 7.0, 4.0])  # cuDNN, quantise, two tiles that are right
+    monkeypatch.setattr(timing, "microseconds", lambda calls: (calls[0](), next(times))[1])
+    rows = [r for r in convolutions.convolutions() if r["case"].startswith("float8")]
+    key = "float8_e4m3fn 128×4×4 128→128 3×3 d2 at 1"
+    assert conv_table.read(tmp_path / "table.json") == {"fake": {key: triton_conv.FLOAT8_TILES[2]}}
+    assert [r.get("µs") for r in rows] == [1.0, 7.0, None, 4.0] and "wrong by" in rows[2]["failed"]
+    assert rows[3]["cuDNN bfloat16 / it"] == 2.5 and rows[3]["cuDNN bfloat16 / it and quantise"] == 2.0
+    assert all(r["error"] < 4e-3 for r in (rows[1], rows[3]))
+
+
 def test_the_stages_of_a_step_and_of_chains(no_gpu, monkeypatch):
     monkeypatch.setattr(network, "NGF", 4)
     monkeypatch.setattr(network, "SIDE", 8)
     monkeypatch.setattr(network, "BATCHES", (2,))
     monkeypatch.setattr(network, "CHAINS", ((2, 1),))
-    monkeypatch.setattr(network, "checked", lambda score, want: 0.01)  # so small a network is no measure of bfloat16
+    monkeypatch.setattr(
+        network, "checked", lambda score, want, most=0.1: 0.01
+    )  # so small a network is no measure of bfloat16
     monkeypatch.setattr(network, "ENGINES", {
         "eager bfloat16": {"precision": "bfloat16", "executor": "eager"},
         "graph bfloat16": {"precision": "bfloat16", "executor": "graph", "graph": {"unroll": 8}},

@@ -4,6 +4,7 @@ import pytest
 import torch
 from interpreter import DEVICE, INTERPRETED, convert_float8_exactly, run_interpreted
 
+from sgm_engine.float8_conv import Float8Conv
 from sgm_engine.kernels import reference, triton_conv, triton_float8
 from sgm_engine.kernels.triton_conv import ConvTile
 
@@ -79,6 +80,22 @@ def test_a_nan_in_float8_reaches_the_result():
     out = torch.zeros_like(x, dtype=torch.float32)
     triton_conv.convolution(x, weight, None, None, 1, out, None, SMALL, scale)
     assert out[0, :, 1:4, 1:4].isnan().all() and out.isnan().sum() == 9 * 32
+
+
+@torch.no_grad()
+def test_a_layer_on_the_kernels_is_the_emulated_one():
+    """From NCHW, of any dtype, or quantised before; the interpreter cuts the digits of a bfloat16 off."""
+    conv = torch.nn.Conv2d(64, 32, 3, padding=2, dilation=2)
+    torch.nn.init.normal_(conv.weight, generator=torch.Generator().manual_seed(0))
+    emulated, layer = (Float8Conv(conv, 40.0, emulate).to(DEVICE) for emulate in (True, False))
+    for each in (emulated, layer):
+        each.load(conv.to(DEVICE))
+    x = draw(2, 64, 7, 5).to(DEVICE)
+    want = emulated(x).float()
+    for given in (x, reference.quantised(x, 40.0).contiguous(memory_format=NHWC)):
+        found = layer(given)
+        assert found.dtype == torch.bfloat16 and found.is_contiguous(memory_format=NHWC)
+        assert ((found.float() - want).abs() <= want.abs() / 64 + 1e-3).all()
 
 
 run_interpreted(globals())

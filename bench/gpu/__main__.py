@@ -14,7 +14,7 @@ import torch
 import bench.gpu
 from bench.gpu.checks import ROOT, build, make_importable, ncu, sanitize, tests
 from bench.gpu.convolutions import convolutions
-from bench.gpu.kernels import kernels
+from bench.gpu.kernels import backends, kernels
 from bench.gpu.network import end_to_end, step_times
 from bench.gpu.stages import Row, run_stages, write_results
 
@@ -50,13 +50,14 @@ STAGES: dict[str, Callable[[], list[Row]]] = {
     "sanitize": sanitize,
     "kernels": kernels,
     "convolutions": convolutions,
+    "backends": backends,
     "ncu": ncu,
     "step": step_times,
     "end-to-end": end_to_end,
 }
 
 
-OPTIONAL = ("sanitize", "convolutions", "ncu")  # convolutions writes the table that accelerate chooses by
+OPTIONAL = ("sanitize", "convolutions", "backends", "ncu")  # two write the tables that layers and ops go by
 
 
 def main(arguments: list[str] | None = None) -> int:

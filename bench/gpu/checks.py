@@ -14,7 +14,10 @@ from pathlib import Path
 
 from bench.gpu.stages import Row
 
-GPU_TESTS = [f"tests/test_{name}.py" for name in ("cuda", "triton", "triton_conv", "executor", "graphs", "numerics")]
+GPU_TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("cuda", "triton", "triton_conv", "triton_float8", "executor", "graphs", "numerics")
+]
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 

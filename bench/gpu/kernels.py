@@ -12,6 +12,7 @@ from bench.gpu.timing import DEVICE
 
 TARGET_SHARE = 0.85  # of the copy bandwidth, at batches of 128 and more
 BATCHES = (1, 16, 128, 1024)
+MARGIN = 1.02  # CUDA C++ has to be this much faster than Triton to take its place
 
 
 class Report:
@@ -22,10 +23,12 @@ class Report:
         self.rows: list[Row] = [{"case": "copy", "backend": "torch", "GB/s": self.bandwidth / 1e9}]
 
     def __call__(
-        self, case: str, backend: str, batch: int, moved: int, calls: list[Callable[[], None]], failed: str | None
-    ) -> None:
-        """moved: bytes that must be read and written; over the copy's bandwidth they are the floor."""
-        row: Row = {"case": case, "backend": backend, "batch": batch, "failed": failed}
+        self, case: str, backend: str, batch: int, moved: int, calls: list[Callable[[], None]], failed: str | None,
+        key: str = "",
+    ) -> None:  # fmt: skip
+        """moved: bytes that must be read and written; over the copy's bandwidth they are the floor. key: of the case in
+        the table of backends."""
+        row: Row = {"case": case, "backend": backend, "batch": batch, "failed": failed, "key": key}
         if failed is None:
             time_us, floor_us = timing.microseconds(calls), moved / self.bandwidth * 1e6
             row |= {"µs": time_us, "floor µs": floor_us, "share": floor_us / time_us}
@@ -39,6 +42,28 @@ def kernels() -> list[Row]:
     _updates(report)
     norms.norms(report)
     return report.rows
+
+
+def backends() -> list[Row]:
+    """The same, and the table of the backend that is fastest where it was right: what the ops go by from then on."""
+    from sgm_engine.kernels import backend_table
+
+    rows = kernels()
+    here = backend_table.capability(torch.device("cuda"))
+    table = backend_table.read(backend_table.PATH) | {here: fastest(rows)}
+    backend_table.write(table, backend_table.PATH)
+    faster = sum(backend != backend_table.TRITON for backend in table[here].values())
+    rows.append({"case": f"{len(table[here])} cases to {backend_table.PATH.name}, CUDA C++ in {faster} of them"})
+    return rows
+
+
+def fastest(rows: list[Row]) -> dict[str, str]:
+    """Case → Triton, or the CUDA C++ kernel that takes less than its time by MARGIN; of those that were right."""
+    times: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.get("key") and "µs" in row:
+            times.setdefault(row["key"], {})[row["backend"]] = row["µs"] * (MARGIN if row["backend"] != "Triton" else 1)
+    return {key: min(found, key=found.get) for key, found in times.items()}
 
 
 def slots(batch: int, rows: int) -> dict[str, torch.Tensor]:
@@ -61,10 +86,10 @@ def update(function: Callable[..., None], x: torch.Tensor, score: torch.Tensor, 
 
 
 def _updates(report: Report) -> None:
-    from sgm_engine.kernels import cuda, triton_noise, triton_update
+    from sgm_engine.kernels import backend_table, cuda, triton_noise, triton_update
 
     for batch in BATCHES:
-        x = torch.randn(batch, 3, 32, 32, device=DEVICE)
+        x = torch.randn(batch, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)  # as an engine's
         moved = 2 * x.nbytes + x.nbytes // 2  # x read and written, a bf16 score read
         score = lambda x: x.bfloat16().contiguous(memory_format=torch.channels_last)  # noqa: E731
         sets = [(x.clone(), score(x)) for _ in range(timing.copies(moved))]
@@ -76,14 +101,15 @@ def _updates(report: Report) -> None:
             failed = None if torch.equal(results[0], probe) else "its bits differ from CUDA's"
             state["row"].zero_()
             calls = [lambda f=function, s=state, b=b: timed_update(f, *b, s) for b in sets]
-            report("update 3×32², bf16 NHWC score", backend, batch, moved, calls, failed)
+            key = backend_table.update_case(*sets[0])
+            report("update 3×32² NHWC, bf16 score", backend, batch, moved, calls, failed, key)
         fills = [torch.empty_like(x) for _ in range(timing.copies(x.nbytes))]
         for backend, module in (("CUDA", cuda), ("Triton", triton_noise)):
             state = slots(batch, 1)
             calls = [
                 lambda m=module, o=o, s=state: m.noise_fill(o, s["seed"], s["sample_id"], 1, 0, "normal") for o in fills
             ]
-            report("normals 3×32²", backend, batch, x.nbytes, calls, None)
+            report("normals 3×32²", backend, batch, x.nbytes, calls, None, backend_table.noise_case(x, "normal"))
 
 
 def timed_update(

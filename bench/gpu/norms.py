@@ -8,7 +8,7 @@ from bench.gpu import timing
 from bench.gpu.timing import DEVICE
 
 SHAPES = [(128, 32), (256, 16), (64, 28)]  # channels, side: the norms of NCSN on CIFAR-10 and MNIST
-BATCHES = (1, 64, 128, 256)
+BATCHES = (1, 16, 64, 128, 256)
 # What it is → (arguments, reads and writes of a tensor that cannot be avoided).
 FORMS = {
     "norm + ELU": ({"activation": "elu"}, 2),
@@ -61,13 +61,17 @@ def case(module, batch, channels, side, dtype, layout, what="norm + ELU", varian
 
 
 def norms(report) -> None:
-    from sgm_engine.kernels import cuda, triton_norm
+    from sgm_engine.kernels import backend_table, cuda, triton_norm
 
     clusters = torch.cuda.get_device_capability()[0] >= 9
     for channels, side in SHAPES:
         for what, (options, tensors) in FORMS.items():
             for batch in BATCHES:
                 moved = tensors * 2 * batch * channels * side * side
+                x = torch.empty(batch, channels, side, side, dtype=torch.bfloat16, device="meta")
+                x = x.to(memory_format=torch.channels_last)
+                given = {"residual": False, "groups": None, "before": "none", "pool": False} | options
+                key = backend_table.norm_case(x, *(given[name] for name in ("residual", "groups", "before", "pool")))
                 for backend, variant in VARIANTS:
                     if variant == "cluster" and (not clusters or "pool" in options):
                         continue
@@ -76,5 +80,5 @@ def norms(report) -> None:
                     sets = [case(module, *how) for _ in range(timing.copies(moved))]
                     sets[0][0]()
                     calls, failed = [call for call, _ in sets], sets[0][1]()
-                    report(f"{what} {channels}×{side}², bf16 NHWC", backend, batch, moved, calls, failed)
+                    report(f"{what} {channels}×{side}², bf16 NHWC", backend, batch, moved, calls, failed, key)
                     del sets, calls
