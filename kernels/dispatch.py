@@ -16,7 +16,7 @@ class Launchers(NamedTuple):
     noise_fill(out, seed, sample_id, draw, stream, kind)
     langevin_update(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, out, advance, keep, gain)
     norm(x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace, groups=None), and on CUDA
-        before="none", pool=False after them
+        before="none", pool=False, inverse=None after them (inverse: out is float8)
     norm_workspace_size(x) → float32 elements
     norm_backward(grad, x, gamma, beta, activation, eps, groups, dx, dgamma, dbeta), all NCHW
     """

@@ -42,7 +42,27 @@ def noise_conditioned_norm(
     )
 
 
-def _norm(x, residual, gamma, alpha, beta, level, activation, eps, groups=None, pool=False, before="none"):
+def quantised_norm(
+    x: Tensor,
+    inverse: float,
+    gamma: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    level: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    groups: int | None = None,
+    before: str = "none",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """noise_conditioned_norm with y in float8, reference.quantised(y, inverse), for a convolution. No gradient."""
+    y, total = _norm(x, residual, gamma, alpha, beta, level, activation, eps, groups, False, before, inverse)
+    return y if total is None else (y, total)
+
+
+def _norm(
+    x, residual, gamma, alpha, beta, level, activation, eps, groups=None, pool=False, before="none", inverse=None
+):
     check_norm(x, gamma, alpha, beta, level, activation, residual, groups, pool, before)
     tables = [p for p in (gamma, alpha, beta) if p is not None and p.dim() == 2]
     if level is not None and level.numel() and level.device.type == "cpu":
@@ -52,13 +72,15 @@ def _norm(x, residual, gamma, alpha, beta, level, activation, eps, groups=None, 
     x = dense(x)
     residual = None if residual is None else like(x, residual)
     if x.device.type == "cpu":
-        return _norm_on_cpu(x, residual, (gamma, alpha, beta, level, activation), eps, groups, pool, before)
+        y, total = _norm_on_cpu(x, residual, (gamma, alpha, beta, level, activation), eps, groups, pool, before)
+        return y if inverse is None else reference.quantised(y, inverse), total
     launch = launchers(x.device.type)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=x.dtype if inverse is None else torch.float8_e4m3fn)
     total = None if residual is None and before == "none" else torch.empty_like(x)
     workspace = torch.empty(launch.norm_workspace_size(x), dtype=torch.float32, device=x.device)
     parameters = (gamma, alpha, beta, level, activation, residual, eps)
-    launch.norm(x, *parameters, out, total, workspace, groups, before, pool)
+    written = {} if inverse is None else {"inverse": inverse}
+    launch.norm(x, *parameters, out, total, workspace, groups, before, pool, **written)
     return out, total
 
 

@@ -12,9 +12,17 @@ from torch import Tensor
 
 from sgm_engine.kernels.checks import STATE, check, check_dense, check_noise, check_update, check_vector, dense
 from sgm_engine.kernels.dispatch import launchers, library, register
-from sgm_engine.kernels.norm_op import noise_conditioned_norm
+from sgm_engine.kernels.norm_op import noise_conditioned_norm, quantised_norm
 
-__all__ = ["NO_BAD_ROW", "langevin_update", "langevin_update_", "launchers", "noise_conditioned_norm", "noise_fill_"]
+__all__ = [
+    "NO_BAD_ROW",
+    "langevin_update",
+    "langevin_update_",
+    "launchers",
+    "noise_conditioned_norm",
+    "noise_fill_",
+    "quantised_norm",
+]
 
 NO_BAD_ROW = 2**63 - 1
 

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgm_engine.kernels.launch import Launch, is_channels_last
+from sgm_engine.kernels.triton_float8 import quantised
 from sgm_engine.kernels.triton_norm_stats import activate, coefficients, group_kernel, share, stats_kernel, tile
 from sgm_engine.kernels.triton_pool import pool_kernel
 
@@ -73,7 +74,7 @@ class Tiling:
 @triton.jit
 def apply_kernel(
     x_ptr,  # [N, C, H, W]: what `stats` wrote, if it did
-    out_ptr,  # like x; may be x
+    out_ptr,  # like x, and may be x; or float8
     partial_ptr,  # float32 [N, SLABS, 2, C], as `stats` or, with groups, group_kernel left it
     gamma_ptr,  # float32 [C] or [L, C], or None
     alpha_ptr,
@@ -83,6 +84,7 @@ def apply_kernel(
     beta_stride,
     level_ptr,  # int64 [N], or None
     eps,
+    inverse,  # float32, for an out of float8: reference.quantised of what would else be written; or None
     C: tl.constexpr,
     HW: tl.constexpr,
     NHWC: tl.constexpr,
@@ -105,6 +107,8 @@ def apply_kernel(
         offset, inside = tile(n, first, end, channel, C, HW, NHWC, CHANNELS, PIXELS)
         x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         y = activate((x - mean) * scale + shift, ACTIVATION)
+        if inverse is not None:
+            y = quantised(y.to(x_ptr.dtype.element_ty), inverse)
         tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -129,6 +133,7 @@ def describe(
     groups: int | None = None,
     before: str = "none",
     pool: bool = False,
+    inverse: float | None = None,
 ) -> tuple[Launch, ...]:
     """stats, group_kernel if there are groups, apply or pool."""
     batch, channels, height, width = x.shape
@@ -159,6 +164,7 @@ def describe(
         constants = constants | {"W": width, "PIXELS": pixels, "GROUPS": groups}
         return *launches, Launch(pool_kernel, programs, apply, constants, options)
     constants = constants | {"ACTIVATION": activation, "GROUPS": groups}
+    apply |= {"inverse": inverse}
     if activation == "silu":  # its quotient keeps more values alive: with a whole tile registers spill on sm_80
         constants["PIXELS"] = max(1, tiling.pixels // 2)
     return *launches, Launch(apply_kernel, programs, apply, constants, options)
@@ -179,6 +185,7 @@ def norm(
     groups: int | None = None,
     before: str = "none",
     pool: bool = False,
+    inverse: float | None = None,
 ) -> None:
     """out ← act(norm(s)), s = before(x + residual), which is written to sum_out; without either, s is x.
 
@@ -186,10 +193,11 @@ def norm(
     sum_out, and sum_out may be x or residual. gamma, alpha, beta: float32 [C], or [L, C] with dense rows; None leaves
     the term out. level: int64 [N], the row of [L, C]. workspace: float32, norm_workspace_size(x) elements, any content.
     groups: divides C, statistics are then over a group's channels; alpha is None. pool: out is the 5×5 mean of norm(s),
-    stride 1, padding counted as zeros; activation is then "none" and out neither x nor sum_out.
+    stride 1, padding counted as zeros; activation is then "none" and out neither x nor sum_out. inverse: of an out in
+    float8, which is what would else be written, times inverse, rounded; not with pool.
     Checks and allocates nothing.
     """
     with torch.cuda.device_of(x):
         tensors = (x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace)
-        for launch in describe(*tensors, groups, before, pool):
+        for launch in describe(*tensors, groups, before, pool, inverse):
             launch()

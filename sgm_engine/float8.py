@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from sgm_engine.acceleration import Accelerated
 from sgm_engine.checks import check_int
 from sgm_engine.float8_conv import Float8Conv
 from sgm_engine.kernels.reference import E4M3_MAX
+from sgm_engine.rewrite_norms import norm_call
 
 CHANNELS = 32  # what the kernel needs a convolution's channels to divide by
 FORMAT = "sgm-float8"
@@ -127,6 +128,31 @@ def convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
     pooled = {id(pooled_conv._conv[0]) for pooled_conv in derived}
     modules = _own(module).named_modules()
     return {name: m for name, m in modules if isinstance(m, nn.Conv2d) and id(m) not in pooled}
+
+
+def fuse_quantisation(module: nn.Module) -> int:
+    """In the copy of an accelerated network: a norm that one float8 layer alone reads writes float8, the same bits.
+
+    Returns how many do. Elsewhere the layer quantises what it reads.
+    """
+    networks = [network for network, _ in module._built.values()] if isinstance(module, Accelerated) else []
+    graphs = [network for network in networks if isinstance(network, fx.GraphModule)]
+    return sum(_fuse(network, dict(network.named_modules())) for network in graphs)
+
+
+def _fuse(network: fx.GraphModule, modules: dict[str, nn.Module]) -> int:
+    fused = 0
+    for node in network.graph.nodes:
+        layer = modules.get(node.target) if node.op == "call_module" else None
+        layer = getattr(layer, "conv", layer)  # of a ChosenConv
+        if not isinstance(layer, Float8Conv):
+            continue
+        call = norm_call(node.args[0], lambda n: modules.get(n.target) if n.op == "call_module" else None)
+        if call is not None and "pool" not in call.kwargs:
+            call.kwargs = {**call.kwargs, "inverse": layer.inverse}
+            fused += 1
+    network.recompile()
+    return fused
 
 
 def _own(module: nn.Module) -> nn.Module:

@@ -6,16 +6,13 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from sgm_engine.float8 import Float8Config, check_float8, float8_layers, fuse_quantisation
+from sgm_engine.float8_conv import Float8Conv
 from sgm_engine.numerics import float32_math
-
-if TYPE_CHECKING:
-    from sgm_engine.float8 import Float8Config
-    from sgm_engine.float8_conv import Float8Conv
 
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "float8", "direct")
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.bfloat16}
@@ -58,10 +55,7 @@ class Network:
             raise ValueError(
                 f"precision={precision!r} needs an nn.Module, got a plain callable: cast inside it instead"
             )
-        if precision == "float8" or float8 is not None:
-            from sgm_engine.float8 import check_float8
-
-            check_float8(float8, precision, device)
+        check_float8(float8, precision, device)
         if precision == "tf32" and device.type != "cuda":
             raise ValueError(f"precision='tf32' needs a CUDA device, got {device}: use precision='float32'")
         self._modal = self.module is not None and any(isinstance(m, _MODAL) for m in self.module.modules())
@@ -69,10 +63,10 @@ class Network:
         self._known = _tensors(self.module)
         self._copied: list[Tensor] = []
         self._casts: list[tuple[Tensor, Tensor]] = []  # (parameter, its 16-bit buffer)
-        self._float8 = float8
+        self._float8, self._fused = float8, 0  # norms that write float8
         self._quantised: dict[nn.Conv2d, Float8Conv] = {}  # convolution → the layer in its place
         if float8 is not None:
-            self._quantised = self._float8_layers()  # raises what is wrong with it
+            self._quantised = float8_layers(self.module, self._float8)  # raises what is wrong with it
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         with self._numerics():
@@ -106,17 +100,14 @@ class Network:
             if not _same(self._copied, now):
                 self._copied = now
                 if self._float8 is not None:
-                    self._quantised = self._float8_layers()
+                    self._quantised = float8_layers(self.module, self._float8)
                 self._forward, self._casts = _cast_copy(self.module, self._half, self._quantised)
+                if self._quantised:
+                    self._fused = fuse_quantisation(self._forward)
             for parameter, buffer in self._casts:
                 buffer.copy_(parameter)
             for conv, layer in self._quantised.items():
                 layer.load(conv)
-
-    def _float8_layers(self) -> dict[nn.Conv2d, Float8Conv]:
-        from sgm_engine.float8 import float8_layers
-
-        return float8_layers(self.module, self._float8)
 
     @property
     def numerics(self) -> str:
@@ -128,7 +119,8 @@ class Network:
             return ""
         convolutions = sum(isinstance(m, nn.Conv2d) for m in self.module.modules())
         how = "emulated" if self._float8.emulate else "e4m3"
-        return f"{len(self._quantised)} of {convolutions} convolutions in float8 ({how}), the others in bfloat16"
+        said = f"{len(self._quantised)} of {convolutions} convolutions in float8 ({how}), the others in bfloat16"
+        return said + (f"; {self._fused} norms write float8" if self._fused else "")
 
     @property
     def forward_module(self) -> nn.Module:

@@ -51,7 +51,9 @@ class FusedNorm(nn.Module):
         residual: Tensor | None = None,
         before: str = "none",
         pool: bool = False,
+        inverse: float | None = None,
     ):
+        """inverse: the result is float8, for the convolution that reads it (float8_conv.py)."""
         if self.groups is not None and x.dim() != 4:  # of tokens, in a network that was not traced
             return self.source(x)
         if self.conditional:
@@ -59,10 +61,11 @@ class FusedNorm(nn.Module):
         else:
             parameters = {role: getattr(self.source, name) for role, name in self.roles.items()}
         level = level if self.conditional else None
-        options = {"eps": self.eps, "groups": self.groups, "before": before, "pool": pool}
-        return ops.noise_conditioned_norm(
-            x, **parameters, level=level, activation=activation, residual=residual, **options
-        )
+        options = {"level": level, "activation": activation, "residual": residual, "eps": self.eps}
+        options |= {"groups": self.groups, "before": before}
+        if inverse is not None:
+            return ops.quantised_norm(x, inverse, **parameters, **options)
+        return ops.noise_conditioned_norm(x, **parameters, **options, pool=pool)
 
 
 def recognise(module: nn.Module) -> FusedNorm | str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import fx, nn
@@ -97,14 +98,7 @@ class NormRewrites:
         self.graph.erase_node(node)
 
     def _norm_call(self, norm: object) -> fx.Node | None:
-        """The call of a fused norm whose result ``norm`` is, if it has one reader."""
-        if not isinstance(norm, fx.Node) or len(norm.users) != 1:
-            return None
-        picked = norm.op == "call_function" and norm.target is operator.getitem
-        call = norm.args[0] if picked else norm
-        if not isinstance(self._module(call), FusedNorm) or (picked and norm.args[1] != 0):
-            return None
-        return call
+        return norm_call(norm, self._module)
 
     def _activation_name(self, node: fx.Node) -> str | None:
         if not isinstance(node, fx.Node) or node.op not in ("call_module", "call_function", "call_method"):
@@ -124,6 +118,17 @@ class NormRewrites:
             and len(node.args) == 2
             and not node.kwargs
         )
+
+
+def norm_call(norm: object, module: Callable[[fx.Node], nn.Module | None]) -> fx.Node | None:
+    """The call of a fused norm whose result ``norm`` is, if it has one reader. module: what a node calls."""
+    if not isinstance(norm, fx.Node) or len(norm.users) != 1:
+        return None
+    picked = norm.op == "call_function" and norm.target is operator.getitem
+    call = norm.args[0] if picked else norm
+    if not isinstance(module(call), FusedNorm) or (picked and norm.args[1] != 0):
+        return None
+    return call
 
 
 def mean_window(node: fx.Node, module: nn.Module | None) -> tuple[int, int, int] | None:

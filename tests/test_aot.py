@@ -77,6 +77,13 @@ def test_hopper_adds_float8_products_in_float32(cache):
         assert set(re.findall(r"warp_group_dot .*maxNumImpreciseAcc = (\d+)", text)) == {str(depth)}
 
 
+def test_a_nan_is_not_limited_to_the_largest_float8(cache):
+    """The interpreter cannot tell: its limits pass a NaN on, those of a GPU only if they are told to."""
+    ptx = aot.compile_launch(aot.cases()["quantise bfloat16"].launch, aot.TARGETS["sm_90"]).asm["ptx"]
+    limits = re.findall(r"\bm(?:in|ax)\S*f32", ptx)
+    assert limits and all(".NaN" in limit for limit in limits)
+
+
 # The gates can fail ---------------------------------------------------------------------------------------------------
 
 

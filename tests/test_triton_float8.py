@@ -5,7 +5,7 @@ import torch
 from interpreter import DEVICE, INTERPRETED, convert_float8_exactly, run_interpreted
 
 from sgm_engine.float8_conv import Float8Conv
-from sgm_engine.kernels import reference, triton_conv, triton_float8
+from sgm_engine.kernels import reference, triton_conv, triton_float8, triton_norm
 from sgm_engine.kernels.triton_conv import ConvTile
 
 NHWC, FLOAT8 = torch.channels_last, torch.float8_e4m3fn
@@ -80,6 +80,24 @@ def test_a_nan_in_float8_reaches_the_result():
     out = torch.zeros_like(x, dtype=torch.float32)
     triton_conv.convolution(x, weight, None, None, 1, out, None, SMALL, scale)
     assert out[0, :, 1:4, 1:4].isnan().all() and out.isnan().sum() == 9 * 32
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_norm_that_writes_float8(dtype):
+    """What it would else write, rounded, bit by bit; the sum beside it is as ever."""
+    x, other = (draw(2, 16, 6, 6, seed=s).to(DEVICE, dtype).contiguous(memory_format=NHWC) for s in (1, 2))
+    workspace = torch.empty(triton_norm.norm_workspace_size(x), device=DEVICE)
+    beta = draw(16, seed=3).to(DEVICE)
+    written = []
+    for inverse in (None, 200.0):
+        out = torch.empty_like(x, dtype=dtype if inverse is None else FLOAT8)
+        total = torch.full_like(x, float("nan"))
+        rest = {} if inverse is None else {"inverse": inverse}
+        triton_norm.norm(x, None, beta, beta, None, "elu", other, 1e-5, out, total, workspace, **rest)
+        written.append((out, total))
+    (plain, total), (rounded, total8) = written
+    assert torch.equal(bits(rounded), bits(reference.quantised(plain, 200.0))) and torch.equal(total, total8)
+    assert (rounded.float().abs() == 448).any() and rounded.float().unique().numel() > 50
 
 
 @torch.no_grad()
