@@ -1,7 +1,7 @@
-"""How far bfloat16 takes a chain away from float32: ``python -m bench.drift [--n 16] [--seed 0]``.
+"""How far bfloat16 takes a chain away from float32: ``python -m bench.drift [--n 16] [--seed 0] [--precision float8]``.
 
-The same samples of the bundled weights, the same noise, drawn in both precisions. Printed at the end of each level: the
-root mean square difference of the states over all pixels, in units of x and of that level's sigma.
+The same samples of the bundled weights, the same noise, drawn in both precisions (float8: emulated). Printed at the end
+of each level: the root mean square difference of the states over all pixels, in units of x and of that level's sigma.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import argparse
 import torch
 from torch import Tensor
 
-from sgm_engine import Engine, load_bundled
+from sgm_engine import Engine, calibrate_float8, load_bundled
 
 
 def states(precision: str, n: int, seed: int) -> tuple[list[Tensor], object]:
     """The states after each row, float32 [rows][n, C, H, W], and the plan."""
     model, plan = load_bundled()
     kept: list[Tensor] = []
-    engine = Engine(model, batch=n, precision=precision)
+    options = {}
+    if precision == "float8":
+        options = {"float8": calibrate_float8(model, seed=seed + 1, emulate=True), "executor": "eager"}
+    engine = Engine(model, batch=n, precision=precision, **options)
     engine.sample(n, seed=seed, plan=plan, callback=lambda info: kept.append(info.x.clone()))
     return kept, plan
 
@@ -27,8 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.drift", description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=16, help="samples (default: 16)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=("bfloat16", "float8"), default="bfloat16")
     args = parser.parse_args()
-    (exact, plan), (rounded, _) = (states(precision, args.n, args.seed) for precision in ("float32", "bfloat16"))
+    (exact, plan), (rounded, _) = (states(precision, args.n, args.seed) for precision in ("float32", args.precision))
     print("   row      sigma   rms difference    of sigma")
     for row in range(plan.nfe):
         if row + 1 == plan.nfe or plan.sigma[row + 1] != plan.sigma[row]:

@@ -1,7 +1,7 @@
 """What precision="float8" does to scores and samples, emulated on a CPU: ``python -m bench.float8 [--out DIR]``.
 
 Prints the relative error (L2) of one evaluation of the bundled network in each precision, level by level, then draws
---n samples in each, of the same noise, for ``sgm eval`` to compare (docs/float8.md).
+--n samples in each, of the same noise, for ``sgm eval`` to compare, and a picture of the first (docs/float8.md).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sgm_engine import Engine, accelerate, at_sigmas, calibrate_float8, load_bundled, plan_of_nfe
+from sgm_engine import Engine, accelerate, at_sigmas, calibrate_float8, images, load_bundled, plan_of_nfe
 from sgm_engine.output import Output
 
 NFE, CALIBRATING_SEED = 10, 1000
@@ -31,8 +31,8 @@ def errors() -> None:
     model, _ = load_bundled()
     level = torch.arange(len(model.sigmas))
     noise = torch.Generator().manual_seed(0)
-    images = load_images(len(level))
-    x = images + model.sigmas[:, None, None, None] * torch.randn(images.shape, generator=noise)
+    clean = load_images(len(level))
+    x = clean + model.sigmas[:, None, None, None] * torch.randn(clean.shape, generator=noise)
     scores = {}
     for precision, engine in engines(model, len(level)).items():
         engine._network.sync()
@@ -53,13 +53,17 @@ def draw(n: int, seed: int, out: Path) -> None:
     """float32, bfloat16 and float8.safetensors in ``out``, of an SDE-DPM-Solver++(2M) of ten evaluations."""
     model, _ = load_bundled()
     plan = plan_of_nfe("sde_dpm_solver_2m", NFE, float(model.sigmas[0]), float(model.sigmas[-1]))
-    model = accelerate(at_sigmas(model, plan.sigmas))
+    model, plan = accelerate(at_sigmas(model, plan.sigmas)), plan.on_levels(plan.sigmas)
     out.mkdir(parents=True, exist_ok=True)
+    samples = {}
     for precision, engine in engines(model, 16).items():
-        Output.parse(f"{out}/{precision}.safetensors").write(
-            engine.sample(n, seed, plan.on_levels(plan.sigmas)), range(n)
-        )
+        samples[precision] = x = engine.sample(n, seed, plan)
+        Output.parse(f"{out}/{precision}.safetensors").write(x, range(n))
         print(f"{out}/{precision}.safetensors: {engine.describe()}", flush=True)
+        apart = (x - samples["float32"]).square().mean((1, 2, 3)).sqrt()
+        print(f"  from float32 by {apart.median():.2g} (median), {apart.max():.2g} (most)")
+    shown = torch.cat([x[:16] for x in samples.values()])
+    images.save_png(out / "rows.png", images.grid(images.to_uint8(shown), columns=16))
 
 
 def main() -> None:

@@ -192,14 +192,14 @@ def _float8_cases() -> Iterator[tuple[str, Case]]:
         written = 2 * tile.pixels * tile.channels
         name = f"conv float8 {_words((channels, side, side))} {tile.pixels}×{tile.channels}×{tile.depth}"
         yield name, Case(launch, loads=written, stores=written, shared=3 * 2**15 + 64, float8=True)
-    for channels, side, activation in ((128, 32, "elu"), (256, 16, "none"), (64, 28, "silu")):
+    for channels, side, activation in ((128, 32, "elu"), (64, 28, "silu")):
         x, parameter = _tensor(BATCH, channels, side, side, dtype=torch.bfloat16, nhwc=True), _tensor(10, channels)
         workspace = _tensor(triton_norm.norm_workspace_size(x))
         arguments = (x, *[parameter] * 3, _slots(), activation, None, 1e-5, x.to(FLOAT8), None, workspace)
         _, apply = triton_norm.describe(*arguments, inverse=0.5)
         tile, name = _tile(apply), f"norm apply float8 {channels}·{side}² {activation}"
         yield name, Case(apply, loads=2 * tile, stores=tile, float8=True)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32):
         x = _tensor(BATCH, 128, 32, 32, dtype=dtype, nhwc=True)
         launch = triton_float8.describe(x, 0.5, x.to(FLOAT8))
         read, written = (launch.constants["ELEMENTS"] * size for size in (dtype.itemsize, 1))
