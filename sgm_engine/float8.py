@@ -130,6 +130,13 @@ def convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
     return {name: m for name, m in modules if isinstance(m, nn.Conv2d) and id(m) not in pooled}
 
 
+@torch.no_grad()
+def trace_first(module: nn.Module, shape: tuple[int, int, int] | None, device: torch.device) -> None:
+    """An accelerated network that has not been called yet is traced by a call: what it calls decides who takes part."""
+    if isinstance(module, Accelerated) and module.report is None and shape is not None:
+        module(torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+
+
 def fuse_quantisation(module: nn.Module) -> int:
     """In the copy of an accelerated network: a norm that one float8 layer alone reads writes float8, the same bits.
 

@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from sgm_engine.float8 import Float8Config, check_float8, float8_layers, fuse_quantisation
+from sgm_engine.float8 import Float8Config, check_float8, float8_layers, fuse_quantisation, trace_first
 from sgm_engine.float8_conv import Float8Conv
 from sgm_engine.numerics import float32_math
 
@@ -66,6 +66,7 @@ class Network:
         self._float8, self._fused = float8, 0  # norms that write float8
         self._quantised: dict[nn.Conv2d, Float8Conv] = {}  # convolution → the layer in its place
         if float8 is not None:
+            trace_first(self.module, shape, device)
             self._quantised = float8_layers(self.module, self._float8)  # raises what is wrong with it
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:

@@ -218,6 +218,16 @@ def test_of_an_accelerated_network(monkeypatch):
     assert torch.equal(score(engine(fast, more)), found), "it is not called: the layer of its name is of no account"
 
 
+def test_of_an_accelerated_network_that_was_not_traced_yet(net):
+    fast = accelerate(net, None)
+    fast._built.clear()
+    fast.report = None
+    scales = calibrate_float8(fast, 2, plan=PLAN, emulate=True)
+    assert fast.report is None, "the copy of the calibrating engine was traced, the user's was not"
+    engine(fast, scales)
+    assert fast.report is not None and len(fast._built) == 1
+
+
 def test_scales_are_part_of_a_jobs_identity(net, scales):
     one, other = (Geometry.of(engine(net, s)) for s in (scales, replace(scales, margin=8.0)))
     assert one.precision == f"float8 {scales.digest}" != other.precision
