@@ -98,6 +98,8 @@ def engine_rows(model, sigmas, x, level, want) -> list[Row]:
     rows: list[Row] = []
     for name, options in ENGINES.items():
         row: Row = {"case": f"engine {name}", "batch": batch}
+        if options["precision"] == "float8" and torch.cuda.get_device_capability() < (8, 9):
+            continue
         try:
             engine = engine_of(model, batch, options)
             engine.sample(batch, plan=plan)
