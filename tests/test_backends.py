@@ -1,16 +1,14 @@
 """Which GPU backend runs an op: the measured table, and what goes by it. On the CPU, with fakes for the kernels."""
 
 import pytest
-import test_cuda
 import torch
 
 from bench.gpu import kernels as bench_kernels
 from sgm_engine import doctor, loop
 from sgm_engine.engine import Engine
-from sgm_engine.kernels import backend_table, cuda, gpu, reference, triton_noise, triton_norm, triton_update
+from sgm_engine.kernels import backend_table, cuda, gpu, triton_noise, triton_norm, triton_update
 from sgm_engine.kernels.dispatch import launchers
 
-host_library = test_cuda.host_library
 NHWC = torch.channels_last
 DEVICE = torch.device("cuda")
 
@@ -84,7 +82,10 @@ def test_each_case_goes_where_it_was_measured_to_be_fastest(ran, measured):
         (norm_arguments(), {"pool": True}),
     ):
         gpu.norm(*arguments, **options)
-    assert [c[0] for c in ran] == ["Triton"] * 6 and ran[3][2][11:] == (2, "none", False)
+    assert [c[0] for c in ran] == ["Triton"] * 6 and ran[3][2][11:] == (2, "none", False, None)
+    ran.clear()
+    gpu.norm(*norm_arguments(), inverse=0.5)  # float8, which the library cannot write
+    assert [c[0] for c in ran] == ["Triton"] and ran[0][2][-1] == 0.5
 
 
 def test_the_workspace_serves_either(measured, monkeypatch):
@@ -93,22 +94,6 @@ def test_the_workspace_serves_either(measured, monkeypatch):
     assert gpu.norm_workspace_size(x) == triton_norm.norm_workspace_size(x)
     measured["norm float32 NHWC 8×4×4 at 2^1"] = "CUDA"
     assert gpu.norm_workspace_size(x) == 10**9
-
-
-def test_the_library_gets_what_it_takes(host_library, measured, monkeypatch):
-    """Not a fake: the host's build of csrc/cuda, through the table, gives what C++ and the reference give."""
-    monkeypatch.setattr(cuda, "library", lambda: host_library)
-    measured |= {"norm residual float32 NHWC 8×4×4 at 2^1": "CUDA portable", "noise_fill normal NCHW 2^6": "CUDA"}
-    arguments = norm_arguments(residual=True)
-    gpu.norm(*arguments)
-    want, total = reference.noise_conditioned_norm(arguments[0], activation="elu", residual=arguments[6])
-    torch.testing.assert_close(arguments[8], want)
-    assert torch.equal(arguments[9], total)
-    fills = [torch.zeros(2, 3, 4, 4) for _ in range(2)]
-    seed = torch.tensor([3, 4])
-    for fill, out in zip((gpu.noise_fill, launchers("cpu").noise_fill), fills, strict=True):
-        fill(out, seed, seed, 1, 0, "normal")
-    assert torch.equal(*fills)
 
 
 # The table ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sgm_engine.kernels import cuda, noise, reference
+from sgm_engine.kernels import backend_table, cuda, noise, reference
 from sgm_engine.kernels.ops import NO_BAD_ROW
 
 ROOT = Path(__file__).parent.parent
@@ -470,3 +470,28 @@ def test_an_empty_batch_is_nothing_to_do(device):
     cuda.noise_fill(empty, none, none, 0, 0, "normal")
     cuda.langevin_update(empty, empty, *plan(device), none, none, none, none, none, None, empty, True)
     cuda.norm(empty, None, None, None, None, "none", None, 1e-5, empty, None, empty)
+
+
+# -- The choice of it --------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_backends_leads_here(device, monkeypatch):
+    """Nothing but the table decides (test_backends.py), and what the library is given then is what it takes."""
+    from sgm_engine.kernels import gpu as launchers
+    from sgm_engine.kernels import triton_noise, triton_norm
+
+    table = {"norm residual float32 NHWC 8×4×4 at 2^1": "CUDA portable", "noise_fill normal NCHW 2^6": "CUDA"}
+    monkeypatch.setattr(backend_table, "of_device", lambda _: table)
+    for module in (triton_norm, triton_noise):
+        monkeypatch.setattr(module, "norm" if module is triton_norm else "noise_fill", lambda *_: pytest.fail("Triton"))
+    x, residual, total = (poisoned((2, 8, 4, 4), "nhwc", device=device) for _ in range(3))
+    x.normal_()
+    out, residual = torch.empty_like(x), torch.ones_like(x)
+    workspace = torch.empty(launchers.norm_workspace_size(x), device=device)
+    launchers.norm(x, None, None, None, None, "elu", residual, 1e-5, out, total, workspace)
+    want, both = reference.noise_conditioned_norm(x, activation="elu", residual=residual)
+    torch.testing.assert_close(out, want)
+    assert torch.equal(total, both)
+    fill, seed = poisoned((2, 3, 4, 4), "nchw", device=device), torch.tensor([3, 4])
+    launchers.noise_fill(fill, seed.to(device), seed.to(device), 1, 0, "normal")
+    assert (bits(fill) == noise.fill((2, 3, 4, 4), seed.numpy(), seed.numpy(), 1, 0, "normal").view(np.uint32)).all()
