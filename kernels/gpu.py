@@ -19,11 +19,11 @@ def noise_fill(out: Tensor, seed: Tensor, sample_id: Tensor, draw: int, stream: 
     module.noise_fill(out, seed, sample_id, draw, stream, kind)
 
 
-def langevin_update(x: Tensor, score: Tensor, *rest: object) -> None:
+def langevin_update(x: Tensor, score: Tensor, *rest: object, **options: object) -> None:
     measured = backend_table.of_device(x.device)
     backend = measured.get(backend_table.update_case(x, score), TRITON) if measured else TRITON
     module = triton_update if backend == TRITON else cuda
-    module.langevin_update(x, score, *rest)
+    module.langevin_update(x, score, *rest, **options)
 
 
 def norm(

@@ -30,7 +30,7 @@ class Float8Config:
 
     maxima: name of a convolution → the largest |input| that it has seen; a convolution without stays bfloat16.
     margin: inputs up to margin·maximum are represented, larger ones cut off. e4m3 has an exponent of its own, so that
-        a margin of 2 costs no digits, but the smallest numbers: those below 1/30,000 of the maximum.
+        a margin of 2 costs digits only of what is below 1/14,000 of the maximum.
     channels: a convolution takes part if its channels, in and out, divide by this; below 32 only emulated.
     source: what the maxima were taken from, in words.
     emulate: compute the same numbers in plain PyTorch: quantised operands, products and sums in float32. On any device,

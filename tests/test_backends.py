@@ -21,7 +21,7 @@ def ran(monkeypatch):
                           (triton_update, ("langevin_update",)), (triton_norm, ("norm",))):  # fmt: skip
         for name in names:
             backend = "CUDA" if module is cuda else "Triton"
-            monkeypatch.setattr(module, name, lambda *a, b=backend, n=name: calls.append((b, n, a)))
+            monkeypatch.setattr(module, name, lambda *a, b=backend, n=name, **_: calls.append((b, n, a)))
     return calls
 
 
