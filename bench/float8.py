@@ -19,22 +19,22 @@ NFE, CALIBRATING_SEED = 10, 1000
 PRECISIONS = ("float32", "bfloat16", "float8")
 
 
-def engines(model: nn.Module, batch: int) -> dict[str, Engine]:
-    float8 = calibrate_float8(model, seed=CALIBRATING_SEED, emulate=True)
+def engines(model: nn.Module, batch: int, margin: float) -> dict[str, Engine]:
+    float8 = calibrate_float8(model, seed=CALIBRATING_SEED, margin=margin, emulate=True)
     print(f"scales: {float8.source}")
     options = {"float8": {"float8": float8}}
     return {p: Engine(model, batch, precision=p, executor="eager", **options.get(p, {})) for p in PRECISIONS}
 
 
 @torch.no_grad()
-def errors() -> None:
+def errors(margin: float) -> None:
     model, _ = load_bundled()
     level = torch.arange(len(model.sigmas))
     noise = torch.Generator().manual_seed(0)
     clean = load_images(len(level))
     x = clean + model.sigmas[:, None, None, None] * torch.randn(clean.shape, generator=noise)
     scores = {}
-    for precision, engine in engines(model, len(level)).items():
+    for precision, engine in engines(model, len(level), margin).items():
         engine._network.sync()
         scores[precision] = engine._network(x, level).float()
     exact = scores["float32"].flatten(1)
@@ -49,14 +49,14 @@ def load_images(n: int) -> torch.Tensor:
     return Engine(model, n).sample(n, CALIBRATING_SEED + 1, plan)
 
 
-def draw(n: int, seed: int, out: Path) -> None:
+def draw(n: int, seed: int, margin: float, out: Path) -> None:
     """float32, bfloat16 and float8.safetensors in ``out``, of an SDE-DPM-Solver++(2M) of ten evaluations."""
     model, _ = load_bundled()
     plan = plan_of_nfe("sde_dpm_solver_2m", NFE, float(model.sigmas[0]), float(model.sigmas[-1]))
     model, plan = accelerate(at_sigmas(model, plan.sigmas)), plan.on_levels(plan.sigmas)
     out.mkdir(parents=True, exist_ok=True)
     samples = {}
-    for precision, engine in engines(model, 16).items():
+    for precision, engine in engines(model, 16, margin).items():
         samples[precision] = x = engine.sample(n, seed, plan)
         Output.parse(f"{out}/{precision}.safetensors").write(x, range(n))
         print(f"{out}/{precision}.safetensors: {engine.describe()}", flush=True)
@@ -70,11 +70,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.float8", description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=1000, help="samples (default: 1000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--margin", type=float, default=2.0, help="of the scales (default: 2)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where they go; without it only the errors are shown")
     args = parser.parse_args()
-    errors()
+    errors(args.margin)
     if args.out:
-        draw(args.n, args.seed, args.out)
+        draw(args.n, args.seed, args.margin, args.out)
 
 
 if __name__ == "__main__":
