@@ -18,6 +18,9 @@ inline void* take(std::size_t size, std::size_t alignment) {
 }
 }  // namespace allocations
 
+#ifdef __GNUC__
+#pragma GCC diagnostic ignored "-Wmismatched-new-delete"  // inlined, GCC sees free() of what new gave, but not whose new
+#endif
 void* operator new(std::size_t size) { return allocations::take(size, alignof(std::max_align_t)); }
 void* operator new(std::size_t size, std::align_val_t alignment) { return allocations::take(size, static_cast<std::size_t>(alignment)); }
 void operator delete(void* p) noexcept { std::free(p); }
