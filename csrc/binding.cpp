@@ -31,11 +31,12 @@ void noise_fill(Address out, bool nhwc, int64_t batch, int64_t channels, int64_t
 void langevin_update(Address x, bool x_nhwc, Address score, bool score_nhwc, int score_dtype, Address previous, bool previous_nhwc,
                      Address out, bool out_nhwc, int64_t batch, int64_t channels, int64_t pixels, Address coef, Address draw,
                      int64_t rows, Address row, Address stop, Address seed, Address sample_id, Address bad_row, bool advance,
-                     Address keep, Address gain) {
+                     Address keep, Address gain, Address known, Address known_sigma, Address known_draw) {
   sgm::langevin_update({{batch, channels, pixels}, at<float>(x), x_nhwc, at<void>(score), score_nhwc,
                         static_cast<sgm::Dtype>(score_dtype), at<float>(previous), previous_nhwc, at<float>(out), out_nhwc,
                         at<float>(coef), at<int32_t>(draw), rows, at<int64_t>(row), at<int64_t>(stop), at<int64_t>(seed),
-                        at<int64_t>(sample_id), at<int64_t>(bad_row), at<float>(keep), at<float>(gain)});
+                        at<int64_t>(sample_id), at<int64_t>(bad_row), at<float>(keep), at<float>(gain), at<float>(known),
+                        at<float>(known_sigma), at<int32_t>(known_draw)});
   if (advance) sgm::advance_rows(batch, at<int64_t>(row), at<int64_t>(stop));
 }
 
@@ -82,7 +83,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("x"), py::arg("x_nhwc"), py::arg("score"), py::arg("score_nhwc"), py::arg("score_dtype"), py::arg("previous"),
         py::arg("previous_nhwc"), py::arg("out"), py::arg("out_nhwc"), py::arg("batch"), py::arg("channels"), py::arg("pixels"),
         py::arg("coef"), py::arg("draw"), py::arg("rows"), py::arg("row"), py::arg("stop"), py::arg("seed"), py::arg("sample_id"),
-        py::arg("bad_row"), py::arg("advance"), py::arg("keep") = 0, py::arg("gain") = 0);
+        py::arg("bad_row"), py::arg("advance"), py::arg("keep") = 0, py::arg("gain") = 0, py::arg("known") = 0,
+        py::arg("known_sigma") = 0, py::arg("known_draw") = 0);
   m.def("norm", &norm, nogil, "csrc/cpu/norm.h, Norm. dtype: 0 float32, 1 bfloat16, 2 float16; activation: 0 none, 1 elu, 2 relu, 3 silu.",
         py::arg("x"), py::arg("residual"), py::arg("y"), py::arg("total"), py::arg("gamma"), py::arg("alpha"), py::arg("beta"),
         py::arg("gamma_stride"), py::arg("alpha_stride"), py::arg("beta_stride"), py::arg("level"), py::arg("workspace"),

@@ -49,6 +49,8 @@ SGM_HD Words philox4x32(Words c, uint32_t k0, uint32_t k1) {
   return c;
 }
 
+constexpr uint32_t kSampleStream = 0, kInpaintStream = 0x01000000u;  // STREAM of kernels/noise.py
+
 // What the words of one draw of one sample depend on, besides element / 4.
 struct Draw {
   uint32_t k0, k1;      // seed

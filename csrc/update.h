@@ -30,6 +30,8 @@ struct NoiseFill {
 // t = a·x; t += b·score; t += c·z; t += d·previous: every product and every sum rounded to float32, terms whose
 // coefficient c or d is 0 left out. z is the normal noise of (seed, sample id, draw, stream 0). Where there is a gain,
 // b is (b·gain)·gain and c is c·gain. Then previous = e·x, += f·score, of the old x, unless keep is null or e = f = 0.
+// Inpainting: where known is no NaN, out is not t but what the next row's network sees there, known + known_sigma·z with
+// z of (known_draw, stream inpaint); known itself, as in the samples, after a row whose known_sigma is 0.
 struct Update {
   Shape shape;
   const float* x;
@@ -50,6 +52,9 @@ struct Update {
   int64_t* bad_row;         // [B]: lowered to the row whose result was not finite; or null
   const float* keep;        // [rows, 2]: e, f; or null
   const float* gain;        // [B], or null
+  const float* known;       // as out lies in memory, NaN where a pixel is not known; or null
+  const float* known_sigma;   // [rows]
+  const int32_t* known_draw;  // [rows], uint32 bits
 };
 
 // Throws std::out_of_range if a live slot's row is not in [0, rows), std::invalid_argument if its d, e or f asks for a

@@ -32,6 +32,7 @@ class Case:
     shared: int = 16384  # bytes of shared memory at most: a tile that goes through it needs more
     exact: bool = False  # products and sums rounded separately, subnormals kept
     float8: bool = False  # for the targets whose tensor cores know e4m3
+    noises: int = 1  # how often four normals are made, if they are
 
 
 @functools.cache
@@ -64,8 +65,7 @@ def _noise_cases() -> Iterator[tuple[str, Case]]:
 
 
 def _update_cases() -> Iterator[tuple[str, Case]]:
-    quad_bytes = 16 * triton_update.CONFIG.quads
-    for shape, dtype, x_nhwc, score_nhwc, previous, captured, *keep in (
+    for shape, dtype, x_nhwc, score_nhwc, previous, captured, *extra in (
         ((3, 32, 32), torch.bfloat16, False, True, False, True),
         ((3, 32, 32), torch.bfloat16, False, False, False, True),
         ((3, 32, 32), torch.float32, False, False, True, True),
@@ -76,9 +76,15 @@ def _update_cases() -> Iterator[tuple[str, Case]]:
         ((1, 28, 28), torch.bfloat16, False, False, False, True),
         ((3, 256, 256), torch.bfloat16, False, True, False, True),
         ((3, 5, 7), torch.float32, False, True, True, True),
-        ((3, 32, 32), torch.float32, False, False, True, True, True),
-        ((3, 32, 32), torch.bfloat16, False, True, True, True, True),
+        ((3, 32, 32), torch.float32, False, False, True, True, "kept, gain"),
+        ((3, 32, 32), torch.bfloat16, False, True, True, True, "kept, gain"),
+        ((3, 32, 32), torch.bfloat16, False, True, False, True, "known"),
+        ((3, 32, 32), torch.float32, False, False, True, True, "kept, gain", "known"),
+        ((3, 32, 32), torch.bfloat16, True, True, True, True, "kept, gain", "known"),
+        ((1, 28, 28), torch.float32, False, False, False, True, "known"),
+        ((3, 5, 7), torch.float32, False, True, False, True, "known"),
     ):
+        keep, known = "kept, gain" in extra, "known" in extra
         x = _tensor(BATCH, *shape, nhwc=x_nhwc)
         launch = triton_update.describe(
             x,
@@ -95,17 +101,22 @@ def _update_cases() -> Iterator[tuple[str, Case]]:
             captured,
             _tensor(9, 2) if keep else None,
             _tensor(BATCH) if keep else None,
+            torch.empty_like(x) if known else None,
+            _tensor(9) if known else None,
+            _tensor(9, dtype=torch.int32) if known else None,
         )
+        quad_bytes = 16 * launch.constants["QUADS"]
         wide = not x_nhwc and shape[1] % 2 == 0  # the state; a bfloat16 quad is 8 bytes
         score_wide = wide and dtype == torch.float32 and not score_nhwc
         yield (
             f"update {_words(shape, x_nhwc)} score {_words(dtype, score_nhwc)}"
-            f"{' previous' if previous else ''}{' kept, gain' if keep else ''}{'' if captured else ' pure'}",
+            f"{' previous' if previous else ''}{''.join(f' {e}' for e in extra)}{'' if captured else ' pure'}",
             Case(
                 launch,
-                loads=quad_bytes * (wide + score_wide + (wide and previous)),
-                stores=quad_bytes * wide * (1 + len(keep)),
+                loads=quad_bytes * (wide + score_wide + (wide and previous) + (wide and known)),
+                stores=quad_bytes * wide * (1 + keep),
                 exact=True,
+                noises=1 + known,
             ),
         )
 

@@ -70,6 +70,20 @@ def check_noise(out: Tensor, seed: Tensor, sample_id: Tensor, draw: int, stream:
         raise ValueError(f"kind must be 'normal' or 'uniform', got {kind!r}")
 
 
+def check_known(x, draw, known, known_sigma, known_draw) -> None:
+    """What inpainting adds to an update, all of it or nothing."""
+    given = {"known": known, "known_sigma": known_sigma, "known_draw": known_draw}
+    missing = [name for name, t in given.items() if t is None]
+    if len(missing) == len(given):
+        return
+    if missing:
+        there = next(name for name, t in given.items() if t is not None)
+        raise ValueError(f"{missing[0]} is None, but {there} is not: pass known, known_sigma and known_draw, or none")
+    check("known", known, x, STATE, x.shape)
+    check_vector("known_sigma", known_sigma, x, torch.float32, len(draw))
+    check_vector("known_draw", known_draw, x, torch.int32, len(draw))
+
+
 def check_update(x, score, coef, draw, row, seed, sample_id, previous) -> None:
     check_images("x", x, STATE)
     check("score", score, x, NETWORK, x.shape)

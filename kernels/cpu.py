@@ -35,14 +35,21 @@ def langevin_update(
     advance: bool,
     keep: Tensor | None = None,
     gain: Tensor | None = None,
+    known: Tensor | None = None,
+    known_sigma: Tensor | None = None,
+    known_draw: Tensor | None = None,
 ) -> None:
-    """out ← a·x + b·score + c·z + d·previous in every live slot, then previous (see csrc/update.h); out may be x."""
+    """out ← a·x + b·score + c·z + d·previous in every live slot, then previous (see csrc/update.h); out may be x.
+
+    known lies in memory as out does.
+    """
     b, c, h, w = x.shape
     _C.langevin_update(
         x.data_ptr(), _nhwc(x), score.data_ptr(), _nhwc(score), DTYPE[score.dtype],
         _address(previous), previous is not None and _nhwc(previous), out.data_ptr(), _nhwc(out), b, c, h * w,
         coef.data_ptr(), draw.data_ptr(), draw.shape[0], row.data_ptr(), _address(stop), seed.data_ptr(),
-        sample_id.data_ptr(), _address(bad_row), advance, _address(keep), _address(gain),
+        sample_id.data_ptr(), _address(bad_row), advance, _address(keep), _address(gain), _address(known),
+        _address(known_sigma), _address(known_draw),
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ _SIGNATURES = {
     "sgm_cuda_noise_fill": (c_int, [_P, _P, _P, c_int64, c_int64, c_int64, c_int, c_uint32, c_uint32, c_int, _P]),
     "sgm_cuda_langevin_update": (
         c_int,
-        [_P, _P, c_int, *[_P] * 11, c_int64, c_int64, c_int64, c_int, c_int, _P],
+        [_P, _P, c_int, *[_P] * 14, c_int64, c_int64, c_int64, c_int, c_int, _P],
     ),
     "sgm_cuda_norm": (
         c_int,
@@ -92,6 +92,9 @@ def langevin_update(
     advance: bool,
     keep: Tensor | None = None,
     gain: Tensor | None = None,
+    known: Tensor | None = None,
+    known_sigma: Tensor | None = None,
+    known_draw: Tensor | None = None,
 ) -> None:
     """out ← a·x + b·score + c·z + d·previous for every live slot; an idle one (row ≥ stop) is neither read nor written.
 
@@ -100,6 +103,8 @@ def langevin_update(
     bad_row: lowered to the slot's row where a result is not finite. advance: row goes up by 1 in every live slot.
     keep: float32 [R, 2], (e, f): previous ← e·x + f·score, of the old x, unless both are 0. gain: float32 [B]: b·gain²,
     c·gain.
+    known: float32 in the layout of out, NaN where not known; elsewhere out is known + known_sigma[row]·z, z of
+    draw known_draw[row] in stream "inpaint". known_sigma: float32 [R]; known_draw: int32 [R].
     Checks and allocates nothing; pointers may be captured in a CUDA graph.
     """
     batch, channels, height, width = x.shape
@@ -110,7 +115,7 @@ def langevin_update(
     )
     pointers = (x.data_ptr(), score.data_ptr(), DTYPE[score.dtype], coef.data_ptr(), draw.data_ptr(), row.data_ptr())
     slots = (_pointer(stop), seed.data_ptr(), sample_id.data_ptr(), _pointer(bad_row), _pointer(previous))
-    slots += (_pointer(keep), _pointer(gain))
+    slots += tuple(_pointer(t) for t in (keep, gain, known, known_sigma, known_draw))
     sizes = (batch, channels, height * width)
     _call("sgm_cuda_langevin_update", x, *pointers, *slots, out.data_ptr(), *sizes, layouts, advance)
 

@@ -14,7 +14,8 @@ class Launchers(NamedTuple):
     """Unchecked functions of one device type; their tensors must be as the ops below ask, and dense.
 
     noise_fill(out, seed, sample_id, draw, stream, kind)
-    langevin_update(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, out, advance, keep, gain)
+    langevin_update(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, out, advance, keep, gain,
+        known, known_sigma, known_draw), known in the layout of out
     norm(x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace, groups=None), and on CUDA
         before="none", pool=False, inverse=None after them (inverse: out is float8)
     norm_workspace_size(x) → float32 elements

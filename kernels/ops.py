@@ -10,7 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgm_engine.kernels.checks import STATE, check, check_dense, check_noise, check_update, check_vector, dense
+from sgm_engine.kernels.checks import (
+    STATE,
+    check,
+    check_dense,
+    check_known,
+    check_noise,
+    check_update,
+    check_vector,
+    dense,
+    like,
+)
 from sgm_engine.kernels.dispatch import launchers, library, register
 from sgm_engine.kernels.norm_op import noise_conditioned_norm, quantised_norm
 
@@ -52,6 +62,9 @@ def langevin_update_(
     previous: Tensor | None = None,
     keep: Tensor | None = None,
     gain: Tensor | None = None,
+    known: Tensor | None = None,
+    known_sigma: Tensor | None = None,
+    known_draw: Tensor | None = None,
 ) -> None:
     """x ← a·x + b·score + c·z (+ d·previous) in every slot with row < stop, whose row then goes up by one.
 
@@ -62,11 +75,14 @@ def langevin_update_(
     says; z is the noise of stream "sample". Rows are checked on the CPU only: on a GPU that would wait for it.
     keep: float32 [R, 2], (e, f) of each row; unless both are 0, previous is then written: e·x + f·score, of the x that
     was. gain: float32 [B]; b is then (b·gain)·gain, c is c·gain.
+    known (inpainting): float32 like x, NaN where a pixel is not known. Elsewhere x becomes what the next row's network
+    is to see, known + σ·z: known_sigma float32 [R], that σ, 0 after a plan's last row, which leaves known itself;
+    known_draw int32 [R], the draw of z, whose stream is "inpaint".
     """
     if torch.is_grad_enabled() and (x.requires_grad or score.requires_grad):
         raise RuntimeError("langevin_update_ has no gradient: call it under torch.no_grad(), or use langevin_update")
     torch.ops.sgm_engine.langevin_update_(
-        x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, keep, gain
+        x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, keep, gain, known, known_sigma, known_draw
     )
 
 
@@ -101,7 +117,10 @@ def _fake_noise_fill_(out, seed, sample_id, draw, stream, kind):
     check_noise(out, seed, sample_id, draw, stream, kind)
 
 
-def _check_update_(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous=None, keep=None, gain=None):
+def _check_update_(
+    x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous=None, keep=None, gain=None,
+    known=None, known_sigma=None, known_draw=None,
+):  # fmt: skip
     check_update(x, score, coef, draw, row, seed, sample_id, previous)
     check_dense("x", x)
     check_vector("stop", stop, x, torch.int64, x.shape[0])
@@ -115,12 +134,19 @@ def _check_update_(x, score, coef, draw, row, stop, seed, sample_id, bad_row, pr
             raise ValueError(f"keep must be contiguous, got strides {list(keep.stride())}: call keep.contiguous()")
     if gain is not None:
         check_vector("gain", gain, x, torch.float32, x.shape[0])
+    check_known(x, draw, known, known_sigma, known_draw)
 
 
-def _langevin_update_(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous=None, keep=None, gain=None):
-    _check_update_(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, keep, gain)
-    update = launchers(x.device.type).langevin_update
-    update(x, dense(score), coef, draw, row, stop, seed, sample_id, bad_row, dense(previous), x, True, keep, gain)
+def _langevin_update_(
+    x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous=None, keep=None, gain=None,
+    known=None, known_sigma=None, known_draw=None,
+):  # fmt: skip
+    inpaint = (known, known_sigma, known_draw)
+    _check_update_(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, keep, gain, *inpaint)
+    update, slots = launchers(x.device.type).langevin_update, (row, stop, seed, sample_id, bad_row)
+    known = None if known is None else like(x, known)
+    score, previous = dense(score), dense(previous)
+    update(x, score, coef, draw, *slots, previous, x, True, keep, gain, known, known_sigma, known_draw)
 
 
 def _langevin_update(x, score, coef, draw, row, seed, sample_id, previous=None):
@@ -162,7 +188,8 @@ register(
 )
 register(
     "langevin_update_(Tensor(a!) x, Tensor score, Tensor coef, Tensor draw, Tensor(b!) row, Tensor stop, Tensor seed, "
-    "Tensor sample_id, Tensor(c!) bad_row, Tensor(d!)? previous=None, Tensor? keep=None, Tensor? gain=None) -> ()",
+    "Tensor sample_id, Tensor(c!) bad_row, Tensor(d!)? previous=None, Tensor? keep=None, Tensor? gain=None, "
+    "Tensor? known=None, Tensor? known_sigma=None, Tensor? known_draw=None) -> ()",
     _langevin_update_,
     _check_update_,
 )

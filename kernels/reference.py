@@ -114,6 +114,12 @@ def langevin_update(
     return sum(torch.where(k != 0, k * t.to(x.dtype), 0) for k, t in terms if t is not None)
 
 
+def impose(x: Tensor, known: Tensor, known_sigma: Tensor, row: Tensor, z: Tensor) -> Tensor:
+    """What x [B, C, H, W] is after a row when inpainting: known + σ·z where known is no NaN, σ = known_sigma[row]."""
+    sigma = known_sigma[row].to(x.dtype)[:, None, None, None]
+    return torch.where(known.isnan(), x, known.to(x.dtype) + sigma * z)
+
+
 def remember(x: Tensor, score: Tensor, keep: Tensor, row: Tensor, previous: Tensor) -> Tensor:
     """What previous [B, C, H, W] is after a row: e·x + f·score with (e, f) = keep[row], or itself if both are 0."""
     e, f = keep[row].to(x.dtype).T[..., None, None, None]

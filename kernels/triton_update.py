@@ -1,6 +1,7 @@
 """Triton: the sampler's step, x ← a·x + b·score + c·z (+ d·previous), with z made in registers.
 
 Where the row says so, previous ← e·x + f·score follows, of the old x. A gain of the slot scales b (twice) and c.
+Known pixels (inpainting) become known + σ·z instead, what the next row's network is to see of them.
 
 Slot i of the batch reads its own row of the plan: (a, b, c, d) = coef[row[i]], draw[row[i]]. Products and sums are
 rounded one by one in float32, in the order written; a term whose c or d is zero is left out. So, given equal scores,
@@ -15,8 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sgm_engine.kernels.launch import Launch, is_channels_last
+from sgm_engine.kernels.noise import STREAM
 from sgm_engine.kernels.triton_noise import CONFIG, EXACT, NoiseConfig, interleave, locate, normals, share, words
 
+INPAINT = tl.constexpr(STREAM["inpaint"])
 ARRIVAL = tl.constexpr(2**40)  # rows are below this; the bits above count the slot's programs that have read theirs
 
 
@@ -36,6 +39,13 @@ def arrive(row_ptr, stop, blocks: tl.constexpr):
 
 
 @triton.jit
+def block_of_normals(quad, draw_ptr, seed, sample_id, stream, QUADS: tl.constexpr):
+    w0, w1, w2, w3 = words(quad, tl.load(draw_ptr).to(tl.uint32), seed, sample_id, stream)
+    z0, z1, z2, z3 = normals(w0, w1, w2, w3)
+    return interleave(z0, z1, z2, z3, QUADS)
+
+
+@triton.jit
 def update_kernel(
     x_ptr,  # float32 [B, C, H, W]
     score_ptr,  # float32, bfloat16 or float16, like x
@@ -50,6 +60,9 @@ def update_kernel(
     bad_row_ptr,  # int64 [B], or None
     keep_ptr,  # float32 [R, 2], or None
     gain_ptr,  # float32 [B], or None
+    known_ptr,  # float32, as out in shape and layout, NaN where a pixel is not known; or None
+    known_sigma_ptr,  # float32 [R], or None
+    known_draw_ptr,  # int32 [R], the bits of a uint32, or None
     C: tl.constexpr,
     HW: tl.constexpr,
     X_NHWC: tl.constexpr,
@@ -70,8 +83,6 @@ def update_kernel(
 
     inside = element < C * HW
     base = slot * (C * HW)
-    x = tl.load(x_ptr + base + locate(element, C, HW, X_NHWC), mask=inside, other=0.0)
-    score = tl.load(score_ptr + base + locate(element, C, HW, SCORE_NHWC), mask=inside, other=0.0)
     a = tl.load(coef_ptr + row * 4)
     b = tl.load(coef_ptr + row * 4 + 1)
     c = tl.load(coef_ptr + row * 4 + 2)
@@ -79,13 +90,19 @@ def update_kernel(
         gain = tl.load(gain_ptr + slot)
         b = (b * gain) * gain
         c = c * gain
+    noisy = c != 0
+    if known_ptr is not None:  # noise for known pixels if the program has any, and the row's unless it has no others
+        known = tl.load(known_ptr + base + locate(element, C, HW, OUT_NHWC), mask=inside, other=float("nan"))
+        noisy = noisy & (tl.max((inside & (known != known)).to(tl.int32)) != 0)
+        sigma = tl.load(known_sigma_ptr + row)
+        if (sigma != 0) & (tl.max((known == known).to(tl.int32)) != 0):
+            known = known + sigma * block_of_normals(quad, known_draw_ptr + row, seed, sample_id, INPAINT, QUADS)
+    x = tl.load(x_ptr + base + locate(element, C, HW, X_NHWC), mask=inside, other=0.0)
+    score = tl.load(score_ptr + base + locate(element, C, HW, SCORE_NHWC), mask=inside, other=0.0)
     t = a * x
     t = t + b * score.to(tl.float32)
-    if c != 0:
-        draw = tl.load(draw_ptr + row).to(tl.uint32)
-        w0, w1, w2, w3 = words(quad, draw, seed, sample_id, 0)
-        z0, z1, z2, z3 = normals(w0, w1, w2, w3)
-        t = t + c * interleave(z0, z1, z2, z3, QUADS)
+    if noisy:
+        t = t + c * block_of_normals(quad, draw_ptr + row, seed, sample_id, 0, QUADS)
     if previous_ptr is not None:
         d = tl.load(coef_ptr + row * 4 + 3)
         offset = base + locate(element, C, HW, PREVIOUS_NHWC)
@@ -96,6 +113,8 @@ def update_kernel(
             f = tl.load(keep_ptr + row * 2 + 1)
             if (e != 0) | (f != 0):
                 tl.store(previous_ptr + offset, e * x + f * score.to(tl.float32), mask=inside)
+    if known_ptr is not None:
+        t = tl.where(known == known, known, t)
     tl.store(out_ptr + base + locate(element, C, HW, OUT_NHWC), t, mask=inside)
     if bad_row_ptr is not None:
         bad = tl.max((inside & ~(tl.abs(t) < float("inf"))).to(tl.int32), axis=1)  # [QUADS]; NaN compares false
@@ -118,6 +137,9 @@ def describe(
     advance: bool,
     keep: Tensor | None = None,
     gain: Tensor | None = None,
+    known: Tensor | None = None,
+    known_sigma: Tensor | None = None,
+    known_draw: Tensor | None = None,
     config: NoiseConfig = CONFIG,
 ) -> Launch:
     batch, channels, height, width = x.shape
@@ -135,6 +157,9 @@ def describe(
         "bad_row_ptr": bad_row,
         "keep_ptr": keep,
         "gain_ptr": gain,
+        "known_ptr": known,
+        "known_sigma_ptr": known_sigma,
+        "known_draw_ptr": known_draw,
     }
     constants = {
         "C": channels,
@@ -165,6 +190,9 @@ def langevin_update(
     advance: bool,
     keep: Tensor | None = None,
     gain: Tensor | None = None,
+    known: Tensor | None = None,
+    known_sigma: Tensor | None = None,
+    known_draw: Tensor | None = None,
 ) -> None:
     """out ← a·x + b·score + c·z + d·previous for every live slot; an idle one (row ≥ stop) is neither read nor written.
 
@@ -173,7 +201,10 @@ def langevin_update(
     the table; stop None: every slot is live. bad_row: lowered to the slot's row where a result is not finite.
     advance: row goes up by 1 in every live slot. keep: float32 [R, 2], (e, f): previous ← e·x + f·score, of the old x,
     unless both are 0. gain: float32 [B]: b·gain², c·gain.
+    known: float32 in the layout of out, NaN where not known; elsewhere out is known + known_sigma[row]·z, z of
+    draw known_draw[row] in stream "inpaint". known_sigma: float32 [R]; known_draw: int32 [R].
     Checks and allocates nothing; pointers may be captured in a CUDA graph.
     """
+    more = (keep, gain, known, known_sigma, known_draw)
     with torch.cuda.device_of(x):
-        describe(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, out, advance, keep, gain)()
+        describe(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, out, advance, *more)()

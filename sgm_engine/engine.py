@@ -140,9 +140,9 @@ class Engine(Loop):
         if redraw not in REDRAWS:
             raise ValueError(f"redraw must be one of {REDRAWS}, got {redraw!r}")
         n = None if n is None else check_int("n", n, 0)
-        known, mask = check_known(known, mask, n, self.shape, self.device)
+        known = check_known(known, mask, n, self.shape, self.device)
         chains = check_chains(len(known), seed, first_id, None, self.shape, self.device)
-        return self._sample(chains, self._check(plan, callback), callback, progress, (known, mask, redraw))
+        return self._sample(chains, self._check(plan, callback), callback, progress, (known, redraw))
 
     def stream(
         self,

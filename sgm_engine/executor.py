@@ -70,15 +70,14 @@ class EagerExecutor:
 
     def step(self) -> None:
         s, t = self.slots, self.tables
-        if s.known is not None:
-            s.known.impose(s, t)
         torch.index_select(t.level, 0, s.row, out=self.level)
         self.score = self.network(s.x, self.level)
         if s.gain is not None:
             s.measure(self.score, t.adaptive)
         keep = None if s.previous is None else t.keep
         slots = (s.row, s.stop, s.seed, s.sample_id, s.bad_row, s.previous)
-        ops.langevin_update_(s.x, self.score, t.coef, t.draw, *slots, keep, s.gain)
+        known = {} if s.known is None else s.known.arguments(t)
+        ops.langevin_update_(s.x, self.score, t.coef, t.draw, *slots, keep, s.gain, **known)
 
 
 EXECUTORS = ("auto", "eager", "native", "hybrid", "graph")

@@ -130,7 +130,8 @@ class GraphExecutor(EagerExecutor):
     def sync_weights(self) -> None:
         self.network.sync()
         s, t = self.slots, self.tables
-        reads = [*self.network.tensors(), *s.tensors(), *t.tensors(), *(s.known.tensors(t) if s.known else ())]
+        known = s.known.arguments(t).values() if s.known else ()
+        reads = [*self.network.tensors(), *s.tensors(), *t.tensors(), *known]
         if _places(reads) != _places(self._held):
             self._drop()
             sizes = (self.unroll, 1) if self.unroll > 1 else (1,)  # the largest first: the others fit into its memory

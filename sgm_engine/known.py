@@ -1,7 +1,8 @@
-"""Inpainting: pixels that are known, put in place of the state's before every evaluation, at that row's noise.
+"""Inpainting: pixels that are known take the place of the state's before every evaluation, with that row's noise.
 
 y = known + σ·z, z of stream "inpaint": drawn once a level (NCSN's programs) or afresh each row (NCSNv2's). Which noise
-that is depends on (seed, sample id, row) alone, as everything else does.
+that is depends on (seed, sample id, row) alone, as everything else does. A chain starts with y in its state; from then
+on each row's update leaves the next row's y there (csrc/update.h), and the last row's the known pixels as given.
 """
 
 from __future__ import annotations
@@ -18,49 +19,36 @@ if TYPE_CHECKING:
     from sgm_engine.slots import Slots, Tables
 
 REDRAWS = ("level", "step")
-TAG = STREAM["inpaint"] << 32  # on a sample id, it makes the update's stream 0 the inpaint stream (docs/noise.md)
 
 
 class Known:
-    """Of each slot: known float32 and mask bool (True where known), [B, C, H, W] like x."""
+    """values: float32 [B, C, H, W] like x, what is known of each slot's sample; NaN elsewhere."""
 
     def __init__(self, slots: Slots):
-        self.known = torch.zeros_like(slots.x)
-        self.mask = torch.zeros_like(slots.x, dtype=torch.bool)
-        self.tagged = torch.zeros_like(slots.sample_id)
-        self.images: Tensor | None = None  # of the running request, [n, C, H, W] each
-        self.masks: Tensor | None = None
-        self.redraw = "level"
+        self.values = torch.full_like(slots.x, torch.nan)
+        self.images: Tensor | None = None  # of the running request, [n, C, H, W]
+        self.redraw = REDRAWS[0]
 
-    def begin(self, images: Tensor, masks: Tensor, redraw: str) -> None:
-        """The k-th job of the request has images[k] where masks[k]."""
-        self.images, self.masks, self.redraw = images, masks, redraw
+    def begin(self, images: Tensor, redraw: str) -> None:
+        """Of the k-th job of the request images[k] is known, as check_known returns it."""
+        self.images, self.redraw = images, redraw
 
-    def start(self, slot: Tensor, indices: Tensor, sample_ids: Tensor) -> None:
-        """Slots ``slot`` [k] begin jobs number ``indices`` [k]."""
-        self.known.index_copy_(0, slot, self.images.index_select(0, indices))
-        self.mask.index_copy_(0, slot, self.masks.index_select(0, indices))
-        self.tagged.index_copy_(0, slot, sample_ids ^ TAG)
+    def start(self, x: Tensor, slot: Tensor, indices: Tensor, seed: Tensor, sample_id: Tensor, sigma: float) -> Tensor:
+        """Slots ``slot`` [k] begin jobs number ``indices`` [k] at noise sigma; x [k, C, H, W] with what is known."""
+        known = self.images.index_select(0, indices)
+        self.values.index_copy_(0, slot, known)
+        z = torch.empty_like(known)
+        ops.noise_fill_(z, seed, sample_id, 1, STREAM["inpaint"], "normal")  # a plan's first row has draw 1
+        return torch.where(known.isnan(), x, z.mul_(sigma).add_(known))
 
-    def impose(self, slots: Slots, tables: Tables) -> None:
-        """x ← known + σ·z where the mask is set, σ and z those of each slot's row."""
-        draw = tables.level_draw if self.redraw == "level" else tables.draw
-        ids = (slots.seed, self.tagged)
-        noisy = ops.langevin_update(self.known, self.known, tables.known, draw, slots.row, *ids)
-        torch.where(self.mask, noisy, slots.x, out=slots.x)
-
-    def finish(self, x: Tensor, slot: Tensor) -> Tensor:
-        """The samples x [k, C, H, W] of slots ``slot`` [k], with the known pixels as they were given."""
-        return torch.where(self.mask.index_select(0, slot), self.known.index_select(0, slot), x)
-
-    def tensors(self, tables: Tables) -> list[Tensor]:
-        """What ``impose`` reads."""
-        draw = tables.level_draw if self.redraw == "level" else tables.draw
-        return [self.known, self.mask, self.tagged, tables.known, draw]
+    def arguments(self, tables: Tables) -> dict[str, Tensor]:
+        """What the update is told."""
+        draw = tables.known_draw[REDRAWS.index(self.redraw)]
+        return {"known": self.values, "known_sigma": tables.known_sigma, "known_draw": draw}
 
 
-def check_known(known, mask, n: int | None, shape: tuple[int, int, int], device) -> tuple[Tensor, Tensor]:
-    """known and mask as [n, C, H, W] on ``device``: float32 and bool. One image serves any n."""
+def check_known(known, mask, n: int | None, shape: tuple[int, int, int], device) -> Tensor:
+    """known where mask is True, else NaN: float32 [n, C, H, W] on ``device``. One image serves any n."""
     known, mask = torch.as_tensor(known), torch.as_tensor(mask)
     if known.dim() == 3:
         known = known[None].expand(1 if n is None else n, *known.shape)
@@ -75,7 +63,7 @@ def check_known(known, mask, n: int | None, shape: tuple[int, int, int], device)
         mask = mask.expand(known.shape)
     except RuntimeError:
         raise ValueError(f"mask must broadcast to {list(known.shape)}, got {list(mask.shape)}") from None
-    inside = torch.where(mask, known, 0)
-    if not inside.isfinite().all():
+    known = known.to(torch.float32)
+    if not torch.where(mask, known, 0).isfinite().all():
         raise ValueError("known must be finite where mask is True; elsewhere it is not read")
-    return inside.to(device, torch.float32), mask.to(device)
+    return torch.where(mask, known, torch.nan).to(device)

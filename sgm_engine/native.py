@@ -170,15 +170,6 @@ class NativeExecutor:
 
     def run(self, steps: int) -> None:
         s, t = self.slots, self.tables
-        if s.known is not None:
-            for _ in range(steps):
-                s.known.impose(s, t)
-                self._run(1)
-        else:
-            self._run(steps)
-
-    def _run(self, steps: int) -> None:
-        s, t = self.slots, self.tables
         buffers = {"row": s.row, "stop": s.stop, "seed": s.seed, "sample_id": s.sample_id, "bad_row": s.bad_row}
         tables = {"coef": t.coef, "draw": t.draw, "level": t.level}
         if s.previous is not None:
@@ -187,6 +178,8 @@ class NativeExecutor:
         if s.gain is not None:
             buffers |= {"gain": s.gain}
             tables |= {"adaptive": t.adaptive}
+        if s.known is not None:
+            tables |= s.known.arguments(t)
         self.network.graph.native.run_steps(
             slots=s.batch,
             x=s.x.data_ptr(),

@@ -27,8 +27,9 @@ class Tables:
     """Plans as device tensors, one after the other; every row of every plan has its own index.
 
     coef: float32 [R, 4] (a, b, c, d) · keep: float32 [R, 2] (e, f) · adaptive: bool [R] · level: int64 [R]
-    draw: int32 [R], 1, 2, … within each plan · level_draw: int32 [R], that of the first row at the same sigma
-    known: float32 [R, 4], (1, 0, σ, 0), what puts noise on known pixels
+    draw: int32 [R], 1, 2, … within each plan
+    known_sigma: float32 [R], known_draw: int32 [2, R]: the noise of known pixels after the row, so the next row's:
+        its σ, 0 after a plan's last; and by ``REDRAWS`` the draw of the first row at that σ, or the next row's own
     R is a capacity plus one row, so that the row of a slot that has finished at the very end can still be looked up.
     """
 
@@ -58,10 +59,11 @@ class Tables:
         self.coef[rows.start : rows.stop], self.keep[rows.start : rows.stop] = table[:, :4], table[:, 4:]
         self.adaptive[rows.start : rows.stop] = torch.from_numpy(plan.adaptive == 1)
         self.draw[rows.start : rows.stop] = torch.arange(1, plan.nfe + 1, dtype=torch.int32)
-        runs = np.cumsum(np.diff(plan.sigma, prepend=0) != 0) - 1  # number of the run of equal sigma
-        first = np.flatnonzero(np.diff(runs, prepend=-1))[runs] + 1
-        self.level_draw[rows.start : rows.stop] = torch.from_numpy(first.astype(np.int32))
-        self.known[rows.start : rows.stop, 2] = torch.from_numpy(plan.sigma.astype(np.float32))
+        draws = np.arange(1, plan.nfe + 1)
+        level_draws = np.maximum.accumulate(np.where(np.diff(plan.sigma, prepend=0) != 0, draws, 0))
+        after = np.append(np.stack([level_draws, draws])[:, 1:], [[0], [0]], 1)
+        self.known_draw[:, rows.start : rows.stop] = torch.from_numpy(after.astype(np.int32))
+        self.known_sigma[rows.start : rows.stop] = torch.from_numpy(np.append(plan.sigma[1:], 0).astype(np.float32))
         self.level[rows.start : rows.stop] = torch.from_numpy(plan.level.copy())
         self._rows[plan.digest], self._used = rows, rows.stop
         return rows
@@ -82,8 +84,8 @@ class Tables:
         self.keep = torch.zeros(capacity + 1, 2, device=self.device)
         self.adaptive = torch.zeros(capacity + 1, dtype=torch.bool, device=self.device)
         self.draw = torch.zeros(capacity + 1, dtype=torch.int32, device=self.device)
-        self.level_draw = torch.zeros_like(self.draw)
-        self.known = torch.tensor([1.0, 0, 0, 0], device=self.device).repeat(capacity + 1, 1)
+        self.known_sigma = torch.zeros(capacity + 1, device=self.device)
+        self.known_draw = torch.zeros(2, capacity + 1, dtype=torch.int32, device=self.device)
         self.level = torch.zeros(capacity + 1, dtype=torch.int64, device=self.device)
 
 
@@ -145,10 +147,10 @@ class Slots:
         if self.gain is None and plan.adaptive.any():
             self.gain = torch.ones(self.batch, device=self.device)
 
-    def inpaint(self, images: Tensor, masks: Tensor, redraw: str) -> None:
+    def inpaint(self, images: Tensor, redraw: str) -> None:
         """From now on impose known pixels; arguments as Known.begin's. Ends when ``known`` is set to None."""
         self._known = self.known = self._known or Known(self)
-        self.known.begin(images, masks, redraw)
+        self.known.begin(images, redraw)
 
     def tensors(self) -> list[Tensor]:
         """What a step reads and writes."""
@@ -184,10 +186,7 @@ class Slots:
         for i in finished:
             self.jobs[i] = None
         index = to_device(finished, self.device)
-        x = self.x.index_select(0, index)
-        if self.known is not None:
-            x = self.known.finish(x, index)
-        return jobs, x.contiguous(), self.bad_row.index_select(0, index)
+        return jobs, self.x.index_select(0, index).contiguous(), self.bad_row.index_select(0, index)
 
     def drop(self, slots: list[int]) -> None:
         """Make these slots idle, whatever they held."""
@@ -208,15 +207,15 @@ class Slots:
             for slot, job in taken
         ]
         values = to_device(columns, self.device).t().contiguous()  # [7, k]
-        slot, counters = values[0], values[1:6]
-        if self.known is not None:
-            self.known.start(slot, values[6], counters[3])
+        slot, counters, indices = values[0], values[1:6], values[6]
         if taken[0][1].init is not None:
             x = torch.stack([job.init for _, job in taken])
         else:
             x = torch.empty(len(taken), *self.shape, device=self.device)
             ops.noise_fill_(x, counters[2], counters[3], 0, SAMPLE_STREAM, plan.start)
             x.mul_(plan.start_scale).add_(plan.start_shift)
+        if self.known is not None:
+            x = self.known.start(x, slot, indices, counters[2], counters[3], plan.sigma[0])
         self.x.index_copy_(0, slot, x)
         self.counters.index_copy_(1, slot, counters)
         for i, job in taken:

@@ -19,12 +19,13 @@ EXACT = triton_noise.EXACT
 
 
 @triton.jit
-def roots_kernel(x_ptr, y_ptr, QUADS: tl.constexpr):
-    """The two rounded square roots that four normals need, and nothing else."""
+def roots_kernel(x_ptr, y_ptr, QUADS: tl.constexpr, NOISES: tl.constexpr):
+    """The two rounded square roots that four normals need, as often as those are made, and nothing else."""
     i = tl.program_id(0) * QUADS + tl.arange(0, QUADS)
-    x, y = tl.load(x_ptr + i), tl.load(y_ptr + i)
-    tl.store(x_ptr + i, tl.sqrt_rn(x))
-    tl.store(y_ptr + i, tl.sqrt_rn(y))
+    for k in tl.static_range(NOISES):
+        x, y = tl.load(x_ptr + i + k * QUADS), tl.load(y_ptr + i + k * QUADS)
+        tl.store(x_ptr + i + k * QUADS, tl.sqrt_rn(x))
+        tl.store(y_ptr + i + k * QUADS, tl.sqrt_rn(y))
 
 
 @triton.jit
@@ -37,23 +38,29 @@ def many_values_kernel(x_ptr, y_ptr, QUADS: tl.constexpr):
     tl.store(y_ptr + i, x)
 
 
-def launch(kernel, quads: int, **options) -> Launch:
+def launch(kernel, quads: int, constants=(), **options) -> Launch:
     x, y = (torch.empty(quads, device="meta") for _ in range(2))
-    return Launch(kernel, 1, {"x_ptr": x, "y_ptr": y}, {"QUADS": quads}, options)
+    return Launch(kernel, 1, {"x_ptr": x, "y_ptr": y}, {"QUADS": quads, **dict(constants)}, options)
 
 
 def compile_case(name: str, target: str) -> aot.Report:
-    if name == "roots":
+    if name.startswith("roots"):
         options = {"num_warps": triton_noise.CONFIG.warps, **EXACT}
-        return aot.report(aot.Case(launch(roots_kernel, triton_noise.CONFIG.quads, **options)), target)
+        noises = {"NOISES": int(name.removeprefix("roots "))}
+        return aot.report(aot.Case(launch(roots_kernel, triton_noise.CONFIG.quads, noises, **options)), target)
     return aot.report(aot.cases()[name], target)
+
+
+def roots_of(name: str) -> str:
+    return f"roots {aot.cases()[name].noises}"
 
 
 @pytest.fixture(scope="session")
 def compiled(request, tmp_path_factory):
     """(name, target) → future Report, for the tests that were selected."""
     selected = [item.callspec.params for item in request.session.items if item.originalname == "test_compiles_well"]
-    wanted = dict.fromkeys([("roots", p["target"]) for p in selected] + [(p["name"], p["target"]) for p in selected])
+    roots = [(roots_of(p["name"]), p["target"]) for p in selected]
+    wanted = dict.fromkeys(roots + [(p["name"], p["target"]) for p in selected])
     os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         yield {job: pool.submit(compile_case, *job) for job in wanted}
@@ -64,7 +71,7 @@ def test_compiles_well(name, target, compiled):
     case, report = aot.cases()[name], compiled[name, target].result()
     assert aot.problems(case, report) == []
     if case.exact:  # the only multiply-adds are those inside the rounded square roots
-        roots = compiled["roots", target].result().fused
+        roots = compiled[roots_of(name), target].result().fused
         assert report.fused == (0 if "uniform" in name else roots)
 
 
@@ -98,7 +105,7 @@ def test_contraction_is_seen(target, cache):
     fused = replace(case, launch=replace(case.launch, options={"num_warps": 4}))
     report = aot.report(fused, target)
     assert aot.problems(fused, report) == ["multiply-adds are fused"]
-    assert report.fused > 2 * compile_case("roots", target).fused
+    assert report.fused > 2 * compile_case("roots 1", target).fused
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

@@ -165,6 +165,34 @@ def test_history_and_gain_equal_cpp(device, shape, layouts):
     assert (found[0][0] == found[1][0]).all() and (found[0][1] == found[1][1]).all()
 
 
+@pytest.mark.parametrize("layouts", [("nchw",) * 3, ("nhwc",) * 3, ("nhwc", "nchw", "nhwc")])
+@pytest.mark.parametrize("shape", [(5, 3, 8, 8), (5, 3, 3, 5), (5, 4, 4, 2), (5, 1, 32, 48)])
+def test_known_pixels_equal_cpp(device, shape, layouts):
+    """Here and there, the first half, all, none; with noise of their own, and none after the last row."""
+    from sgm_engine.kernels import cpu
+
+    where = torch.rand(shape, generator=torch.Generator().manual_seed(6)) > 0.5
+    where[1].view(-1)[:] = torch.arange(where[1].numel()) < where[1].numel() / 2
+    where[2], where[3] = True, False
+    sigma, draw = torch.tensor([0.7, 0.1, 2, 0]), torch.tensor([2, -1, 7, 0], dtype=torch.int32)
+    found = []
+    for update, on in ((cuda.langevin_update, device), (cpu.langevin_update, "cpu")):
+        x, score, previous = tensors(shape, layouts, torch.bfloat16, on, torch.Generator().manual_seed(5))
+        known = torch.randn(shape, generator=torch.Generator().manual_seed(7)).where(where, float("nan")).to(on)
+        known = known.contiguous(memory_format=LAYOUTS[layouts[0]])
+        state = {k: v.to(on) for k, v in slots(5).items()} | {"row": torch.tensor([0, 1, 2, 3, 3], device=on)}
+        score[2], score[3, 0, 0, 0] = float("nan"), float("inf")  # of a known slot, and not: bad
+        bad_row = torch.full((5,), NO_BAD_ROW, device=on)
+        slot = (state["row"], torch.full((5,), 4, device=on), state["seed"], state["sample_id"], bad_row)
+        keep, gain = torch.tensor([[1, 0.3], [0, 0], [0, 0], [-0.7, 2]]), torch.tensor([0.5, 1, 2, 3, 4])
+        inpaint = (known, sigma.to(on), draw.to(on))
+        update(x, score, *plan(on), *slot, previous, x, True, keep.to(on), gain.to(on), *inpaint)
+        assert bad_row.tolist() == [NO_BAD_ROW] * 3 + [3, NO_BAD_ROW]
+        assert torch.equal(x.cpu()[4][where[4]], known.cpu()[4][where[4]])
+        found.append((bits(x[:3]), bits(x[4:]), bits(previous[:3])))
+    assert all((a == b).all() for a, b in zip(*found, strict=True))
+
+
 @each_layout
 def test_update_out_of_place_changes_nothing_else(device, layout):
     x, score, _ = tensors((3, 3, 8, 8), (layout,) * 3, torch.bfloat16, device, torch.Generator().manual_seed(1))

@@ -1,15 +1,12 @@
-"""Terms beside the score: linear measurements against the exact Gaussian posterior, guidance, operators, inpainting."""
+"""Terms beside the score: linear measurements against the exact Gaussian posterior, guidance, operators."""
 
 import numpy as np
 import pytest
 import torch
 
 from sgm_engine.engine import Engine
-from sgm_engine.graphs import GraphExecutor
 from sgm_engine.guidance import classifier_free, classifier_guided, posterior, preconditioned, with_drift
 from sgm_engine.inverse import LinearOperator, blur, downsample, mask
-from sgm_engine.kernels import noise
-from sgm_engine.models.ncsn import NCSN
 from sgm_engine.plan import annealed_langevin, consistent_annealed
 from sgm_engine.schedule import geometric
 
@@ -164,103 +161,3 @@ def test_classifier_free(weight):
     found, _ = scored(classifier_free(conditional, unconditional, weight, SIGMAS))
     c, u = scored(conditional)[0], scored(unconditional)[0]
     torch.testing.assert_close(found, (1 - weight) * u + weight * c, rtol=1e-5, atol=1e-5)
-
-
-# -- inpainting --------------------------------------------------------------------------------------------------------
-
-
-def pairs(sigmas, rho=0.8):
-    """The score of pairs (x₁, x₂) ~ N(0, [[1, ρ], [ρ, 1]]), as the two channels of a plane."""
-    one = 1 + torch.tensor(np.array(sigmas)) ** 2
-    p, q = ((v / (one**2 - rho**2)).float()[:, None, None, None] for v in (one, torch.full_like(one, rho)))
-    return lambda x, level: q[level] * x.flip(1) - p[level] * x
-
-
-def test_inpainting_a_gaussian():
-    """Known x₁ = 1: the other is N(.8, .6²), of which NCSN's way makes .792 ± .01 and .613 ± .01 (L = 50, T = 100)."""
-    sigmas, shape, rho = geometric(10, 0.01, 50), (2, 64, 64), 0.8
-    plan = annealed_langevin(sigmas, 100, 2e-5, start="normal", start_scale=10.0, denoise=False)
-    mean, variance, shared = 0.0, 100.0, 0.0  # of x₂; its covariance with the noise of the known one
-    for i, (sigma, b, c) in enumerate(zip(plan.sigma, plan.b, plan.c, strict=True)):
-        det = (1 + sigma**2) ** 2 - rho**2
-        keep, pull = 1 - b * (1 + sigma**2) / det, b * rho / det
-        shared = 0.0 if i % 100 == 0 else shared
-        variance = keep**2 * variance + 2 * keep * pull * shared + (pull * sigma) ** 2 + c**2
-        mean, shared = keep * mean + pull, keep * shared + pull * sigma**2
-    assert abs(mean - 0.792) <= 0.01 and abs(variance**0.5 - 0.613) <= 0.01
-    engine = Engine(pairs(sigmas), 2, sigmas=sigmas, shape=shape)
-    x = engine.inpaint(torch.ones(shape), torch.tensor([True, False])[:, None, None], 2, plan=plan).double()
-    n = x[:, 1].numel()
-    assert (x[:, 0] == 1).all()
-    assert abs(x[:, 1].mean() - mean) <= 4.9 * (variance / n) ** 0.5
-    assert abs(x[:, 1].var() / variance - 1) <= 4.9 * (2 / n) ** 0.5
-
-
-class Seen:
-    """A model that keeps what it is asked."""
-
-    def __init__(self):
-        self.x = []
-
-    def __call__(self, x, level):
-        self.x.append(x.clone())
-        return -x
-
-
-@pytest.mark.parametrize("redraw", ["level", "step"])
-def test_what_the_network_sees_of_known_pixels(redraw):
-    """known + σ·z of the inpaint stream, drawn at the first row of a level or at every row; the rest is the state."""
-    plan, model, ids, seed = annealed_langevin(SIGMAS, 3, 1e-3), Seen(), [0, 1, 2], 9
-    known, where = torch.rand(3, *SHAPE), torch.rand(SHAPE) > 0.5
-    x = Engine(model, 3, sigmas=SIGMAS, shape=SHAPE).inpaint(known, where, seed=seed, plan=plan, redraw=redraw)
-    for row, seen in enumerate(model.x):
-        draw = row + 1 if redraw == "step" else int(np.flatnonzero(plan.sigma == plan.sigma[row])[0]) + 1
-        z = noise.fill((3, *SHAPE), np.full(3, seed), np.array(ids), draw, noise.STREAM["inpaint"], "normal")
-        want = known + np.float32(plan.sigma[row]) * torch.from_numpy(z)
-        assert torch.equal(seen[:, where], want[:, where]), row
-    assert torch.equal(x[:, where], known[:, where]) and not torch.equal(x[:, ~where], known[:, ~where])
-
-
-@pytest.fixture(scope="module")
-def net():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return NCSN(SIGMAS, channels=1, ngf=4, divide_by_sigma=True, image_size=8).eval()
-
-
-@pytest.mark.parametrize("executor", ["native", "graph"])
-def test_executors_inpaint_alike(net, executor):
-    from fake_graphs import FakeGraphs
-
-    plan, known, where = annealed_langevin(SIGMAS, 2, 1e-3), torch.rand(1, 8, 8), torch.rand(1, 8, 8) > 0.5
-    eager, other = (
-        Engine(net, 4, executor="eager"),
-        Engine(net, 4, executor="eager" if executor == "graph" else "native"),
-    )
-    if executor == "graph":
-        other._bind(GraphExecutor(FakeGraphs()))
-    before = other.sample(5, 1, plan)
-    got, want = (e.inpaint(known, where, 5, 1, plan) for e in (other, eager))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(got[:, ~where], before[:, ~where])
-    assert torch.equal(other.sample(5, 1, plan), before)  # nothing is left behind
-    pieces = torch.cat([other.inpaint(known, where, k, 1, plan, first) for first, k in ((0, 2), (2, 3))])
-    assert torch.equal(pieces, got)
-
-
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        ({"known": torch.rand(1, 8, 7)}, r"known must be floats \[n, 1, 8, 8\]"),
-        ({"known": torch.ones(1, 8, 8, dtype=torch.int64)}, "known must be floats"),
-        ({"known": torch.rand(2, 1, 8, 8), "n": 3}, "n is 3, but known holds 2 images"),
-        ({"known": torch.full((1, 8, 8), torch.nan)}, "finite where mask is True"),
-        ({"mask": torch.ones(8, 8)}, "mask must be bool"),
-        ({"mask": torch.ones(3, 3, dtype=torch.bool)}, r"mask must broadcast to \[1, 1, 8, 8\]"),
-        ({"redraw": "never"}, "redraw must be one of"),
-    ],
-)
-def test_bad_inpainting(net, arguments, says):
-    arguments = {"known": torch.rand(1, 8, 8), "mask": torch.ones(8, 8, dtype=torch.bool)} | arguments
-    with pytest.raises(ValueError, match=says):
-        Engine(net, 2, executor="eager").inpaint(**arguments)

@@ -21,6 +21,10 @@ def update_arguments(shape=(2, 3, 4, 5), **overrides):
     return images | dict(coef=coef, draw=draw) | slots(shape[0]) | overrides
 
 
+KNOWN = dict(known=torch.randn(2, 3, 4, 5), known_sigma=torch.tensor([0.5, 0]))
+KNOWN["known_draw"] = torch.tensor([2, 0], dtype=torch.int32)
+
+
 def pure_arguments(**overrides):
     return {k: v for k, v in update_arguments(**overrides).items() if k not in ("stop", "bad_row")}
 
@@ -46,6 +50,7 @@ def test_opcheck_update(score_dtype):
     torch.library.opcheck(torch.ops.sgm_engine.langevin_update_, (), arguments)
     arguments |= dict(keep=torch.tensor([[1.0, 0.3], [0, 0]]), gain=torch.tensor([0.5, 2]))
     torch.library.opcheck(torch.ops.sgm_engine.langevin_update_, (), arguments)
+    torch.library.opcheck(torch.ops.sgm_engine.langevin_update_, (), arguments | KNOWN)
     arguments = pure_arguments(x=torch.randn(2, 3, 4, 5, requires_grad=True), score=arguments["score"].requires_grad_())
     torch.library.opcheck(torch.ops.sgm_engine.langevin_update, (), arguments)
 
@@ -183,6 +188,14 @@ BAD_UPDATES = [
     ("seed", dict(seed=torch.zeros(4, dtype=I64)[::2]), ValueError),
     ("sample_id", dict(sample_id=torch.zeros(1, dtype=I64)), ValueError),
     ("bad_row", dict(bad_row=torch.zeros(2, dtype=torch.int32)), TypeError),
+    ("known", KNOWN | dict(known=X.double()), TypeError),
+    ("known", KNOWN | dict(known=X[:, :1]), ValueError),
+    ("known_sigma", KNOWN | dict(known_sigma=torch.zeros(3)), ValueError),
+    ("known_sigma", KNOWN | dict(known_sigma=torch.zeros(2, dtype=torch.float64)), TypeError),
+    ("known_draw", KNOWN | dict(known_draw=torch.zeros(2, dtype=I64)), TypeError),
+    ("known_draw", KNOWN | dict(known_draw=torch.zeros(4, dtype=torch.int32)[::2]), ValueError),
+    ("known is None, but known_sigma", KNOWN | dict(known=None), ValueError),
+    ("known_draw is None, but known", KNOWN | dict(known_draw=None), ValueError),
 ]  # fmt: skip
 
 

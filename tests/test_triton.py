@@ -229,6 +229,36 @@ def test_history_and_gain_equal_cpp(shape, layouts):
     assert [torch.equal(a, b) for a, b in zip(there["previous"], before, strict=True)] == [0, 1, 0, 0, 1]
 
 
+@pytest.mark.parametrize("plain", [True, False], ids=["", "history, gain"])
+@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 28, 28), (3, 32, 32)], ids=str)
+def test_known_pixels_equal_cpp(shape, layout, plain):
+    """Here and there, the first half, all, none; rows with and without noise of their own and of known pixels."""
+    arguments = update_arguments(shape, torch.bfloat16, (layout, NHWC, NCHW, layout), previous=not plain)
+    where = torch.rand(5, *shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) > 0.5
+    where[1].view(-1)[:] = torch.arange(where[1].numel(), device=DEVICE) < where[1].numel() / 2
+    where[2], where[3] = True, False
+    known = torch.randn(5, *shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    arguments["known"] = known.where(where, float("nan")).to(memory_format=layout)
+    arguments["known_sigma"] = on_device([0.7, 0.1, 2, 1, 0], torch.float32)
+    arguments["known_draw"] = torch.tensor([2, -1, 7, 0, 0], dtype=torch.int32, device=DEVICE)
+    arguments["row"], arguments["stop"] = on_device([0, 1, 2, 3, 4]), on_device([5] * 5)
+    arguments["score"][2], arguments["score"][3] = float("nan"), float("inf")  # of a known slot, and not: bad
+    if plain:
+        arguments["coef"][:, 3] = 0
+    else:
+        keep, gain = np.array([[1, 0.3], [0, 0], [0, 1], [-0.7, 2], [1, 1]]), np.array([0.5, 1, 2, 3, 4])
+        arguments |= {"keep": on_device(keep, torch.float32), "gain": on_device(gain, torch.float32)}
+    there = {k: v.cpu().clone() if torch.is_tensor(v) else v for k, v in arguments.items()}
+    triton_update.langevin_update(**arguments)
+    cpu.langevin_update(**there)
+    for name in ("out", "row", "bad_row") + (() if plain else ("previous",)):
+        found, expected = arguments[name].cpu(), there[name]
+        assert torch.equal(found.nan_to_num(-9), expected.nan_to_num(-9)), name
+    assert there["bad_row"].tolist() == [NO_BAD_ROW] * 3 + [3, NO_BAD_ROW]
+    assert torch.equal(bits(arguments["out"][4][where[4]]), bits(known[4][where[4]]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_update_equals_cpp(dtype):
     arguments = update_arguments((3, 16, 16), dtype, (NCHW, NHWC, NCHW, NHWC))

@@ -18,6 +18,9 @@ namespace {
 #define SGM_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
+// Not inlined: what only inpainting needs, so that the update's own loops compile as without it.
+#define SGM_APART __attribute__((noinline))
+
 inline float from_bf16(uint16_t h) { return from_bits(static_cast<uint32_t>(h) << 16); }
 
 inline float from_f16(uint16_t h) {  // exact, without float16 instructions
@@ -78,27 +81,57 @@ inline void keep(Row k, int n, const float* x, const float* s, float* out) {
   for (int i = 0; i < n; ++i) out[i] = mul_add(k.f, s[i], mul(k.e, x[i]));
 }
 
+inline bool is_known(float v) { return v == v; }
+
+SGM_APART int count_known(int n, const float* known) {
+  int count = 0;
+  for (int i = 0; i < n; ++i) count += is_known(known[i]);
+  return count;
+}
+
+// out[i] ← known[i] + sigma·z[i] where that is known; sigma 0: known[i]. Returns the largest |out[i]|, as step does.
+template <bool kNoise>
+inline int32_t impose(float sigma, int n, const float* known, const float* z, float* out) {
+  int32_t largest = 0;
+  SGM_INDEPENDENT
+  for (int i = 0; i < n; ++i) {
+    float t = known[i];
+    if (kNoise) t = mul_add(sigma, z[i], t);
+    t = is_known(known[i]) ? t : out[i];
+    out[i] = t;
+    largest = std::max(largest, static_cast<int32_t>(to_bits(t) & 0x7FFFFFFFu));
+  }
+  return largest;
+}
+
 inline void lower(int64_t* target, int64_t value) {
   int64_t seen = __atomic_load_n(target, __ATOMIC_RELAXED);
   while (value < seen && !__atomic_compare_exchange_n(target, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
 }
 
-// What is done with a run of one sample's elements and their noise: fill_noise writes it, the update uses it.
+// What is done with a run of one sample's elements and their noise, noise(draw): fill_noise writes it, the update uses it.
 struct Fill {
   const NoiseFill& f;
   int64_t sample = 0;  // offset of the sample
+  Draw draw{};
 
-  Draw begin(int64_t slot) {
+  void begin(int64_t slot) {
     sample = slot * f.shape.sample();
-    return make_draw(f.seed[slot], f.sample_id[slot], f.draw, f.stream);
+    draw = make_draw(f.seed[slot], f.sample_id[slot], f.draw, f.stream);
   }
   bool live(int64_t) const { return true; }
   bool noisy() const { return true; }
   Kind kind() const { return f.kind; }
 
-  void run(int64_t offset, int n, const float* z) { std::copy(z, z + n, f.out + sample + offset); }
-  void pixels(int64_t channel, int64_t pixel, int n, const float* z) {
+  template <class Noise>
+  void run(int64_t offset, int n, const Noise& noise) {
+    const float* z = noise(draw);
+    std::copy(z, z + n, f.out + sample + offset);
+  }
+  template <class Noise>
+  void pixels(int64_t channel, int64_t pixel, int n, const Noise& noise) {
+    const float* z = noise(draw);
     float* out = f.out + sample + (f.nhwc ? pixel * f.shape.channels + channel : channel * f.shape.pixels + pixel);
     const int64_t stride = f.nhwc ? f.shape.channels : 1;
     for (int i = 0; i < n; ++i) out[i * stride] = z[i];
@@ -109,25 +142,44 @@ struct Step {
   const Update& u;
   int64_t slot = 0, sample = 0;
   Row k{};
+  float sigma = 0;  // of known pixels
+  Draw draw{}, known_draw{};
 
-  Draw begin(int64_t slot_) {
+  void begin(int64_t slot_) {
     slot = slot_, sample = slot * u.shape.sample();
     const float* c = u.coef + 4 * u.row[slot];
     const float* e = u.keep ? u.keep + 2 * u.row[slot] : nullptr;
     k = {c[0], c[1], c[2], c[3], e ? e[0] : 0, e ? e[1] : 0};
     if (u.gain) k.b = mul(mul(k.b, u.gain[slot]), u.gain[slot]), k.c = mul(k.c, u.gain[slot]);
-    return make_draw(u.seed[slot], u.sample_id[slot], static_cast<uint32_t>(u.draw[u.row[slot]]), 0);
+    const auto of = [&](const int32_t* draws, uint32_t stream) {
+      return make_draw(u.seed[slot], u.sample_id[slot], static_cast<uint32_t>(draws[u.row[slot]]), stream);
+    };
+    draw = of(u.draw, kSampleStream);
+    if (u.known) sigma = u.known_sigma[u.row[slot]], known_draw = of(u.known_draw, kInpaintStream);
   }
   bool live(int64_t b) const { return !u.stop || u.row[b] < u.stop[b]; }
   bool noisy() const { return k.c != 0; }
   Kind kind() const { return Kind::normal; }
 
-  void finish(int32_t largest) {
-    if (largest >= 0x7F800000 && u.bad_row) lower(u.bad_row + slot, u.row[slot]);
-  }
   float* previous() const { return k.d != 0 ? u.previous : nullptr; }
 
-  void run(int64_t offset, int n, const float* z) {  // n <= 4·kBlock
+  // known, or null, is of these n elements. Where all are known the row is not needed, where none is, neither is their noise.
+  template <class Noise>
+  void settle(int n, const float* x, const float* s, const float* p, const float* known, float* out, const Noise& noise) {
+    const int held = known ? count_known(n, known) : 0;
+    int32_t largest = 0;
+    if (held < n) largest = step(k, n, x, s, k.c != 0 ? noise(draw) : nullptr, p, out);
+    if (held) largest = hold(n, known, out, noise);
+    if (largest >= 0x7F800000 && u.bad_row) lower(u.bad_row + slot, u.row[slot]);
+  }
+
+  template <class Noise>
+  SGM_APART int32_t hold(int n, const float* known, float* out, const Noise& noise) const {
+    return sigma != 0 ? impose<true>(sigma, n, known, noise(known_draw), out) : impose<false>(0, n, known, nullptr, out);
+  }
+
+  template <class Noise>
+  void run(int64_t offset, int n, const Noise& noise) {  // n <= 4·kBlock
     offset += sample;
     alignas(64) float converted[4 * kBlock];
     const float* s = static_cast<const float*>(u.score) + offset;
@@ -135,18 +187,20 @@ struct Step {
     const float* p = previous();
     alignas(64) float kept[4 * kBlock];
     if (k.keeps()) keep(k, n, u.x + offset, s, kept);  // before out, which may be x, is written
-    finish(step(k, n, u.x + offset, s, z, p ? p + offset : nullptr, u.out + offset));
+    settle(n, u.x + offset, s, p ? p + offset : nullptr, u.known ? u.known + offset : nullptr, u.out + offset, noise);
     if (k.keeps()) std::copy(kept, kept + n, u.previous + offset);
   }
 
-  void pixels(int64_t channel, int64_t pixel, int n, const float* z) {  // n <= kTilePixels
+  template <class Noise>
+  void pixels(int64_t channel, int64_t pixel, int n, const Noise& noise) {  // n <= kTilePixels
     const auto at = [&](bool nhwc) { return sample + (nhwc ? pixel * u.shape.channels + channel : channel * u.shape.pixels + pixel); };
     const auto stride = [&](bool nhwc) { return nhwc ? u.shape.channels : int64_t{1}; };
-    alignas(64) float x[kTilePixels], s[kTilePixels], p[kTilePixels], out[kTilePixels];
+    alignas(64) float x[kTilePixels], s[kTilePixels], p[kTilePixels], out[kTilePixels], known[kTilePixels];
     load(u.x, Dtype::float32, at(u.x_nhwc), stride(u.x_nhwc), n, x);
     load(u.score, u.score_dtype, at(u.score_nhwc), stride(u.score_nhwc), n, s);
     if (previous()) load(u.previous, Dtype::float32, at(u.previous_nhwc), stride(u.previous_nhwc), n, p);
-    finish(step(k, n, x, s, z, previous() ? p : nullptr, out));
+    if (u.known) load(u.known, Dtype::float32, at(u.out_nhwc), stride(u.out_nhwc), n, known);
+    settle(n, x, s, previous() ? p : nullptr, u.known ? known : nullptr, out, noise);
     float* to = u.out + at(u.out_nhwc);
     for (int i = 0; i < n; ++i) to[i * stride(u.out_nhwc)] = out[i];
     if (!k.keeps()) return;
@@ -165,28 +219,32 @@ void range(const Shape& shape, const Cut& cut, Action action, int64_t begin, int
       piece = last;
       continue;
     }
-    const Draw draw = action.begin(slot);
+    action.begin(slot);
     for (; piece < last; ++piece) {
       const int64_t i = piece - slot * cut.per_sample;
       if (cut.order == Order::flat) {
-        const int64_t first = i * kBlock;
-        const int n = static_cast<int>(std::min<int64_t>(4 * kBlock, shape.sample() - 4 * first));
-        if (action.noisy()) noise_flat(draw, action.kind(), static_cast<uint32_t>(first), (n + 3) / 4, z);
-        action.run(4 * first, n, z);
+        const int64_t first = i * cut.size;
+        const int n = static_cast<int>(std::min(cut.size, shape.sample() - first));
+        action.run(first, n, [&](const Draw& draw) {
+          noise_flat(draw, action.kind(), static_cast<uint32_t>(first / 4), (n + 3) / 4, z);
+          return z;
+        });
       } else if (cut.order == Order::quads) {
         const int64_t stride = shape.pixels / 4;
         for (int64_t c = 0; c < shape.channels; c += kBlock) {
           const int n = static_cast<int>(std::min<int64_t>(kBlock, shape.channels - c));
           if (action.noisy())
-            noise_planes(draw, action.kind(), static_cast<uint32_t>(c * stride + i), static_cast<uint32_t>(stride), n, z);
-          for (int j = 0; j < 4; ++j) action.run((4 * i + j) * shape.channels + c, n, z + j * kBlock);
+            noise_planes(action.draw, action.kind(), static_cast<uint32_t>(c * stride + i), static_cast<uint32_t>(stride), n, z);
+          for (int j = 0; j < 4; ++j) action.run((4 * i + j) * shape.channels + c, n, [&](const Draw&) { return z + j * kBlock; });
         }
       } else {
-        const int64_t tiles = (shape.pixels + kTilePixels - 1) / kTilePixels;
-        const int64_t channel = i / tiles, pixel = i % tiles * kTilePixels, element = channel * shape.pixels + pixel;
-        const int n = static_cast<int>(std::min<int64_t>(kTilePixels, shape.pixels - pixel)), skip = static_cast<int>(element % 4);
-        if (action.noisy()) noise_flat(draw, action.kind(), static_cast<uint32_t>(element / 4), (skip + n + 3) / 4, z);
-        action.pixels(channel, pixel, n, z + skip);
+        const int64_t tiles = (shape.pixels + cut.size - 1) / cut.size;
+        const int64_t channel = i / tiles, pixel = i % tiles * cut.size, element = channel * shape.pixels + pixel;
+        const int n = static_cast<int>(std::min(cut.size, shape.pixels - pixel)), skip = static_cast<int>(element % 4);
+        action.pixels(channel, pixel, n, [&](const Draw& draw) {
+          noise_flat(draw, action.kind(), static_cast<uint32_t>(element / 4), (skip + n + 3) / 4, z);
+          return z + skip;
+        });
       }
     }
   }

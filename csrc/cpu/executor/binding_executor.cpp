@@ -75,12 +75,14 @@ void bind_executor(py::module_& m) {
       }, py::arg("x"), py::arg("level"), py::arg("score"), py::arg("images"), py::call_guard<py::gil_scoped_release>())
       .def("run_steps", [](Executor& e, int slots, uintptr_t x, bool nhwc, uintptr_t score, uintptr_t coef, uintptr_t draw,
                            uintptr_t level, int64_t rows, uintptr_t row, uintptr_t stop, uintptr_t seed, uintptr_t sample_id,
-                           uintptr_t bad_row, int64_t steps, uintptr_t previous, uintptr_t keep, uintptr_t gain, uintptr_t adaptive) {
+                           uintptr_t bad_row, int64_t steps, uintptr_t previous, uintptr_t keep, uintptr_t gain, uintptr_t adaptive,
+                           uintptr_t known, uintptr_t known_sigma, uintptr_t known_draw) {
         const Chain chain{slots, pointer<float>(x), nhwc, pointer<float>(score), pointer<const float>(coef),
                           pointer<const int32_t>(draw), pointer<const int64_t>(level), rows, pointer<int64_t>(row),
                           pointer<const int64_t>(stop), pointer<const int64_t>(seed), pointer<const int64_t>(sample_id),
                           pointer<int64_t>(bad_row), pointer<float>(previous), pointer<const float>(keep), pointer<float>(gain),
-                          pointer<const bool>(adaptive)};
+                          pointer<const bool>(adaptive), pointer<const float>(known), pointer<const float>(known_sigma),
+                          pointer<const int32_t>(known_draw)};
         bool interrupted = false;
         auto last_look = std::chrono::steady_clock::now();
         const auto signalled = [&] {  // Ctrl-C, looked for every 50 ms
@@ -97,7 +99,8 @@ void bind_executor(py::module_& m) {
         if (interrupted) throw py::error_already_set();
       }, py::arg("slots"), py::arg("x"), py::arg("nhwc"), py::arg("score"), py::arg("coef"), py::arg("draw"), py::arg("level"),
            py::arg("rows"), py::arg("row"), py::arg("stop"), py::arg("seed"), py::arg("sample_id"), py::arg("bad_row"), py::arg("steps"),
-           py::arg("previous") = 0, py::arg("keep") = 0, py::arg("gain") = 0, py::arg("adaptive") = 0)
+           py::arg("previous") = 0, py::arg("keep") = 0, py::arg("gain") = 0, py::arg("adaptive") = 0, py::arg("known") = 0,
+           py::arg("known_sigma") = 0, py::arg("known_draw") = 0)
       .def("bytes", &Executor::bytes, "Weights, tables and scratch memory.")
       .def("algorithm", &Executor::algorithm, py::arg("conv"));
 }

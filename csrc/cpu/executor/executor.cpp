@@ -216,6 +216,7 @@ void Executor::run_steps(const Chain& chain, int64_t steps, const std::function<
     update.seed = chain.seed + first, update.sample_id = chain.sample_id + first, update.bad_row = chain.bad_row + first;
     if (chain.previous) update.previous = chain.previous + first * size, update.previous_nhwc = chain.nhwc, update.keep = chain.keep;
     if (chain.gain) update.gain = chain.gain + first;
+    if (chain.known) update.known = chain.known + first * size, update.known_sigma = chain.known_sigma, update.known_draw = chain.known_draw;
     const int64_t pieces = (last - first) * update_pieces(update);
     for (int64_t step = 0; step < steps; ++step) {
       int slot[kMicroBatch], live = 0;

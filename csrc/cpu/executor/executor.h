@@ -51,6 +51,9 @@ struct Chain {
   const float* keep;     // [rows][2], or null
   float* gain;           // [slots], or null if no plan has adaptive rows
   const bool* adaptive;  // [rows]
+  const float* known;    // like x, or null unless inpainting (csrc/update.h), as the next two, [rows]
+  const float* known_sigma;
+  const int32_t* known_draw;
 };
 
 class Executor {
