@@ -10,27 +10,28 @@ namespace sgm {
 
 constexpr int kBlock = 256;        // quads made at once: 4 KiB of noise
 constexpr int kTilePixels = 256;   // of a tile, in one channel
-constexpr int kFine = 128;         // elements of a piece when inpainting: few pieces are both known and not, and need two noises
+constexpr int kFine = kTilePixels;  // elements of a flat piece when inpainting: few are both known and not, which takes two noises
 constexpr int64_t kGrain = 8192;   // elements a thread takes at a time, about
 
 enum class Order {
-  flat,   // memory is in [C, H, W] order: a piece is `size` consecutive elements
+  flat,   // memory is in [C, H, W] order: a piece is `run` consecutive elements
   quads,  // all tensors NHWC, H·W a multiple of 4, many channels: a piece is 4 pixels, all their channels
-  tiles,  // anything else: a piece is up to `size` pixels of one channel, elements gathered one by one
+  tiles,  // anything else: a piece is up to kTilePixels pixels of one channel, elements gathered one by one
 };
 
 struct Cut {
   Order order;
-  int64_t per_sample, grain, size;
+  int64_t per_sample, grain, run;
 };
 
 inline Cut cut(const Shape& s, bool any_nhwc, bool any_nchw, bool fine = false) {
   const auto grain = [](int64_t elements) { return elements < kGrain ? kGrain / elements : 1; };
-  const int64_t run = fine ? kFine : 4 * kBlock, tile = fine ? kFine : kTilePixels;
+  const int64_t run = fine ? kFine : 4 * kBlock;
   if (s.sample() == 0) return {Order::flat, 0, 1, run};
   if (!any_nhwc || s.channels == 1 || s.pixels == 1) return {Order::flat, (s.sample() + run - 1) / run, grain(run), run};
-  if (!any_nchw && !fine && s.pixels % 4 == 0 && s.channels >= 16) return {Order::quads, s.pixels / 4, grain(4 * s.channels), 4};
-  return {Order::tiles, s.channels * ((s.pixels + tile - 1) / tile), grain(s.pixels < tile ? s.pixels : tile), tile};
+  if (!any_nchw && !fine && s.pixels % 4 == 0 && s.channels >= 16) return {Order::quads, s.pixels / 4, grain(4 * s.channels), run};
+  const int64_t width = s.pixels < kTilePixels ? s.pixels : kTilePixels;
+  return {Order::tiles, s.channels * ((s.pixels + kTilePixels - 1) / kTilePixels), grain(width), run};
 }
 
 inline Cut cut(const Update& u) {

@@ -18,9 +18,6 @@ namespace {
 #define SGM_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-// Not inlined: what only inpainting needs, so that the update's own loops compile as without it.
-#define SGM_APART __attribute__((noinline))
-
 inline float from_bf16(uint16_t h) { return from_bits(static_cast<uint32_t>(h) << 16); }
 
 inline float from_f16(uint16_t h) {  // exact, without float16 instructions
@@ -83,7 +80,7 @@ inline void keep(Row k, int n, const float* x, const float* s, float* out) {
 
 inline bool is_known(float v) { return v == v; }
 
-SGM_APART int count_known(int n, const float* known) {
+inline int count_known(int n, const float* known) {
   int count = 0;
   for (int i = 0; i < n; ++i) count += is_known(known[i]);
   return count;
@@ -163,18 +160,25 @@ struct Step {
 
   float* previous() const { return k.d != 0 ? u.previous : nullptr; }
 
-  // known, or null, is of these n elements. Where all are known the row is not needed, where none is, neither is their noise.
-  template <class Noise>
-  void settle(int n, const float* x, const float* s, const float* p, const float* known, float* out, const Noise& noise) {
-    const int held = known ? count_known(n, known) : 0;
-    int32_t largest = 0;
-    if (held < n) largest = step(k, n, x, s, k.c != 0 ? noise(draw) : nullptr, p, out);
-    if (held) largest = hold(n, known, out, noise);
+  void finish(int32_t largest) {
     if (largest >= 0x7F800000 && u.bad_row) lower(u.bad_row + slot, u.row[slot]);
   }
 
   template <class Noise>
-  SGM_APART int32_t hold(int n, const float* known, float* out, const Noise& noise) const {
+  int32_t advance(int n, const float* x, const float* s, const float* p, float* out, const Noise& noise) const {
+    return step(k, n, x, s, k.c != 0 ? noise(draw) : nullptr, p, out);
+  }
+
+  // Inpainting. Where all is known the row is not needed, where nothing is, neither is the noise of known pixels. Not
+  // inlined, so that the loops of a plain update compile as without it.
+  template <class Noise>
+  __attribute__((noinline)) int32_t advance(int n, const float* x, const float* s, const float* p, const float* known, int64_t stride,
+                                            float* out, const Noise& noise) const {  // n <= kTilePixels
+    alignas(64) float gathered[kTilePixels];
+    if (stride != 1) load(known, Dtype::float32, 0, stride, n, gathered), known = gathered;
+    const int held = count_known(n, known);
+    const int32_t largest = held < n ? advance(n, x, s, p, out, noise) : 0;
+    if (held == 0) return largest;
     return sigma != 0 ? impose<true>(sigma, n, known, noise(known_draw), out) : impose<false>(0, n, known, nullptr, out);
   }
 
@@ -187,7 +191,9 @@ struct Step {
     const float* p = previous();
     alignas(64) float kept[4 * kBlock];
     if (k.keeps()) keep(k, n, u.x + offset, s, kept);  // before out, which may be x, is written
-    settle(n, u.x + offset, s, p ? p + offset : nullptr, u.known ? u.known + offset : nullptr, u.out + offset, noise);
+    p = p ? p + offset : nullptr;
+    finish(u.known ? advance(n, u.x + offset, s, p, u.known + offset, 1, u.out + offset, noise)
+                   : advance(n, u.x + offset, s, p, u.out + offset, noise));
     if (k.keeps()) std::copy(kept, kept + n, u.previous + offset);
   }
 
@@ -195,12 +201,12 @@ struct Step {
   void pixels(int64_t channel, int64_t pixel, int n, const Noise& noise) {  // n <= kTilePixels
     const auto at = [&](bool nhwc) { return sample + (nhwc ? pixel * u.shape.channels + channel : channel * u.shape.pixels + pixel); };
     const auto stride = [&](bool nhwc) { return nhwc ? u.shape.channels : int64_t{1}; };
-    alignas(64) float x[kTilePixels], s[kTilePixels], p[kTilePixels], out[kTilePixels], known[kTilePixels];
+    alignas(64) float x[kTilePixels], s[kTilePixels], p[kTilePixels], out[kTilePixels];
     load(u.x, Dtype::float32, at(u.x_nhwc), stride(u.x_nhwc), n, x);
     load(u.score, u.score_dtype, at(u.score_nhwc), stride(u.score_nhwc), n, s);
     if (previous()) load(u.previous, Dtype::float32, at(u.previous_nhwc), stride(u.previous_nhwc), n, p);
-    if (u.known) load(u.known, Dtype::float32, at(u.out_nhwc), stride(u.out_nhwc), n, known);
-    settle(n, x, s, previous() ? p : nullptr, u.known ? known : nullptr, out, noise);
+    const float* before = previous() ? p : nullptr;
+    finish(u.known ? advance(n, x, s, before, u.known + at(u.out_nhwc), stride(u.out_nhwc), out, noise) : advance(n, x, s, before, out, noise));
     float* to = u.out + at(u.out_nhwc);
     for (int i = 0; i < n; ++i) to[i * stride(u.out_nhwc)] = out[i];
     if (!k.keeps()) return;
@@ -223,8 +229,8 @@ void range(const Shape& shape, const Cut& cut, Action action, int64_t begin, int
     for (; piece < last; ++piece) {
       const int64_t i = piece - slot * cut.per_sample;
       if (cut.order == Order::flat) {
-        const int64_t first = i * cut.size;
-        const int n = static_cast<int>(std::min(cut.size, shape.sample() - first));
+        const int64_t first = i * cut.run;
+        const int n = static_cast<int>(std::min(cut.run, shape.sample() - first));
         action.run(first, n, [&](const Draw& draw) {
           noise_flat(draw, action.kind(), static_cast<uint32_t>(first / 4), (n + 3) / 4, z);
           return z;
@@ -238,9 +244,9 @@ void range(const Shape& shape, const Cut& cut, Action action, int64_t begin, int
           for (int j = 0; j < 4; ++j) action.run((4 * i + j) * shape.channels + c, n, [&](const Draw&) { return z + j * kBlock; });
         }
       } else {
-        const int64_t tiles = (shape.pixels + cut.size - 1) / cut.size;
-        const int64_t channel = i / tiles, pixel = i % tiles * cut.size, element = channel * shape.pixels + pixel;
-        const int n = static_cast<int>(std::min(cut.size, shape.pixels - pixel)), skip = static_cast<int>(element % 4);
+        const int64_t tiles = (shape.pixels + kTilePixels - 1) / kTilePixels;
+        const int64_t channel = i / tiles, pixel = i % tiles * kTilePixels, element = channel * shape.pixels + pixel;
+        const int n = static_cast<int>(std::min<int64_t>(kTilePixels, shape.pixels - pixel)), skip = static_cast<int>(element % 4);
         action.pixels(channel, pixel, n, [&](const Draw& draw) {
           noise_flat(draw, action.kind(), static_cast<uint32_t>(element / 4), (skip + n + 3) / 4, z);
           return z + skip;
