@@ -185,18 +185,18 @@ class Counted:
 
 
 def test_a_native_chain_is_one_call_and_a_watched_one_the_same_steps(net):
-    plan, known, where = annealed_langevin(SIGMAS, 2, 1e-3), torch.rand(1, 8, 8), torch.rand(1, 8, 8) > 0.5
-    engine, infos = Engine(net, 4, executor="native"), []
+    plan, known, where = annealed_langevin(SIGMAS, 2, 1e-3), torch.rand(12, 1, 8, 8), torch.rand(1, 8, 8) > 0.5
+    engine, infos = Engine(net, 12, executor="native"), []  # in two portions: no more than 8 images run together
     graph = engine._executor.network.graph
     counted = graph.native = Counted(graph.native)
-    got = engine.inpaint(known, where, 4, 1, plan)
+    got = engine.inpaint(known, where, 12, 1, plan)
     assert counted.calls == [plan.nfe]
     seen = lambda info: infos.append((info.before.clone(), info.x.clone()))  # noqa: E731
-    assert torch.equal(engine.inpaint(known, where, 4, 1, plan, callback=seen), got)
+    assert torch.equal(engine.inpaint(known, where, 12, 1, plan, callback=seen), got)
     assert counted.calls[1:] == [1] * plan.nfe == [1] * len(infos)
     for row, (before, after) in enumerate(infos):  # before is what the network saw, after what the next row's will
         first = int(np.argmax(plan.sigma == plan.sigma[row]))
-        z = noise.fill((4, 1, 8, 8), np.full(4, 1), np.arange(4), first + 1, noise.STREAM["inpaint"])
+        z = noise.fill((12, 1, 8, 8), np.full(12, 1), np.arange(12), first + 1, noise.STREAM["inpaint"])
         want = known + np.float32(plan.sigma[row]) * torch.from_numpy(z)
         assert torch.equal(before[:, where], want[:, where]), row
         assert torch.equal(after, infos[row + 1][0] if row + 1 < plan.nfe else got)
