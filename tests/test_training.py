@@ -19,6 +19,7 @@ from fake_graphs import FakeGraphs
 pl = pytest.importorskip("lightning.pytorch", reason="training needs the extra [train]")
 
 from lightning.pytorch.callbacks import EMAWeightAveraging  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from sgm_engine.checkpoint import load_checkpoint  # noqa: E402
@@ -253,11 +254,12 @@ def train_command(*arguments):
 
 def test_command_and_resume_after_a_kill(sgm, data):
     """SIGKILL in the middle, the same command again: the same curve to the last digit, and the same weights."""
-    arguments = ("--config", "tiny.yaml", "--data", "images.npy", "--accelerator", "cpu", "--set", "steps=40")
+    changes = ("--accelerator", "cpu", "--set", "steps=40", "weights=float16")
+    arguments = ("--config", "tiny.yaml", "--data", "images.npy", *changes)
     straight = sgm("train", *arguments, "--out", "straight")
     assert straight.returncode == 0, straight.stderr
     process = subprocess.Popen(
-        train_command("--out", "killed", "--accelerator", "cpu", "--set", "steps=40"), cwd=data,
+        train_command("--out", "killed", *changes), cwd=data,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     metrics, deadline = data / "killed" / "metrics.csv", time.monotonic() + 300
@@ -272,6 +274,7 @@ def test_command_and_resume_after_a_kill(sgm, data):
     assert losses(data / "killed") == losses(data / "straight")
     weights = [(data / name / "model.safetensors").read_bytes() for name in ("killed", "straight")]
     assert weights[0] == weights[1]
+    assert {t.dtype for t in load_file(data / "killed" / "model.safetensors").values()} == {torch.float16}
     drawn = sgm("sample", "--checkpoint", "killed/model.safetensors", "--n", 4, "--out", "x.png")
     assert drawn.returncode == 0, drawn.stderr
 

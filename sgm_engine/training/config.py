@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sgm_engine.cdm.config import CDMConfig
 from sgm_engine.models import ModelConfig
@@ -16,6 +17,7 @@ from sgm_engine.schedule import geometric
 from sgm_engine.training.objectives import OBJECTIVES
 
 FOLDER = Path(__file__).parent / "configs"
+WEIGHTS = {"float32": torch.float32, "float16": torch.float16}
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 
@@ -29,8 +31,8 @@ class TrainConfig:
     keyword arguments in objective_options. steps: optimizer steps in all; batch: images a step, over all processes.
     warmup: steps; decay: share of the steps, at the end, over which lr falls to 0; ema: 0 keeps no average; clip: of
     the gradient's norm, 0 none. precision: float32, bfloat16 or float16 (mixed). compile_norms: torch.compile of the
-    norms, whose plain formula is slow on a CPU. plan: "name" and arguments, kept with the weights and used by the
-    sample grids. *_every: steps, 0 never.
+    norms, whose plain formula is slow on a CPU. weights: what model.safetensors holds, float32 or float16. plan: "name"
+    and arguments, kept with the weights and used by the sample grids. *_every: steps, 0 never.
     """
 
     architecture: str
@@ -56,6 +58,7 @@ class TrainConfig:
     clip: float = 0.0
     precision: str = "float32"
     compile_norms: bool = False
+    weights: str = "float32"
     plan: Mapping[str, Any] | None = None
     seed: int = 0
     log_every: int = 50
@@ -74,6 +77,7 @@ class TrainConfig:
             self._need(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._need("decay", 0 <= self.decay <= 1, "in [0, 1]")
         self._need("lr", self.lr > 0, "positive")
+        self._need("weights", self.weights in WEIGHTS, f"one of {', '.join(WEIGHTS)}")
         self._need("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         self._need("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
         cdm = self.architecture == CDMConfig.architecture

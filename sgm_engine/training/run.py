@@ -22,12 +22,12 @@ from sgm_engine.checkpoint import load_checkpoint, save_checkpoint
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
 from sgm_engine.output import staged
 from sgm_engine.training.callbacks import EMA, SampleGrid, live_network
-from sgm_engine.training.config import PRECISIONS, TrainConfig
+from sgm_engine.training.config import PRECISIONS, WEIGHTS, TrainConfig
 from sgm_engine.training.data import Batches, load_images
 from sgm_engine.training.module import ScoreModule
 from sgm_engine.training.objectives import OBJECTIVES
 
-MAY_CHANGE = {"steps", "lr", "warmup", "decay", "clip", "precision", "compile_norms", "plan"}  # on resuming
+MAY_CHANGE = {"steps", "lr", "warmup", "decay", "clip", "precision", "compile_norms", "weights", "plan"}  # on resuming
 MAY_CHANGE |= {"log_every", "sample_every", "save_every", "validate_every"}
 HELD_OUT = 1024  # images of the test set that a validation looks at
 
@@ -80,7 +80,7 @@ class Job:
         except SystemExit:  # Lightning's answer to Ctrl-C
             raise KeyboardInterrupt from None
         if trainer.is_global_zero:
-            save_checkpoint(live_network(trainer, self.module), self.folder / "model.safetensors")
+            save_checkpoint(live_network(trainer, self.module), self.folder / "model.safetensors", WEIGHTS[c.weights])
             print(f"written: {self.folder / 'model.safetensors'}")
 
     def _callbacks(self) -> list[pl.Callback]:

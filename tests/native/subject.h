@@ -61,7 +61,7 @@ struct Subject {
     std::vector<float> state = x, last(x.size());
     const long before = allocations::count;
     executor.run_steps({images, state.data(), false, last.data(), coef, draw, levels, 3, row.data(), stop.data(), seed.data(),
-                        id.data(), bad.data(), nullptr, nullptr, nullptr, nullptr}, 3, [] { return false; });
+                        id.data(), bad.data(), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr}, 3, [] { return false; });
     taken += allocations::count - before;
     return state;
   }
