@@ -54,3 +54,11 @@ def threads(request: pytest.FixtureRequest):
     yield request.param
     torch.set_num_threads(before[0])
     _C.set_num_threads(before[1])
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads(), _C.num_threads()
+    torch.set_num_threads(1), _C.set_num_threads(1)
+    yield
+    torch.set_num_threads(before[0]), _C.set_num_threads(before[1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.common import about, paired_ratio
-from sgm_engine import _C, annealed_langevin
+from sgm_engine import annealed_langevin
 from sgm_engine.cdm.config import CDMConfig
 from sgm_engine.engine import Engine
 from sgm_engine.kernels import ops, reference
@@ -15,14 +15,6 @@ from sgm_engine.native_graph import Graph
 from sgm_engine.training.config import TrainConfig
 
 MOST = 3.2
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads(), _C.num_threads()
-    torch.set_num_threads(1), _C.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads[0]), _C.set_num_threads(threads[1])
 
 
 def native_forward(net, batch, size):

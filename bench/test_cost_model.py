@@ -24,12 +24,7 @@ GRID = [  # channels, pixels, dilation, batch
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads(), _C.num_threads()
-    torch.set_num_threads(1), _C.set_num_threads(1)
-    yield
-    torch.set_num_threads(before[0]), _C.set_num_threads(before[1])
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("isa", _C.isas()[-1:])

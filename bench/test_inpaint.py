@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.common import about, paired_ratio
-from sgm_engine import _C, annealed_langevin
+from sgm_engine import annealed_langevin
 from sgm_engine.executor import EagerExecutor
 from sgm_engine.kernels import ops
 from sgm_engine.kernels.noise import STREAM
@@ -29,12 +29,7 @@ MASKS = {  # of [H, W] pixels
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads(), _C.num_threads()
-    torch.set_num_threads(1), _C.set_num_threads(1)
-    yield
-    torch.set_num_threads(before[0]), _C.set_num_threads(before[1])
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TwoOps:

@@ -10,7 +10,6 @@ import torch
 
 from bench.common import about, paired_ratio
 from bench.peers import eager, plain
-from sgm_engine import _C
 from sgm_engine.models import NCSN
 from sgm_engine.native import NativeNetwork
 from sgm_engine.schedule import geometric
@@ -18,12 +17,7 @@ from sgm_engine.schedule import geometric
 BATCH = 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads(), _C.num_threads()
-    torch.set_num_threads(1), _C.set_num_threads(1)
-    yield
-    torch.set_num_threads(before[0]), _C.set_num_threads(before[1])
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.quick
