@@ -182,6 +182,7 @@ def _norm_cases() -> Iterator[tuple[str, Case]]:
 def _conv_cases() -> Iterator[tuple[str, Case]]:
     """Every tile that is tuned over, with all that can follow. Its loads go past the registers, to shared memory."""
     for channels, side, dilation, tile in zip((128, 256, 256), (32, 16, 16), (1, 1, 4), triton_conv.TILES, strict=True):
+        shape = (channels, side, side)
         x, residual = (_tensor(BATCH, channels, side, side, dtype=torch.bfloat16, nhwc=True) for _ in range(2))
         weight = _tensor(channels, channels, 3, 3, dtype=torch.bfloat16, nhwc=True)
         partial = _tensor(BATCH, side * side // tile.pixels, 2, channels)
@@ -189,7 +190,12 @@ def _conv_cases() -> Iterator[tuple[str, Case]]:
         launch = triton_conv.describe(x, weight, bias, residual, dilation, torch.empty_like(x), partial, tile)
         written = 2 * tile.pixels * tile.channels
         case = Case(launch, loads=written, stores=written, shared=2**16 + 64)
-        yield f"conv {_words((channels, side, side))} 3×3 d{dilation} {tile.pixels}×{tile.channels}×{tile.depth}", case
+        yield f"conv {_words(shape)} 3×3 d{dilation} {tile.pixels}×{tile.channels}×{tile.depth}", case
+        parameter = _tensor(10, channels)
+        arguments = (x, *[parameter] * 3, _slots(), "elu", None, 1e-5, x, None, partial)
+        (apply,) = triton_norm.describe(*arguments, slab=tile.pixels)
+        written = 2 * _tile(apply)
+        yield f"norm apply after conv {_words(shape)} by {tile.pixels}", Case(apply, loads=written, stores=written)
 
 
 def _float8_cases() -> Iterator[tuple[str, Case]]:
@@ -199,7 +205,8 @@ def _float8_cases() -> Iterator[tuple[str, Case]]:
         x, weight = _tensor(BATCH, channels, side, side, nhwc=True), _tensor(channels, channels, 3, 3, nhwc=True)
         x, weight = x.to(FLOAT8), weight.to(FLOAT8)
         out, scale = _tensor(BATCH, channels, side, side, dtype=torch.bfloat16, nhwc=True), _tensor(channels)
-        launch = triton_conv.describe(x, weight, scale, torch.empty_like(out), 1, out, None, tile, scale)
+        partial = _tensor(BATCH, side * side // tile.pixels, 2, channels) if tile in triton_conv.FLOAT8_TILES else None
+        launch = triton_conv.describe(x, weight, scale, torch.empty_like(out), 1, out, partial, tile, scale)
         written = 2 * tile.pixels * tile.channels
         name = f"conv float8 {_words((channels, side, side))} {tile.pixels}×{tile.channels}×{tile.depth}"
         yield name, Case(launch, loads=written, stores=written, shared=3 * 2**15 + 64, float8=True)

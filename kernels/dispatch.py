@@ -17,7 +17,7 @@ class Launchers(NamedTuple):
     langevin_update(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, out, advance, keep, gain,
         known, known_sigma, known_draw), known in the layout of out
     norm(x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace, groups=None), and on CUDA
-        before="none", pool=False, inverse=None after them (inverse: out is float8)
+        before="none", pool=False, inverse=None, slab=None after them (inverse: out is float8; slab: of given partials)
     norm_workspace_size(x) → float32 elements
     norm_backward(grad, x, gamma, beta, activation, eps, groups, dx, dgamma, dbeta), all NCHW
     """

@@ -41,14 +41,15 @@ def norm(
     groups: int | None = None,
     before: str = "none",
     pool: bool = False,
-    inverse: float | None = None,
+    **triton_only: object,
 ) -> None:
-    measured = backend_table.of_device(x.device) if inverse is None else {}  # float8 is written by Triton alone
+    """triton_only: inverse, slab."""
+    measured = {} if triton_only else backend_table.of_device(x.device)
     case = backend_table.norm_case(x, residual is not None, groups, before, pool) if measured else ""
     backend = measured.get(case, TRITON)
     tensors = (x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace, groups, before, pool)
     if backend == TRITON:
-        triton_norm.norm(*tensors, inverse)
+        triton_norm.norm(*tensors, **triton_only)
     else:
         cuda.norm(*tensors, backend.removeprefix("CUDA").strip() or "auto")
 

@@ -42,9 +42,8 @@ def noise_conditioned_norm(
     )
 
 
-def quantised_norm(
+def inference_norm(
     x: Tensor,
-    inverse: float,
     gamma: Tensor | None = None,
     alpha: Tensor | None = None,
     beta: Tensor | None = None,
@@ -54,15 +53,23 @@ def quantised_norm(
     eps: float = 1e-5,
     groups: int | None = None,
     before: str = "none",
+    pool: bool = False,
+    inverse: float | None = None,
+    partials: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """noise_conditioned_norm with y in float8, reference.quantised(y, inverse), for a convolution. No gradient."""
-    y, total = _norm(x, residual, gamma, alpha, beta, level, activation, eps, groups, False, before, inverse)
+    """noise_conditioned_norm without a gradient, and with what the convolutions beside it may have to do with it.
+
+    inverse: y is float8, reference.quantised(y, inverse), for the next one; not with pool. partials: float32
+    [N, slabs, 2, C], what the one before has left of x (triton_conv.py), used up; without residual and before, on CUDA.
+    """
+    y, total = _norm(x, residual, gamma, alpha, beta, level, activation, eps, groups, pool, before, inverse, partials)
     return y if total is None else (y, total)
 
 
 def _norm(
-    x, residual, gamma, alpha, beta, level, activation, eps, groups=None, pool=False, before="none", inverse=None
-):
+    x, residual, gamma, alpha, beta, level, activation, eps, groups=None, pool=False, before="none", inverse=None,
+    partials=None,
+):  # fmt: skip
     check_norm(x, gamma, alpha, beta, level, activation, residual, groups, pool, before)
     tables = [p for p in (gamma, alpha, beta) if p is not None and p.dim() == 2]
     if level is not None and level.numel() and level.device.type == "cpu":
@@ -71,16 +78,20 @@ def _norm(
             raise ValueError(f"level must be in [0, {tables[0].shape[0]}), got values from {low} to {high}")
     x = dense(x)
     residual = None if residual is None else like(x, residual)
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and partials is None:
         y, total = _norm_on_cpu(x, residual, (gamma, alpha, beta, level, activation), eps, groups, pool, before)
         return y if inverse is None else reference.quantised(y, inverse), total
     launch = launchers(x.device.type)
     out = torch.empty_like(x, dtype=x.dtype if inverse is None else torch.float8_e4m3fn)
     total = None if residual is None and before == "none" else torch.empty_like(x)
-    workspace = torch.empty(launch.norm_workspace_size(x), dtype=torch.float32, device=x.device)
-    parameters = (gamma, alpha, beta, level, activation, residual, eps)
-    written = {} if inverse is None else {"inverse": inverse}
-    launch.norm(x, *parameters, out, total, workspace, groups, before, pool, **written)
+    parameters, options = (gamma, alpha, beta, level, activation, residual, eps), {}
+    if inverse is not None:
+        options["inverse"] = inverse
+    if partials is None:
+        partials = torch.empty(launch.norm_workspace_size(x), dtype=torch.float32, device=x.device)
+    else:
+        options["slab"] = x.shape[2] * x.shape[3] // partials.shape[1]
+    launch.norm(x, *parameters, out, total, partials, groups, before, pool, **options)
     return out, total
 
 

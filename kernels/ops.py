@@ -22,16 +22,16 @@ from sgm_engine.kernels.checks import (
     like,
 )
 from sgm_engine.kernels.dispatch import launchers, library, register
-from sgm_engine.kernels.norm_op import noise_conditioned_norm, quantised_norm
+from sgm_engine.kernels.norm_op import inference_norm, noise_conditioned_norm
 
 __all__ = [
     "NO_BAD_ROW",
+    "inference_norm",
     "langevin_update",
     "langevin_update_",
     "launchers",
     "noise_conditioned_norm",
     "noise_fill_",
-    "quantised_norm",
 ]
 
 NO_BAD_ROW = 2**63 - 1

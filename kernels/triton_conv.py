@@ -107,7 +107,9 @@ def conv_kernel(
         tl.store(at + COUT, tl.sum(centred * centred, 0) - correction * correction * PIXELS)
 
 
-def refusal(x: Tensor, weight: Tensor, tile: ConvTile, statistics: bool = False) -> str | None:
+def refusal(
+    x: Tensor, weight: Tensor, tile: ConvTile, statistics: bool = False, residual: Tensor | None = None
+) -> str | None:
     """Why the kernel cannot do it with this tile, or None if it can."""
     c_out, c_in, *kernel = weight.shape
     if tuple(kernel) not in ((1, 1), (3, 3)):
@@ -120,6 +122,12 @@ def refusal(x: Tensor, weight: Tensor, tile: ConvTile, statistics: bool = False)
         return f"x is {x.dtype} and weight {weight.dtype}"
     if statistics and x.shape[2] * x.shape[3] % tile.pixels:
         return f"{x.shape[2]}×{x.shape[3]} pixels do not divide by {tile.pixels}"
+    if residual is not None:
+        dtype = torch.bfloat16 if x.dtype.itemsize == 1 else x.dtype
+        if residual.shape != (len(x), c_out, *x.shape[2:]) or residual.dtype != dtype:
+            return f"residual is {residual.dtype} {list(residual.shape)}, the result is not"
+        if not residual.is_contiguous(memory_format=torch.channels_last):
+            return "residual must be channels_last"
     return None
 
 

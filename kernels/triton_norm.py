@@ -54,8 +54,11 @@ class Tiling:
     warps: int
 
     @classmethod
-    def of(cls, channels: int, size: int, nhwc: bool, config: NormConfig = CONFIG) -> Tiling:
-        """Whole rows of memory first: all channels of a few pixels in NHWC, all pixels of a few channels in NCHW."""
+    def of(cls, channels: int, size: int, nhwc: bool, config: NormConfig = CONFIG, slab: int | None = None) -> Tiling:
+        """Whole rows of memory first: all channels of a few pixels in NHWC, all pixels of a few channels in NCHW.
+
+        slab: where the partials are made by another kernel, the pixels of each.
+        """
         padded, length = triton.next_power_of_2(channels), triton.next_power_of_2(size)
         if nhwc:
             width = min(padded, config.tile)
@@ -65,8 +68,9 @@ class Tiling:
         else:
             pixels = min(length, config.tile)
             width = min(padded, config.tile // pixels)
-        slabs = min(triton.cdiv(size * width, config.tile), max(1, config.partials // padded))
-        slab = triton.cdiv(size, slabs)
+        if slab is None:
+            slab = triton.cdiv(size, min(triton.cdiv(size * width, config.tile), max(1, config.partials // padded)))
+        pixels = min(pixels, triton.next_power_of_2(slab))
         warps = max(1, min(config.warps, width * pixels // (1024 if nhwc and width >= config.wide else 512)))
         return cls(width, pixels, slab, triton.cdiv(size, slab), triton.cdiv(channels, width), warps)
 
@@ -134,11 +138,12 @@ def describe(
     before: str = "none",
     pool: bool = False,
     inverse: float | None = None,
+    slab: int | None = None,
 ) -> tuple[Launch, ...]:
-    """stats, group_kernel if there are groups, apply or pool."""
+    """stats unless there is a slab, group_kernel if there are groups, apply or pool."""
     batch, channels, height, width = x.shape
     nhwc = is_channels_last(x)
-    tiling = Tiling.of(channels, height * width, nhwc)
+    tiling = Tiling.of(channels, height * width, nhwc, slab=slab)
     constants = {
         "C": channels,
         "HW": height * width,
@@ -155,7 +160,9 @@ def describe(
         apply[f"{name}_ptr"] = parameter
         apply[f"{name}_stride"] = 0 if parameter is None or parameter.dim() == 1 else parameter.stride(0)
     apply |= {"level_ptr": level, "eps": eps}
-    launches = [Launch(stats_kernel, programs, stats, constants | {"BEFORE": before}, options)]
+    launches = []
+    if slab is None:
+        launches.append(Launch(stats_kernel, programs, stats, constants | {"BEFORE": before}, options))
     if groups is not None:
         shared = {name: constants[name] for name in ("C", "HW", "SLAB", "SLABS")} | {"GROUPS": groups}
         launches.append(Launch(group_kernel, batch * groups, {"partial_ptr": workspace}, shared, options))
@@ -186,6 +193,7 @@ def norm(
     before: str = "none",
     pool: bool = False,
     inverse: float | None = None,
+    slab: int | None = None,
 ) -> None:
     """out ← act(norm(s)), s = before(x + residual), which is written to sum_out; without either, s is x.
 
@@ -194,10 +202,11 @@ def norm(
     the term out. level: int64 [N], the row of [L, C]. workspace: float32, norm_workspace_size(x) elements, any content.
     groups: divides C, statistics are then over a group's channels; alpha is None. pool: out is the 5×5 mean of norm(s),
     stride 1, padding counted as zeros; activation is then "none" and out neither x nor sum_out. inverse: of an out in
-    float8, which is what would else be written, times inverse, rounded; not with pool.
+    float8, which is what would else be written, times inverse, rounded; not with pool. slab: x is s, and workspace
+    holds the partials of every so many of its pixels, as triton_conv.py left them: `stats` does not run.
     Checks and allocates nothing.
     """
     with torch.cuda.device_of(x):
         tensors = (x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace)
-        for launch in describe(*tensors, groups, before, pool, inverse):
+        for launch in describe(*tensors, groups, before, pool, inverse, slab):
             launch()

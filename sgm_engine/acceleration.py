@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from sgm_engine.chosen_conv import ChosenConv, chosen
+from sgm_engine.chosen_conv import ChosenConv, chosen, join_norms
 from sgm_engine.kernels.reference import ACTIVATIONS
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus, InstanceNormPlus
 from sgm_engine.numerics import float32_math
@@ -135,6 +135,7 @@ class Accelerated(nn.Module):
         for name, module in modules.items():
             if isinstance(module, ChosenConv):
                 found.report("convolution by the table of tuned shapes", name.removeprefix("module."))
+        join_norms(found.graph, modules, found.report)
         network, pinned = self._assemble(found.graph, modules, found.resolve)
         return network, found.report, pinned
 

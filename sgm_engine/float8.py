@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from sgm_engine.acceleration import Accelerated
 from sgm_engine.checks import check_int
+from sgm_engine.chosen_conv import ChosenConv, ConvNorm
 from sgm_engine.float8_conv import Float8Conv
 from sgm_engine.kernels.reference import E4M3_MAX
 from sgm_engine.rewrite_norms import norm_call
@@ -151,7 +152,8 @@ def _fuse(network: fx.GraphModule, modules: dict[str, nn.Module]) -> int:
     fused = 0
     for node in network.graph.nodes:
         layer = modules.get(node.target) if node.op == "call_module" else None
-        layer = getattr(layer, "conv", layer)  # of a ChosenConv
+        while isinstance(layer, (ConvNorm, ChosenConv)):
+            layer = layer.conv
         if not isinstance(layer, Float8Conv):
             continue
         call = norm_call(node.args[0], lambda n: modules.get(n.target) if n.op == "call_module" else None)

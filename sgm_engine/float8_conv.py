@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from sgm_engine.kernels.reference import E4M3_MAX, float8_convolution, quantised
 
+if TYPE_CHECKING:
+    from sgm_engine.kernels.triton_conv import ConvTile
+
 FLOAT8 = torch.float8_e4m3fn
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: int,
+    tile: ConvTile,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    partials: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(x ∗ weight + bias + residual in ``dtype``, the partials of a norm of it if asked for), by the Triton kernel."""
+    from sgm_engine.kernels import triton_conv
+
+    n, _, height, width = x.shape
+    y = torch.empty(n, len(weight), height, width, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    slabs = (n, height * width // tile.pixels, 2, len(weight))
+    left = torch.empty(slabs, dtype=torch.float32, device=x.device) if partials else None
+    triton_conv.convolution(x, weight, bias, residual, dilation, y, left, tile, scale)
+    return y, left
 
 
 class Float8Conv(nn.Module):
@@ -43,18 +70,31 @@ class Float8Conv(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 y = float8_convolution(x, self.weight, self.scale, self.inverse, self.bias, None, self.dilation)
             return y.to(torch.bfloat16)
-        return self._launch(x.contiguous(memory_format=torch.channels_last))
+        from sgm_engine.kernels import conv_table, triton_conv
 
-    def _launch(self, x: Tensor) -> Tensor:
-        from sgm_engine.kernels import conv_table, triton_conv, triton_float8
-
-        if x.dtype != FLOAT8:
-            x8 = torch.empty_like(x, dtype=FLOAT8)
-            triton_float8.quantise(x, self.inverse, x8)
-            x = x8
         c_out, c_in, *_ = self.weight.shape
         tile = conv_table.choose(x, self.weight, self.dilation) or triton_conv.float8_tile(c_in, c_out)
-        shape = (len(x), c_out, *x.shape[2:])
-        out = torch.empty(shape, dtype=torch.bfloat16, device=x.device, memory_format=torch.channels_last)
-        triton_conv.convolution(x, self.weight, self.bias, None, self.dilation, out, None, tile, self.scale)
-        return out
+        return self._launch(self._quantised(x), tile)[0]
+
+    def tuned(self, x: Tensor, residual: Tensor | None, then: str) -> tuple[Tensor, Tensor | None] | None:
+        """(self(x) + residual, the partials of a norm ``then``) if the table has that, or None."""
+        from sgm_engine.kernels import conv_table, triton_conv
+
+        tile = None if self.emulate else conv_table.choose(x, self.weight, self.dilation, then)
+        if tile is None or triton_conv.refusal(x8 := self._quantised(x), self.weight, tile, bool(then), residual):
+            return None
+        return self._launch(x8, tile, residual, bool(then))
+
+    def _quantised(self, x: Tensor) -> Tensor:
+        from sgm_engine.kernels import triton_float8
+
+        x = x.contiguous(memory_format=torch.channels_last)
+        if x.dtype == FLOAT8:
+            return x
+        x8 = torch.empty_like(x, dtype=FLOAT8)
+        triton_float8.quantise(x, self.inverse, x8)
+        return x8
+
+    def _launch(self, x8: Tensor, tile: ConvTile, residual: Tensor | None = None, partials: bool = False):
+        weights = (self.weight, self.bias, self.dilation)
+        return launch(x8, *weights, tile, torch.bfloat16, self.scale, residual, partials)

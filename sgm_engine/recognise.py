@@ -52,8 +52,9 @@ class FusedNorm(nn.Module):
         before: str = "none",
         pool: bool = False,
         inverse: float | None = None,
+        partials: Tensor | None = None,
     ):
-        """inverse: the result is float8, for the convolution that reads it (float8_conv.py)."""
+        """inverse, partials: of the convolutions after and before it, see ops.inference_norm."""
         if self.groups is not None and x.dim() != 4:  # of tokens, in a network that was not traced
             return self.source(x)
         if self.conditional:
@@ -62,10 +63,10 @@ class FusedNorm(nn.Module):
             parameters = {role: getattr(self.source, name) for role, name in self.roles.items()}
         level = level if self.conditional else None
         options = {"level": level, "activation": activation, "residual": residual, "eps": self.eps}
-        options |= {"groups": self.groups, "before": before}
-        if inverse is not None:
-            return ops.quantised_norm(x, inverse, **parameters, **options)
-        return ops.noise_conditioned_norm(x, **parameters, **options, pool=pool)
+        options |= {"groups": self.groups, "before": before, "pool": pool}
+        if inverse is not None or partials is not None:
+            return ops.inference_norm(x, **parameters, **options, inverse=inverse, partials=partials)
+        return ops.noise_conditioned_norm(x, **parameters, **options)
 
 
 def recognise(module: nn.Module) -> FusedNorm | str | None:

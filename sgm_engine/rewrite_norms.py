@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from sgm_engine.chosen_conv import ConvNorm
 from sgm_engine.recognise import FusedNorm
 
 ADDS = (operator.add, torch.add)
@@ -126,7 +127,7 @@ def norm_call(norm: object, module: Callable[[fx.Node], nn.Module | None]) -> fx
         return None
     picked = norm.op == "call_function" and norm.target is operator.getitem
     call = norm.args[0] if picked else norm
-    if not isinstance(module(call), FusedNorm) or (picked and norm.args[1] != 0):
+    if not isinstance(module(call), (FusedNorm, ConvNorm)) or (picked and norm.args[1] != 0):
         return None
     return call
 

@@ -21,7 +21,8 @@ def ran(monkeypatch):
                           (triton_update, ("langevin_update",)), (triton_norm, ("norm",))):  # fmt: skip
         for name in names:
             backend = "CUDA" if module is cuda else "Triton"
-            monkeypatch.setattr(module, name, lambda *a, b=backend, n=name, **_: calls.append((b, n, a)))
+            called = lambda *a, b=backend, n=name, **options: calls.append((b, n, (*a, *options.values())))  # noqa: E731
+            monkeypatch.setattr(module, name, called)
     return calls
 
 
@@ -82,10 +83,11 @@ def test_each_case_goes_where_it_was_measured_to_be_fastest(ran, measured):
         (norm_arguments(), {"pool": True}),
     ):
         gpu.norm(*arguments, **options)
-    assert [c[0] for c in ran] == ["Triton"] * 6 and ran[3][2][11:] == (2, "none", False, None)
+    assert [c[0] for c in ran] == ["Triton"] * 6 and ran[3][2][11:] == (2, "none", False)
     ran.clear()
     gpu.norm(*norm_arguments(), inverse=0.5)  # float8, which the library cannot write
-    assert [c[0] for c in ran] == ["Triton"] and ran[0][2][-1] == 0.5
+    gpu.norm(*norm_arguments(), slab=8)  # partials that it did not make
+    assert [c[0] for c in ran] == ["Triton"] * 2 and [c[2][-1] for c in ran] == [0.5, 8]
 
 
 def test_the_workspace_serves_either(measured, monkeypatch):

@@ -15,6 +15,7 @@ from sgm_engine.kernels import (
     backend_table,
     conv_table,
     cuda,
+    ops,
     reference,
     triton_conv,
     triton_float8,
@@ -175,53 +176,66 @@ def test_a_kernel_that_is_wrong_is_not_timed(no_gpu, monkeypatch):
     assert len(wrong) == len(norms.FORMS) and all(r["backend"] == "Triton" and "µs" not in r for r in wrong)
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_tuning_writes_what_is_faster_and_right(no_gpu, monkeypatch, tmp_path, faster):
-    def convolution(x, weight, bias, residual, dilation, out, partial, tile):
-        out.copy_(torch.nn.functional.conv2d(x, weight, bias, 1, dilation, dilation))
-        if tile is triton_conv.TILES[1]:
-            out.zero_()  # a tile that is fastest, and wrong
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))  # without float8
-    times = iter([10.0, 8.0 if faster else 9.9, 9.0] * 4)
-    (tmp_path / "table.json").write_text('{"another": {"shape": {}}}')
-    monkeypatch.setattr(conv_table, "PATH", tmp_path / "table.json")
-    monkeypatch.setattr(convolutions, "SHAPES", [(128, 128, 4, 2)])
-    monkeypatch.setattr(convolutions, "BATCHES", (1,))
-    monkeypatch.setattr(triton_conv, "convolution", convolution)
-    monkeypatch.setattr(timing, "microseconds", lambda calls: (calls[0](), next(times))[1])
-    rows = convolutions.convolutions()
-    best = triton_conv.TILES[0] if faster else triton_conv.TILES[2]
-    key = "bfloat16 128×4×4 128→128 3×3 d2 at 1"
-    assert conv_table.read(tmp_path / "table.json") == {
-        "another": {"shape": triton_conv.ConvTile()}, "fake": {key: best}
-    }  # fmt: skip
-    assert [("wrong by" in r["failed"]) for r in rows if r.get("failed")] == [True]
-    assert rows[1]["backend"] == "cuDNN" and rows[1]["share"] == 2 * 9 * 128 * 128 * 16 / 1e15 * 1e6 / 10
-
-
-def test_tuning_in_float8(no_gpu, monkeypatch, tmp_path):
-    """Beside bfloat16 where the device has it: with what makes its input, and the fastest tile that is right."""
+@pytest.fixture
+def tuning(no_gpu, monkeypatch, tmp_path):
+    """Of one convolution, whose kernel is PyTorch here; the second tile of each kind is wrong. Returns a setter."""
 
     def convolution(x, weight, bias, residual, dilation, out, partial, tile, scale=None):
         if scale is None:
-            raise ValueError("not this one")
-        out.copy_(reference.float8_convolution(x, weight, scale, 1.0, bias, residual, dilation))
-        if tile is triton_conv.FLOAT8_TILES[1]:
+            y = torch.nn.functional.conv2d(x.float(), weight.float(), bias.float(), 1, dilation, dilation)
+        else:
+            y = reference.float8_convolution(x, weight, scale, 1.0, bias, None, dilation)
+        out.copy_(y if residual is None else y + residual.float())
+        if tile in (triton_conv.TILES[1], triton_conv.FLOAT8_TILES[1]):
             out.zero_()
 
+    def norm(x, *rest, partials):
+        assert partials.shape in ((1, 2, 2, 128), (1, 4, 2, 128))  # 256 pixels in tiles of 128 or 64
+        return ops.noise_conditioned_norm(x, *rest)
+
+    (tmp_path / "table.json").write_text('{"another": {"shape": {}}, "fake": {"of before": {}}}')
     monkeypatch.setattr(conv_table, "PATH", tmp_path / "table.json")
-    (tmp_path / "table.json").write_text("{}")
-    monkeypatch.setattr(convolutions, "SHAPES", [(128, 128, 4, 2)])
+    monkeypatch.setattr(convolutions, "SHAPES", [(128, 128, 16, 2)])
     monkeypatch.setattr(convolutions, "BATCHES", (1,))
     monkeypatch.setattr(triton_conv, "convolution", convolution)
     monkeypatch.setattr(triton_float8, "quantise", lambda x, s, out: out.copy_(reference.quantised(x, s)))
-    times = iter([10.0, 1.0, 7.0, 4.0])  # cuDNN, quantise, two tiles that are right
-    monkeypatch.setattr(timing, "microseconds", lambda calls: (calls[0](), next(times))[1])
-    rows = [r for r in convolutions.convolutions() if r["case"].startswith("float8")]
-    key = "float8_e4m3fn 128×4×4 128→128 3×3 d2 at 1"
-    assert conv_table.read(tmp_path / "table.json") == {"fake": {key: triton_conv.FLOAT8_TILES[2]}}
-    assert [r.get("µs") for r in rows] == [1.0, 7.0, None, 4.0] and "wrong by" in rows[2]["failed"]
+    monkeypatch.setattr(ops, "inference_norm", norm)
+
+    def run(capability, times):
+        times = iter(times)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(timing, "microseconds", lambda calls: (calls[0](), next(times))[1])
+        rows = convolutions.convolutions()
+        assert next(times, None) is None
+        table = conv_table.read(tmp_path / "table.json")
+        assert table.pop("another") == {"shape": triton_conv.ConvTile()}
+        return rows, table["fake"]
+
+    return run
+
+
+SHAPE = "128×16×16 128→128 3×3 d2 at 1"
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_tuning_writes_what_is_faster_and_right(tuning, faster):
+    """cuDNN, two tiles that are right, then the norm after it and with it, without and with a sum."""
+    rows, table = tuning((8, 0), [10.0, 8.0 if faster else 9.9, 9.95, 20.0, 19.0, 30.0, 29.9])
+    tile = triton_conv.TILES[0]
+    assert table == ({f"bfloat16 {SHAPE}": tile} if faster else {}) | {f"bfloat16 {SHAPE}, then norm": tile}
+    assert ["wrong by" in r["failed"] for r in rows if r.get("failed")] == [True]
+    assert rows[1]["backend"] == "cuDNN" and rows[1]["share"] == 2 * 9 * 128 * 128 * 256 / 1e15 * 1e6 / 10
+    assert [r["apart / it"] for r in rows if "apart / it" in r] == [20 / 19, 30 / 29.9]
+
+
+def test_tuning_in_float8(tuning):
+    """Beside bfloat16 where the device has it: with what makes its input, and the fastest tile that is right."""
+    bfloat16 = [10.0, 11.0, 12.0, *[5.0] * 4]
+    rows, table = tuning((9, 0), [*bfloat16, 1.0, 7.0, 4.0, 20.0, 20.0, 30.0, 15.0])
+    rows = [r for r in rows if r["case"].startswith("float8")]
+    key, tile = f"float8_e4m3fn {SHAPE}", triton_conv.FLOAT8_TILES[2]
+    assert table == {key: tile, f"{key}, then sum and norm": tile}
+    assert [r.get("µs") for r in rows] == [1.0, 7.0, None, 4.0, 20.0, 15.0] and "wrong by" in rows[2]["failed"]
     assert rows[3]["cuDNN bfloat16 / it"] == 2.5 and rows[3]["cuDNN bfloat16 / it and quantise"] == 2.0
     assert all(r["error"] < 4e-3 for r in (rows[1], rows[3]))
 

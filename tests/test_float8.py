@@ -10,10 +10,12 @@ from test_models import GOLDEN, golden
 from torch import nn
 from torch.nn import functional as F
 
+from sgm_engine import acceleration
 from sgm_engine import float8 as module
 from sgm_engine import network as network_module
 from sgm_engine.acceleration import accelerate
 from sgm_engine.calibration import calibrate_float8
+from sgm_engine.chosen_conv import ChosenConv
 from sgm_engine.engine import Engine
 from sgm_engine.float8 import Float8Config, convolutions, qualifies
 from sgm_engine.float8_conv import Float8Conv
@@ -212,6 +214,12 @@ def test_of_an_accelerated_network(monkeypatch):
     assert len(ran) == 71 and (found - exact).norm() / exact.norm() < 0.3  # of a random network of 8×8 pixels
     said = "71 of 75 convolutions in float8 (emulated), the others in bfloat16; 61 norms write float8"
     assert said in ours.describe()
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(acceleration, "chosen", lambda m, device: ChosenConv(m) if type(m) is nn.Conv2d else m)
+        joined = accelerate(net)
+    assert any("convolution before it" in what for what in joined.report.replaced)
+    again = engine(joined, scales)
+    assert torch.equal(score(again), found) and said in again.describe(), "through ConvNorm, where nothing is tuned"
     monkeypatch.setattr(network_module, "fuse_quantisation", lambda module: 0)
     assert torch.equal(score(engine(fast, scales)), found), "who rounds to float8, the norm or the layer, is all one"
     more = replace(scales, maxima=scales.maxima | {"res2.0.conv2.conv": 1.0})

@@ -1,15 +1,21 @@
 """The Triton convolution: on a GPU if there is one, else under Triton's interpreter; its table and who asks it."""
 
+import copy
 import json
 
 import pytest
 import torch
 from interpreter import DEVICE, run_interpreted
+from plain_networks import Network
 from torch.nn import functional as F
 
-from sgm_engine.chosen_conv import ChosenConv, chosen
-from sgm_engine.kernels import conv_table, reference, triton_conv, triton_norm
+from sgm_engine import acceleration
+from sgm_engine.acceleration import accelerate
+from sgm_engine.chosen_conv import ChosenConv, ConvNorm, chosen
+from sgm_engine.kernels import conv_table, norm_op, reference, triton_conv, triton_norm
 from sgm_engine.kernels.triton_conv import ConvTile
+from sgm_engine.models.blocks import ConditionalInstanceNormPlus
+from sgm_engine.recognise import recognise
 
 NHWC = torch.channels_last
 # The interpreter's product of bfloat16 matrices is wrong, so float16 stands for it there.
@@ -73,17 +79,14 @@ def test_statistics_of_the_result_feed_the_norm(dtype):
     x, weight, bias, residual = tensors((2, 16, 8, 8), 32, 3, dtype)
     y, partial = run(x, weight, bias + 30, residual, 1, statistics=True)
     assert_as_accurate(y, x, weight, bias + 30, residual, 1)
-    whole = triton_norm.Tiling.of(32, 64, True)
-    _, apply = triton_norm.describe(
-        y, None, None, None, None, "elu", None, 1e-5, torch.empty_like(y), None, partial.flatten()
-    )
-    slabs = {"SLAB": SMALL.pixels, "SLABS": 64 // SMALL.pixels}
-    blocks = apply.programs // whole.slabs * slabs["SLABS"]
-    triton_norm.Launch(apply.kernel, blocks, apply.arguments, apply.constants | slabs, apply.options)()
-    found = apply.arguments["out_ptr"]
-    want, plain = (reference.noise_conditioned_norm(y.to(t), activation="elu") for t in (torch.float64, torch.float32))
-    error, allowed = ((t.double() - want).abs().max().item() for t in (found, plain.to(dtype)))
-    assert error <= 2 * allowed + 1e-6
+    for activation, groups, pool in (("elu", None, False), ("silu", 4, False), ("none", None, True)):
+        found, given = torch.empty_like(y), partial.clone()
+        parameters = (None, None, None, None, activation, None, 1e-5)
+        triton_norm.norm(y, *parameters, found, None, given, groups, pool=pool, slab=SMALL.pixels)
+        rest = {"activation": activation, "groups": groups, "pool": pool}
+        want, plain = (reference.noise_conditioned_norm(y.to(t), **rest) for t in (torch.float64, torch.float32))
+        error, allowed = ((t.double() - want).abs().max().item() for t in (found, plain.to(dtype)))
+        assert error <= 2 * allowed + 1e-6
 
 
 def test_an_empty_batch():
@@ -100,6 +103,11 @@ def test_what_it_cannot_do():
     assert "channels_last" in refusal(x.contiguous(), weight, SMALL)
     assert "x is torch.float16" in refusal(x.half(), weight, SMALL)
     assert "6×6 pixels do not divide by 32" in refusal(x, weight, SMALL, statistics=True)
+    y = torch.zeros(1, 16, 6, 6).to(x).contiguous(memory_format=NHWC)
+    assert refusal(x, weight, SMALL, residual=y) is None
+    assert "residual is torch.float16" in refusal(x, weight, SMALL, residual=y.half())
+    assert "[1, 8, 6, 6], the result is not" in refusal(x, weight, SMALL, residual=y[:, :8])
+    assert "residual must be channels_last" in refusal(x, weight, SMALL, residual=y.contiguous())
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -128,6 +136,7 @@ def test_a_bad_table(tmp_path, text):
 def test_shapes_of_the_table():
     x, weight, *_ = tensors((4, 16, 8, 6), 32, 3, torch.float16)
     assert conv_table.shape_key(x, weight, 2) == "float16 16×8×6 16→32 3×3 d2 at 4"
+    assert conv_table.shape_key(x, weight, 2, "norm") == "float16 16×8×6 16→32 3×3 d2 at 4, then norm"
     assert conv_table.choose(x, weight, 2) is None or DEVICE == "cuda"
 
 
@@ -138,8 +147,8 @@ def test_a_tuned_shape_goes_to_the_kernel_and_others_do_not(monkeypatch):
     key = conv_table.shape_key(x, conv.weight, 2)
     asked = []
 
-    def choose(x, weight, dilation):
-        asked.append(conv_table.shape_key(x, weight, dilation))
+    def choose(x, weight, dilation, then=""):
+        asked.append(conv_table.shape_key(x, weight, dilation, then))
         return SMALL if asked[-1] == key else None
 
     monkeypatch.setattr(conv_table, "choose", choose)
@@ -169,6 +178,117 @@ def test_which_convolutions_are_asked_about(monkeypatch):
     assert chosen(fits, torch.device("cpu")) is fits
     monkeypatch.setattr(conv_table, "table", dict)
     assert chosen(fits, cuda) is fits  # nothing tuned: cuDNN everywhere
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """shapes: what the table has, by ``then``; ran: (residual, partials) of every convolution of the kernel's."""
+    shapes, ran = set(), []
+    monkeypatch.setattr(conv_table, "choose", lambda x, w, d, then="": SMALL if then in shapes else None)
+    convolution = triton_conv.convolution
+
+    def noted(x, weight, bias, residual, dilation, out, partial, tile, scale):
+        ran.append((residual is not None, partial is not None))
+        convolution(x, weight, bias, residual, dilation, out, partial, tile, scale)
+
+    monkeypatch.setattr(triton_conv, "convolution", noted)
+    if DEVICE == "cpu":  # partials go to Triton, as on a GPU
+        own = norm_op.launchers("cpu")
+
+        def norm(*arguments, slab=None):
+            triton_norm.norm(*arguments, slab=slab) if slab else own.norm(*arguments[:12])
+
+        monkeypatch.setattr(norm_op, "launchers", lambda device: own._replace(norm=norm))
+    return shapes, ran
+
+
+@pytest.mark.parametrize("options", [{"activation": "elu"}, {"pool": True}], ids=str)
+@torch.no_grad()
+def test_a_convolution_with_its_norm(tuned, options):
+    shapes, ran = tuned
+    x, weight, bias, residual = tensors((2, 16, 8, 8), 32, 3, torch.float32)
+    conv = torch.nn.Conv2d(16, 32, 3, padding=2, dilation=2).to(DEVICE)
+    conv.weight.copy_(weight), conv.bias.copy_(bias)
+    norm = recognise(ConditionalInstanceNormPlus(32, 3).to(DEVICE))
+    both, level = ConvNorm(ChosenConv(conv.to(memory_format=NHWC)), norm), torch.tensor([2, 0], device=DEVICE)
+    for extra, then in ((None, "norm"), (residual, "sum and norm")):
+        shapes.clear(), ran.clear()
+        plain, total = both(x, level, residual=extra, **options)
+        assert not ran
+        shapes.add(then)
+        found, total8 = both(x, level, residual=extra, **options)
+        assert ran == [(extra is not None, True)]
+        assert_as_accurate(total8, x, weight, bias, extra, 2)
+        exact, formula = (
+            reference.noise_conditioned_norm(
+                total8.to(t),
+                **dict(zip(norm.roles, norm.embedding.weight.to(t).split(32, 1), strict=True)),
+                level=level,
+                **options,
+            )
+            for t in (torch.float64, torch.float32)
+        )
+        error, allowed = ((y.double() - exact).abs().max().item() for y in (found, formula))
+        assert error <= 2 * allowed + 1e-6
+        torch.testing.assert_close((plain, total), (found, total8), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def traced_as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(conv_table, "table", lambda: {"a GPU": {"shape": SMALL}})
+    monkeypatch.setattr(acceleration, "chosen", lambda module, device: chosen(module, torch.device("cuda")))
+    monkeypatch.setattr(acceleration, "_is_fused_around", lambda x: True)
+
+
+@torch.no_grad()
+def test_networks_join_convolutions_and_norms(tuned, traced_as_on_a_gpu):
+    """All that a norm follows, but where an activation or a mean stands between; 4×4 pixels are no whole tile."""
+    shapes, ran = tuned
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Network(torch.logspace(0, -1, 3), 1, 16, True).eval()
+    x, level = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([2, 0])
+    exact = copy.deepcopy(net).double()(x.double(), level)
+    net, x, level = net.to(DEVICE, memory_format=NHWC), x.to(DEVICE), level.to(DEVICE)
+    fast = accelerate(net, (1, 8, 8))
+    joined = [norm for what, norm in fast.report.replaced.items() if "convolution before it" in what]
+    shapes |= {"norm", "sum and norm"}
+    found = fast(x, level)
+    assert (found.double().cpu() - exact).norm() <= 2e-6 * exact.norm()
+    assert [len(norms) for norms in joined] == [64]
+    assert ran.count((False, True)) == 9 and ran.count((True, True)) == 8 and len(ran) == 17
+
+
+class LateLevel(torch.nn.Module):
+    """A norm whose level is made after the convolution, and a convolution that somebody else reads before the norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(16, 16, 1) for _ in range(3))
+        self.norms = torch.nn.ModuleList(ConditionalInstanceNormPlus(16, 3) for _ in range(3))
+
+    def forward(self, x, level):
+        late = self.convs[0](x)
+        x = self.norms[0](late, level * 1)
+        early = self.convs[1](x)
+        x = x + early.tanh()
+        x = self.norms[1](early, level) + x
+        both = self.convs[2](x)
+        return self.norms[2](both + x, level) + both  # the convolution itself is read too
+
+
+@torch.no_grad()
+def test_what_cannot_be_joined(tuned, traced_as_on_a_gpu):
+    shapes, _ = tuned
+    shapes |= {"norm", "sum and norm"}
+    net = LateLevel().eval().to(DEVICE, memory_format=NHWC)
+    x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE).contiguous(memory_format=NHWC)
+    fast = accelerate(net, (16, 8, 8))
+    assert fast.report.replaced["norm with the convolution before it, where the table has both"] == ["norms.1"]
+    assert not any("network between" in why for why in fast.report.left)
+    level = torch.tensor([2, 0], device=DEVICE)
+    torch.testing.assert_close(fast(x, level), net(x, level), rtol=1e-5, atol=1e-5)
 
 
 run_interpreted(globals())

@@ -5,7 +5,7 @@ import torch
 from interpreter import DEVICE, INTERPRETED, convert_float8_exactly, run_interpreted
 
 from sgm_engine.float8_conv import Float8Conv
-from sgm_engine.kernels import reference, triton_conv, triton_float8, triton_norm
+from sgm_engine.kernels import conv_table, reference, triton_conv, triton_float8, triton_norm
 from sgm_engine.kernels.triton_conv import ConvTile
 
 NHWC, FLOAT8 = torch.channels_last, torch.float8_e4m3fn
@@ -114,6 +114,28 @@ def test_a_layer_on_the_kernels_is_the_emulated_one():
         found = layer(given)
         assert found.dtype == torch.bfloat16 and found.is_contiguous(memory_format=NHWC)
         assert ((found.float() - want).abs() <= want.abs() / 64 + 1e-3).all()
+
+
+@torch.no_grad()
+def test_a_layer_leaves_the_partials_of_the_norm_after_it(monkeypatch):
+    """The sum of the emulated layer and the residual, and its moments tile by tile; only where the table says so."""
+    conv = torch.nn.Conv2d(32, 32, 3, padding=1)
+    torch.nn.init.normal_(conv.weight, generator=torch.Generator().manual_seed(0))
+    emulated, layer = (Float8Conv(conv, 40.0, emulate).to(DEVICE) for emulate in (True, False))
+    for each in (emulated, layer):
+        each.load(conv.to(DEVICE))
+    x, residual = (draw(2, 32, 8, 8, seed=s).to(DEVICE).contiguous(memory_format=NHWC) for s in (1, 2))
+    residual = 16 * residual.bfloat16()
+    assert layer.tuned(x, residual, "sum and norm") is None
+    monkeypatch.setattr(conv_table, "choose", lambda x, w, d, then="": SMALL if then == "sum and norm" else None)
+    assert layer.tuned(x, None, "norm") is None and emulated.tuned(x, residual, "sum and norm") is None
+    assert layer.tuned(x, residual.float(), "sum and norm") is None
+    y, partials = layer.tuned(x, residual, "sum and norm")
+    want = emulated(x).float() + residual.float()
+    assert ((y.float() - want).abs() <= want.abs() / 64 + 1e-3 * want.abs().max()).all()
+    tiles = y.permute(0, 2, 3, 1).reshape(2, 2, 32, 32).double()  # sample, tile, pixel, channel
+    moments = torch.stack([tiles.mean(2), (tiles - tiles.mean(2, keepdim=True)).square().sum(2)], 2)
+    torch.testing.assert_close(partials.double(), moments, rtol=1e-5, atol=1e-4)
 
 
 run_interpreted(globals())

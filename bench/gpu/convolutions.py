@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.gpu import timing
@@ -21,99 +22,137 @@ SHAPES = [
     (256, 128, 16, 1),
 ]
 BATCHES = (1, 16, 128)
-MARGIN = 1.02  # the kernel has to be this much faster than cuDNN to be put into the table
+MARGIN = 1.02  # the kernel has to be this much faster than what it replaces to be put into the table
+ERROR = 1e-2  # relative, of a result in bfloat16
+Table = dict[str, object]  # what is found for this device: shape → tile
+Launch = Callable[..., tuple[Tensor, "Tensor | None"]]  # (tile, residual=None, partials=False) → (result, partials)
 
 
 def convolutions() -> list[Row]:
-    """Time, floor (operations over the matrix peak) and share of both, and which of them the table names."""
-    from sgm_engine.kernels import conv_table, triton_conv
+    """Time, floor (operations over the matrix peak) and share of both, and what of it goes into the table."""
+    from sgm_engine.kernels import conv_table
 
-    peak, rows = timing.peak_flops(), []
-    device = torch.cuda.get_device_name()
-    tuned = dict(conv_table.read(conv_table.PATH))
-    tuned[device] = {}
-    rows.append({"case": "matrix product", "TFLOP/s": peak / 1e12})
+    peak, device = timing.peak_flops(), torch.cuda.get_device_name()
+    found: Table = {}
+    rows: list[Row] = [{"case": "matrix product", "TFLOP/s": peak / 1e12}]
     for c_in, c_out, side, dilation in SHAPES:
         for batch in BATCHES:
-            x, weight, bias, want = _problem(c_in, c_out, side, dilation, batch)
-            key = conv_table.shape_key(x, weight, dilation)
+            x, layer = _problem(c_in, c_out, side, dilation, batch)
             floor = 2 * 9 * c_in * c_out * side * side * batch / peak * 1e6
             with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-                cudnn = timing.microseconds([lambda: F.conv2d(x, weight, bias, 1, dilation, dilation)])  # noqa: B023
-            rows.append({"case": key, "backend": "cuDNN", "µs": cudnn, "floor µs": floor, "share": floor / cudnn})
-            if torch.cuda.get_device_capability() >= (8, 9):
-                rows += _float8(x, weight, bias, dilation, cudnn, tuned[device])
-            best = cudnn / MARGIN
-            for tile in triton_conv.TILES:
-                row: Row = {"case": key, "backend": f"Triton {tile.pixels}×{tile.channels}×{tile.depth}"}
-                out = torch.full_like(want, float("nan"))
-                call = lambda: triton_conv.convolution(x, weight, bias, None, dilation, out, None, tile)  # noqa: B023, E731
-                try:
-                    if why := triton_conv.refusal(x, weight, tile):
-                        raise ValueError(why)
-                    call()
-                    row["error"] = error = float((out.float() - want.float()).norm() / want.float().norm())
-                    if not error < 1e-2:
-                        raise ValueError(f"wrong by {error:.3g}")
-                    row |= {"µs": (time_us := timing.microseconds([call])), "floor µs": floor, "share": floor / time_us}
-                    if time_us < best:
-                        best, tuned[device][key] = time_us, tile
-                except Exception as failure:
-                    row["failed"] = f"{type(failure).__name__}: {str(failure)[:200]}"
-                rows.append(row)
-    conv_table.write(tuned, conv_table.PATH)
-    rows.append({"case": f"{len(tuned[device])} shapes written to {conv_table.PATH.name}"})
+                rows += (bfloat16 := _bfloat16(x, layer, floor, found))
+                if torch.cuda.get_device_capability() >= (8, 9):
+                    rows += _float8(x, layer, floor, bfloat16[0]["µs"], found)
+            conv_table.write(dict(conv_table.read(conv_table.PATH)) | {device: found}, conv_table.PATH)
+    rows.append({"case": f"{len(found)} shapes written to {conv_table.PATH.name}"})
     return rows
 
 
-def _float8(x, weight, bias, dilation: int, cudnn: float, tuned: dict) -> list[Row]:
-    """Rows of a layer in float8, with and without what makes its input; its fastest tile goes into ``tuned``."""
-    from sgm_engine.float8_conv import FLOAT8, Float8Conv
+def _bfloat16(x: Tensor, layer: nn.Conv2d, floor: float, found: Table) -> list[Row]:
+    from sgm_engine.float8_conv import launch
+    from sgm_engine.kernels import conv_table, triton_conv
+
+    weight, bias, dilation = layer.weight, layer.bias, layer.dilation[0]
+    want = F.conv2d(x.float(), weight.float(), bias.float(), 1, dilation, dilation)
+    cudnn = lambda: F.conv2d(x, weight, bias, 1, dilation, dilation)  # noqa: E731
+    ours = lambda tile, *rest: launch(x, weight, bias, dilation, tile, x.dtype, None, *rest)  # noqa: E731
+    key, time_us = conv_table.shape_key(x, weight, dilation), timing.microseconds([cudnn])
+    rows: list[Row] = [{"case": key, "backend": "cuDNN", "µs": time_us, "floor µs": floor, "share": floor / time_us}]
+    timed = _tiles(key, triton_conv.TILES, ours, want, floor, rows)
+    if not timed:
+        return rows
+    tile = min(timed, key=timed.get)
+    if timed[tile] < time_us / MARGIN:
+        found[key] = tile
+    plain = (lambda: ours(tile)[0]) if key in found else cudnn
+    return rows + _with_norm(key, tile, ours, plain, want, found)
+
+
+def _float8(x: Tensor, layer: nn.Conv2d, floor: float, cudnn: float, found: Table) -> list[Row]:
+    """Against cuDNN in bfloat16, with and without what makes its input. There is no other kernel: a tile is taken."""
+    from sgm_engine.float8_conv import FLOAT8, Float8Conv, launch
     from sgm_engine.kernels import conv_table, reference, triton_conv, triton_float8
 
     inverse = 448 / (2 * float(x.abs().max()))
-    layer = Float8Conv(_layer(weight, bias, dilation), inverse, emulate=False)
-    layer.load(_layer(weight, bias, dilation))
+    float8 = Float8Conv(layer, inverse, emulate=False)
+    float8.load(layer)
     x8 = torch.empty_like(x, dtype=FLOAT8)
     quantise = lambda: triton_float8.quantise(x, inverse, x8)  # noqa: E731
     quantise()
-    want = reference.float8_convolution(x8, layer.weight, layer.scale, inverse, layer.bias, None, dilation)
-    key = conv_table.shape_key(x8, layer.weight, dilation)
+    weight, bias, scale, dilation = float8.weight, float8.bias, float8.scale, float8.dilation
+    want = reference.float8_convolution(x8, weight, scale, inverse, bias, None, dilation)
+    ours = lambda tile, *rest: launch(x8, weight, bias, dilation, tile, torch.bfloat16, scale, *rest)  # noqa: E731
+    key = conv_table.shape_key(x8, weight, dilation)
     rows: list[Row] = [{"case": key, "backend": "quantise", "µs": (before := timing.microseconds([quantise]))}]
-    best = float("inf")
-    for tile in triton_conv.FLOAT8_TILES:
+    timed = _tiles(key, triton_conv.FLOAT8_TILES, ours, want, floor, rows)
+    for row in rows[1:]:
+        if "µs" in row:
+            row["cuDNN bfloat16 / it"] = cudnn / row["µs"]
+            row["cuDNN bfloat16 / it and quantise"] = cudnn / (row["µs"] + before)
+    if not timed:
+        return rows
+    found[key] = tile = min(timed, key=timed.get)
+    return rows + _with_norm(key, tile, ours, lambda: ours(tile)[0], want, found)
+
+
+def _tiles(key: str, tiles: Sequence, ours: Launch, want: Tensor, floor: float, rows: list[Row]) -> dict:
+    """tile → µs of those that are right; a row for each."""
+    timed = {}
+    for tile in tiles:
         row: Row = {"case": key, "backend": f"Triton {tile.pixels}×{tile.channels}×{tile.depth}"}
-        out = torch.full(want.shape, float("nan"), dtype=torch.bfloat16, device=DEVICE)
-        out = out.contiguous(memory_format=torch.channels_last)
-        arguments = (x8, layer.weight, layer.bias, None, dilation, out, None, tile, layer.scale)
-        call = partial(triton_conv.convolution, *arguments)
+        rows.append(row)
         try:
-            call()
-            row["error"] = error = float((out.float() - want).norm() / want.norm())
-            if not error < 1e-2:
-                raise ValueError(f"wrong by {error:.3g}")
-            row |= {"µs": (time_us := timing.microseconds([call])), "cuDNN bfloat16 / it": cudnn / time_us}
-            row["cuDNN bfloat16 / it and quantise"] = cudnn / (time_us + before)
-            if time_us < best:
-                best, tuned[key] = time_us, tile
+            row["error"] = _checked(ours(tile)[0], want)
+            row["µs"] = timed[tile] = timing.microseconds([lambda: ours(tile)])  # noqa: B023
+            row |= {"floor µs": floor, "share": floor / timed[tile]}
         except Exception as failure:
             row["failed"] = f"{type(failure).__name__}: {str(failure)[:200]}"
+    return timed
+
+
+def _with_norm(key: str, tile, ours: Launch, plain: Callable[[], Tensor], want: Tensor, found: Table) -> list[Row]:
+    """The convolution that leaves the norm's partials, and that norm, against the faster of both and the norm."""
+    from sgm_engine.kernels import ops
+
+    n, channels, *_ = want.shape
+    parameters = torch.randn(10, 3 * channels, device=DEVICE).split(channels, 1)
+    norm = (*parameters, torch.arange(n, device=DEVICE) % 10, "elu")
+    residual = torch.randn_like(want).bfloat16().contiguous(memory_format=torch.channels_last)
+    rows: list[Row] = []
+    for then, other in (("norm", None), ("sum and norm", residual)):
+        row: Row = {"case": f"{key}, then {then}", "backend": f"Triton {tile.pixels}×{tile.channels}×{tile.depth}"}
         rows.append(row)
+
+        def apart() -> Tensor:
+            y = ops.noise_conditioned_norm(plain(), *norm, other)  # noqa: B023
+            return y if other is None else y[0]  # noqa: B023
+
+        def joined() -> Tensor:
+            total, partials = ours(tile, other, True)  # noqa: B023
+            return ops.inference_norm(total, *norm, partials=partials)
+
+        try:
+            row["error"] = _checked(joined(), apart().float())
+            separately, together = timing.microseconds([apart]), timing.microseconds([joined])
+            row |= {"µs": together, "the two apart µs": separately, "apart / it": separately / together}
+            if together < separately / MARGIN:
+                found[row["case"]] = tile
+        except Exception as failure:
+            row["failed"] = f"{type(failure).__name__}: {str(failure)[:200]}"
     return rows
 
 
-def _layer(weight: torch.Tensor, bias: torch.Tensor, dilation: int) -> torch.nn.Conv2d:
-    c_out, c_in, *_ = weight.shape
-    layer = torch.nn.Conv2d(c_in, c_out, 3, padding=dilation, dilation=dilation, device=DEVICE)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)
-    return layer
+def _checked(y: Tensor, want: Tensor) -> float:
+    error = float((y.float() - want).norm() / want.norm())
+    if not error < ERROR:
+        raise ValueError(f"wrong by {error:.3g}")
+    return error
 
 
-def _problem(c_in: int, c_out: int, side: int, dilation: int, batch: int) -> tuple[torch.Tensor, ...]:
-    draw = lambda *shape: torch.randn(shape, device=DEVICE).bfloat16().contiguous(memory_format=torch.channels_last)  # noqa: E731
-    x, weight = draw(batch, c_in, side, side), draw(c_out, c_in, 3, 3) / (9 * c_in) ** 0.5
-    bias = torch.randn(c_out, device=DEVICE).bfloat16()
-    want = F.conv2d(x.float(), weight.float(), bias.float(), 1, dilation, dilation).bfloat16()
-    return x, weight, bias, want.contiguous(memory_format=torch.channels_last)
+def _problem(c_in: int, c_out: int, side: int, dilation: int, batch: int) -> tuple[Tensor, nn.Conv2d]:
+    layer = nn.Conv2d(c_in, c_out, 3, padding=dilation, dilation=dilation, device=DEVICE, dtype=torch.bfloat16)
+    layer = layer.to(memory_format=torch.channels_last).requires_grad_(False)
+    x = torch.randn(batch, c_in, side, side, device=DEVICE).bfloat16()
+    layer.weight.copy_(torch.randn(layer.weight.shape, device=DEVICE) / (9 * c_in) ** 0.5)
+    layer.bias.copy_(torch.randn(c_out, device=DEVICE))
+    return x.contiguous(memory_format=torch.channels_last), layer
