@@ -7,7 +7,7 @@
 #: make clean     remove what make made
 #:
 #: PYTHON=python3.12   which Python     VENV=.venv   where to install     ARGS="--n 16"   more for sgm sample or pytest
-#: JOBS=2              processes that run the tests
+#: JOBS=2              processes that run the tests, a file at a time
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,7 +30,7 @@ sample: $(VENV)/.installed
 	@$(BIN)/sgm sample --out samples.png $(ARGS)
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest tests -n $(JOBS) --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

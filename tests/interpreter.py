@@ -23,10 +23,9 @@ def run_interpreted(module: dict) -> None:
     """To be called last in a test file, with globals(): without a GPU, its tests report what a child process found."""
     if DEVICE == "cuda" or INTERPRETED:
         return
-    together = pytest.mark.xdist_group(Path(module["__file__"]).stem)  # each worker would run the file for itself
     for name, test in list(module.items()):
         if name.startswith("test_"):
-            module[name] = together(_reporting(test, module["__file__"]))
+            module[name] = _reporting(test, module["__file__"])
 
 
 def convert_float8_exactly() -> None:

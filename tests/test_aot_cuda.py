@@ -82,13 +82,8 @@ def test_every_source_is_listed():
     assert {p.stem for p in (CSRC / "cuda").glob("*.cu")} == set(KERNELS)
 
 
-def each(names):
-    """(file, GPU), the tests of one on one worker of pytest-xdist, where the file is compiled once."""
-    pairs = [(name, arch) for name in names for arch in ARCHS]
-    return [pytest.param(*pair, marks=pytest.mark.xdist_group("sass of {} {}".format(*pair))) for pair in pairs]
-
-
-@pytest.mark.parametrize(("name", "arch"), each(KERNELS))
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_compiles_without_spills_or_stack(name, arch):
     report, sass = cubin(name, arch)
     stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
@@ -98,7 +93,8 @@ def test_compiles_without_spills_or_stack(name, arch):
     assert not re.search(r"\b(LDL|STL)\b", sass)
 
 
-@pytest.mark.parametrize(("name", "arch"), each(name for name, kernels in KERNELS.items() if kernels))
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", [name for name, kernels in KERNELS.items() if kernels])
 def test_main_kernels_access_memory_16_bytes_at_a_time(name, arch):
     wide = {k: v for k, v in functions(cubin(name, arch)[1]).items() if WIDE.search(k)}
     assert len(wide) == {"noise": 2, "norm": 12, "norm_cluster": 6, "norm_pool": 3, "update": 12}[name]
