@@ -33,7 +33,8 @@ def open_state(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, 
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError("is a Git LFS pointer, not the weights: run `git lfs pull`")
-    if not head.startswith((b"PK", b"\x80")) and head[8:9] == b"{":
+    if head[8:9] == b"{" and (head[4:8] == bytes(4) or not head.startswith((b"PK", b"\x80"))):
+        # The first eight bytes are the header's length, and lengths that begin like a .pth are as common as others.
         return _open_safetensors(path, ema, opened)
     file = opened.enter_context(TorchFile(path))
     return _pick(file, ema), None

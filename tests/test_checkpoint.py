@@ -103,6 +103,17 @@ def test_our_reader_finds_what_torch_finds(name):
         same(file.content, expected)
 
 
+@pytest.mark.parametrize("length", [0x8080, 0x24B50])
+def test_a_header_whose_length_begins_like_a_pth(tmp_path, tiny_weights, length):
+    """One safetensors file in 32 begins with 0x80, the first byte of a pickle; 0x50 0x4B is "PK", that of a zip."""
+    content = tiny_weights.read_bytes()
+    own = int.from_bytes(content[:8], "little")
+    assert own < length  # safetensors pads its headers with spaces
+    content = length.to_bytes(8, "little") + content[8 : 8 + own].ljust(length) + content[8 + own :]
+    (tmp_path / "w.safetensors").write_bytes(content)
+    assert load_checkpoint(tmp_path / "w.safetensors").sigmas.tolist() == load_checkpoint(tiny_weights).sigmas.tolist()
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_every_dtype_view_and_scalar(tmp_path, zipped):
     base = torch.arange(24.0).reshape(2, 3, 4)
