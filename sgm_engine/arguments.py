@@ -16,7 +16,7 @@ EXECUTORS = ("auto", "eager", "native", "hybrid", "graph")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "direct")
 FORMATS = ("png", "npz", "safetensors", "webdataset")
 PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta")
-MAX_SEED = 2**64
+MAX_SEED, MAX_ID, MAX_BATCH = 2**64, 2**56, 2**31  # each the first that is too large
 
 EXAMPLES = """\
 examples:
@@ -51,6 +51,14 @@ class Parser(argparse.ArgumentParser):
         options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(*args, **options)
 
+    def parse_args(self, *args, **options):
+        """An empty text is a variable of the shell's that was not set: no default is taken in its place."""
+        found = super().parse_args(*args, **options)
+        for name, value in vars(found).items():
+            if value == "" or (isinstance(value, list) and "" in value):
+                raise BadInput(f"argument --{name.replace('_', '-')}: must not be empty")
+        return found
+
     def error(self, message: str):
         raise BadInput(f"{message} (see `{self.prog} --help`)")
 
@@ -82,7 +90,7 @@ def _sample(p: Parser) -> Parser:
 
     group = p.add_argument_group("what to draw")
     ids = group.add_mutually_exclusive_group().add_argument
-    ids("--n", type=_at_least(0), default=64, metavar="N", help="that many samples, ids 0 to N-1 (default: 64)")
+    ids("--n", type=_at_least(0, MAX_ID), default=64, metavar="N", help="that many samples, ids 0 to N-1 (default: 64)")
     ids(
         "--ids",
         "--seeds",
@@ -122,7 +130,7 @@ def _sample(p: Parser) -> Parser:
     )
 
     add = p.add_argument_group("execution").add_argument
-    add("--batch", type=_at_least(1), metavar="N",
+    add("--batch", type=_at_least(1, MAX_BATCH), metavar="N",
         help="samples computed together; bits hold at one batch (default: 16 on a CPU, 128 on a GPU)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
     add("--precision", choices=PRECISIONS, default="float32",

@@ -83,8 +83,9 @@ def load_checkpoint(
         check_file(path, sha256)
         with ExitStack() as opened:
             state, own_config = open_state(path, ema, opened)
-            if own_config is not None and config is not None:
-                raise CheckpointError("carries its own config: leave out config=")
+            given = {"config": config, "sigmas": sigmas, "image_size": image_size}
+            if own_config is not None and (extra := [name for name, value in given.items() if value is not None]):
+                raise CheckpointError(f"carries its own config: leave out {', '.join(extra)}")
             hints = _hints(config, sigmas, image_size)
             config = own_config or _infer(state, hints)
             return _fill(config, state, path.stat().st_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -23,6 +24,8 @@ from sgm_engine.console import (
     Terminated,
     bad_input,
     complain,
+    plainly,
+    rate,
     say,
     some,
     terminable,
@@ -51,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, MemoryError, RuntimeError, ValueError) as error:  # a full disk, a batch too large, …
         if DEBUG:
             raise
-        return complain(FAULT, f"{str(error) or type(error).__name__} (SGM_DEBUG=1 shows where)")
+        return complain(FAULT, f"{plainly(error)} (SGM_DEBUG=1 shows where)")
 
 
 def sample(args: argparse.Namespace) -> int:
@@ -70,15 +73,14 @@ def sample(args: argparse.Namespace) -> int:
             from sgm_engine.images import check_channels
 
             check_channels(engine.shape[0])
-
-    import numpy as np
+        samples = _memory(len(ids), engine.shape)
 
     from sgm_engine.film import Film
 
     bar = not args.quiet and (sys.stderr.isatty() if args.progress is None else args.progress)
     film = Film(ids[:FILMED], plan, engine.shape) if gif else None
     parts = [(ids[:FILMED], film), (ids[FILMED:], None)] if gif else [(ids, None)]
-    samples, drawn, diverged = np.empty((len(ids), *engine.shape), np.float32), [], []
+    drawn, diverged = [], []
     start = time.perf_counter()
     for part, callback in parts:
         for sample_id, x in engine.stream(part, args.seed, plan, callback, bar and len(part) > 0, diverged.append):
@@ -97,10 +99,9 @@ def sample(args: argparse.Namespace) -> int:
     if film:
         film.save(gif, drawn)
     if not args.quiet:
-        rate, nfe = len(drawn) / seconds, plan.nfe
-        print(
-            f"{len(drawn)} samples in {seconds:.2f} s: {rate:.3g} samples/s, {nfe} NFE a sample, {rate * nfe:.4g} NFE/s"
-        )
+        speed, nfe = len(drawn) / seconds, plan.nfe
+        print(f"{len(drawn)} samples in {seconds:.2f} s: {rate(speed)} samples/s, {nfe} NFE a sample, "
+              f"{rate(speed * nfe)} NFE/s")  # fmt: skip
         print(f"plan: {plan.name}({options})")
         print(f"how: {how}")
         print(f"written: {out.path}" + (f" and {gif}" if gif else ""))
@@ -146,8 +147,21 @@ def _targets(args: argparse.Namespace):
         raise ValueError("argument --n: a picture needs at least 1 sample, got 0")
     out.check()
     if gif:
+        if gif.suffix.lower() != ".gif":
+            raise ValueError(f"argument --gif: must end in .gif, got {args.gif!r}")
         check_writable(gif)
     return ids, out, gif
+
+
+def _memory(n: int, shape: tuple[int, int, int]):
+    """float32 [n, C, H, W] for samples that go into one file; ValueError if the machine has no such memory."""
+    import numpy as np
+
+    try:
+        return np.empty((n, *shape), np.float32)
+    except (MemoryError, ValueError):
+        size = n * 4 * math.prod(shape) / 2**30
+        raise ValueError(f"{n} samples for one file are {size:.3g} GiB: take --out FOLDER/, for shards") from None
 
 
 def _engine(args: argparse.Namespace):

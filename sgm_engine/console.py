@@ -29,6 +29,21 @@ def complain(code: int, error: object) -> int:
     return code
 
 
+def plainly(error: BaseException) -> str:
+    """What an error says; where memory ran out, what to do about it instead of an allocator's words."""
+    if isinstance(error, (MemoryError, RuntimeError)) and "torch" in sys.modules:
+        from sgm_engine.errors import out_of_memory
+
+        if out_of_memory(error):
+            return "out of memory: take a smaller batch, or leave other programs less"
+    return str(error) or type(error).__name__
+
+
+def rate(per_second: float) -> str:
+    """Three digits or more, and no power of ten."""
+    return f"{per_second:.3g}" if per_second < 1000 else f"{per_second:.0f}"
+
+
 def some(things: list) -> str:
     """The first few of them, as text."""
     return ", ".join(map(str, things[:4])) + (", …" if len(things) > 4 else "")
@@ -42,7 +57,7 @@ def bad_input() -> Iterator[None]:
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         if DEBUG:
             raise
-        raise BadInput(error) from error
+        raise BadInput(plainly(error)) from error
 
 
 @contextmanager

@@ -78,7 +78,7 @@ class Engine(Loop):
         self.sigmas = check_sigmas(sigmas)
         self.shape = check_shape(getattr(model, "shape", None) if shape is None else shape)
         self.device = place(model, device)
-        batch = check_int("batch", (128 if self.device.type == "cuda" else 16) if batch is None else batch, 1)
+        batch = check_int("batch", (128 if self.device.type == "cuda" else 16) if batch is None else batch, 1, 2**31)
         network = Network(model, precision, self.device, self.shape, len(self.sigmas), float8)
         runs = make_executor(executor, network, graph)
         super().__init__(network, runs, executor == "auto", batch, self.shape, check_buckets(buckets, batch))

@@ -117,7 +117,7 @@ def refusal(
     shape, levels: None takes ``model.shape`` and ``model.sigmas``. A module that is no NCSN is traced and compared.
     """
     if precision not in PRECISIONS:
-        return f"precision={precision!r} is not one of its own, which are {', '.join(PRECISIONS)}"
+        return f"precision={precision!r} is not one of its own, which are float32, bfloat16 and direct"
     if precision == "bfloat16" and _C.isa() != "avx512_bf16":
         return f"precision='bfloat16' needs AVX512_BF16, and the instruction set in use is {_C.isa()}"
     if isinstance(model, RefineNet):
@@ -146,6 +146,8 @@ class NativeExecutor:
     def bind(self, network: Network, slots: Slots, tables: Tables) -> None:
         if slots.device.type != "cpu":
             raise ValueError(f"executor='native' runs on a CPU, got device {slots.device}: use executor='graph' there")
+        if network.precision not in PRECISIONS:
+            raise ValueError(f"executor='native' runs float32, bfloat16 or direct, got precision={network.precision!r}")
         self.slots, self.tables = slots, tables
         channels, height, width = slots.shape
         try:

@@ -75,10 +75,12 @@ def safetensors_bytes(samples, ids: np.ndarray, about: Mapping[str, str] | None 
     return save(tensors, metadata=dict(about) if about else None)
 
 
-def check_writable(path: Path) -> None:
-    """OSError if ``path`` cannot be created or replaced. Tries it, since permission bits tell root nothing."""
+def check_writable(path: Path, folder: bool = False) -> None:
+    """OSError if a file, or folder, cannot be created or replaced. Tries it: permission bits tell root nothing."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir() and not folder:
+        raise IsADirectoryError(f"cannot write {path}: it is a folder, name a file")
     probe = _beside(path)
     try:
         probe.touch(exist_ok=False)

@@ -22,6 +22,7 @@ FORMAT, VERSION = "sgm-plan", 2
 COLUMNS = ("level", "sigma", "a", "b", "c", "d", "e", "f", "adaptive")
 SINCE_2 = ("e", "f", "adaptive")  # columns that version 1 does not have; all zero unless given
 STARTS = ("uniform", "normal")
+MAX_ROWS = 2**22  # of the functions below: 300 MB; a plan longer than that is a slip
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +189,7 @@ def annealed_langevin(
     Defaults are those of NCSN on images in [0, 1]; NCSNv2 (arXiv 2006.09011) on CIFAR-10 has T = 5, step_lr = 6.2e-6.
     """
     sigmas = check_sigmas(sigmas)
-    _check_count("steps_per_level", steps_per_level)
+    _check_count("steps_per_level", steps_per_level, len(sigmas))
     if not (np.isfinite(step_lr) and step_lr > 0):
         raise ValueError(f"step_lr must be positive and finite, got {step_lr}")
     if convention not in ("code", "paper"):
@@ -216,7 +217,7 @@ def consistent_annealed(
     which keeps the noise in x at exactly σ'. eta 1 denoises and noises afresh; it must lie in [1−γ, 1+γ] for every γ.
     """
     sigmas = check_sigmas(sigmas)
-    _check_count("steps_per_level", steps_per_level)
+    _check_count("steps_per_level", steps_per_level, len(sigmas))
     level = np.repeat(np.arange(len(sigmas)), steps_per_level)[:-1]  # the last row is the denoising one
     after = np.repeat(np.arange(len(sigmas)), steps_per_level)[1:]
     sigma, gamma = sigmas[level], sigmas[after] / sigmas[level]
@@ -277,6 +278,9 @@ def _prior(sigmas, start_scale, start_shift) -> tuple[str, float, float]:
     return "normal", sigmas[0] if start_scale is None else start_scale, start_shift
 
 
-def _check_count(name: str, value: int) -> None:
+def _check_count(name: str, value: int, levels: int = 1) -> None:
+    """value rows for each of the levels."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    if value * levels > MAX_ROWS:
+        raise ValueError(f"{name} must make at most {MAX_ROWS:,} evaluations a sample, got {value}: {value * levels:,}")

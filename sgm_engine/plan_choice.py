@@ -21,10 +21,12 @@ def chosen(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Plan]
     if args.plan and args.plan.endswith(".json"):
         if given or few:
             raise ValueError(f"argument --plan: {args.plan} is complete, {_options(given | few)} cannot change it")
-        return _conditioned(model, _read(args.plan), args.conditioning)
+        return _conditioned(model, read_plan(args.plan), args.conditioning)
     if few or args.conditioning:
         if args.plan:
             raise ValueError(f"argument --plan: {args.plan} and {_options(few) or '--conditioning'} exclude each other")
+        if args.conditioning and not (args.sampler or args.nfe):
+            raise ValueError("argument --conditioning: goes with --sampler and --nfe, or with --plan FILE.json")
         if not (args.sampler and args.nfe):
             raise ValueError("--sampler and --nfe belong together: --sampler heun --nfe 35")
         ends = float(model.sigmas[0]), float(model.sigmas[-1])
@@ -39,11 +41,14 @@ def _conditioned(model: nn.Module, plan: Plan, conditioning: str | None) -> tupl
     return at_sigmas(model, plan.sigmas), plan.on_levels(plan.sigmas)
 
 
-def _read(path: str) -> Plan:
+def read_plan(path: str) -> Plan:
+    """The plan in a file; ValueError says what is wrong with which."""
     try:
-        return Plan.from_json(Path(path).expanduser().read_text())
+        return Plan.from_json(Path(path).expanduser().read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"argument --plan: {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"argument --plan: {path}: {error}") from None
 
 
 def _options(given: dict) -> str:

@@ -91,7 +91,7 @@ def predictor_corrector(
     """
     sigmas = check_sigmas(sigmas)
     if corrector_steps != 0:
-        first._check_count("corrector_steps", corrector_steps)
+        first._check_count("corrector_steps", corrector_steps, len(sigmas))
     if not 0 < snr < 1:
         raise ValueError(f"snr must lie between 0 and 1, got {snr}: the corrector's b/σ² is 2·snr²")
     if predictor not in ("reverse_diffusion", "ancestral"):
@@ -139,7 +139,8 @@ def plan_of_nfe(name: str, nfe: int, sigma_max: float, sigma_min: float, schedul
     if rest or levels < 2:
         low = max(levels, 2) * each + fixed
         near = f"{low} or {low + each}" if levels >= 2 else f"{low}"
-        raise ValueError(f"nfe: {name} with these options takes {each}·L{fixed:+d} evaluations, not {nfe}; take {near}")
+        some = f"{each}·L{fixed:+d} evaluations, L ≥ 2" if fixed or each > 1 else "at least 2 evaluations"
+        raise ValueError(f"nfe: {name} with these options takes {some}, not {nfe}; take {near}")
     return SAMPLERS[name](schedules.SCHEDULES[schedule](sigma_max, sigma_min, levels), **options)
 
 

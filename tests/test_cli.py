@@ -105,6 +105,8 @@ BAD = [
     (["--n", "-3"], ["--n", "-3"]),
     (["--n", "many"], ["--n", "'many'"]),
     (["--n", "0"], ["--n", "at least 1 sample"]),
+    (["--n", str(2**56)], ["--n", "2**56"]),
+    (["--n", str(10**12), "--out", "s.npz"], ["--out FOLDER/", "GiB"]),
     (["--ids", "5-2"], ["--ids", "'5-2'"]),
     (["--ids", "1,2,1"], ["--ids", "twice"]),
     (["--ids", "0-"], ["--ids"]),
@@ -113,12 +115,19 @@ BAD = [
     (["--seed", "-1"], ["--seed", "-1"]),
     (["--seed", str(2**64)], ["--seed", "2**64"]),
     (["--batch", "0"], ["--batch", "0"]),
+    (["--batch", str(2**31)], ["--batch", "2**31"]),
+    (["--batch", str(2**31 - 1), "--executor", "eager"], ["out of memory", "smaller batch"]),
+    (["--steps-per-level", str(10**9)], ["steps_per_level", "1000000000"]),
+    (["--sampler", "euler", "--nfe", str(10**11)], ["nfe", "100000000000"]),
     (["--steps-per-level", "0"], ["--steps-per-level"]),
     (["--step-lr", "0"], ["step_lr", "positive"]),
     (["--step-lr", "nan"], ["step_lr", "nan"]),
     (["--step-lr", "1"], ["diverge", "step_lr"]),
     (["--convention", "other"], ["--convention", "'other'"]),
     (["--plan", "magic"], ["--plan", "'magic'", "ddim"]),
+    (["--plan", "absent.json"], ["--plan", "absent.json", "No such file"]),
+    (["--plan", "full/garbage.json"], ["--plan", "full/garbage.json", "not a plan"]),
+    (["--conditioning", "nearest"], ["--conditioning", "--nfe"]),
     (["--plan", "ddim", "--step-lr", "1e-5"], ["ddim", "takes no step_lr"]),
     (["--precision", "fp8"], ["--precision", "'fp8'"]),
     (["--device", "abacus"], ["--device", "'abacus'"]),
@@ -128,7 +137,11 @@ BAD = [
     (["--out", "no/where.png"], ["no/where.png", "no folder"]),
     (["--out", "/proc/s.png"], ["/proc"]),
     (["--out", "full/"], ["full", "not empty"]),
+    (["--out", ""], ["--out", "empty"]),
     (["--gif", "no/where.gif"], ["no/where.gif"]),
+    (["--gif", "s.png"], ["--gif", ".gif", "'s.png'"]),
+    (["--gif", "full/folder.gif"], ["full/folder.gif", "folder"]),
+    (["--checkpoint", ""], ["--checkpoint", "empty"]),
     (["--checkpoint", "absent.safetensors"], ["absent.safetensors"]),
     (["--checkpoint", "full"], ["full"]),
     (["--checkpoint", "full/garbage"], ["garbage"]),
@@ -140,6 +153,8 @@ BAD = [
 def test_bad_input_is_one_line_and_writes_nothing(args, words, draw, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "garbage").write_bytes(b"not weights")
+    (tmp_path / "full" / "garbage.json").write_bytes(b"not a plan")
+    (tmp_path / "full" / "folder.gif").mkdir()
     fails(draw(*args), 2, *words)
     assert os.listdir(tmp_path) == ["full"]
 

@@ -123,6 +123,7 @@ def test_unreadable_images_are_named(tmp_path, mnist):
     np.save(tmp_path / "nan.npy", np.full((2, 4, 4, 1), np.nan, np.float32))
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
     (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "text.safetensors").write_text("hello")
     (tmp_path / "empty").mkdir()
     (tmp_path / "sizes").mkdir()
     for name, size in (("a.png", 4), ("b.png", 5)):
@@ -134,8 +135,9 @@ def test_unreadable_images_are_named(tmp_path, mnist):
         ("other.npz", "no arr_0, only ['x']"),
         ("flat.npy", "got [5, 5]"),
         ("nan.npy", "2 of 2 samples hold NaN"),
-        ("objects.npy", "Python objects"),
+        ("objects.npy", "objects.npy: is no array of images (Array can't be memory-mapped: Python objects"),
         ("text.npz", "not an .npz"),
+        ("text.safetensors", "text.safetensors is damaged or no .safetensors file"),
         ("empty", "neither pictures nor parts"),
         ("sizes", "b.png is (1, 5, 5)"),
         ("torn", "5000 bytes are no whole number"),
@@ -289,6 +291,8 @@ BAD = [
     (["good.npz", "--features", "magic"], ["features", "'magic'", "pixels"]),
     (["good.npz", "--features", "inception:absent.pth"], ["absent.pth"]),
     (["good.npz", "--json", "no/where.json"], ["no/where.json"]),
+    (["good.npz", "--json", "."], ["is a folder"]),
+    (["good.npz", "--against", ""], ["--against", "empty"]),
     (["good.npz", "--neighbours", "0"], ["--neighbours"]),
     (["good.npz", "--neighbours", "14"], ["k must be", "14"]),
     (["--n", "1"], ["--n", "at least 2"]),

@@ -444,7 +444,7 @@ def test_ncsn_between_its_levels():
         for p in net.parameters():
             if p.dim() == 2:
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
-    x = torch.rand(2, 1, 8, 8)
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(2))
     middle = np.sqrt(trained[1] * trained[2])
     other = at_sigmas(net, [trained[0], trained[1], middle, trained[3]])
     with torch.no_grad():

@@ -365,6 +365,13 @@ def test_a_grid_of_diverged_samples_is_a_warning(tmp_path):
         (("--set", "lr=fast"), "lr must be a number, got 'fast'"),
         (("--set", "learning_rate=1"), "unknown learning_rate; there are: "),
         (("--set", "levels=0"), "at least 2 levels"),
+        (("--set", "lr=: :"), "--set lr: ': :' is no YAML value"),
+        (("--out", "tiny.yaml"), "--out tiny.yaml: is a file"),
+        pytest.param(
+            ("--accelerator", "gpu"),
+            "--accelerator: there is no GPU",
+            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one"),
+        ),
         (("--set", "batch"), "--set takes NAME=VALUE, got 'batch'"),
         (("--set", "objective=explicit"), "objective must be one of denoising"),
         (("--set", "precision=int8"), "precision must be one of float32"),

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sgm_engine.arguments import EXECUTORS, MAX_SEED, PRECISIONS, _at_least
+from sgm_engine.arguments import EXECUTORS, MAX_BATCH, MAX_ID, MAX_SEED, PRECISIONS, _at_least
 
 EXAMPLES = """\
 examples:
@@ -41,7 +41,7 @@ def register(commands) -> None:
     group = p.add_argument_group("if samples are to be drawn")
     add = group.add_argument
     add("--plan", metavar="PLAN", help="a plan's JSON file, or the name of one (default: what the weights recommend)")
-    add("--n", type=_at_least(2), default=1000, metavar="N", help="how many (default: 1000)")
+    add("--n", type=_at_least(2, MAX_ID), default=1000, metavar="N", help="how many (default: 1000)")
     add("--seed", type=_at_least(0, MAX_SEED), default=0, metavar="N", help="default: 0")
     add_engine(group)
 
@@ -51,7 +51,7 @@ def add_engine(group) -> None:
     add = group.add_argument
     add("--checkpoint", metavar="PATH", help="weights, .safetensors or a published .pth (default: bundled)")
     add("--config", metavar="PATH", help="the config.yml that came with a .pth")
-    add("--batch", type=_at_least(1), metavar="N", help="samples computed together")
+    add("--batch", type=_at_least(1, MAX_BATCH), metavar="N", help="samples computed together")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--precision", choices=PRECISIONS, default="float32")
     add("--executor", choices=EXECUTORS, default="auto")
@@ -78,10 +78,10 @@ def engine_of(args: argparse.Namespace, model):
 def load_plan(text: str | None, model):
     """The plan in a JSON file, or the one of that name; None is what the model's weights recommend."""
     from sgm_engine.bundled import plan_for
-    from sgm_engine.plan import Plan
+    from sgm_engine.plan_choice import read_plan
 
     if text is not None and (text.endswith(".json") or Path(text).is_file()):
-        return Plan.from_json(Path(text).expanduser().read_text("utf-8"))
+        return read_plan(text)
     return plan_for(model, text)
 
 
@@ -152,6 +152,8 @@ def _metrics(args: argparse.Namespace, known: tuple[str, ...]) -> tuple[list[str
     if "copies" in asked and not args.training:
         raise ValueError("metrics copies: pass --training, the images that might have been copied")
     others = [m for m in asked if m in ("copies", "nll")]
+    if unknown := [m for m in asked if m not in (*known, "copies", "nll")]:
+        raise ValueError(f"argument --metrics: must be of {', '.join(known)}, copies, nll, got {unknown[0]!r}")
     return [m for m in asked if m not in others], others
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sgm_engine.images import to_uint8
@@ -97,7 +98,10 @@ def _open(text: str) -> ImageSet:
         raise ValueError(f"{text}: a split is for folders of MNIST or CIFAR-10, {path} is a file")
     if path.suffix not in _FILES:
         raise ValueError(f"cannot read images from {path}: use {', '.join(_FILES)} or a folder")
-    return _FILES[path.suffix](path)
+    try:
+        return _FILES[path.suffix](path)
+    except (SafetensorError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is damaged or no {path.suffix} file: {error}") from None
 
 
 def _open_folder(path: Path, split: str | None) -> ImageSet:
@@ -138,7 +142,10 @@ def _cifar(folder: Path, split: str) -> ImageSet:
 
 
 def _npy(path: Path) -> ImageSet:
-    x = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        x = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: is no array of images ({error})") from None
     return from_array(_channels_first(x, path), str(path))
 
 
@@ -176,8 +183,6 @@ def _npy_header(file, path: Path) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _safetensors(path: Path) -> ImageSet:
-    from safetensors import safe_open
-
     with safe_open(path, "np") as file:
         names = list(file.keys())
         if "samples" not in names:

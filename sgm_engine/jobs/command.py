@@ -16,6 +16,7 @@ from sgm_engine.console import (
     TERMINATED,
     bad_input,
     complain,
+    rate,
     say,
     some,
     stoppable,
@@ -145,8 +146,8 @@ def resample(args: argparse.Namespace) -> int:
             tmp.write_bytes(png_bytes(to_uint8(x[None])[0]))
     else:
         out.write(x[None], [args.id])
-    print(f"written: {out.path} ({'equal to' if compared else 'not compared, for it is not there, with'} "
-          f"sample {args.id} of {args.folder})")  # fmt: skip
+    how = "equal to" if compared else "not compared, for it is missing or damaged there, with"
+    print(f"written: {out.path} ({how} sample {args.id} of {args.folder})")
     return DONE
 
 
@@ -174,12 +175,12 @@ def _job(args: argparse.Namespace):
 
 def _print(job, report) -> None:
     spec, geometry = job.spec, job.spec.geometry
-    rate = report.samples / report.seconds if report.samples else 0.0
+    speed = report.samples / report.seconds if report.samples else 0.0
     if report.found:
         print(f"found: {report.found} shards that were there already")
     print(
-        f"{report.samples} samples in {report.seconds:.2f} s: {rate:.3g} samples/s, {spec.plan.nfe} NFE a sample, "
-        f"{rate * spec.plan.nfe:.4g} NFE/s"
+        f"{report.samples} samples in {report.seconds:.2f} s: {rate(speed)} samples/s, {spec.plan.nfe} NFE a sample, "
+        f"{rate(speed * spec.plan.nfe)} NFE/s"
     )
     print(f"plan: {spec.plan.name}({', '.join(f'{k}={v}' for k, v in spec.plan.metadata.items())})")
     print(f"how: {geometry.precision} on {geometry.device}, executor {geometry.executor}, batch {geometry.batch}")

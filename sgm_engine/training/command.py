@@ -64,6 +64,7 @@ def train(args: argparse.Namespace) -> int:
             from sgm_engine.training import run
         except ImportError as error:
             raise ValueError(f"training needs Lightning ({error}): pip install 'sgm-engine[train]'") from None
+        _check_accelerator(args.accelerator)
         job = run.prepare(config, args.data, Path(args.out).expanduser(), args.init)
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("SGM_DEBUG"):
@@ -87,6 +88,13 @@ def _advice(args: argparse.Namespace):
         raise BadInput(error) from error
 
 
+def _check_accelerator(name: str) -> None:
+    import torch
+
+    if name == "gpu" and not torch.accelerator.is_available():
+        raise ValueError("argument --accelerator: there is no GPU that PyTorch can use, take cpu")
+
+
 def _quiet() -> None:
     """This process is the command's own: leave out Lightning's advertising and warnings that are no fault of a run."""
     import logging
@@ -104,5 +112,8 @@ def _changes(pairs: list[str]) -> dict[str, object]:
         name, equals, text = pair.partition("=")
         if not equals or not name:
             raise ValueError(f"--set takes NAME=VALUE, got {pair!r}")
-        changes[name] = yaml.safe_load(text)
+        try:
+            changes[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {name}: {text!r} is no YAML value") from None
     return changes

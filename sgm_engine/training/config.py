@@ -138,7 +138,7 @@ class TrainConfig:
             raise FileNotFoundError(f"config {str(name)!r}: no such file, and none of {', '.join(config_names())}")
         try:
             fields = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
         if not isinstance(fields, dict):
             raise ValueError(f"{path}: must be a list of names and values, got {type(fields).__name__}")

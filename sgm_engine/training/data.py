@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,8 +113,11 @@ def _form(path: Path) -> str:
 
 
 def _read(path: Path) -> bytes:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        return file.read()
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            return file.read()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: is truncated or damaged ({error})") from None
 
 
 def _find(folder: Path, name: str) -> list[Path]:
@@ -146,7 +150,10 @@ def _npy(path: Path) -> np.ndarray:
         if len(files) != 1:
             raise ValueError(f"{path}: holds {len(files)} .npy files; name one, or call it train.npy")
         path = files[0]
-    images = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: is no array of images ({error})") from None
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(f"{path}: must be uint8 [N, C, H, W] or [N, H, W, C], got {images.dtype} {images.shape}")
     return images if images.shape[1] in (1, 3) else images.transpose(0, 3, 1, 2)

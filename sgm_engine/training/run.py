@@ -138,10 +138,14 @@ class Report(pl.Callback):
 
 def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Path | None = None) -> Job:
     """Everything that can be refused is refused here."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: is a file, name a folder")
     images = load_images(data, "train", size=config.image_size)
     held_out = load_images(data, "test", size=config.image_size) if config.validate_every else images[:0]
     if config.validate_every and len(held_out) == 0:
         raise ValueError("validate_every needs held-out data: there is none; set validate_every to 0")
+    if len(images) == 0:
+        raise ValueError(f"data: {data} holds no images")
     channels, height, width = images.shape[1:]
     if height != width or config.image_size not in (None, height):
         raise ValueError(f"data: images are {height}×{width}, but must be square, image_size={config.image_size}")

@@ -69,10 +69,12 @@ def run(args: argparse.Namespace) -> int:
         out = Path(args.out).expanduser()
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
             raise ValueError(f"argument --out: {out} is there already and not empty: name a new folder")
-        check_writable(out)
+        check_writable(out, folder=True)
         check_plotting()
         if args.held_out_seed == args.seed:
             raise ValueError(f"argument --held-out-seed: must differ from --seed, both are {args.seed}")
+        if args.first > args.last:
+            raise ValueError(f"argument --first: must be at most --last, got {args.first} and {args.last}")
         model = load_model(args)
         engine = engine_of(args, model)
         reference_set = open_images(args.reference)
