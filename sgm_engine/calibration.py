@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sgm_engine.checks import check_int
 from sgm_engine.engine import Engine
-from sgm_engine.float8 import Float8Config, convolutions, qualifies
+from sgm_engine.float8 import Float8Config, convolutions, nothing_to_do, qualifies
 from sgm_engine.plan import Plan, consistent_annealed
 
 EVALUATIONS = 60  # of the run, or one a level if there are more levels
@@ -34,8 +34,8 @@ def calibrate_float8(
     seed: of the samples; take another one for those that are judged. device, sigmas, shape: as of Engine.
     options: margin, channels, emulate of the Float8Config that is returned.
 
-    ValueError if a convolution saw something that is not finite. The model is left as it is; changed weights are
-    followed without a new calibration as long as the activations keep their size (norms see to that in NCSN).
+    ValueError if no convolution qualifies, or one saw something that is not finite. The model is left as it is; changed
+    weights are followed without a new calibration as long as activations keep their size (norms see to that in NCSN).
     docs/float8.md has the measured effect on samples.
     """
     n = check_int("n", n, 1)
@@ -45,11 +45,13 @@ def calibrate_float8(
         plan = consistent_annealed(engine.sigmas, steps_per_level=max(1, EVALUATIONS // len(engine.sigmas)))
     network = engine._network
     network.sync()  # makes the copy whose layers are watched
-    watched = {}
-    for name, conv in convolutions(network.forward_module).items():
+    watched, found = {}, convolutions(network.forward_module)
+    for name, conv in found.items():
         if qualifies(conv, empty.channels):
             watched[name] = torch.zeros((), device=engine.device)
             conv.register_forward_pre_hook(_keep_largest(watched[name]))
+    if not watched:
+        raise nothing_to_do(len(found), empty.channels)
     engine.sample(n, seed, plan)
     maxima = {name: float(largest) for name, largest in watched.items() if largest != 0}
     levels = f"levels {plan.level.min()} to {plan.level.max()}"

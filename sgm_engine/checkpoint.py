@@ -6,7 +6,6 @@ shapes and values are checked before the network exists. Whatever is wrong ends 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from sgm_engine.cdm.config import CDMConfig
 from sgm_engine.models import ModelConfig
 from sgm_engine.original_config import levels_between, read_config
-from sgm_engine.output import staged
+from sgm_engine.output import sorted_header, staged
 from sgm_engine.schedule import check_sigmas
 from sgm_engine.torch_file import CheckpointError, check_file
 from sgm_engine.weights_file import FORMAT, FORMAT_VERSION, State, open_state, read_tensor
@@ -105,12 +104,8 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, dtype: torch.dtyp
         if not tensor.isfinite().all():
             raise ValueError(f"model: {name} holds NaN or Inf, so it was not saved")
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": model.config.to_json()}
-    content = bytearray(save(state, metadata))
-    length = int.from_bytes(content[:8], "little")  # of the header, whose order of metadata differs from run to run
-    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":"))
-    content[8 : 8 + length] = header.encode().ljust(length)
     with staged(path) as temporary:
-        temporary.write_bytes(content)
+        temporary.write_bytes(sorted_header(save(state, metadata)))
 
 
 def convert(source: str | os.PathLike, target: str | os.PathLike, **options) -> ModelConfig:

@@ -63,9 +63,9 @@ def check_chains(
 def place(model: object, device: torch.device | str | None) -> torch.device:
     """The device of the model, which is moved there if another one was asked for."""
     tensors = chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
-    home = next((t.device for t in tensors), None)
+    homes = list(dict.fromkeys(t.device for t in tensors))
     if device is None:
-        return home or torch.device("cpu")
+        return homes[0] if homes else torch.device("cpu")
     device = torch.device(device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -73,7 +73,7 @@ def place(model: object, device: torch.device | str | None) -> torch.device:
                 f"device='{device}' needs a CUDA build of PyTorch and a GPU; there is none: use device='cpu'"
             )
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    if home not in (None, device):
+    if any(home != device for home in homes):
         model.to(device)
     return device
 

@@ -93,9 +93,10 @@ def sample(args: argparse.Namespace) -> int:
             DIVERGED, f"all {len(diverged)} samples became non-finite, nothing is written: {some(diverged)}"
         )
     options = ", ".join(f"{name}={value}" for name, value in plan.metadata.items())
-    how = f"{args.precision} on {processor}, executor {engine.executor}, batch {engine.batch}"
+    how = f"{engine.numerics} on {processor}, executor {engine.executor}, batch {engine.batch}"
     about = {"sgm_engine": sgm_engine.__version__, "weights": weights.name, "seed": str(args.seed), "how": how}
-    out.write(samples[: len(drawn)], drawn, about | {"plan": plan.to_json()})
+    about |= {"plan": plan.to_json()} | ({"float8": engine.float8.to_json()} if engine.float8 else {})
+    out.write(samples[: len(drawn)], drawn, about)
     if film:
         film.save(gif, drawn)
     if not args.quiet:
@@ -168,18 +169,22 @@ def _engine(args: argparse.Namespace):
     """(Engine, Plan, path of the weights)."""
     from sgm_engine.engine import Engine
 
-    model, plan, weights = load_model(args)
-    return Engine(model, args.batch, device_of(args.device), args.precision, args.executor), plan, weights
+    model, plan, weights, float8 = load_model(args)
+    device = device_of(args.device)
+    return Engine(model, args.batch, device, args.precision, args.executor, float8=float8), plan, weights
 
 
 def load_model(args: argparse.Namespace):
-    """(model, Plan, path of the weights)."""
+    """(model, Plan, path of the weights, scales of float8 or None)."""
     from sgm_engine.bundled import bundled_path
     from sgm_engine.checkpoint import load_checkpoint
+    from sgm_engine.float8_choice import chosen_scales
     from sgm_engine.plan_choice import chosen
 
     weights = Path(args.checkpoint).expanduser() if args.checkpoint else bundled_path()
-    return *chosen(load_checkpoint(weights, args.config), args), weights
+    model = load_checkpoint(weights, args.config)
+    conditioned, plan = chosen(model, args)
+    return conditioned, plan, weights, chosen_scales(args, model, device_of(args.device))
 
 
 def device_of(name: str) -> str:

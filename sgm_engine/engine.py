@@ -90,6 +90,11 @@ class Engine(Loop):
         """precision, and for "float8" a digest of its scales: what the bits of a job's samples depend on."""
         return self._network.numerics
 
+    @property
+    def float8(self) -> Float8Config | None:
+        """The scales of precision "float8"."""
+        return self._network.float8
+
     @cached_property
     def default_plan(self) -> Plan:
         """The plan of a request that names none: what the model's weights recommend, else annealed Langevin (NCSN)."""

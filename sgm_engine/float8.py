@@ -95,19 +95,21 @@ def check_float8(config: Float8Config | None, precision: str, device: torch.devi
             "precision='float8' needs float8=calibrate_float8(model), the scales of its layers; "
             "docs/float8.md says what it does to samples"
         )
-    if config.emulate:
-        return
-    if device.type != "cuda":
+    if not config.emulate and (lack := lacking(device)):
         raise ValueError(
-            f"precision='float8' needs a CUDA device, got {device}: use precision='bfloat16', or "
-            "float8=replace(float8, emulate=True), which computes the same numbers slowly"
+            f"precision='float8' needs {lack}: use precision='bfloat16', or float8=replace(float8, emulate=True), "
+            "which computes the same numbers slowly"
         )
+
+
+def lacking(device: torch.device) -> str | None:
+    """What float8 needs and this device does not have, in words."""
+    if device.type != "cuda":
+        return f"a CUDA device, got {device}"
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device)
-        raise ValueError(
-            f"precision='float8' needs e4m3 tensor cores (compute capability 8.9), which {name} does not have: "
-            "use precision='bfloat16'"
-        )
+        return f"e4m3 tensor cores (compute capability 8.9), which {name} does not have"
+    return None
 
 
 def qualifies(conv: nn.Module, channels: int = CHANNELS) -> bool:
@@ -164,6 +166,13 @@ def _fuse(network: fx.GraphModule, modules: dict[str, nn.Module]) -> int:
     return fused
 
 
+def nothing_to_do(convolutions: int, channels: int) -> ValueError:
+    return ValueError(
+        f"precision='float8' finds nothing to do: none of {convolutions} convolutions is 3×3, keeps the size, has "
+        f"channels that divide by {channels} and a maximum in float8.maxima; use precision='bfloat16'"
+    )
+
+
 def _own(module: nn.Module) -> nn.Module:
     return module.source if isinstance(module, Accelerated) else module
 
@@ -176,8 +185,5 @@ def float8_layers(module: nn.Module, config: Float8Config) -> dict[nn.Conv2d, Fl
         raise ValueError(f"float8 was calibrated on another network: this one has no {unknown[0]!r}")
     chosen = {name: conv for name, conv in found.items() if name in config.maxima and qualifies(conv, config.channels)}
     if not chosen:
-        raise ValueError(
-            f"precision='float8' finds nothing to do: none of {len(found)} convolutions is 3×3, keeps the size, has "
-            f"channels that divide by {config.channels} and a maximum in float8.maxima; use precision='bfloat16'"
-        )
+        raise nothing_to_do(len(found), config.channels)
     return {conv: Float8Conv(conv, config.inverse(name), config.emulate) for name, conv in chosen.items()}

@@ -63,11 +63,11 @@ class Network:
         self._known = _tensors(self.module)
         self._copied: list[Tensor] = []
         self._casts: list[tuple[Tensor, Tensor]] = []  # (parameter, its 16-bit buffer)
-        self._float8, self._fused = float8, 0  # norms that write float8
+        self.float8, self._fused = float8, 0  # norms that write float8
         self._quantised: dict[nn.Conv2d, Float8Conv] = {}  # convolution → the layer in its place
         if float8 is not None:
             trace_first(self.module, shape, device)
-            self._quantised = float8_layers(self.module, self._float8)  # raises what is wrong with it
+            self._quantised = float8_layers(self.module, self.float8)  # raises what is wrong with it
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         with self._numerics():
@@ -100,8 +100,8 @@ class Network:
             now = _tensors(self.module)
             if not _same(self._copied, now):
                 self._copied = now
-                if self._float8 is not None:
-                    self._quantised = float8_layers(self.module, self._float8)
+                if self.float8 is not None:
+                    self._quantised = float8_layers(self.module, self.float8)
                 self._forward, self._casts = _cast_copy(self.module, self._half, self._quantised)
                 if self._quantised:
                     self._fused = fuse_quantisation(self._forward)
@@ -112,14 +112,14 @@ class Network:
 
     @property
     def numerics(self) -> str:
-        return self.precision if self._float8 is None else f"{self.precision} {self._float8.digest}"
+        return self.precision if self.float8 is None else f"{self.precision} {self.float8.digest}"
 
     def describe(self) -> str:
         """What the precision leaves to be said."""
         if not self._quantised:
             return ""
         convolutions = sum(isinstance(m, nn.Conv2d) for m in self.module.modules())
-        how = "emulated" if self._float8.emulate else "e4m3"
+        how = "emulated" if self.float8.emulate else "e4m3"
         said = f"{len(self._quantised)} of {convolutions} convolutions in float8 ({how}), the others in bfloat16"
         return said + (f"; {self._fused} norms write float8" if self._fused else "")
 

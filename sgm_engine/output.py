@@ -11,6 +11,7 @@ A file is written beside its target, flushed to the disk and renamed over it. Wh
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -72,7 +73,16 @@ def safetensors_bytes(samples, ids: np.ndarray, about: Mapping[str, str] | None 
     from safetensors.numpy import save
 
     tensors = {"samples": np.ascontiguousarray(samples, np.float32), "sample_id": ids}
-    return save(tensors, metadata=dict(about) if about else None)
+    return sorted_header(save(tensors, metadata=dict(about) if about else None))
+
+
+def sorted_header(content: bytes) -> bytes:
+    """A .safetensors file with its header in order: safetensors itself writes metadata in another one each time."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def check_writable(path: Path, folder: bool = False) -> None:

@@ -282,4 +282,4 @@ def test_what_is_offered_is_what_there_is():
 
     assert tuple(PLANS) == arguments.PLANS
     assert EXECUTORS == arguments.EXECUTORS
-    assert {*arguments.PRECISIONS, "float8"} == {*PRECISIONS}  # float8 needs a calibration, and so Python
+    assert {*arguments.PRECISIONS, "float8"} == {*PRECISIONS}  # float8: `sgm sample` alone offers it

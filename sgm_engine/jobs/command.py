@@ -126,6 +126,7 @@ def resample(args: argparse.Namespace) -> int:
         from sgm_engine.bundled import bundled_path
         from sgm_engine.checkpoint import load_checkpoint
         from sgm_engine.engine import Engine
+        from sgm_engine.float8 import Float8Config
         from sgm_engine.images import png_bytes, to_uint8
         from sgm_engine.jobs.folder import Folder
         from sgm_engine.jobs.resample import model_of, resample
@@ -139,7 +140,9 @@ def resample(args: argparse.Namespace) -> int:
         geometry = spec.geometry
         device = geometry.device.split()[0]
         model = model_of(spec, model)
-        engine = Engine(model, geometry.batch, device, geometry.precision, geometry.executor)
+        precision = geometry.precision.split()[0]  # a digest of the scales follows on "float8"
+        float8 = Float8Config.from_json(notes["float8"]) if "float8" in notes else None
+        engine = Engine(model, geometry.batch, device, precision, geometry.executor, float8=float8)
         x, compared = resample(engine, args.folder, args.id)
     if out.form == "grid":  # the picture itself, as a folder of PNG files holds it
         with staged(out.path) as tmp:
@@ -158,7 +161,7 @@ def _job(args: argparse.Namespace):
     from sgm_engine.jobs.job import Job
     from sgm_engine.jobs.spec import SHARD_SIZE
 
-    model, plan, weights = cli.load_model(args)
+    model, plan, weights, float8 = cli.load_model(args)
     paths = {"checkpoint": args.checkpoint and str(weights.resolve())}
     paths["config"] = args.config and str(Path(args.config).expanduser().resolve())
     options = {"n": args.n if args.ids is None else None, "ids": args.ids, "seed": args.seed, "plan": plan}
@@ -167,9 +170,9 @@ def _job(args: argparse.Namespace):
         from sgm_engine.jobs.ray_pool import ray_job
 
         pool = {"address": args.ray, "actors": args.actors, "device": args.device, "batch": args.batch}
-        pool |= {"precision": args.precision, "executor": args.executor}
+        pool |= {"precision": args.precision, "executor": args.executor, "float8": float8}
         return ray_job(model, args.out, **options, **pool)
-    engine = Engine(model, args.batch, cli.device_of(args.device), args.precision, args.executor)
+    engine = Engine(model, args.batch, cli.device_of(args.device), args.precision, args.executor, float8=float8)
     return Job(engine, args.out, **options)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from sgm_engine.checks import check_int
 from sgm_engine.engine import MAX_SEED, Engine
 from sgm_engine.errors import Divergence
+from sgm_engine.float8 import Float8Config
 from sgm_engine.images import check_channels
 from sgm_engine.jobs.card import model_card
 from sgm_engine.jobs.folder import Folder, ShardError
@@ -69,7 +70,7 @@ class Job:
     format: "png", "npz" (uint8, for data in [0, 1]), "webdataset", or "safetensors" (float32, as drawn).
     shard_size: sample ids in a shard. Shards do not depend on who draws them.
     weights: what tells this model from others, by default the sha256 of its parameters and buffers.
-    notes: kept in run.json, no part of what the job is.
+    notes: kept in run.json, no part of what the job is; the scales of precision "float8" are added.
 
     ValueError and TypeError name the argument; JobError (a ValueError) if the folder holds something else.
     """
@@ -93,7 +94,7 @@ class Job:
         plan, source = engine._check(plan, None), EngineSource(engine, weights)
         weights = weights_digest(engine.model) if weights is None else weights
         self.spec = make_spec(Geometry.of(engine), engine.shape, weights, plan, seed, n, ids, format, shard_size)
-        self._prepare(source, out, notes)
+        self._prepare(source, out, with_scales(notes, engine.float8))
 
     @classmethod
     def from_source(cls, source: Source, spec: JobSpec, out: str | os.PathLike, notes=None) -> Job:
@@ -206,6 +207,11 @@ def generate(
 ) -> Report:
     """``Job(engine, out, n, **job).run(…)``: start a job, or go on with it; call it again until ``.complete``."""
     return Job(engine, out, n, **job).run(worker, progress, on_shard)
+
+
+def with_scales(notes: Mapping[str, Any] | None, float8: Float8Config | None) -> dict[str, Any]:
+    """The notes of a job, and what ``sgm resample`` and the next ``sgm sample`` need of float8."""
+    return dict(notes or {}) | ({} if float8 is None else {"float8": float8.to_json()})
 
 
 def make_spec(geometry, shape, weights, plan, seed, n, ids, format, shard_size) -> JobSpec:

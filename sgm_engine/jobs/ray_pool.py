@@ -16,7 +16,8 @@ from typing import Any
 import sgm_engine
 from sgm_engine.engine import Engine
 from sgm_engine.errors import EngineError
-from sgm_engine.jobs.job import Job, make_spec
+from sgm_engine.float8 import Float8Config
+from sgm_engine.jobs.job import Job, make_spec, with_scales
 from sgm_engine.jobs.source import Drawn, EngineSource
 from sgm_engine.jobs.spec import SHARD_SIZE, Geometry, JobSpec, weights_digest
 from sgm_engine.plan import Plan
@@ -148,6 +149,7 @@ def ray_job(
     device: str = "auto",
     precision: str = "float32",
     executor: str = "auto",
+    float8: Float8Config | None = None,
     sigmas=None,
     shape: tuple[int, int, int] | None = None,
     ids=None,
@@ -163,9 +165,9 @@ def ray_job(
     address: "local", "auto" or ray://host:port. actors: None, one for each GPU of the cluster, or each CPU core.
     Everything else as in ``Job`` and ``Engine``. All actors must compute alike: one kind of GPU, one build.
     """
-    options = {"batch": batch, "device": device, "precision": precision, "executor": executor}
+    options = {"batch": batch, "device": device, "precision": precision, "executor": executor, "float8": float8}
     weights = weights_digest(model) if weights is None else weights
     source = RaySource(model, address, actors, options | {"sigmas": sigmas, "shape": shape})
     geometry, shape, plan = source.describe(plan)
     spec = make_spec(geometry, shape, weights, plan, seed, n, ids, format, shard_size)
-    return Job.from_source(source, spec, out, notes)
+    return Job.from_source(source, spec, out, with_scales(notes, float8))

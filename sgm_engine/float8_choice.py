@@ -1,0 +1,75 @@
+"""What ``sgm sample --precision float8`` quantises by."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sgm_engine.calibration import calibrate_float8
+from sgm_engine.console import say
+from sgm_engine.float8 import Float8Config, lacking
+from sgm_engine.jobs.folder import RUN, Folder
+from sgm_engine.jobs.worker import Worker
+from sgm_engine.output import check_writable, staged
+
+
+def chosen_scales(args: argparse.Namespace, model: nn.Module, device: str) -> Float8Config | None:
+    """The scales in --float8 FILE, else those of the job in --out, else made now, at the model's own levels, and kept
+    in FILE. None for any other precision. ValueError names arguments that do not go together."""
+    if args.precision != "float8":
+        if args.float8 is not None or args.emulate_float8:
+            raise ValueError("argument --float8, --emulate-float8: go with --precision float8")
+        return None
+    path = None if args.float8 is None else Path(args.float8).expanduser()
+    scales = _of_job(Path(args.out).expanduser()) if path is None else _read(path)
+    emulate = args.emulate_float8 or (scales is not None and scales.emulate)
+    pool = args.ray is not None  # its actors' devices count, and they look themselves
+    if not (emulate or pool) and (lack := lacking(torch.device(device))):
+        raise ValueError(
+            f"argument --precision: float8 needs {lack}: take bfloat16, or --emulate-float8, which computes the same "
+            "numbers slowly"
+        )
+    if scales is None:
+        if pool or (Worker.parse(args.worker) if args.worker else Worker.from_environment()).count > 1:
+            raise ValueError(
+                "argument --float8: several workers need the same scales: make FILE first, in one process, with "
+                "`sgm sample --n 1 --precision float8 --float8 FILE`"
+            )
+        scales = _make(model, device, path, args.quiet)
+    return replace(scales, emulate=emulate)
+
+
+def _make(model: nn.Module, device: str, path: Path | None, quiet: bool) -> Float8Config:
+    if path is not None:
+        check_writable(path)
+    if not quiet:
+        say(f"float8: taking scales from 16 samples in bfloat16{'' if path else '; --float8 FILE keeps them'}")
+    scales = calibrate_float8(model, device=device)
+    if path is not None:
+        with staged(path) as tmp:
+            tmp.write_text(scales.to_json() + "\n")
+        if not quiet:
+            say(f"float8: scales written to {path}")
+    return scales
+
+
+def _read(path: Path) -> Float8Config | None:
+    """None: there is no such file yet."""
+    try:
+        return Float8Config.from_json(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"argument --float8: {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"argument --float8: {path}: {error}") from None
+
+
+def _of_job(folder: Path) -> Float8Config | None:
+    """The scales that the job in a folder has recorded, if there is one and it has."""
+    notes = Folder(folder).load()[1] if (folder / RUN).is_file() else {}
+    return Float8Config.from_json(notes["float8"]) if "float8" in notes else None
