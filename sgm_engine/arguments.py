@@ -30,7 +30,8 @@ examples:
 
 exit codes:
   0 done · 1 a fault while running · 2 bad input, nothing was drawn · 3 some samples diverged, the others are written
-  · 4 another process writes this job · 5 sgm verify found damage · 130 interrupted (SIGINT) · 143 terminated (SIGTERM).
+  · 4 another process writes this job · 5 sgm verify found damage · 130 interrupted (SIGINT) · 143 terminated (SIGTERM)
+  · 141 nobody reads what is printed (SIGPIPE).
   What is written appears complete under its name, or not at all.
 """
 

@@ -20,6 +20,7 @@ from sgm_engine.console import (
     FAULT,
     INTERRUPTED,
     TERMINATED,
+    UNREAD,
     USAGE,
     Terminated,
     bad_input,
@@ -37,8 +38,10 @@ FILMED = 64  # samples in a GIF
 
 def main(argv: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *where: say(f"warning: {message}")
-    for stream in (sys.stdout, sys.stderr):  # a terminal without σ shows a question mark
-        stream.reconfigure(errors="replace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")  # a terminal without σ shows a question mark
     try:
         with terminable():
             args = parser(sample, convert, doctor).parse_args(argv)
@@ -51,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         return complain(TERMINATED, "terminated; nothing is half-written")
     except KeyboardInterrupt:
         return complain(INTERRUPTED, "interrupted; nothing is half-written")
+    except BrokenPipeError:  # `sgm doctor | head -1`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so once more as it ends
+        return UNREAD
     except (OSError, MemoryError, RuntimeError, ValueError) as error:  # a full disk, a batch too large, …
         if DEBUG:
             raise

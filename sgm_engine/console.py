@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from sgm_engine.arguments import BadInput
 
-DONE, FAULT, USAGE, DIVERGED, BUSY, DAMAGED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 5, 130, 143
+DONE, FAULT, USAGE, DIVERGED, BUSY, DAMAGED, INTERRUPTED, UNREAD, TERMINATED = 0, 1, 2, 3, 4, 5, 130, 141, 143
 DEBUG = bool(os.environ.get("SGM_DEBUG"))  # tracebacks instead of one line
 
 

@@ -108,7 +108,9 @@ def staged(path: Path) -> Iterator[Path]:
         flush(tmp)
         os.replace(tmp, path)
         flush(path.parent)
-    except BaseException:  # Ctrl-C too: half a result is not left behind
+    except BaseException as error:  # Ctrl-C too: half a result is not left behind
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
+            error.filename = str(path)
         tmp.unlink(missing_ok=True)
         raise
 

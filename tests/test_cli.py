@@ -232,6 +232,17 @@ def test_ctrl_c_leaves_nothing_behind(tiny_weights, tmp_path, when):
     assert "Traceback" not in err and os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "redirection, code", [("| true; exit ${PIPESTATUS[0]}", 141), (">&-", 0), ("2>&-", 0), (">&- 2>&-", 0)]
+)
+def test_output_that_nobody_reads(tmp_path, redirection, code):
+    """Also where the locale is not UTF-8: --list prints what files hold that are."""
+    plain = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = f"{{ sleep 0.2; {sys.executable} -m sgm_engine train --list; }} {redirection}"
+    done = subprocess.run(["bash", "-c", command], env=plain, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
 def test_a_full_disk_is_one_line(draw, tmp_path, monkeypatch):
     from sgm_engine import output
 
@@ -239,7 +250,7 @@ def test_a_full_disk_is_one_line(draw, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(output, "flush", full)
-    fails(draw("--n", 2, "--out", "s.npz"), 1, "No space left on device")
+    fails(draw("--n", 2, "--out", "s.npz"), 1, "No space left on device: 's.npz'")
     assert os.listdir(tmp_path) == []
 
 

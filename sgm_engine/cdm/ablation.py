@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         gaps = torch.tensor([measures(model) for model in runs]) - torch.tensor(truth)
         lines.append(f"| {name} | " + " | ".join(map(_range, gaps.unbind(1))) + " |")
         print(f"{lines[-1]}  ({time.process_time() - start:.0f} s)", flush=True)
-    (args.out / "table.md").write_text("\n".join(lines) + "\n")
+    (args.out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(lines))
 
 

@@ -80,7 +80,11 @@ def sample(args: argparse.Namespace) -> int:
         job = _job(args)
     bar = not args.quiet and (sys.stderr.isatty() if args.progress is None else args.progress)
     with stoppable(job.stop) as caught:
-        report = job.run(worker, bar, None if bar or args.quiet else _Lines())
+        try:
+            report = job.run(worker, bar, None if bar or args.quiet else _Lines())
+        except OSError as error:
+            error.filename = error.filename or str(job.folder.path)  # a full disk does not say which
+            raise
     for problem in report.redrawn:
         say(f"{problem}: drawn again")
     if not args.quiet:

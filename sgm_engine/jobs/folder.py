@@ -56,7 +56,7 @@ class Folder:
     def load(self) -> tuple[JobSpec, dict[str, Any]]:
         """The job that lies here and the notes of its run.json. JobError: none, or a damaged one."""
         try:
-            return JobSpec.from_json((self.path / RUN).read_text())
+            return JobSpec.from_json((self.path / RUN).read_text("utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise JobError(f"{self.path} holds no job: there is no {RUN}") from None
         except ValueError as error:

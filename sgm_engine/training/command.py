@@ -47,7 +47,8 @@ def train(args: argparse.Namespace) -> int:
 
     if args.list:
         for name in config_names():
-            print(f"{name:16} {(FOLDER / f'{name}.yaml').read_text().splitlines()[0].removeprefix('# ')}")
+            first = (FOLDER / f"{name}.yaml").read_text("utf-8").partition("\n")[0]
+            print(f"{name:16} {first.removeprefix('# ')}")
         return 0
     if args.advise:
         print(_advice(args).to_yaml())

@@ -144,9 +144,9 @@ def main(argv: list[str] | None = None) -> None:
     evaluations = f"{args.steps * BATCH:,} network evaluations, {SEEDS} seeds"
     table = [f"Relative gap to the true score after {evaluations}: mean (least–most)", "", "| trained on | gap |"]
     table += ["|---|---|", *(f"| {name} | {_range(g)} |" for name, g in gaps.items())]
-    (args.out / "table.md").write_text("\n".join([*facts(), "", *table]) + "\n")
+    (args.out / "table.md").write_text("\n".join([*facts(), "", *table]) + "\n", "utf-8")
     _plot(gaps, evaluations, args.out / "plot.png")
-    print((args.out / "table.md").read_text())
+    print((args.out / "table.md").read_text("utf-8"))
 
 
 def _range(values: list[float]) -> str:

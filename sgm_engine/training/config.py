@@ -137,7 +137,7 @@ class TrainConfig:
         if not path.is_file():
             raise FileNotFoundError(f"config {str(name)!r}: no such file, and none of {', '.join(config_names())}")
         try:
-            fields = yaml.safe_load(path.read_text())
+            fields = yaml.safe_load(path.read_text("utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
         if not isinstance(fields, dict):

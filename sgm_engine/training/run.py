@@ -196,11 +196,11 @@ def _claim(folder: Path, config: TrainConfig, images: np.ndarray) -> None:
             old, new = getattr(before, field.name), getattr(config, field.name)
             if old != new and field.name not in MAY_CHANGE:
                 raise ValueError(f"{folder} holds a run with {field.name}={old}, not {new}: name another folder")
-        if path.read_text().splitlines()[0] != data:
+        if path.read_text("utf-8").splitlines()[0] != data:
             raise ValueError(f"{folder} holds a run on other data: name another folder")
     if os.environ.get("RANK", "0") == "0":
         with staged(path) as temporary:
-            temporary.write_text(data + "\n" + config.to_yaml())
+            temporary.write_text(data + "\n" + config.to_yaml(), "utf-8")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
