@@ -23,7 +23,7 @@ from sgm_engine.original_config import levels_between, read_config
 from sgm_engine.output import sorted_header, staged
 from sgm_engine.schedule import check_sigmas
 from sgm_engine.torch_file import CheckpointError, check_file
-from sgm_engine.weights_file import FORMAT, FORMAT_VERSION, State, open_state, read_tensor
+from sgm_engine.weights_file import FLOATS, FORMAT, FORMAT_VERSION, State, open_state, read_tensor
 
 __all__ = ["CheckpointError", "convert", "load_checkpoint", "read_config", "save_checkpoint"]
 
@@ -99,6 +99,10 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, dtype: torch.dtyp
     Raises ValueError on values that are not finite in ``dtype``, OSError where the disk refuses.
     """
     path = Path(path)
+    if not isinstance(getattr(model, "config", None), (ModelConfig, CDMConfig)):
+        raise TypeError(f"model must be one of sgm_engine.models or a CDM, got {type(model).__name__}: use safetensors")
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         if not tensor.isfinite().all():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine.plan_report import refuse_divergence
-from sgm_engine.schedule import nearest_level
+from sgm_engine.schedule import check_sigmas
 
 MAX_ID, MAX_SEED = 2**56, 2**64
+SAME_SIGMA = 1e-3  # relative: sigmas that were rounded for print are the same, another model's are not
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {reprlib.repr(value)}")
     if value < low or (high is not None and value >= high):
         raise ValueError(
             f"{name} must be at least {low}{f' and below 2**{high.bit_length() - 1}' if high else ''}, got {value}"
@@ -28,7 +30,10 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
 def check_shape(shape: object) -> tuple[int, int, int]:
     if shape is None:
         raise ValueError("shape: the model has no .shape, so pass shape=(C, H, W), that of one sample")
-    shape = tuple(shape)
+    try:
+        shape = tuple(shape)
+    except TypeError:
+        raise TypeError(f"shape must be (C, H, W), got {shape!r}") from None
     if len(shape) != 3:
         raise ValueError(f"shape must be (C, H, W), got {shape}")
     return tuple(check_int("shape", s, 1) for s in shape)
@@ -60,13 +65,36 @@ def check_chains(
     return list(zip(ids, seeds, init.detach().to(device, torch.float32), strict=True))
 
 
+def own_sigmas(model: object, sigmas) -> np.ndarray:
+    """The levels of a model [L], descending: ``sigmas`` where it has none itself, which it is not asked at others."""
+    own = getattr(model, "sigmas", None)
+    if any(t.is_meta for t in _tensors(model)):
+        raise ValueError("model has parameters or buffers on the meta device, without values: load its weights first")
+    if own is None and sigmas is None:
+        raise ValueError("sigmas: the model has no .sigmas, so pass sigmas=[…], its noise levels in descending order")
+    given = None if sigmas is None else check_sigmas(sigmas)
+    if own is None:
+        return given
+    own = check_sigmas(own)
+    if given is not None and (given.shape != own.shape or np.abs(given / own - 1).max() > SAME_SIGMA):
+        raise ValueError(
+            f"sigmas: the model has {len(own)} of its own, {own[0]:g} to {own[-1]:g}, and these differ: leave sigmas "
+            "out, or take an Engine of at_sigmas(model, sigmas)"
+        )
+    return own
+
+
 def place(model: object, device: torch.device | str | None) -> torch.device:
     """The device of the model, which is moved there if another one was asked for."""
-    tensors = chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
-    homes = list(dict.fromkeys(t.device for t in tensors))
+    homes = list(dict.fromkeys(t.device for t in _tensors(model)))
     if device is None:
-        return homes[0] if homes else torch.device("cpu")
-    device = torch.device(device)
+        device = homes[0] if homes else torch.device("cpu")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be 'cpu', 'cuda' or one such as 'cuda:1', got {device!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got '{device}': there are no kernels for it")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
@@ -76,6 +104,10 @@ def place(model: object, device: torch.device | str | None) -> torch.device:
     if any(home != device for home in homes):
         model.to(device)
     return device
+
+
+def _tensors(model: object) -> Iterable[Tensor]:
+    return chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
 
 
 def check_plan(plan: object, sigmas: np.ndarray, model: object) -> None:
@@ -90,7 +122,7 @@ def check_plan(plan: object, sigmas: np.ndarray, model: object) -> None:
             f"plan uses level {plan.level.max()}, but the model has {levels} sigmas (levels 0–{levels - 1}): take "
             "plan.on_levels(model.sigmas), or an Engine of at_sigmas(model, plan.sigmas)"
         )
-    foreign = np.flatnonzero(nearest_level(plan.sigma, sigmas) != plan.level)
+    foreign = np.flatnonzero(np.abs(plan.sigma / sigmas[plan.level] - 1) > SAME_SIGMA)
     if len(foreign):
         i = foreign[0]
         raise ValueError(

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sgm_engine.checks import MAX_SEED, check_chains, check_int, check_plan, check_shape, place
+from sgm_engine.checks import MAX_SEED, check_chains, check_int, check_plan, check_shape, own_sigmas, place
 from sgm_engine.errors import Cancelled, Divergence, EngineBusy, SampleDiverged
 from sgm_engine.executor import make_executor
 from sgm_engine.float8 import Float8Config
@@ -27,7 +27,6 @@ from sgm_engine.network import Network
 from sgm_engine.plan import Plan, annealed_langevin
 from sgm_engine.progress import StepInfo
 from sgm_engine.results import Results, divergence
-from sgm_engine.schedule import check_sigmas
 from sgm_engine.slots import NO_BAD_ROW
 
 
@@ -70,12 +69,7 @@ class Engine(Loop):
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, level), got {type(model).__name__}")
         self.model, self.precision = model, precision
-        sigmas = getattr(model, "sigmas", None) if sigmas is None else sigmas
-        if sigmas is None:
-            raise ValueError(
-                "sigmas: the model has no .sigmas, so pass sigmas=[…], its noise levels in descending order"
-            )
-        self.sigmas = check_sigmas(sigmas)
+        self.sigmas = own_sigmas(model, sigmas)
         self.shape = check_shape(getattr(model, "shape", None) if shape is None else shape)
         self.device = place(model, device)
         batch = check_int("batch", (128 if self.device.type == "cuda" else 16) if batch is None else batch, 1, 2**31)

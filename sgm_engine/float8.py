@@ -47,6 +47,8 @@ class Float8Config:
     emulate: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.maxima, Mapping):
+            raise TypeError(f"maxima must be a mapping from names to numbers, got {type(self.maxima).__name__}")
         for name, largest in self.maxima.items():
             if not (isinstance(largest, (int, float)) and 1e-30 < largest < 1e30):
                 raise ValueError(f"maxima must be positive and finite, got {largest!r} for {name!r}: calibrate again")
@@ -95,6 +97,8 @@ def check_float8(config: Float8Config | None, precision: str, device: torch.devi
             "precision='float8' needs float8=calibrate_float8(model), the scales of its layers; "
             "docs/float8.md says what it does to samples"
         )
+    if not isinstance(config, Float8Config):
+        raise TypeError(f"float8 must be a Float8Config, of calibrate_float8(model), got {type(config).__name__}")
     if not config.emulate and (lack := lacking(device)):
         raise ValueError(
             f"precision='float8' needs {lack}: use precision='bfloat16', or float8=replace(float8, emulate=True), "

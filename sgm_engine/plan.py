@@ -56,8 +56,9 @@ class Plan:
         level = np.array(self.level)
         if level.ndim != 1 or len(level) == 0:
             raise ValueError(f"level must be a vector of at least one row, got shape {level.shape}")
-        if level.dtype.kind not in "iu" or level.min() < 0:
-            raise ValueError(f"level must hold integers >= 0, got {level.dtype} with minimum {level.min()}")
+        if level.dtype.kind not in "iu" or level.min() < 0 or level.max() >= 2**31:
+            span = f"{level.min()} to {level.max()}"
+            raise ValueError(f"level must hold integers >= 0 and below 2**31, got {level.dtype}, {span}")
         self._freeze("level", level.astype(np.int64))
         for name in COLUMNS[1:]:
             given = getattr(self, name)

@@ -146,6 +146,8 @@ def plan_of_nfe(name: str, nfe: int, sigma_max: float, sigma_min: float, schedul
 
 def _cost(name: str, options: dict) -> tuple[int, int]:
     """Evaluations for L sigmas are each·L + fixed."""
+    if "steps_per_level" in options:
+        first._check_count("steps_per_level", options["steps_per_level"])
     if name == "annealed_langevin":
         return options.get("steps_per_level", 100), int(options.get("denoise", True))
     if name == "consistent_annealed":

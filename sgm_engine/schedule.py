@@ -71,6 +71,8 @@ SCHEDULES: dict[str, Callable[[float, float, int], np.ndarray]] = {
 
 
 def _check_ends(name: str, sigma_max: float, sigma_min: float, levels: int) -> None:
+    if not isinstance(levels, (int, np.integer)):
+        raise TypeError(f"{name} needs an integer number of levels, got {levels!r}")
     if not 0 < sigma_min <= sigma_max < np.inf:
         raise ValueError(f"{name} needs 0 < sigma_min <= sigma_max, got sigma_max={sigma_max}, sigma_min={sigma_min}")
     if levels < 1 or (levels == 1 and sigma_min != sigma_max):

@@ -83,9 +83,9 @@ class SamplerService:
                 "or make the service in the child"
             )
         engine = self.engine
-        plan, chains = engine._check(plan, None), check_chains(n, seed, first_id, init, engine.shape, engine.device)
-        if n > self.capacity:
+        if check_int("n", n, 0) > self.capacity:
             raise ValueError(f"n must be at most capacity = {self.capacity}, got {n}: raise it, or submit n in parts")
+        plan, chains = engine._check(plan, None), check_chains(n, seed, first_id, init, engine.shape, engine.device)
         deadline, wait = _seconds("deadline", deadline), _seconds("wait", wait)
         request = Request(chains, plan, called, None if deadline is None else called + deadline)
         if n == 0:

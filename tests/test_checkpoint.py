@@ -276,3 +276,14 @@ def test_loading_leaves_the_random_generator_alone():
     before = torch.get_rng_state()
     load_checkpoint(DATA / "golden_ncsnv2_32_ngf8.pth")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_cannot_be_loaded_again_is_not_saved(tmp_path):
+    model = NCSNv2([1.0, 0.5], 1, 2)
+    with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, .*, got torch\.int8"):
+        save_checkpoint(model, tmp_path / "w.safetensors", torch.int8)
+    with pytest.raises(TypeError, match="or a CDM, got Conv2d"):
+        save_checkpoint(torch.nn.Conv2d(1, 1, 1), tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="carries its own config: leave out sigmas, image_size"):
+        save_checkpoint(model, tmp_path / "w.safetensors")
+        load_checkpoint(tmp_path / "w.safetensors", sigmas=[1.0, 0.4], image_size=64)

@@ -404,6 +404,11 @@ TEN = geometric(1, 0.01, 10)
             "plan row 0 has sigma 1 at level 1, where the model has 0.316",
         ),
         (
+            lambda e: e.sample(1, plan=Plan([0], [1.01], [1], [0], [0])),  # of another model
+            ValueError,
+            "plan row 0 has sigma 1.01 at level 0, where the model has 1",
+        ),
+        (
             lambda e: e.sample(1, plan=Plan([0], [1.0], [1], [0], [0], [0.5])),
             ValueError,
             "uses previous, which no row before it stores",
@@ -411,7 +416,7 @@ TEN = geometric(1, 0.01, 10)
         (lambda e: list(e.stream([1.5])), TypeError, "sample_ids must be an integer, got 1.5"),
         (lambda e: e.stream([0], seed="x"), TypeError, "seed must be an integer"),
         (lambda e: e.stream([0], plan=annealed_langevin), TypeError, "plan must be a Plan"),
-        (lambda e: engine(0), ValueError, "batch must be at least 1, got 0"),
+        (lambda e: engine(0), ValueError, r"batch must be at least 1 and below 2\*\*31, got 0"),
         (lambda e: engine(2.5), TypeError, "batch must be an integer, got 2.5"),
         (lambda e: engine(model=3), TypeError, "model must be callable"),
         (lambda e: Engine(gaussian, shape=SHAPE), ValueError, r"sigmas: the model has no .sigmas, so pass sigmas="),
@@ -429,7 +434,9 @@ TEN = geometric(1, 0.01, 10)
         (lambda e: Engine(gaussian, sigmas=SIGMAS[::-1], shape=SHAPE), ValueError, "sigmas must descend"),
         (lambda e: engine(precision="half"), ValueError, "precision must be one of"),
         (lambda e: engine(executor="jit"), ValueError, "executor must be one of"),
-        (lambda e: engine(device="nowhere"), (ValueError, RuntimeError), "nowhere"),
+        (lambda e: engine(device="nowhere"), ValueError, "device must be 'cpu', 'cuda' .*, got 'nowhere'"),
+        (lambda e: engine(device="meta"), ValueError, "device must be 'cpu' or 'cuda', got 'meta'"),
+        (lambda e: Engine(gaussian, sigmas=SIGMAS, shape=8), TypeError, r"shape must be \(C, H, W\), got 8"),
     ],
 )
 def test_bad_calls(call, error, says):
@@ -438,6 +445,21 @@ def test_bad_calls(call, error, says):
         call(e)
     assert "\n" not in str(info.value) or isinstance(info.value, RuntimeError)
     assert e.stats.steps == 0 and len(e.sample(1, plan=PLAN)) == 1
+
+
+def test_a_model_stays_as_it_is_when_its_engine_is_refused():
+    """On the meta device, module.to would drop its weights; other sigmas than its own would name its levels wrongly."""
+    net = NCSN([1.0, 0.3, 0.1], channels=1, ngf=4, divide_by_sigma=True, image_size=8)
+    before = net.begin_conv.weight.clone()
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'meta'"):
+        Engine(net, 1, "meta")
+    for sigmas in ([1.0, 0.3], [1.0, 0.5, 0.1]):
+        with pytest.raises(ValueError, match=r"the model has 3 of its own, 1 to 0\.1, and these differ"):
+            Engine(net, 1, sigmas=sigmas)
+    assert net.begin_conv.weight.equal(before)
+    assert len(Engine(net, 1, sigmas=[1, 0.3, 0.1]).sigmas) == 3
+    with pytest.raises(ValueError, match="on the meta device, without values"):
+        Engine(net.to("meta"), 1)
 
 
 def test_default_plan():

@@ -161,7 +161,8 @@ def test_plans_are_frozen():
     [
         ({"level": []}, "level must be a vector of at least one row"),
         ({"level": [0.0, 1.0, 1.0]}, "level must hold integers"),
-        ({"level": [0, -1, 1]}, "level .* minimum -1"),
+        ({"level": [0, -1, 1]}, "level .* -1 to 1"),
+        ({"level": np.array([0, 2**63, 1], np.uint64)}, r"level .* below 2\*\*31"),
         ({"sigma": [1, 0.1]}, r"sigma has shape \(2,\)"),
         ({"sigma": [1, 0, 0.1]}, r"sigma\[1\] = 0"),
         ({"a": [1, float("nan"), 1]}, r"a\[1\] = nan"),

@@ -331,6 +331,7 @@ def test_after_a_fork(free):
         (dict(n=-1), ValueError, "n must be at least 0"),
         (dict(n=2.0), TypeError, "n must be an integer"),
         (dict(n=11), ValueError, "capacity = 10, got 11"),
+        (dict(n=10**12), ValueError, "capacity = 10, got 1000000000000"),  # before any list of them is made
         (dict(n=1, seed=-1), ValueError, "seed"),
         (dict(n=2, seed=[1]), ValueError, "n = 2 of them, got 1"),
         (dict(n=1, plan="ddim"), TypeError, "plan must be a Plan"),

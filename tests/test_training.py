@@ -23,6 +23,7 @@ from safetensors.torch import load_file  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from sgm_engine.checkpoint import load_checkpoint  # noqa: E402
+from sgm_engine.console import Terminated  # noqa: E402
 from sgm_engine.engine import Engine  # noqa: E402
 from sgm_engine.graphs import GraphExecutor  # noqa: E402
 from sgm_engine.models import NCSN  # noqa: E402
@@ -337,12 +338,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(sgm, data):
     assert not (data / "run" / "model.safetensors").exists()
 
 
-def test_control_c(sgm, data, monkeypatch):
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_control_c(sgm, data, monkeypatch, error, code):
     def interrupted(*_):
-        raise KeyboardInterrupt
+        raise error
 
     monkeypatch.setattr("sgm_engine.training.run.Report.on_train_batch_end", interrupted)
-    assert sgm("train", "--config", "tiny.yaml", "--data", "images.npy", "--out", "run").returncode == 130
+    assert sgm("train", "--config", "tiny.yaml", "--data", "images.npy", "--out", "run").returncode == code
 
 
 def test_a_grid_of_diverged_samples_is_a_warning(tmp_path):

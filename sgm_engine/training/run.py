@@ -77,8 +77,9 @@ class Job:
         validation = DataLoader(held_out, c.batch) if c.validate_every else None
         try:
             trainer.fit(self.module, DataLoader(batches, None), validation, ckpt_path=self.resume, weights_only=True)
-        except SystemExit:  # Lightning's answer to Ctrl-C
-            raise KeyboardInterrupt from None
+        except SystemExit as error:  # Lightning's answer to Ctrl-C and, as the command raises it, to SIGTERM
+            cause = error.__context__
+            raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt()) from None
         if trainer.is_global_zero:
             save_checkpoint(live_network(trainer, self.module), self.folder / "model.safetensors", WEIGHTS[c.weights])
             print(f"written: {self.folder / 'model.safetensors'}")
