@@ -14,7 +14,7 @@ from sgm_engine.plan_report import refuse_divergence
 from sgm_engine.schedule import check_sigmas
 
 MAX_ID, MAX_SEED = 2**56, 2**64
-SAME_SIGMA = 1e-3  # relative: sigmas that were rounded for print are the same, another model's are not
+SAME_SIGMA = 5e-3  # relative: sigmas rounded for print or to bfloat16 are the same, another model's are not
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -70,6 +70,10 @@ def own_sigmas(model: object, sigmas) -> np.ndarray:
     own = getattr(model, "sigmas", None)
     if any(t.is_meta for t in _tensors(model)):
         raise ValueError("model has parameters or buffers on the meta device, without values: load its weights first")
+    if any(t.is_inference() for t in _tensors(model)):
+        raise ValueError(
+            "model was made in torch.inference_mode(), where changes of weights cannot be seen: make it outside"
+        )
     if own is None and sigmas is None:
         raise ValueError("sigmas: the model has no .sigmas, so pass sigmas=[…], its noise levels in descending order")
     given = None if sigmas is None else check_sigmas(sigmas)

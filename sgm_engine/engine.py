@@ -24,6 +24,7 @@ from sgm_engine.known import REDRAWS, check_known
 from sgm_engine.lanes import Turns, check_buckets
 from sgm_engine.loop import Loop
 from sgm_engine.network import Network
+from sgm_engine.numerics import undisturbed
 from sgm_engine.plan import Plan, annealed_langevin
 from sgm_engine.progress import StepInfo
 from sgm_engine.results import Results, divergence
@@ -53,6 +54,7 @@ class Engine(Loop):
     One request runs at a time: a second thread waits for its turn.
     """
 
+    @undisturbed()
     def __init__(
         self,
         model: Callable[[Tensor, Tensor], Tensor],
@@ -78,6 +80,9 @@ class Engine(Loop):
         super().__init__(network, runs, executor == "auto", batch, self.shape, check_buckets(buckets, batch))
         self._lock, self._owner = threading.Lock(), None
         self._turns = Turns(self.device)
+
+    def __reduce__(self):
+        raise TypeError("an Engine cannot be copied or pickled: send the model, and make an Engine of it there")
 
     @property
     def numerics(self) -> str:
@@ -212,7 +217,8 @@ class Engine(Loop):
             self._cancel.clear()
             try:
                 self._turns.begin()
-                self._lanes.use(n)
+                with undisturbed():
+                    self._lanes.use(n)
                 yield
             finally:
                 self._slots.clear()

@@ -44,6 +44,16 @@ class _Unfinished(EngineError):
         super().__init__(message)
         self.divergences, self.sample_ids, self.samples = divergences, sample_ids, samples
 
+    def __reduce__(self):
+        return _again, (type(self), str(self), self.divergences, self.sample_ids, self.samples)
+
+
+def _again(kind: type[_Unfinished], *args) -> _Unfinished:
+    """From another process: SampleDiverged takes no message."""
+    error = kind.__new__(kind)
+    _Unfinished.__init__(error, *args)
+    return error
+
 
 class Cancelled(_Unfinished):
     """``Engine.cancel()`` stopped the request; what is finished is attached."""

@@ -57,7 +57,8 @@ class HybridNetwork(nn.Module):
         accelerated = model if isinstance(model, Accelerated) else Accelerated(model)
         if reason := untraceable(accelerated.source):
             raise Unsupported(reason)
-        x, level = torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64)
+        x = torch.zeros(1, *shape, dtype=torch.float32, device="cpu")
+        level = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._model = (model,)
         self._settings = settings(accelerated.source)
         try:

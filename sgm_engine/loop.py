@@ -16,6 +16,7 @@ from sgm_engine.errors import CaptureFailed, out_of_memory
 from sgm_engine.executor import Executor
 from sgm_engine.lanes import Lanes
 from sgm_engine.network import Network
+from sgm_engine.numerics import undisturbed
 from sgm_engine.plan import Plan
 from sgm_engine.progress import Stats, StepInfo, progress_bar
 from sgm_engine.slots import NO_BAD_ROW, Job, Slots, Tables, to_device
@@ -90,7 +91,8 @@ class Loop:
     def _run(self, chains, plan, callback, progress, total, known=None) -> Iterator[tuple[list[Job], Tensor, Tensor]]:
         """The loop. chains: (sample id, seed, init) of each sample. Yields (jobs, x, bad_row within the plan) of every
         harvest; tensors stay on the device."""
-        rows = self._tables.add(plan)
+        with undisturbed():
+            rows = self._tables.add(plan)
         jobs = (
             Job(check_int("sample_ids", sample_id, 0, MAX_ID), seed, plan, rows, index, init)
             for index, (sample_id, seed, init) in enumerate(chains)
@@ -118,6 +120,7 @@ class Loop:
     def _begin(self, plan: Plan, known: tuple | None, jobs: Iterator[Job]) -> None:
         """Have all buffers and weights, and the slots full."""
 
+        @undisturbed()
         def prepare() -> bool:
             self._slots.prepare(plan)
             if known is not None:
@@ -164,6 +167,7 @@ class Loop:
         first = to_device([job.rows.start for job in jobs], self.device)
         return jobs, x, torch.where(bad_row == NO_BAD_ROW, bad_row, bad_row - first)
 
+    @undisturbed()
     def _sync(self) -> None:
         """Give the executor fresh weights; a model that cannot be captured goes to the eager one for good if "auto"."""
         if self._network.replaced():

@@ -16,11 +16,12 @@ from sgm_engine.slots import Slots, Tables
 
 AGREEMENT = {"bfloat16": 0.1}  # of a network with its module, relative; a wrong graph is off by O(1)
 FLOAT32_AGREEMENT = 1e-4
+OWN = ("sgm_engine.models.", "torch.nn.modules.")
 
 
 def lower(graph: Graph, model: nn.Module, shape: tuple[int, int, int], levels: int) -> None:
     """Emit the layers of ``model`` for x [*shape] at level in [0, levels). Raises Unsupported, and says what it is."""
-    if isinstance(model, RefineNet):
+    if is_published(model):
         if shape[0] != model.channels:
             raise ValueError(f"the model takes {model.channels} channels, got shape {shape}")
         return lower_refinenet(graph, model, *shape[1:])
@@ -35,6 +36,18 @@ def lower(graph: Graph, model: nn.Module, shape: tuple[int, int, int], levels: i
     from sgm_engine.native_traced import lower_traced  # torch.fx, which NCSN does not need
 
     lower_traced(graph, model, shape, levels)
+
+
+def is_published(model: object) -> bool:
+    """Whether this is an NCSN or NCSNv2 as it stands in models/, so that its layers need no look at its forward.
+
+    A subclass, a hook, a forward or a layer put in the place of another (LoRA, a parametrization): traced like others.
+    """
+    if not isinstance(model, RefineNet):
+        return False
+    parts = list(model.modules())
+    own = all(type(part).__module__.startswith(OWN) and "forward" not in vars(part) for part in parts)
+    return own and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
 
 class NativeNetwork:
@@ -64,7 +77,7 @@ class NativeNetwork:
         lower(self.graph, model, self.shape, levels)
         self.graph.plan()
         self.model, self._settings = model, None
-        if not isinstance(model, RefineNet):
+        if not is_published(model):
             self._settings = settings(model)
             self._refuse_disagreement(levels, AGREEMENT.get(precision, FLOAT32_AGREEMENT))
 
@@ -84,8 +97,8 @@ class NativeNetwork:
         return self.graph.run(x, level.contiguous(), torch.empty_like(x))
 
     def stale(self) -> bool:
-        """Whether a flag, number or plain tensor among the module's attributes is another than when it was traced."""
-        return self._settings is not None and self._settings != settings(self.model)
+        """Whether the module has become another: an attribute that a trace takes as it stands, a hook, a layer."""
+        return not is_published(self.model) if self._settings is None else self._settings != settings(self.model)
 
     def describe(self) -> str:
         """Its convolutions by algorithm, and its memory."""
@@ -95,8 +108,9 @@ class NativeNetwork:
 
     @torch.no_grad()
     def _refuse_disagreement(self, levels: int, tolerance: float) -> None:
-        x = torch.rand(2, *self.shape, generator=torch.Generator().manual_seed(0))
-        level = torch.tensor([0, levels - 1])
+        random = torch.Generator("cpu").manual_seed(0)
+        x = torch.rand(2, *self.shape, generator=random, dtype=torch.float32, device="cpu")
+        level = torch.tensor([0, levels - 1], device="cpu")
         ours, theirs = self(x, level).flatten(1), self.model(x, level).float().flatten(1)
         difference = ((ours - theirs).norm(dim=1) / theirs.norm(dim=1).clamp_min(1e-30)).max().item()
         if not difference <= tolerance:
@@ -120,7 +134,7 @@ def refusal(
         return f"precision={precision!r} is not one of its own, which are float32, bfloat16 and direct"
     if precision == "bfloat16" and _C.isa() != "avx512_bf16":
         return f"precision='bfloat16' needs AVX512_BF16, and the instruction set in use is {_C.isa()}"
-    if isinstance(model, RefineNet):
+    if is_published(model):
         return None
     shape = getattr(model, "shape", None) if shape is None else shape
     if shape is None:
@@ -157,7 +171,7 @@ class NativeExecutor:
         except Unsupported as reason:
             raise ValueError(f"executor='native' cannot run this model: {reason}; use executor='eager'") from reason
         self.source = network
-        self.score = torch.zeros(slots.batch, *slots.shape)
+        self.score = torch.zeros_like(slots.x, memory_format=torch.contiguous_format)
 
     def describe(self) -> str:
         return self.network.describe()

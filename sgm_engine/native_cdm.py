@@ -21,6 +21,9 @@ from sgm_engine.native_weights import Kernel
 LANES = 16  # q, k and v begin at multiples of the longest vector
 
 
+OWN = ("sgm_engine.cdm.", "torch.nn.modules.")
+
+
 def lower_cdm(graph: Graph, model: CDM, shape: tuple[int, int, int], levels: int) -> None:
     """Emit the layers of ∇ₓ log q_σ of images [*shape]. Raises Unsupported for a classifier that is no U-Net."""
     if levels != len(model.sigmas):
@@ -35,6 +38,8 @@ def lower_cdm(graph: Graph, model: CDM, shape: tuple[int, int, int], levels: int
     for name, part in model.named_modules():
         if part._forward_hooks or part._forward_pre_hooks:
             raise Unsupported(f"{name or 'the model'} has hooks")
+        if "forward" in vars(part) or not type(part).__module__.startswith(OWN):
+            raise Unsupported(f"{name or 'the model'} is {type(part).__name__}, in the place of another layer")
     for name, p in model.named_parameters():
         if p.dtype != torch.float32 or p.device.type != "cpu":
             raise Unsupported(f"{name} is {p.dtype} on {p.device}, not float32 on the CPU")

@@ -77,7 +77,8 @@ def lower_traced(graph: Graph, model: nn.Module, shape: tuple[int, int, int], le
     accelerated = model if isinstance(model, Accelerated) else Accelerated(model)
     if reason := untraceable(accelerated.source):
         raise Unsupported(reason)
-    x, level = torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64)
+    x = torch.zeros(1, *shape, dtype=torch.float32, device="cpu")
+    level = torch.zeros(1, dtype=torch.int64, device="cpu")
     try:
         with torch.no_grad():
             traced = accelerated.traced(accelerated.norms(), x, level)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from itertools import chain
 
 import torch
@@ -83,9 +83,11 @@ class Network:
     def _numerics(self) -> AbstractContextManager[None]:
         if self._half is not None:
             return torch.autocast(self.device.type, self._half, cache_enabled=False)
+        stack = ExitStack()
+        stack.enter_context(torch.autocast(self.device.type, enabled=False))  # the caller's
         if self.device.type == "cuda":
-            return float32_math("tf32" if self.precision == "tf32" else "ieee")
-        return nullcontext()
+            stack.enter_context(float32_math("tf32" if self.precision == "tf32" else "ieee"))
+        return stack
 
     def sync(self) -> None:
         """Make the next evaluation see the module's current parameters. Buffers are rewritten in place."""

@@ -1,4 +1,4 @@
-"""TensorFloat-32 on a GPU, switched for the length of a call: PyTorch's switches are of the whole process."""
+"""PyTorch's switches, which belong to the caller, as a call of ours needs them: TensorFloat-32, autocast, inference."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ import torch
 
 _SWITCHING = threading.RLock()  # one at a time: another thread's call would compute with this one's setting
 _OPS = ("all", "conv", "matmul")  # "all" first: the others follow it unless they were set themselves
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Tensors made inside can be changed anywhere, and are what was asked for, whatever the caller has switched on.
+
+    A tensor of torch.inference_mode cannot be written to outside of it, and autocast rounds what is called in it.
+    """
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 @contextmanager

@@ -85,6 +85,12 @@ class Plan:
         self._refuse_unstored()
         refuse_divergence(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As read-only after copy and pickle as before."""
+        self.__dict__.update(state)
+        for name in COLUMNS:
+            self._freeze(name, getattr(self, name))
+
     def _freeze(self, name: str, column: np.ndarray) -> None:
         column.setflags(write=False)
         object.__setattr__(self, name, column)

@@ -18,8 +18,8 @@ class Results:
     def __init__(self, sample_ids: Sequence[int], plan: Plan, shape: tuple[int, int, int], device: torch.device):
         n = len(sample_ids)
         self.sample_ids, self.plan = sample_ids, plan
-        self.samples = torch.zeros(n, *shape, device=device)
-        self.bad_row = torch.full((n,), NO_BAD_ROW, device=device)
+        self.samples = torch.zeros(n, *shape, dtype=torch.float32, device=device)
+        self.bad_row = torch.full((n,), NO_BAD_ROW, dtype=torch.int64, device=device)
         self.finished: list[int] = []
 
     def put(self, index: list[int], x: Tensor, bad_row: Tensor) -> None:

@@ -82,7 +82,7 @@ def _check_ends(name: str, sigma_max: float, sigma_min: float, levels: int) -> N
 def check_sigmas(sigmas) -> np.ndarray:
     """A float64 [L] copy of ``sigmas`` (array, list or tensor on any device): positive, finite, strictly descending."""
     if hasattr(sigmas, "detach"):
-        sigmas = sigmas.detach().cpu().numpy()
+        sigmas = sigmas.detach().cpu().double().numpy()  # NumPy has no bfloat16
     sigmas = np.array(sigmas, dtype=np.float64)
     if sigmas.ndim != 1 or len(sigmas) == 0:
         raise ValueError(f"sigmas must be a non-empty vector, got shape {sigmas.shape}")

@@ -58,7 +58,7 @@ class Tables:
         table = torch.stack([torch.from_numpy(getattr(plan, name).copy()) for name in "abcdef"], 1).to(torch.float32)
         self.coef[rows.start : rows.stop], self.keep[rows.start : rows.stop] = table[:, :4], table[:, 4:]
         self.adaptive[rows.start : rows.stop] = torch.from_numpy(plan.adaptive == 1)
-        self.draw[rows.start : rows.stop] = torch.arange(1, plan.nfe + 1, dtype=torch.int32)
+        self.draw[rows.start : rows.stop] = torch.from_numpy(np.arange(1, plan.nfe + 1, dtype=np.int32))
         draws = np.arange(1, plan.nfe + 1)
         level_draws = np.maximum.accumulate(np.where(np.diff(plan.sigma, prepend=0) != 0, draws, 0))
         after = np.append(np.stack([level_draws, draws])[:, 1:], [[0], [0]], 1)
@@ -80,11 +80,11 @@ class Tables:
     def _allocate(self, capacity: int) -> None:
         self.capacity, self._used = capacity, 0
         self._rows: dict[str, range] = {}
-        self.coef = torch.zeros(capacity + 1, 4, device=self.device)
-        self.keep = torch.zeros(capacity + 1, 2, device=self.device)
+        self.coef = torch.zeros(capacity + 1, 4, dtype=torch.float32, device=self.device)
+        self.keep = torch.zeros(capacity + 1, 2, dtype=torch.float32, device=self.device)
         self.adaptive = torch.zeros(capacity + 1, dtype=torch.bool, device=self.device)
         self.draw = torch.zeros(capacity + 1, dtype=torch.int32, device=self.device)
-        self.known_sigma = torch.zeros(capacity + 1, device=self.device)
+        self.known_sigma = torch.zeros(capacity + 1, dtype=torch.float32, device=self.device)
         self.known_draw = torch.zeros(2, capacity + 1, dtype=torch.int32, device=self.device)
         self.level = torch.zeros(capacity + 1, dtype=torch.int64, device=self.device)
 
@@ -121,7 +121,7 @@ class Slots:
         memory_format: torch.memory_format = torch.contiguous_format,
     ):
         self.batch, self.shape, self.device, self.memory_format = batch, shape, device, memory_format
-        self.x = torch.zeros(batch, *shape, device=device).to(memory_format=memory_format)
+        self.x = torch.zeros(batch, *shape, dtype=torch.float32, device=device).to(memory_format=memory_format)
         self.counters = torch.zeros(5, batch, dtype=torch.int64, device=device)
         self.row, self.stop, self.seed, self.sample_id, self.bad_row = self.counters.unbind(0)
         self.previous: Tensor | None = None
@@ -145,7 +145,7 @@ class Slots:
         if self.previous is None and plan.stores.any():
             self.previous = torch.zeros_like(self.x)
         if self.gain is None and plan.adaptive.any():
-            self.gain = torch.ones(self.batch, device=self.device)
+            self.gain = torch.ones(self.batch, dtype=torch.float32, device=self.device)
 
     def inpaint(self, images: Tensor, redraw: str) -> None:
         """From now on impose known pixels; arguments as Known.begin's. Ends when ``known`` is set to None."""
@@ -211,7 +211,7 @@ class Slots:
         if taken[0][1].init is not None:
             x = torch.stack([job.init for _, job in taken])
         else:
-            x = torch.empty(len(taken), *self.shape, device=self.device)
+            x = torch.empty(len(taken), *self.shape, dtype=torch.float32, device=self.device)
             ops.noise_fill_(x, counters[2], counters[3], 0, SAMPLE_STREAM, plan.start)
             x.mul_(plan.start_scale).add_(plan.start_shift)
         if self.known is not None:
@@ -229,5 +229,5 @@ def as_int64(seed: int) -> int:
 
 def to_device(values: list, device: torch.device) -> Tensor:
     """An int64 tensor on ``device``, sent without waiting for work that is queued there."""
-    tensor = torch.tensor(values, dtype=torch.int64)
+    tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
