@@ -54,7 +54,6 @@ class Engine(Loop):
     One request runs at a time: a second thread waits for its turn.
     """
 
-    @undisturbed()
     def __init__(
         self,
         model: Callable[[Tensor, Tensor], Tensor],
@@ -75,9 +74,11 @@ class Engine(Loop):
         self.shape = check_shape(getattr(model, "shape", None) if shape is None else shape)
         self.device = place(model, device)
         batch = check_int("batch", (128 if self.device.type == "cuda" else 16) if batch is None else batch, 1, 2**31)
-        network = Network(model, precision, self.device, self.shape, len(self.sigmas), float8)
-        runs = make_executor(executor, network, graph)
-        super().__init__(network, runs, executor == "auto", batch, self.shape, check_buckets(buckets, batch))
+        buckets = check_buckets(buckets, batch)
+        with undisturbed():
+            network = Network(model, precision, self.device, self.shape, len(self.sigmas), float8)
+            runs = make_executor(executor, network, graph)
+            super().__init__(network, runs, executor == "auto", batch, self.shape, buckets)
         self._lock, self._owner = threading.Lock(), None
         self._turns = Turns(self.device)
 

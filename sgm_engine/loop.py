@@ -167,23 +167,23 @@ class Loop:
         first = to_device([job.rows.start for job in jobs], self.device)
         return jobs, x, torch.where(bad_row == NO_BAD_ROW, bad_row, bad_row - first)
 
-    @undisturbed()
     def _sync(self) -> None:
         """Give the executor fresh weights; a model that cannot be captured goes to the eager one for good if "auto"."""
-        if self._network.replaced():
-            self._lanes.rebind()
-        self._seen = self._network.versions()
-        before = self._executor.captures
-        try:
-            self._executor.sync_weights()
-        except CaptureFailed as error:
-            if not self._auto:
-                raise
-            warnings.warn(f"{error}; running eager from now on", stacklevel=5)
-            self._lanes.go_eager()
-            self._executor.sync_weights()
-        else:
-            self._stats.captures += self._executor.captures - before
+        with undisturbed():
+            if self._network.replaced():
+                self._lanes.rebind()
+            self._seen = self._network.versions()
+            before = self._executor.captures
+            try:
+                self._executor.sync_weights()
+            except CaptureFailed as error:
+                if not self._auto:
+                    raise
+                warnings.warn(f"{error}; running eager from now on", stacklevel=5)
+                self._lanes.go_eager()
+                self._executor.sync_weights()
+            else:
+                self._stats.captures += self._executor.captures - before
 
     def _bind(self, executor: Executor) -> None:
         self._lanes.tables = self._tables
