@@ -70,7 +70,8 @@ def load_checkpoint(
         .pth of a plain state_dict, or of {"model": …, "ema": …}.
     config: a ModelConfig, or the path of the config.yml beside an original. Without it the architecture follows from
         names and shapes, and what those cannot tell from the published settings with the same number of levels.
-    sigmas [L] descending, image_size in pixels: given, they win over config and published settings, not over the file.
+    sigmas [L] descending, image_size in pixels: given, they win over config and published settings, not over the file;
+        our own say all three themselves, and none may be given.
     ema: the averaged weights: None takes them where there are any, True insists, False refuses them.
     sha256: hexadecimal digest that the file must have.
 

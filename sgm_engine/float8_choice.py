@@ -51,7 +51,7 @@ def _make(model: nn.Module, device: str, path: Path | None, quiet: bool) -> Floa
     scales = calibrate_float8(model, device=device)
     if path is not None:
         with staged(path) as tmp:
-            tmp.write_text(scales.to_json() + "\n")
+            tmp.write_text(scales.to_json() + "\n", "utf-8")
         if not quiet:
             say(f"float8: scales written to {path}")
     return scales

@@ -38,7 +38,10 @@ def chosen(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Plan]
 def _conditioned(model: nn.Module, plan: Plan, conditioning: str | None) -> tuple[nn.Module, Plan]:
     if conditioning == "nearest":
         return model, plan.on_levels(model.sigmas)
-    return at_sigmas(model, plan.sigmas), plan.on_levels(plan.sigmas)
+    try:
+        return at_sigmas(model, plan.sigmas), plan.on_levels(plan.sigmas)
+    except ValueError as error:
+        raise ValueError(f"{error}; --conditioning nearest takes the model's own levels") from None
 
 
 def read_plan(path: str) -> Plan:
