@@ -113,9 +113,9 @@ class Graph:
         channels, height, width = shape
         self.native.embedding(channels, height, width, patch, list(octaves))
 
-        def pack() -> None:
+        def pack(native=self.native) -> None:
             rows = table.make().detach().double().contiguous()
-            self.native.set_embedding((rows.data_ptr(), rows.numel()))
+            native.set_embedding((rows.data_ptr(), rows.numel()))
 
         self._keep(table.tensors, pack)
         planes = channels * (1 + 2 * len(octaves)) * patch**2
@@ -156,9 +156,9 @@ class Graph:
     def divide_by(self, divisor: Table) -> None:
         """Divide the output by the number [levels, 1] of the level."""
 
-        def pack() -> None:
+        def pack(native=self.native) -> None:
             values = as_float32(divisor.make())
-            self.native.set_sigmas(given(values))
+            native.set_sigmas(given(values))
 
         self._keep(divisor.tensors, pack)
 
@@ -178,6 +178,7 @@ class Graph:
         return score
 
     def _keep(self, tensors: tuple[Tensor | None, ...], pack: Callable[[], None]) -> None:
+        """pack must not hold this graph: in a circle, its memory would wait for the garbage collector."""
         self.weights.append(Packed(tensors, pack))
 
     def _layer(
@@ -227,9 +228,9 @@ class Graph:
         index = self.native.conv(k.c_in, k.c_out, k.size, k.dilation, k.stride, k.padding, pool)
         self.convs.append(index)
 
-        def pack() -> None:
+        def pack(native=self.native) -> None:
             weight, bias = as_float32(k.weight()), as_float32(k.bias())
-            self.native.set_conv(index, given(weight), given(bias))
+            native.set_conv(index, given(weight), given(bias))
 
         self._keep(k.tensors, pack)
         return index
@@ -237,9 +238,9 @@ class Graph:
     def _norm(self, norm: Norm) -> int:
         index = self.native.norm(norm.channels, norm.groups, norm.rows, norm.rows > 1, norm.has_alpha, norm.eps)
 
-        def pack() -> None:
+        def pack(native=self.native) -> None:
             table = norm.table()
-            self.native.set_norm(index, given(table))
+            native.set_norm(index, given(table))
 
         self._keep(norm.tensors, pack)
         return index

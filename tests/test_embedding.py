@@ -1,7 +1,9 @@
 """An engine inside somebody else's program computes what it computes alone, whatever PyTorch is switched to there."""
 
 import copy
+import gc
 import pickle
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -125,6 +127,23 @@ def test_a_published_network_that_was_changed_is_computed_as_changed(change):
         assert "cannot run this model" in str(error)
     else:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("executor", ["native", "eager"])
+def test_memory_goes_with_the_engine(executor):
+    """At once, without the garbage collector: packed weights are as large as the model."""
+    engine = Engine(network(), 2, executor=executor)
+    engine.sample(1, 1, PLAN)
+    parts = [weakref.ref(engine), weakref.ref(engine._slots.x)]
+    if executor == "native":
+        parts.append(weakref.ref(engine._executor.network.graph))
+    gc.collect()
+    gc.disable()
+    try:
+        del engine
+        assert [part() for part in parts] == [None] * len(parts)
+    finally:
+        gc.enable()
 
 
 def test_bfloat16_parameters_have_levels():
