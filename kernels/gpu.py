@@ -10,11 +10,14 @@ from torch import Tensor
 
 from sgm_engine.kernels import backend_table, cuda, triton_noise, triton_norm, triton_update
 from sgm_engine.kernels.backend_table import TRITON
+from sgm_engine.kernels.rounding import refuse_fusion
 
 
 def noise_fill(out: Tensor, seed: Tensor, sample_id: Tensor, draw: int, stream: int, kind: str) -> None:
     measured = backend_table.of_device(out.device)
     backend = measured.get(backend_table.noise_case(out, kind), TRITON) if measured else TRITON
+    if backend == TRITON:
+        refuse_fusion(out.device)
     module = triton_noise if backend == TRITON else cuda
     module.noise_fill(out, seed, sample_id, draw, stream, kind)
 
@@ -22,6 +25,8 @@ def noise_fill(out: Tensor, seed: Tensor, sample_id: Tensor, draw: int, stream: 
 def langevin_update(x: Tensor, score: Tensor, *rest: object, **options: object) -> None:
     measured = backend_table.of_device(x.device)
     backend = measured.get(backend_table.update_case(x, score), TRITON) if measured else TRITON
+    if backend == TRITON:
+        refuse_fusion(x.device)
     module = triton_update if backend == TRITON else cuda
     module.langevin_update(x, score, *rest, **options)
 

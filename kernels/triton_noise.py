@@ -150,13 +150,13 @@ def share(program, C: tl.constexpr, HW: tl.constexpr, QUADS: tl.constexpr):
     return slot, quad, element
 
 
-@triton.jit(do_not_specialize=["draw", "stream"])
+@triton.jit(do_not_specialize=["draw", "tag"])
 def noise_kernel(
     out_ptr,  # float32 [B, C, H, W]
     seed_ptr,  # int64 [B]
     sample_id_ptr,  # int64 [B]
     draw,  # int32, the bits of a uint32
-    stream,  # int32, the bits of a uint32
+    tag,  # int32, the bits of a uint32: the stream, a name that Triton keeps to itself
     C: tl.constexpr,
     HW: tl.constexpr,
     NHWC: tl.constexpr,
@@ -166,7 +166,7 @@ def noise_kernel(
     slot, quad, element = share(tl.program_id(0), C, HW, QUADS)
     seed = tl.load(seed_ptr + slot)
     sample_id = tl.load(sample_id_ptr + slot)
-    w0, w1, w2, w3 = words(quad, draw.to(tl.uint32), seed, sample_id, stream.to(tl.uint32))
+    w0, w1, w2, w3 = words(quad, draw.to(tl.uint32), seed, sample_id, tag.to(tl.uint32))
     if NORMAL:
         v0, v1, v2, v3 = normals(w0, w1, w2, w3)
     else:
@@ -189,7 +189,7 @@ def describe(
         "seed_ptr": seed,
         "sample_id_ptr": sample_id,
         "draw": signed32(draw),
-        "stream": signed32(stream),
+        "tag": signed32(stream),
     }
     constants = {
         "C": channels,

@@ -90,7 +90,7 @@ def stats_kernel(
         correction = tl.sum(centred, 0) / pixels  # what rounding did to the mean: ms would magnify it
         delta = guess + correction - mean
         total = count + pixels
-        mean += delta * (pixels / total)
+        mean += delta * tl.div_rn(pixels, total)  # 1 at first, which a GPU's own division does not promise of a / a
         m2 += tl.sum(centred * centred, 0) - correction * correction * pixels
         m2 += delta * delta * (count * pixels / total)
         count = total
@@ -191,7 +191,7 @@ def coefficients(
         spread = tl.where(channels < C, means - centre, 0.0)
         unbiased = tl.sum(spread * spread) / (C - 1)
         alpha = tl.load(alpha_ptr + level * alpha_stride + row, mask=row < C, other=0.0)
-        shift = alpha * ((mean - centre) * tl.rsqrt(unbiased + 1e-5))
+        shift = alpha * ((mean - centre) * tl.div_rn(1.0, tl.sqrt_rn(unbiased + 1e-5)))
     if gamma_ptr is not None:
         gamma = tl.load(gamma_ptr + level * gamma_stride + row, mask=row < C, other=0.0)
         scale *= gamma

@@ -48,7 +48,13 @@ def _system() -> dict[str, str]:
 
 
 def _packages() -> dict[str, str]:
-    return {name: _version(name) for name in ("torch", "triton", "numpy", "safetensors", "pillow")}
+    found = {name: _version(name) for name in ("torch", "triton", "numpy", "safetensors", "pillow")}
+    try:
+        import torch
+
+        return found | {"torch": torch.__version__}  # with its build, +cu130 or +cpu, which metadata may leave out
+    except ImportError:
+        return found
 
 
 def _version(package: str) -> str:

@@ -32,10 +32,15 @@ def bits(x):
 # The generator -------------------------------------------------------------------------------------------------------
 
 
+def block(n):
+    """Of n elements, those of one program: a GPU's compiler unrolls them, the interpreter likes them all at once."""
+    return min(n, 1024) if DEVICE == "cuda" else n
+
+
 @triton.jit
-def philox_kernel(counter_ptr, key_ptr, word_ptr, N: tl.constexpr):
+def philox_kernel(counter_ptr, key_ptr, word_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
     """counter [4, N], key [2, N] → words [4, N], all uint32 bits in int32."""
-    i = tl.arange(0, N)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c0 = tl.load(counter_ptr + i).to(tl.uint32)
     c1 = tl.load(counter_ptr + N + i).to(tl.uint32)
     c2 = tl.load(counter_ptr + 2 * N + i).to(tl.uint32)
@@ -50,9 +55,9 @@ def philox_kernel(counter_ptr, key_ptr, word_ptr, N: tl.constexpr):
 
 
 @triton.jit
-def normals_kernel(word_ptr, normal_ptr, N: tl.constexpr):
+def normals_kernel(word_ptr, normal_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
     """words [4, N] → normals [4, N]."""
-    i = tl.arange(0, N)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     w0 = tl.load(word_ptr + i).to(tl.uint32)
     w1 = tl.load(word_ptr + N + i).to(tl.uint32)
     w2 = tl.load(word_ptr + 2 * N + i).to(tl.uint32)
@@ -68,7 +73,8 @@ def philox(counter, key):
     """uint32 [4, N], [2, N] → uint32 [4, N], N a power of two."""
     counter, key = (torch.from_numpy(np.ascontiguousarray(a).view(np.int32)).to(DEVICE) for a in (counter, key))
     word = torch.empty_like(counter)
-    philox_kernel[(1,)](counter, key, word, N=counter.shape[1], num_warps=8)
+    n = counter.shape[1]
+    philox_kernel[(n // block(n),)](counter, key, word, N=n, BLOCK=block(n), sanitize_overflow=False)
     return word.cpu().numpy().view(np.uint32)
 
 
@@ -106,7 +112,8 @@ def test_normals_bit_equal_over_a_million_words_and_the_corners():
     words[:, : corners.size**2] = [radii, angles, angles, radii]
     device_words = torch.from_numpy(words.view(np.int32)).to(DEVICE)
     found = torch.full(words.shape, float("nan"), device=DEVICE)
-    normals_kernel[(1,)](device_words, found, N=words.shape[1], num_warps=8, **triton_noise.EXACT)
+    n = words.shape[1]
+    normals_kernel[(n // block(n),)](device_words, found, N=n, BLOCK=block(n), **triton_noise.EXACT)
     assert torch.equal(bits(found), bits(noise.normals(words)))
 
 
@@ -367,12 +374,17 @@ def run_norm(
     return out if total is None else (out, total)
 
 
+# What is allowed beside the formula's error. A GPU's division, exponential and 1/√ are off by up to two ulps each
+# (PTX ISA: div.full, ex2.approx, rsqrt.approx), where the interpreter's are rounded.
+ULPS = 4 if DEVICE == "cuda" else 2
+
+
 def assert_as_accurate(found, x, *arguments, **options):
-    """Error against float64 ≤ 2 × that of the float32 formula, rounded to the same dtype, + 2 ulps (float32) of max."""
+    """Error against float64 ≤ 2 × that of the float32 formula, rounded to the same dtype, + ULPS (float32) of max."""
     expected = reference.noise_conditioned_norm(x.double(), *arguments, **options)
     formula = reference.noise_conditioned_norm(x.float(), *arguments, **options).to(found.dtype)
     error, allowed = ((t.double() - expected).abs().max().item() for t in (found, formula))
-    atol = 2 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+    atol = ULPS * torch.finfo(torch.float32).eps * expected.abs().max().item()
     assert error <= 2 * allowed + atol, f"error {error:.3g}, of the formula {allowed:.3g}"
 
 
@@ -436,8 +448,8 @@ def test_chained_pooling(before, summed, groups, layout):
         if before != "none" or summed:
             found, total = found
             exact = reference.ACTIVATIONS[before](s.double())
-            spacing = torch.finfo(dtype).eps * exact.abs().max()
-            assert (total.double() - exact).abs().max() <= spacing
+            spacing = torch.finfo(dtype).eps + (ULPS - 2) * torch.finfo(torch.float32).eps
+            assert (total.double() - exact).abs().max() <= spacing * exact.abs().max()
             s = total
         assert_as_accurate(found, s, *arguments, groups=groups, pool=True)
 
