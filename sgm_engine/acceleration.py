@@ -76,11 +76,16 @@ class Accelerated(nn.Module):
             return getattr(super().__getattr__("source"), name)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        return self.traced_for(x, level)(x, level)
+
+    def traced_for(self, x: Tensor, level: Tensor) -> nn.Module:
+        """What a call with these runs; traced now unless it has been. Not under autocast: see ``Network.sync``."""
         key = tuple(x.shape[1:]), x.dtype, x.device, level.dtype, self.source.training
         network, pinned = self._built.get(key) or (None, ())
         if network is None or any(holder.get(name) is not tensor for holder, name, tensor in pinned):
+            self._built = {k: built for k, built in self._built.items() if k[2] == x.device}  # else it was moved since
             network, pinned = self._built[key] = self._build(x, level)
-        return network(x, level)
+        return network
 
     def train(self, mode: bool = True) -> Accelerated:
         """Changes this module's flag only; the source's mode is the user's to set."""

@@ -139,9 +139,11 @@ def convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
 
 @torch.no_grad()
 def trace_first(module: nn.Module, shape: tuple[int, int, int] | None, device: torch.device) -> None:
-    """An accelerated network that has not been called yet is traced by a call: what it calls decides who takes part."""
-    if isinstance(module, Accelerated) and module.report is None and shape is not None:
-        module(torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+    """Have an accelerated network traced as it is called from now on, before it is copied for another precision: what
+    it calls decides who takes part, and a trace is compared with the module in float32."""
+    if isinstance(module, Accelerated) and shape is not None:
+        level = torch.zeros(1, dtype=torch.int64, device=device)
+        module.traced_for(torch.zeros(1, *shape, device=device), level)
 
 
 def fuse_quantisation(module: nn.Module) -> int:

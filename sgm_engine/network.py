@@ -60,13 +60,15 @@ class Network:
             raise ValueError(f"precision='tf32' needs a CUDA device, got {device}: use precision='float32'")
         self._modal = self.module is not None and any(isinstance(m, _MODAL) for m in self.module.modules())
         self._forward = model
+        trains = self._modal and self.module.training  # refused by sync
+        if float8 is not None or (device.type == "cuda" and not trains):  # a CPU's executors may not call it at all
+            trace_first(self.module, shape, device)
         self._known = _tensors(self.module)
         self._copied: list[Tensor] = []
         self._casts: list[tuple[Tensor, Tensor]] = []  # (parameter, its 16-bit buffer)
         self.float8, self._fused = float8, 0  # norms that write float8
         self._quantised: dict[nn.Conv2d, Float8Conv] = {}  # convolution → the layer in its place
         if float8 is not None:
-            trace_first(self.module, shape, device)
             self._quantised = float8_layers(self.module, self.float8)  # raises what is wrong with it
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
@@ -101,7 +103,8 @@ class Network:
         with torch.no_grad():
             now = _tensors(self.module)
             if not _same(self._copied, now):
-                self._copied = now
+                trace_first(self.module, self.shape, self.device)
+                self._copied = _tensors(self.module)
                 if self.float8 is not None:
                     self._quantised = float8_layers(self.module, self.float8)
                 self._forward, self._casts = _cast_copy(self.module, self._half, self._quantised)

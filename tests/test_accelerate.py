@@ -153,6 +153,22 @@ def test_gradients():
 
 
 @torch.no_grad()
+def test_a_trace_that_comes_late_is_not_made_under_autocast(as_on_a_gpu):
+    """Moved to another device, or not traced yet: in 16 bits it would differ from the module, and be refused."""
+    net = network()
+    fast = accelerate(net, (1, 16, 16))
+    fast._built = {(*key[:2], torch.device("meta"), *key[3:]): built for key, built in fast._built.items()}
+    engine = Engine(fast, 2, precision="bfloat16", shape=(1, 16, 16), sigmas=net.sigmas, executor="eager")
+    plain = Engine(net, 2, precision="bfloat16", shape=(1, 16, 16), sigmas=net.sigmas, executor="eager")
+    plan = annealed_langevin(engine.sigmas, 1, step_lr=1e-6)
+    assert relative(engine.sample(2, plan=plan), plain.sample(2, plan=plan)) < 1e-2
+    for module in (fast, engine._network.forward_module):
+        (key,) = module._built  # what was traced for another device is gone
+        assert key[2] == torch.device("cpu")
+        assert any("sum" in what for what in module.report.replaced)  # traced, not only walked
+
+
+@torch.no_grad()
 def test_bfloat16_and_copies():
     """The engine's cast copy shares the derived kernel; a user's deep copy has one of its own."""
     net = network()
