@@ -8,6 +8,7 @@ and drops its old graphs before it captures new ones, so that their memory serve
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,19 +58,23 @@ class GraphBackend(Protocol):
 
 
 class CudaGraphs:
-    """Warm-up and capture on one side stream; every graph of this backend draws on one memory pool.
+    """Warm-up and capture on one side stream; the graphs of this backend that are alive draw on one memory pool.
 
     Replays go to the caller's current stream. Captures of one process take turns.
     """
 
     def __init__(self, device: torch.device, benchmark: bool = False):
-        self.stream, self.pool, self.benchmark = torch.cuda.Stream(device), torch.cuda.graph_pool_handle(), benchmark
+        self.stream, self.benchmark = torch.cuda.Stream(device), benchmark
+        # PyTorch takes the pool of a graph that is alive. One whose graphs are all gone, and one in which a capture
+        # failed, it refuses to capture into for as long as a tensor is left there.
+        self._sharing: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         with _CAPTURING, self._benchmark():
             try:
                 return self._capture(step)
             except (RuntimeError, torch.cuda.CudaError) as error:
+                self._sharing.clear()
                 if out_of_memory(error):
                     raise
                 raise CaptureFailed(
@@ -77,15 +82,17 @@ class CudaGraphs:
                 ) from error
 
     def _capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
+        graph, caller = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+        pool = next((other.pool() for other in self._sharing), None)
+        self.stream.wait_stream(caller)
+        with torch.cuda.stream(self.stream):  # round the capture too, which does not leave its stream if it fails
             for _ in range(WARM_UPS):
                 step()
-        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
-        # Other threads may allocate meanwhile: only this one's calls can spoil the capture.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            step()
+            caller.wait_stream(self.stream)
+            # Other threads may allocate meanwhile: only this one's calls can spoil the capture.
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+                step()
+        self._sharing.add(graph)
         return graph.replay
 
     @contextmanager

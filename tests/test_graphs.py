@@ -543,13 +543,10 @@ class FakeCuda:
 
     def __init__(self, monkeypatch):
         self.log, self.now = [], "caller"
-        for name in ("stream", "graph", "Event", "current_stream", "CUDAGraph"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name, lambda *a: self))
+        for name in ("stream", "graph", "Event", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(self, "side"))
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-
-    def replay(self):
-        self.log.append(("replay",))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(self))
 
     def current_stream(self, device):
         return Stream(self, self.now)
@@ -557,18 +554,34 @@ class FakeCuda:
     @contextmanager
     def stream(self, stream):
         before, self.now = self.now, stream.name
-        yield
-        self.now = before
+        try:
+            yield
+        finally:
+            self.now = before
 
     @contextmanager
     def graph(self, graph, pool, stream, capture_error_mode):
+        """As torch.cuda.graph, which leaves the stream current, and the pool unusable, when a capture fails."""
         assert graphs._CAPTURING.locked()  # capture synchronises the device, which another one would not survive
         self.log.append(("capture", pool, stream.name, capture_error_mode))
+        before, self.now, graph.of = self.now, stream.name, pool or f"pool {len(self.log)}"
         yield
+        self.now = before
         self.log.append(("end",))
 
     def Event(self):
         return Event(self)
+
+
+class Graph:
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def pool(self):
+        return self.of
+
+    def replay(self):
+        self.cuda.log.append(("replay",))
 
 
 class Stream:
@@ -606,8 +619,8 @@ def test_the_order_of_a_capture(monkeypatch, chosen, set_by_user):
         ("side waits for caller",),
         *[("step", "side", flag)] * WARM_UPS,
         ("caller waits for side",),
-        ("capture", "pool", "side", "thread_local"),
-        ("step", "caller", flag),
+        ("capture", None, "side", "thread_local"),
+        ("step", "side", flag),
         ("end",),
     ]
     assert torch.backends.cudnn.benchmark is set_by_user and not graphs._CAPTURING.locked()
@@ -633,6 +646,35 @@ def test_a_capture_that_fails(monkeypatch, raised, expected):
     with pytest.raises(expected):
         CudaGraphs(torch.device("cuda"), True).capture(step)
     assert torch.backends.cudnn.benchmark is False and not graphs._CAPTURING.locked()
+
+
+def test_the_pool_is_that_of_graphs_that_are_alive(monkeypatch):
+    """Of none that are gone, whose memory a tensor may still hold; and not where a capture has failed."""
+    cuda, steps = FakeCuda(monkeypatch), []
+    backend = CudaGraphs(torch.device("cuda"))
+
+    def pool_of_capture(step=lambda: None):
+        try:
+            return backend.capture(step)
+        finally:
+            steps.append(next(pool for what, pool, *_ in reversed([e for e in cuda.log if e[0] == "capture"])))
+
+    def fails_in_capture():
+        if cuda.log[-1][0] == "capture":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    first = pool_of_capture()
+    second = pool_of_capture()
+    shared = first.__self__.pool()
+    assert steps == [None, shared] and second.__self__.pool() == shared
+    with pytest.raises(CaptureFailed):
+        pool_of_capture(fails_in_capture)
+    assert cuda.now == "caller", "what follows would run on the stream of the capture"
+    third = pool_of_capture()
+    assert steps[2:] == [shared, None] and third.__self__.pool() != shared
+    del third
+    pool_of_capture()
+    assert steps[4] is None
 
 
 def test_a_request_waits_for_the_one_before_on_another_stream(tiny, monkeypatch):
