@@ -27,6 +27,8 @@ WARM_UPS = 3
 
 # Capture synchronises the device, which is forbidden while any other thread of the process captures.
 _CAPTURING = threading.Lock()
+# Graphs whose capture failed: PyTorch's allocator may go on asking them, at every allocation, which stream is theirs.
+_FAILED: list[torch.cuda.CUDAGraph] = []
 
 
 @dataclass(frozen=True)
@@ -71,18 +73,20 @@ class CudaGraphs:
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         with _CAPTURING, self._benchmark():
+            graph = torch.cuda.CUDAGraph()
             try:
-                return self._capture(step)
+                return self._capture(graph, step)
             except (RuntimeError, torch.cuda.CudaError) as error:
                 self._sharing.clear()
+                _FAILED.append(graph)
                 if out_of_memory(error):
                     raise
                 raise CaptureFailed(
                     f"the step cannot be captured as a CUDA graph ({error}); use executor='eager'"
                 ) from error
 
-    def _capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        graph, caller = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+    def _capture(self, graph: torch.cuda.CUDAGraph, step: Callable[[], None]) -> Callable[[], None]:
+        caller = torch.cuda.current_stream(self.stream.device)
         pool = next((other.pool() for other in self._sharing), None)
         self.stream.wait_stream(caller)
         with torch.cuda.stream(self.stream):  # round the capture too, which does not leave its stream if it fails

@@ -2,8 +2,10 @@
 
 import datetime
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import test_cuda
@@ -58,6 +60,76 @@ def test_a_failing_stage_is_recorded_and_the_others_go_on():
     assert [s.name for s in done] == ["good", "breaks", "partly", "last"]
     assert [s.failed for s in done] == [None, "RuntimeError: no such kernel", "x: wrong", None]
     assert len(said) == 4 and "no such kernel" in said[1]
+
+
+def test_a_stage_that_overruns_keeps_its_rows_and_the_next_one_runs():
+    """Whatever catches errors in between; and each stage is on record as soon as it is over."""
+
+    def slow():
+        yield {"case": "measured"}
+        try:
+            time.sleep(10)
+        except Exception:
+            yield {"case": "swallowed"}
+
+    def late():
+        time.sleep(0.4)
+        return [{"case": "late"}]
+
+    recorded, said = [], []
+    kinds = {"slow": slow, "late": late, "over": late}
+    began = time.perf_counter()
+    done = stages.run_stages(
+        kinds, said.append, {"slow": 0.2}, 0.5, lambda found: recorded.append([s.name for s in found])
+    )
+    assert time.perf_counter() - began < 5
+    assert [(s.rows, s.failed and s.failed[:7]) for s in done] == [
+        ([{"case": "measured"}], "stopped"), ([], "stopped"), ([], "stopped")
+    ]  # fmt: skip
+    assert recorded == [["slow"], ["slow", "late"], ["slow", "late", "over"]] and len(said) == 3
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+@pytest.mark.parametrize("line, outcome", [
+    ("[gw1] [  3%] PASSED tests/test_a.py::test_b[(3, 5)-x] \n", ("tests/test_a.py", "test_b[(3, 5)-x]", "PASSED")),
+    ("tests/test_a.py::test_b[(3, 5)-x] SKIPPED (no GPU)  [ 9%]\n", ("tests/test_a.py", "test_b[(3, 5)-x]", "SKIPPED")),
+    ("tests/test_a.py::test_b FAILED                      [100%]\n", ("tests/test_a.py", "test_b", "FAILED")),
+    ("scheduling tests via LoadScheduling\n", None),
+    ("tests/test_a.py::test_b \n", None),
+])  # fmt: skip
+def test_lines_of_pytest(line, outcome):
+    assert checks.outcome_of(line) == outcome
+
+
+@pytest.mark.parametrize("workers", [True, False])
+def test_the_stage_of_tests(tmp_path, monkeypatch, workers):
+    """What failed is a row at once; a file without a test that passed has failed as well."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_one.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
+    (tmp_path / "tests" / "test_two.py").write_text("import pytest\ndef test_host(): pass\n")
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    monkeypatch.setattr(checks, "GPU_TESTS", ["tests/test_one.py", "tests/test_two.py"])
+    if not workers:
+        monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    failed, one, two, status = checks.tests()
+    assert failed == {"case": "tests/test_one.py::test_bad", "failed": "failed"}
+    assert one == {"case": "tests/test_one.py", "result": "1 failed, 1 passed", "failed": None}
+    assert two["failed"] == "no test passed" and status == {"case": "pytest", "failed": "exit status 1"}
+
+
+def test_the_stage_of_the_sanitizer(tmp_path, monkeypatch):
+    """Four tools at once, each with its verdict; every tensor has memory of its own."""
+    tool = tmp_path / "compute-sanitizer"
+    said = 'echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*"; echo "========= ERROR SUMMARY: 0 errors"'
+    tool.write_text(f"#!/bin/sh\n{said}; [ $2 != racecheck ]\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(checks.shutil, "which", lambda name, path=None: str(tool))
+    rows = {row["case"]: row for row in checks.sanitize()}
+    assert list(rows) == ["memcheck", "racecheck", "synccheck", "initcheck"]
+    assert [name for name, row in rows.items() if row["failed"]] == ["racecheck"]
+    said = rows["racecheck"]["failed"]
+    assert said.startswith("…1 --tool racecheck --error-exitcode 9 --kernel-name kns=sgm") and "exercise()" in said
+    assert rows["memcheck"]["result"] == "ERROR SUMMARY: 0 errors"
 
 
 def test_results_hold_every_stage(tmp_path):
@@ -140,7 +212,7 @@ def test_the_stage_of_kernels(no_gpu, monkeypatch):
     monkeypatch.setattr(kernels, "BATCHES", (2,))
     monkeypatch.setattr(norms, "BATCHES", (2, 128))
     monkeypatch.setattr(norms, "SHAPES", [(32, 2)])
-    rows = kernels.kernels()
+    rows = list(kernels.kernels())
     assert [r for r in rows if r.get("failed")] == []
     assert {r["backend"] for r in rows[1:]} == {"CUDA", "Triton", "CUDA cluster", "CUDA portable"}
     measured = [r for r in rows if "µs" in r]
@@ -159,7 +231,7 @@ def test_the_stage_that_writes_the_table_of_backends(no_gpu, monkeypatch, tmp_pa
     (tmp_path / "table.json").write_text('{"sm_80": {"x": "CUDA"}, "sm_90": {"old": "CUDA"}}')
     times = iter([3.0, 9.0] + [5.0] * 99)
     monkeypatch.setattr(timing, "microseconds", lambda calls: next(times))
-    rows = kernels.backends()
+    rows = list(kernels.backends())
     written = backend_table.read(tmp_path / "table.json")
     assert written["sm_80"] == {"x": "CUDA"} and len(written["sm_90"]) == 2 + len(norms.FORMS)
     assert written["sm_90"].pop("langevin_update NHWC bfloat16 NHWC 2^12") == "CUDA"

@@ -6,7 +6,8 @@ import argparse
 import datetime
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,10 +42,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--out", type=Path, default=ROOT / "bench" / "results", metavar="DIR", help="default: bench/results"
     )
     parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--minutes", type=float, default=9.5, metavar="N", help="all stages together; default: 9.5")
     return parser.parse_args(arguments)
 
 
-STAGES: dict[str, Callable[[], list[Row]]] = {
+STAGES: dict[str, Callable[[], Iterable[Row]]] = {
     "build": build,
     "tests": tests,
     "sanitize": sanitize,
@@ -57,6 +59,18 @@ STAGES: dict[str, Callable[[], list[Row]]] = {
 }
 
 
+# Seconds of each stage, at most: what overruns keeps the rows it has, and the next stage has its own time.
+LIMITS = {
+    "build": 240,
+    "tests": 300,
+    "sanitize": 120,
+    "kernels": 150,
+    "convolutions": 180,
+    "backends": 180,
+    "ncu": 120,
+    "step": 240,
+    "end-to-end": 90,
+}
 OPTIONAL = ("sanitize", "convolutions", "backends", "ncu")  # two write the tables that layers and ops go by
 
 
@@ -69,9 +83,11 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.only or [
         name for name in STAGES if name not in OPTIONAL or (name == "sanitize" and options.sanitize)
     ]
-    machine = describe_machine()
-    stages = run_stages({name: STAGES[name] for name in STAGES if name in names})
-    path = write_results(options.out, machine, stages, datetime.date.today())
+    machine, today = describe_machine(), datetime.date.today()
+    chosen = {name: STAGES[name] for name in STAGES if name in names}
+    record = partial(write_results, options.out, machine, today=today)
+    stages = run_stages(chosen, partial(print, flush=True), LIMITS, options.minutes * 60, record)
+    path = record(stages)
     print(path.read_text())
     print(f"written to {path} and {path.with_suffix('.json').name}")
     return 1 if any(stage.failed for stage in stages) else 0

@@ -6,18 +6,24 @@ import atexit
 import csv
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench.gpu.stages import Row
 
 GPU_TESTS = [
     f"tests/test_{name}.py"
-    for name in ("cuda", "triton", "triton_conv", "triton_float8", "executor", "graphs", "numerics")
+    for name in ("gpu", "cuda", "triton", "triton_conv", "triton_float8", "triton_norm_backward", "graphs", "numerics")
 ]
+RESULT = "(?P<result>PASSED|FAILED|ERROR|SKIPPED)"
+TEST = r"(?P<file>tests/\w+\.py)::(?P<test>.+?)"
+OUTCOME = (re.compile(rf"{RESULT} {TEST}\s*$"), re.compile(rf"^{TEST} {RESULT}\b"))  # of pytest -v -n, of pytest -v
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -64,42 +70,69 @@ def build() -> list[Row]:
     return []
 
 
-def tests() -> list[Row]:
-    rows: list[Row] = []
-    for file in GPU_TESTS:
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-rs", file],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            env=environment(),
-            timeout=400,
-        )
-        summary = run.stdout.strip().splitlines()[-1:] or ["no output"]
-        rows.append(
-            {"case": file, "result": summary[0], "failed": None if run.returncode == 0 else f"…{run.stdout[-1500:]}"}
-        )
-    return rows
+def tests() -> Iterator[Row]:
+    """pytest of all that knows a GPU, side by side where pytest-xdist is installed: most of the time is compilation."""
+    workers = min(8, len(os.sched_getaffinity(0))) if importlib.util.find_spec("xdist") else 0
+    parallel = ["-n", str(workers)] if workers > 1 else []
+    options = ["-v", "--tb=short", "-p", "no:cacheprovider", *parallel, "-k", "not host"]  # those run without a GPU too
+    command = [sys.executable, "-m", "pytest", *options, *GPU_TESTS]
+    found: dict[str, Counter] = {file: Counter() for file in GPU_TESTS}
+    failures: list[str] = []
+    run = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+    )
+    try:
+        for line in run.stdout:
+            if failures or re.match("=+ (FAILURES|ERRORS) =+", line):
+                failures.append(line)
+            elif (outcome := outcome_of(line)) and outcome[0] in found:
+                file, test, result = outcome
+                found[file][result] += 1
+                if result in ("FAILED", "ERROR"):
+                    yield {"case": f"{file}::{test}", "failed": result.lower()}
+        run.wait()
+    finally:
+        run.kill()
+    print("".join(failures)[-8000:], flush=True)
+    for file, counts in found.items():
+        said = ", ".join(f"{count} {result.lower()}" for result, count in sorted(counts.items()))
+        yield {"case": file, "result": said or "no test", "failed": None if counts["PASSED"] else "no test passed"}
+    if run.returncode:
+        yield {"case": "pytest", "failed": f"exit status {run.returncode}"}
 
 
-def sanitize() -> list[Row]:
+def outcome_of(line: str) -> tuple[str, str, str] | None:
+    """(file, test, result) of a line of pytest -v, with or without -n."""
+    match = next((match for pattern in OUTCOME if (match := pattern.search(line))), None)
+    return match.group("file", "test", "result") if match else None
+
+
+def sanitize() -> Iterator[Row]:
+    """compute-sanitizer's four tools over every CUDA kernel, at once: most of their time is PyTorch's start."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         raise RuntimeError("not run: there is no compute-sanitizer")
-    rows: list[Row] = []
-    for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", "--kernel-regex", "kns=sgm"]
-        run = subprocess.run(
-            [*command, sys.executable, "-c", "from bench.gpu.kernels import exercise; exercise()"],
-            cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=400,
-        )  # fmt: skip
-        out = run.stdout + run.stderr
-        summary = [
-            line.strip("= ") for line in out.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line
-        ]
-        clean = run.returncode == 0 and bool(summary)
-        rows.append({"case": check, "result": "; ".join(summary), "failed": None if clean else f"…{out[-1500:]}"})
-    return rows
+    ours = ["--kernel-name", "kns=sgm"]
+    # initcheck has to see who writes what our kernels read. Every tensor has memory of its own, or what is written
+    # beyond one would lie in PyTorch's next.
+    checks = {"memcheck": ours, "racecheck": ours, "synccheck": ours, "initcheck": []}
+    alone = environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    program = [sys.executable, "-c", "from bench.gpu.kernels import exercise; exercise()"]
+    runs = {}
+    try:
+        for check, kernels in checks.items():
+            command = [tool, "--tool", check, "--error-exitcode", "9", *kernels, *program]
+            runs[check] = subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=alone
+            )
+        for check, run in runs.items():
+            out, _ = run.communicate()
+            summary = [line.strip("= \n") for line in out.splitlines() if re.search("(ERROR|RACECHECK) SUMMARY", line)]
+            clean = run.returncode == 0 and bool(summary)
+            yield {"case": check, "result": "; ".join(summary), "failed": None if clean else f"…{out[-1500:]}"}
+    finally:
+        for run in runs.values():
+            run.kill()
 
 
 def ncu() -> list[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -16,16 +16,15 @@ MARGIN = 1.02  # CUDA C++ has to be this much faster than Triton to take its pla
 
 
 class Report:
-    """Rows of a stage. A case is timed only if its result was right."""
+    """Rows of a stage, one by one. A case is timed only if its result was right."""
 
     def __init__(self) -> None:
         self.bandwidth = timing.copy_bandwidth()
-        self.rows: list[Row] = [{"case": "copy", "backend": "torch", "GB/s": self.bandwidth / 1e9}]
 
     def __call__(
         self, case: str, backend: str, batch: int, moved: int, calls: list[Callable[[], None]], failed: str | None,
         key: str = "",
-    ) -> None:  # fmt: skip
+    ) -> Row:  # fmt: skip
         """moved: bytes that must be read and written; over the copy's bandwidth they are the floor. key: of the case in
         the table of backends."""
         row: Row = {"case": case, "backend": backend, "batch": batch, "failed": failed, "key": key}
@@ -33,28 +32,30 @@ class Report:
             time_us, floor_us = timing.microseconds(calls), moved / self.bandwidth * 1e6
             row |= {"µs": time_us, "floor µs": floor_us, "share": floor_us / time_us}
             row["goal"] = ("met" if floor_us / time_us >= TARGET_SHARE else "missed") if batch >= 128 else "none"
-        self.rows.append(row)
+        return row
 
 
-def kernels() -> list[Row]:
+def kernels() -> Iterator[Row]:
     """The update, the generator and the norms of both GPU backends."""
     report = Report()
-    _updates(report)
-    norms.norms(report)
-    return report.rows
+    yield {"case": "copy", "backend": "torch", "GB/s": report.bandwidth / 1e9}
+    yield from _updates(report)
+    yield from norms.norms(report)
 
 
-def backends() -> list[Row]:
+def backends() -> Iterator[Row]:
     """The same, and the table of the backend that is fastest where it was right: what the ops go by from then on."""
     from sgm_engine.kernels import backend_table
 
-    rows = kernels()
+    rows: list[Row] = []
+    for row in kernels():
+        rows.append(row)
+        yield row
     here = backend_table.capability(torch.device("cuda"))
     table = backend_table.read(backend_table.PATH) | {here: fastest(rows)}
     backend_table.write(table, backend_table.PATH)
     faster = sum(backend != backend_table.TRITON for backend in table[here].values())
-    rows.append({"case": f"{len(table[here])} cases to {backend_table.PATH.name}, CUDA C++ in {faster} of them"})
-    return rows
+    yield {"case": f"{len(table[here])} cases to {backend_table.PATH.name}, CUDA C++ in {faster} of them"}
 
 
 def fastest(rows: list[Row]) -> dict[str, str]:
@@ -85,7 +86,7 @@ def update(function: Callable[..., None], x: torch.Tensor, score: torch.Tensor, 
     )
 
 
-def _updates(report: Report) -> None:
+def _updates(report: Report) -> Iterator[Row]:
     from sgm_engine.kernels import backend_table, cuda, triton_noise, triton_update
 
     for batch in BATCHES:
@@ -102,14 +103,14 @@ def _updates(report: Report) -> None:
             state["row"].zero_()
             calls = [lambda f=function, s=state, b=b: timed_update(f, *b, s) for b in sets]
             key = backend_table.update_case(*sets[0])
-            report("update 3×32² NHWC, bf16 score", backend, batch, moved, calls, failed, key)
+            yield report("update 3×32² NHWC, bf16 score", backend, batch, moved, calls, failed, key)
         fills = [torch.empty_like(x) for _ in range(timing.copies(x.nbytes))]
         for backend, module in (("CUDA", cuda), ("Triton", triton_noise)):
             state = slots(batch, 1)
             calls = [
                 lambda m=module, o=o, s=state: m.noise_fill(o, s["seed"], s["sample_id"], 1, 0, "normal") for o in fills
             ]
-            report("normals 3×32²", backend, batch, x.nbytes, calls, None, backend_table.noise_case(x, "normal"))
+            yield report("normals 3×32²", backend, batch, x.nbytes, calls, None, backend_table.noise_case(x, "normal"))
 
 
 def timed_update(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -88,14 +88,12 @@ def engine_of(model: torch.nn.Module, batch: int, options: dict):
     return Engine(fast, batch=batch, device=DEVICE, **options)
 
 
-@torch.no_grad()
-def engine_rows(model, sigmas, x, level, want) -> list[Row]:
+def engine_rows(model, sigmas, x, level, want) -> Iterator[Row]:
     """Of each way to run the engine: time, launches, gaps between them, and the share of what the device could do."""
     from sgm_engine.plan import annealed_langevin
 
     batch, plan = len(x), annealed_langevin(sigmas, steps_per_level=10)
     floor_ms = 1e3 * max(FLOPS * batch / timing.peak_flops(), (BYTES * batch + WEIGHTS) / timing.copy_bandwidth())
-    rows: list[Row] = []
     for name, options in ENGINES.items():
         row: Row = {"case": f"engine {name}", "batch": batch}
         if options["precision"] == "float8" and torch.cuda.get_device_capability() < (8, 9):
@@ -109,31 +107,40 @@ def engine_rows(model, sigmas, x, level, want) -> list[Row]:
             steps = engine.stats.steps - before
             row["ms a step"] = ms = (time.perf_counter() - began) * 1e3 / steps
             most = 0.3 if options["precision"] == "float8" else 0.1  # of weights that are random
-            row["score error"] = checked(engine._network(x, level), want, most)
+            with torch.no_grad():
+                row["score error"] = checked(engine._network(x, level), want, most)
             launches, busy_ms = timing.kernels_of(lambda e=engine: e._executor.run(1))  # slots are idle: no update
             row |= {"kernels a step": launches, "gaps": max(0.0, 1 - busy_ms / ms), "share of roofline": floor_ms / ms}
             row["images/s"] = batch * 1e3 / (ms * NFE)
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-        rows.append(row)
-    return rows
+        yield row
 
 
-def step_times() -> list[Row]:
-    """One step of NCSN CIFAR-10 (channels-last; x float32) by the engine and by each peer, in one run."""
+def step_times() -> Iterator[Row]:
+    """One step of NCSN CIFAR-10 (channels-last; x float32) by the engine and by each peer, in one run.
+
+    What takes longest to compile comes last, so that it is what is missing if the time is over.
+    """
+    from sgm_engine.acceleration import accelerate
+
     model, sigmas = network()
-    rows: list[Row] = []
+    fast = accelerate(model)
+    problems, fastest = {}, {}
     for batch in BATCHES:
         x = torch.rand(batch, 3, SIDE, SIDE, device=DEVICE).contiguous(memory_format=torch.channels_last)
         level = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
-        want = model(x, level)  # what every score at x is checked against
-        ours = engine_rows(model, sigmas, x, level, want)
-        rows += ours
-        fastest = ours[0].get("ms a step")
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            for name, make in peers(model, batch).items():
-                rows.append(peer_row(name, make, x, level, want, fastest))
-    return rows
+        problems[batch] = x, level, model(x, level)  # what every score at x is checked against
+        for row in engine_rows(fast, sigmas, *problems[batch]):
+            fastest.setdefault(batch, row.get("ms a step"))
+            yield row
+    makers = {batch: peers(model, batch) for batch in BATCHES}
+    for name in dict.fromkeys(name for found in makers.values() for name in found):
+        for batch, found in makers.items():
+            if name in found:
+                with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+                    row = peer_row(name, found[name], *problems[batch], fastest[batch])
+                yield row
 
 
 def peer_row(name: str, make: Callable, x, level, want, engine_ms: float | None) -> Row:
@@ -152,12 +159,11 @@ def peer_row(name: str, make: Callable, x, level, want, engine_ms: float | None)
     return row
 
 
-def end_to_end() -> list[Row]:
+def end_to_end() -> Iterator[Row]:
     """Images a second of the engine's chains: 1,001 evaluations each (NCSN CIFAR-10), or a stated part of them."""
     from sgm_engine.plan import annealed_langevin
 
     model, sigmas = network()
-    rows: list[Row] = []
     for batch, steps_per_level in CHAINS:
         plan = annealed_langevin(sigmas, steps_per_level=steps_per_level)
         name, options = next(iter(ENGINES.items()))
@@ -172,5 +178,4 @@ def end_to_end() -> list[Row]:
         row: Row = {"case": f"engine {name}", "batch": batch, "NFE an image": plan.nfe, "s": seconds}
         row |= {"NFE/s": batch * plan.nfe / seconds, "images/s of 1,001 NFE": batch * plan.nfe / seconds / NFE}
         row["failed"] = None if torch.equal(samples, again) else "the same seed gave other bytes"
-        rows.append(row)
-    return rows
+        yield row

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from bench.gpu import timing
+from bench.gpu.stages import Row
 from bench.gpu.timing import DEVICE
 
 SHAPES = [(128, 32), (256, 16), (64, 28)]  # channels, side: the norms of NCSN on CIFAR-10 and MNIST
@@ -60,7 +63,7 @@ def case(module, batch, channels, side, dtype, layout, what="norm + ELU", varian
     return call, check
 
 
-def norms(report) -> None:
+def norms(report) -> Iterator[Row]:
     from sgm_engine.kernels import backend_table, cuda, triton_norm
 
     clusters = torch.cuda.get_device_capability()[0] >= 9
@@ -80,5 +83,5 @@ def norms(report) -> None:
                     sets = [case(module, *how) for _ in range(timing.copies(moved))]
                     sets[0][0]()
                     calls, failed = [call for call, _ in sets], sets[0][1]()
-                    report(f"{what} {channels}×{side}², bf16 NHWC", backend, batch, moved, calls, failed, key)
+                    yield report(f"{what} {channels}×{side}², bf16 NHWC", backend, batch, moved, calls, failed, key)
                     del sets, calls

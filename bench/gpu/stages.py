@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import re
+import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,21 +27,60 @@ class Stage:
     rows: list[Row] = field(default_factory=list)
 
 
-def run_stages(stages: dict[str, Callable[[], list[Row]]], say: Callable[[str], None] = print) -> list[Stage]:
-    """Run every stage; an exception ends its stage, not the run. A row with "failed" set fails its stage."""
-    done = []
+class Overrun(BaseException):
+    """A stage's time is over. No Exception: a row that fails is recorded and the next one is measured."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises Overrun in the main thread when they are over."""
+
+    def stop(*_: object) -> None:
+        raise Overrun
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_stages(
+    stages: dict[str, Callable[[], Iterable[Row]]],
+    say: Callable[[str], None] = print,
+    limits: dict[str, float] | None = None,
+    seconds: float = math.inf,
+    record: Callable[[list[Stage]], object] = list,
+) -> list[Stage]:
+    """Run every stage; an exception ends its stage, not the run. A row with "failed" set fails its stage.
+
+    limits: seconds of a stage, at most; seconds: of them all. What a stage had measured when its time was over stays.
+    record: called with the stages so far after each of them, so that nothing is lost if the run is stopped.
+    """
+    done: list[Stage] = []
+    end = time.perf_counter() + seconds
     for name, function in stages.items():
         stage, began = Stage(name), time.perf_counter()
+        done.append(stage)
+        limit = min((limits or {}).get(name, math.inf), end - began)
         try:
-            stage.rows = function()
-            bad = [f"{row.get('case', '?')}: {row['failed']}" for row in stage.rows if row.get("failed")]
-            stage.failed = "; ".join(bad) or None
+            if limit <= 0:
+                raise Overrun
+            with time_limit(limit if limit < math.inf else 0):
+                for row in function():
+                    stage.rows.append(row)
+        except Overrun:
+            stage.failed = f"stopped after {max(limit, 0):.0f} s, its share of the time"
         except Exception as error:
             traceback.print_exc()
             stage.failed = f"{type(error).__name__}: {error}"
+        bad = [f"{row.get('case', '?')}: {row['failed']}" for row in stage.rows if row.get("failed")]
+        stage.failed = "; ".join([*bad, *filter(None, [stage.failed])]) or None
         stage.seconds = round(time.perf_counter() - began, 1)
         say(f"{name}: {stage.failed or 'passed'} ({stage.seconds} s)")
-        done.append(stage)
+        record(done)
     return done
 
 
