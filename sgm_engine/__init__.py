@@ -1,9 +1,15 @@
 """A custom-kernel sampler engine for noise-conditional score models."""
 
 from importlib import import_module
+from os import path as _path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# An installation has kernels/ in here (setup.py). A source tree that is not installed has it beside this folder.
+_here = _path.dirname(__file__)
+if not _path.isdir(_path.join(_here, "kernels")):
+    __path__.append(_path.dirname(_here))
 
 if TYPE_CHECKING:
     from sgm_engine.acceleration import accelerate

@@ -62,6 +62,9 @@ class FusedNorm(nn.Module):
         else:
             parameters = {role: getattr(self.source, name) for role, name in self.roles.items()}
         level = level if self.conditional else None
+        if residual is not None and residual.dtype != x.dtype:  # autocast on a GPU, which upsamples in float32
+            dtype = min(x.dtype, residual.dtype, key=lambda dtype: dtype.itemsize)
+            x, residual = x.to(dtype), residual.to(dtype)
         options = {"level": level, "activation": activation, "residual": residual, "eps": self.eps}
         options |= {"groups": self.groups, "before": before, "pool": pool}
         if inverse is not None or partials is not None:

@@ -153,6 +153,18 @@ def test_gradients():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("late", [False, True])
+def test_a_sum_of_two_precisions_is_one_of_16_bits(late):
+    """Traced in float32; under autocast a GPU's interpolation is float32 still, and a convolution is not."""
+    norm = recognise(NCSN(torch.logspace(0, -2, 10), 1, 8, image_size=16).normalizer)
+    narrow, wide = X.repeat(1, 8, 1, 1).bfloat16(), X.repeat(1, 8, 1, 1) + 1e-3
+    x, residual = (wide, narrow) if late else (narrow, wide)
+    y, total = norm(x, LEVEL, "elu", residual)
+    assert y.dtype == total.dtype == torch.bfloat16 and torch.equal(total, narrow + wide.bfloat16())
+    assert torch.equal(y, norm(total, LEVEL, "elu"))
+
+
+@torch.no_grad()
 def test_a_trace_that_comes_late_is_not_made_under_autocast(as_on_a_gpu):
     """Moved to another device, or not traced yet: in 16 bits it would differ from the module, and be refused."""
     net = network()

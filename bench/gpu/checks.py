@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import csv
 import importlib.util
 import os
@@ -10,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,19 +43,8 @@ def environment() -> dict[str, str]:
 
 
 def make_importable() -> None:
-    """In a source tree that is not installed nothing maps kernels/ to sgm_engine.kernels: a folder of links does."""
+    """This tree's modules come first, whatever is installed."""
     sys.path[:] = [str(ROOT), *(p for p in sys.path if p and Path(p) != ROOT)]
-    if importlib.util.find_spec("sgm_engine.kernels") is not None:
-        return
-    overlay = Path(tempfile.mkdtemp(prefix="sgm-bench-"))
-    atexit.register(shutil.rmtree, overlay)
-    (overlay / "sgm_engine").mkdir()
-    for entry in [*(ROOT / "sgm_engine").iterdir(), ROOT / "kernels"]:
-        (overlay / "sgm_engine" / entry.name).symlink_to(entry)
-    sys.path.insert(0, str(overlay))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "sgm_engine"]:
-        del sys.modules[name]
-    importlib.invalidate_caches()
 
 
 def build() -> list[Row]:
