@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from bench.gpu.stages import Row
 
 GPU_TESTS = [
@@ -25,9 +27,9 @@ OUTCOME = (re.compile(rf"{RESULT} {TEST}\s*$"), re.compile(rf"^{TEST} {RESULT}\b
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def shell(*command: str, timeout: float = 500) -> str:
+def shell(*command: str, **variables: str) -> str:
     """Output of a command run in the source tree; RuntimeError with its last lines if it fails."""
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment())
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment() | variables)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} exited {run.returncode}: …{(run.stdout + run.stderr)[-1500:]}")
     return run.stdout + run.stderr
@@ -48,7 +50,10 @@ def make_importable() -> None:
 
 
 def build() -> list[Row]:
-    shell(sys.executable, "setup.py", "build_ext", "--inplace")
+    """The C++ module and the CUDA library, this for the GPU at hand alone."""
+    major, minor = torch.cuda.get_device_capability()
+    archs = os.environ.get("SGM_CUDA_ARCHS") or f"{major}{minor}"
+    shell(sys.executable, "setup.py", "build_ext", "--inplace", SGM_CUDA_ARCHS=archs)
     make_importable()
     from sgm_engine.kernels import cuda
 
