@@ -21,6 +21,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Distribution, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.extension import Extension
@@ -144,19 +145,23 @@ def build_cuda(ninja: Ninja, library: Path, nvcc: str) -> None:
     ninja.edge("nvlink", library, objects)
 
 
+def build(target: Path) -> None:
+    """sgm_engine/_C… and, with nvcc, sgm_engine/_cuda/libsgm_cuda.so under ``target``, whatever setuptools there is."""
+    module = target / "sgm_engine" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library = target / "sgm_engine" / "_cuda" / "libsgm_cuda.so"
+    ninja = Ninja(ROOT / "build" / f"ninja-{sys.implementation.cache_tag}")  # kept: the next build is incremental
+    module.parent.mkdir(parents=True, exist_ok=True)
+    build_cpu(ninja, module)
+    if nvcc := find_nvcc():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        build_cuda(ninja, library, nvcc)
+    ninja.run()
+
+
 class BuildExt(build_ext):
     def run(self) -> None:
         # Where setuptools would put it: build/lib… for a wheel, the source tree for an editable install.
-        target = ROOT if self.inplace else Path(self.build_lib).resolve()
-        module = target / "sgm_engine" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-        library = target / "sgm_engine" / "_cuda" / "libsgm_cuda.so"
-        ninja = Ninja(ROOT / "build" / f"ninja-{sys.implementation.cache_tag}")  # kept: the next build is incremental
-        module.parent.mkdir(parents=True, exist_ok=True)
-        build_cpu(ninja, module)
-        if nvcc := find_nvcc():
-            library.parent.mkdir(parents=True, exist_ok=True)
-            build_cuda(ninja, library, nvcc)
-        ninja.run()
+        build(ROOT if self.inplace else Path(self.build_lib).resolve())
 
     def get_source_files(self) -> list[str]:
         return [str(p.relative_to(ROOT)) for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh", ".inc")]
@@ -177,6 +182,9 @@ class BinaryDistribution(Distribution):
 if __name__ == "__main__":
     if sys.platform == "win32":
         raise SystemExit("sgm-engine builds on Linux and macOS; on Windows use WSL 2")
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        here = f"{sys.executable} -c 'import setup; setup.build(setup.ROOT)'"
+        raise SystemExit(f"setuptools {setuptools.__version__} is older than 77: update it, or build in place: {here}")
     readme = ROOT / "README.md"
     setup(
         version=re.search(r'__version__ = "(.+)"', (ROOT / "sgm_engine" / "__init__.py").read_text())[1],

@@ -53,7 +53,7 @@ def build() -> list[Row]:
     """The C++ module and the CUDA library, this for the GPU at hand alone."""
     major, minor = torch.cuda.get_device_capability()
     archs = os.environ.get("SGM_CUDA_ARCHS") or f"{major}{minor}"
-    shell(sys.executable, "setup.py", "build_ext", "--inplace", SGM_CUDA_ARCHS=archs)
+    shell(sys.executable, "-c", "import setup; setup.build(setup.ROOT)", SGM_CUDA_ARCHS=archs)
     make_importable()
     from sgm_engine.kernels import cuda
 
