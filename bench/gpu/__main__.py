@@ -63,7 +63,7 @@ STAGES: dict[str, Callable[[], Iterable[Row]]] = {
 LIMITS = {
     "build": 240,
     "tests": 300,
-    "sanitize": 120,
+    "sanitize": 200,
     "kernels": 150,
     "convolutions": 180,
     "backends": 180,
