@@ -25,6 +25,13 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" 
 SMALL = ConvTile(pixels=32, channels=16, depth=16, warps=4)
 
 
+@pytest.fixture(autouse=True)
+def float32():
+    """PyTorch's own convolutions too, which on a GPU are TensorFloat-32 unless told otherwise."""
+    with float32_math("ieee") if DEVICE == "cuda" else nullcontext():
+        yield
+
+
 def tensors(shape, c_out, kernel, dtype, seed=0):
     random = torch.Generator().manual_seed(seed)
     draw = lambda *s: torch.randn(s, generator=random)  # noqa: E731
@@ -58,8 +65,7 @@ def assert_as_accurate(found, x, weight, bias, residual, dilation):
     """The 2× rule: PyTorch's formula in float32, rounded once, is the measure."""
     wide = lambda kind: [None if t is None else t.to(kind) for t in (x, weight, bias, residual)]  # noqa: E731
     exact = definition(*wide(torch.float64), dilation)
-    with float32_math("ieee") if DEVICE == "cuda" else nullcontext():  # PyTorch's convolutions are TensorFloat-32 there
-        formula = definition(*wide(torch.float32), dilation).to(found.dtype)
+    formula = definition(*wide(torch.float32), dilation).to(found.dtype)
     error, allowed = ((t.double() - exact).abs().max().item() for t in (found, formula))
     assert error <= 2 * allowed + 2 * torch.finfo(torch.float32).eps * exact.abs().max().item(), (error, allowed)
 
@@ -258,7 +264,8 @@ def test_networks_join_convolutions_and_norms(tuned, traced_as_on_a_gpu):
     joined = [norm for what, norm in fast.report.replaced.items() if "convolution before it" in what]
     shapes |= {"norm", "sum and norm"}
     found = fast(x, level)
-    assert (found.double().cpu() - exact).norm() <= 2e-6 * exact.norm()
+    most = 2e-6 if DEVICE == "cpu" else 1e-4  # cuDNN's algorithms are less exact; a wrong join is off by O(1)
+    assert (found.double().cpu() - exact).norm() <= most * exact.norm()
     assert [len(norms) for norms in joined] == [64]
     assert ran.count((False, True)) == 9 and ran.count((True, True)) == 8 and len(ran) == 17
 
