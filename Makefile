@@ -30,7 +30,7 @@ sample: $(VENV)/.installed
 	@$(BIN)/sgm sample --out samples.png $(ARGS)
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
