@@ -30,11 +30,6 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-FLOAT8_TARGETS = (
-    "sm_90",
-    "sm_100",
-    "sm_120",
-)  # sm_89 too, which nothing here is compiled for; gfx942's is another e4m3
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -67,7 +62,7 @@ class Report:
 
 def targets(case: Case) -> tuple[str, ...]:
     """The GPUs that a case is for."""
-    return FLOAT8_TARGETS if case.float8 else tuple(TARGETS)
+    return case.targets or tuple(TARGETS)
 
 
 def problems(case: Case, report: Report) -> list[str]:

@@ -20,6 +20,7 @@ from sgm_engine.kernels import (
 from sgm_engine.kernels.launch import Launch
 
 BATCH, FLOAT8 = 8, torch.float8_e4m3fn
+HAVE_E4M3 = ("sm_90", "sm_100", "sm_120")  # sm_89 too, which nothing here is compiled for; gfx942's is another e4m3
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Case:
     stores: int = 0  # likewise written
     shared: int = 16384  # bytes of shared memory at most: a tile that goes through it needs more
     exact: bool = False  # products and sums rounded separately, subnormals kept
-    float8: bool = False  # for the targets whose tensor cores know e4m3
+    targets: tuple[str, ...] = ()  # of aot.TARGETS; empty: all
     noises: int = 1  # how often four normals are made, if they are
 
 
@@ -181,6 +182,14 @@ def _norm_cases() -> Iterator[tuple[str, Case]]:
 
 def _conv_cases() -> Iterator[tuple[str, Case]]:
     """Every tile that is tuned over, with all that can follow. Its loads go past the registers, to shared memory."""
+    for tile in triton_conv.LARGE_TILES:
+        x, weight = (
+            _tensor(*shape, dtype=torch.bfloat16, nhwc=True) for shape in ((BATCH, 256, 16, 16), (256, 256, 3, 3))
+        )
+        bias = _tensor(256, dtype=torch.bfloat16)
+        launch = triton_conv.describe(x, weight, bias, None, 1, torch.empty_like(x), None, tile)
+        case = Case(launch, stores=2 * tile.pixels * tile.channels, shared=9 * 2**14 + 64, targets=("sm_90", "sm_100"))
+        yield f"conv 256·16·16 3×3 d1 {tile.pixels}×{tile.channels}×{tile.depth}", case
     for channels, side, dilation, tile in zip((128, 256, 256), (32, 16, 16), (1, 1, 4), triton_conv.TILES, strict=True):
         shape = (channels, side, side)
         x, residual = (_tensor(BATCH, channels, side, side, dtype=torch.bfloat16, nhwc=True) for _ in range(2))
@@ -189,7 +198,7 @@ def _conv_cases() -> Iterator[tuple[str, Case]]:
         bias = _tensor(channels, dtype=torch.bfloat16)
         launch = triton_conv.describe(x, weight, bias, residual, dilation, torch.empty_like(x), partial, tile)
         written = 2 * tile.pixels * tile.channels
-        case = Case(launch, loads=written, stores=written, shared=2**16 + 64)
+        case = Case(launch, loads=written, stores=written, shared=3 * 2**15 + 64)
         yield f"conv {_words(shape)} 3×3 d{dilation} {tile.pixels}×{tile.channels}×{tile.depth}", case
         parameter = _tensor(10, channels)
         arguments = (x, *[parameter] * 3, _slots(), "elu", None, 1e-5, x, None, partial)
@@ -209,19 +218,19 @@ def _float8_cases() -> Iterator[tuple[str, Case]]:
         launch = triton_conv.describe(x, weight, scale, torch.empty_like(out), 1, out, partial, tile, scale)
         written = 2 * tile.pixels * tile.channels
         name = f"conv float8 {_words((channels, side, side))} {tile.pixels}×{tile.channels}×{tile.depth}"
-        yield name, Case(launch, loads=written, stores=written, shared=3 * 2**15 + 64, float8=True)
+        yield name, Case(launch, loads=written, stores=written, shared=3 * 2**15 + 64, targets=HAVE_E4M3)
     for channels, side, activation in ((128, 32, "elu"), (64, 28, "silu")):
         x, parameter = _tensor(BATCH, channels, side, side, dtype=torch.bfloat16, nhwc=True), _tensor(10, channels)
         workspace = _tensor(triton_norm.norm_workspace_size(x))
         arguments = (x, *[parameter] * 3, _slots(), activation, None, 1e-5, x.to(FLOAT8), None, workspace)
         _, apply = triton_norm.describe(*arguments, inverse=0.5)
         tile, name = _tile(apply), f"norm apply float8 {channels}·{side}² {activation}"
-        yield name, Case(apply, loads=2 * tile, stores=tile, float8=True)
+        yield name, Case(apply, loads=2 * tile, stores=tile, targets=HAVE_E4M3)
     for dtype in (torch.bfloat16, torch.float32):
         x = _tensor(BATCH, 128, 32, 32, dtype=dtype, nhwc=True)
         launch = triton_float8.describe(x, 0.5, x.to(FLOAT8))
         read, written = (launch.constants["ELEMENTS"] * size for size in (dtype.itemsize, 1))
-        yield f"quantise {_words(dtype)}", Case(launch, loads=read, stores=written, float8=True)
+        yield f"quantise {_words(dtype)}", Case(launch, loads=read, stores=written, targets=HAVE_E4M3)
 
 
 def _tile(launch: Launch) -> int:

@@ -36,7 +36,9 @@ class ConvTile:
     stages: int = 3
 
 
-TILES = (ConvTile(), ConvTile(pixels=64, channels=128, warps=4), ConvTile(depth=64, stages=2))  # what is tuned over
+TILES = (ConvTile(), ConvTile(pixels=64, channels=128, warps=4), ConvTile(depth=64))  # what is tuned over
+# Likewise, where shared memory is large (sm_90, sm_100), and without statistics, for which it has no registers left.
+LARGE_TILES = (ConvTile(channels=256, depth=64),)
 FLOAT8_TILES = (ConvTile(depth=64), ConvTile(depth=128), ConvTile(pixels=64, depth=128, warps=4))
 
 

@@ -65,8 +65,8 @@ LIMITS = {
     "tests": 300,
     "sanitize": 200,
     "kernels": 150,
-    "convolutions": 180,
-    "backends": 180,
+    "convolutions": 480,  # some ninety kernels to compile
+    "backends": 300,
     "ncu": 120,
     "step": 240,
     "end-to-end": 90,

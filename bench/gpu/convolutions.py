@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from triton.runtime.errors import OutOfResources
 
 from bench.gpu import timing
 from bench.gpu.stages import Row
@@ -58,14 +59,14 @@ def _bfloat16(x: Tensor, layer: nn.Conv2d, floor: float, found: Table) -> list[R
     ours = lambda tile, *rest: launch(x, weight, bias, dilation, tile, x.dtype, None, *rest)  # noqa: E731
     key, time_us = conv_table.shape_key(x, weight, dilation), timing.microseconds([cudnn])
     rows: list[Row] = [{"case": key, "backend": "cuDNN", "µs": time_us, "floor µs": floor, "share": floor / time_us}]
-    timed = _tiles(key, triton_conv.TILES, ours, want, floor, rows)
-    if not timed:
-        return rows
-    tile = min(timed, key=timed.get)
-    if timed[tile] < time_us / MARGIN:
-        found[key] = tile
-    plain = (lambda: ours(tile)[0]) if key in found else cudnn
-    return rows + _with_norm(key, tile, ours, plain, want, found)
+    tiles = [t for t in triton_conv.TILES + triton_conv.LARGE_TILES if not triton_conv.refusal(x, weight, t)]
+    timed = _tiles(key, tiles, ours, want, floor, rows)
+    best = min(timed, key=timed.get, default=None)
+    if best is not None and timed[best] < time_us / MARGIN:
+        found[key] = best
+    plain = (lambda: ours(best)[0]) if key in found else cudnn
+    tile = min((t for t in timed if t in triton_conv.TILES), key=timed.get, default=None)
+    return rows if tile is None else rows + _with_norm(key, tile, ours, plain, want, found)
 
 
 def _float8(x: Tensor, layer: nn.Conv2d, floor: float, cudnn: float, found: Table) -> list[Row]:
@@ -105,6 +106,8 @@ def _tiles(key: str, tiles: Sequence, ours: Launch, want: Tensor, floor: float, 
             row["error"] = _checked(ours(tile)[0], want)
             row["µs"] = timed[tile] = timing.microseconds([lambda: ours(tile)])  # noqa: B023
             row |= {"floor µs": floor, "share": floor / timed[tile]}
+        except OutOfResources as error:
+            row["not run"] = str(error)
         except Exception as failure:
             row["failed"] = f"{type(failure).__name__}: {str(failure)[:200]}"
     return timed
