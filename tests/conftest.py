@@ -10,20 +10,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
-def tiny_weights(tmp_path_factory):
-    """A random NCSN (8×8, ngf 4, three levels) in the package's own format; its plan takes 7 evaluations."""
+def random_weights(tmp_path_factory):
+    """Writes a random NCSN of three levels in the package's own format: its path."""
     import torch
 
     from sgm_engine.checkpoint import save_checkpoint
     from sgm_engine.models import NCSN
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = NCSN([1.0, 0.3, 0.1], channels=1, ngf=4, divide_by_sigma=True, image_size=8)
-    model.plan = {"name": "annealed_langevin", "steps_per_level": 2, "step_lr": 1e-3}
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_checkpoint(model, path)
-    return path
+    def write(ngf, image_size, steps_per_level):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = NCSN([1.0, 0.3, 0.1], channels=1, ngf=ngf, divide_by_sigma=True, image_size=image_size)
+        model.plan = {"name": "annealed_langevin", "steps_per_level": steps_per_level, "step_lr": 1e-3}
+        path = tmp_path_factory.mktemp("weights") / f"ngf{ngf}.safetensors"
+        save_checkpoint(model, path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(random_weights):
+    """8×8, ngf 4; its plan takes 7 evaluations."""
+    return random_weights(ngf=4, image_size=8, steps_per_level=2)
 
 
 @pytest.fixture

@@ -10,24 +10,17 @@ from test_cli import fails
 
 from sgm_engine import calibration
 from sgm_engine.calibration import calibrate_float8
-from sgm_engine.checkpoint import load_checkpoint, save_checkpoint
+from sgm_engine.checkpoint import load_checkpoint
 from sgm_engine.engine import Engine
 from sgm_engine.float8 import Float8Config
-from sgm_engine.models import NCSN
 
 EMULATED = ("--precision", "float8", "--emulate-float8")
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
+def weights(random_weights):
     """An NCSN wide enough for float8: 32 and 64 channels, 4×4 pixels."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = NCSN([1.0, 0.3, 0.1], channels=1, ngf=32, divide_by_sigma=True, image_size=4)
-    model.plan = {"name": "annealed_langevin", "steps_per_level": 1, "step_lr": 1e-3}
-    path = tmp_path_factory.mktemp("weights") / "wide.safetensors"
-    save_checkpoint(model, path)
-    return path
+    return random_weights(ngf=32, image_size=4, steps_per_level=1)
 
 
 @pytest.fixture
