@@ -62,6 +62,8 @@ def inference_norm(
     inverse: y is float8, reference.quantised(y, inverse), for the next one; not with pool. partials: float32
     [N, slabs, 2, C], what the one before has left of x (triton_conv.py), used up; without residual and before, on CUDA.
     """
+    if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
+        raise RuntimeError("a norm in float8 has no gradient: use precision='bfloat16' where one is needed")
     y, total = _norm(x, residual, gamma, alpha, beta, level, activation, eps, groups, pool, before, inverse, partials)
     return y if total is None else (y, total)
 
@@ -160,7 +162,8 @@ def _backward_norm(ctx, *grads):
         )
         out = out if isinstance(out, tuple) else (out,)
         wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
-        grads = [g.to(o.dtype) for g, o in zip(grads, out, strict=True)]
+        grads = [g.to(o.dtype) for g, o in zip(grads, out, strict=True) if o.requires_grad]
+        out = [o for o in out if o.requires_grad]  # not the sum, if only γ, α or β learn
         found = iter(torch.autograd.grad(out, wanted, grads, create_graph=create_graph, allow_unused=True))
     return tuple(next(found) if need else None for need in ctx.needs_input_grad)
 

@@ -34,10 +34,10 @@ class ChosenConv(nn.Module):
         from sgm_engine.kernels import conv_table, triton_conv
 
         conv = self.conv
+        if _learns(self, x, residual):
+            return None
         if isinstance(conv, Float8Conv):
             return conv.tuned(x, residual, then)
-        if torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad):
-            return None
         tile = conv_table.choose(x, conv.weight, conv.dilation[0], then)
         if tile is None or triton_conv.refusal(x, conv.weight, tile, bool(then), residual):
             return None
@@ -55,7 +55,8 @@ class ConvNorm(nn.Module):
         self.conv, self.norm = conv, norm
 
     def forward(self, x: Tensor, level: Tensor | None = None, *, residual: Tensor | None = None, **options: object):
-        found = self.conv.tuned(x, residual, "norm" if residual is None else "sum and norm")
+        then = "norm" if residual is None else "sum and norm"
+        found = None if _learns(self.norm) else self.conv.tuned(x, residual, then)
         if found is not None:
             total, partials = found
             return self.norm(total, level, partials=partials, **options), total
@@ -108,6 +109,11 @@ def join_norms(graph: fx.Graph, modules: dict[str, nn.Module], report: Callable[
             norm.replace_all_uses_with(both)
         graph.erase_node(norm)
         graph.erase_node(conv)
+
+
+def _learns(module: nn.Module, *tensors: Tensor | None) -> bool:
+    """Whether a gradient is asked for, which the kernels do not have."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *module.parameters()))
 
 
 def _called(node: object, modules: dict[str, nn.Module]) -> nn.Module | None:

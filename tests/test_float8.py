@@ -220,6 +220,8 @@ def test_of_an_accelerated_network(monkeypatch):
     assert any("convolution before it" in what for what in joined.report.replaced)
     again = engine(joined, scales)
     assert torch.equal(score(again), found) and said in again.describe(), "through ConvNorm, where nothing is tuned"
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="a norm in float8 has no gradient"):
+        ours._network(torch.rand(2, 1, 8, 8).requires_grad_(), torch.zeros(2, dtype=torch.int64))
     monkeypatch.setattr(network_module, "fuse_quantisation", lambda module: 0)
     assert torch.equal(score(engine(fast, scales)), found), "who rounds to float8, the norm or the layer, is all one"
     more = replace(scales, maxima=scales.maxima | {"res2.0.conv2.conv": 1.0})

@@ -315,3 +315,17 @@ def test_agrees_with_torch_group_norm():
 def test_agrees_with_torch_instance_norm():
     x = images((3, 18, 10, 10))
     torch.testing.assert_close(launch(x)[0], F.instance_norm(x, eps=1e-5), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["x", "residual", "gamma"])
+def test_a_gradient_for_one_argument_alone(name):
+    """The sum that is returned beside the norm has none if only γ learns."""
+    random = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 4, 3, 3), "residual": (2, 4, 3, 3), "gamma": (4,)}
+    arguments = {n: torch.randn(shape, generator=random) for n, shape in shapes.items()}
+    found = []
+    for norm in (ops.noise_conditioned_norm, reference.noise_conditioned_norm):
+        tensors = {n: t.clone().requires_grad_(n == name) for n, t in arguments.items()}
+        norm(**tensors, activation="elu")[0].square().sum().backward()
+        found.append(tensors[name].grad)
+    torch.testing.assert_close(*found)

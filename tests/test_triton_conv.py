@@ -240,6 +240,14 @@ def test_a_convolution_with_its_norm(tuned, options):
         error, allowed = ((y.double() - exact).abs().max().item() for y in (found, formula))
         assert error <= 2 * allowed + 1e-6
         torch.testing.assert_close((plain, total), (found, total8), rtol=1e-4, atol=1e-4)
+        ran.clear()
+        wanted = [conv.weight, norm.embedding.weight, x, *([] if extra is None else [extra])]
+        for tensor in wanted:  # one at a time: the kernels have no gradient for any of them
+            [t.requires_grad_(t is tensor) for t in (conv.weight, conv.bias, norm.embedding.weight, *wanted)]
+            with torch.enable_grad():
+                both(x, level, residual=extra, **options)[0].square().sum().backward()
+            assert tensor.grad.abs().max() > 0 and not ran
+        [t.requires_grad_(False) for t in wanted]
 
 
 @pytest.fixture
