@@ -193,10 +193,11 @@ class Accelerated(nn.Module):
         return fx.GraphModule(root, graph), pinned
 
     def _walked(self, norms: dict) -> tuple[nn.Module, Report, list]:
-        """A copy of the module tree, over the same tensors, with only its norms replaced."""
+        """A copy of the module tree, over the same tensors and layers, with only its norms replaced."""
         report = Report()
-        tensors = list(chain(self.source.parameters(), self.source.buffers()))
-        network = copy.deepcopy(self.source, {id(t): t for t in tensors})
+        layers = (m for m in self.source.modules() if m is not self.source and next(m.children(), None) is None)
+        kept = chain(self.source.parameters(), self.source.buffers(), layers)
+        network = copy.deepcopy(self.source, {id(what): what for what in kept})
         for name, norm in norms.items():
             if isinstance(norm, FusedNorm) and not any(
                 name.startswith(f"{n}.") for n in report.replaced.get("norm", ())

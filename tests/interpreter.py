@@ -1,4 +1,5 @@
-"""Runs a test file under Triton's interpreter, in a process of its own, and reports each test where it was asked for.
+"""Runs a test file as a GPU's, in a process of its own, and reports each test where it was asked for: under Triton's
+interpreter, or on a pretended device.
 
 The interpreter has to be chosen before Triton is imported, and then holds for the whole process, which would spoil the
 tests that compile. With a GPU nothing of this happens: the same tests run on CUDA tensors.
@@ -21,11 +22,20 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 def run_interpreted(module: dict) -> None:
     """To be called last in a test file, with globals(): without a GPU, its tests report what a child process found."""
-    if DEVICE == "cuda" or INTERPRETED:
-        return
+    if DEVICE != "cuda" and not INTERPRETED:
+        _report_all(module)
+
+
+def run_pretended(module: dict) -> None:
+    """Likewise, with pretend_cuda.py."""
+    if not torch.cuda.is_available():
+        _report_all(module, "-p", "pretend_cuda")
+
+
+def _report_all(module: dict, *options: str) -> None:
     for name, test in list(module.items()):
         if name.startswith("test_"):
-            module[name] = _reporting(test, module["__file__"])
+            module[name] = _reporting(test, module["__file__"], options)
 
 
 def convert_float8_exactly() -> None:
@@ -48,28 +58,30 @@ def convert_float8_exactly() -> None:
     interpreter._convert_float = convert
 
 
-def _reporting(test, file: str):
+def _reporting(test, file: str, options: tuple[str, ...]):
     @functools.wraps(test)
     def report(**_):
         node = os.environ["PYTEST_CURRENT_TEST"].split("::", 1)[1].rsplit(" (", 1)[0]
-        results, output = _run(file)
-        assert node in results, f"{node} did not run in the interpreter:\n{output}"
+        results, output = _run(file, *options)
+        assert node in results, f"{node} did not run in the child process:\n{output}"
         outcome, message = results[node]
         if outcome == "skipped":
             pytest.skip(message)
         if outcome != "passed":
-            pytest.fail(f"in the interpreter: {message}", pytrace=False)
+            pytest.fail(f"in the child process: {message}", pytrace=False)
 
     return report
 
 
 @functools.cache
-def _run(file: str) -> tuple[dict[str, tuple[str, str]], str]:
+def _run(file: str, *options: str) -> tuple[dict[str, tuple[str, str]], str]:
     """Name → (passed | skipped | failure | error, text) of every test of the file, and what pytest printed."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    path = os.pathsep.join(filter(None, [str(Path(file).parent), os.environ.get("PYTHONPATH")]))
+    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", file, "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", file, *options, "-p", "no:cacheprovider", f"--junitxml={report}"]
         finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         cases = ElementTree.parse(report).iter("testcase") if report.exists() else ()
         results = {case.get("name"): _outcome(case) for case in cases}

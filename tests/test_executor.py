@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fake_graphs import Recorder
+from recorder import Recorder
 from torch import nn
 
 from sgm_engine.engine import Engine

@@ -52,6 +52,20 @@ class Small(nn.Module):
         return self.last(self.point(y)) / self.sigma[level][:, None, None, None]
 
 
+class Unfollowed(nn.Module):
+    """Of the shape of a score network; its forward depends on values, so that only its norms can be replaced."""
+
+    sigmas, shape = SIGMAS, (1, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(4, 32)
+        self.inside, self.last = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 1, 3, padding=1)
+
+    def forward(self, x, level):
+        return self.last(self.inside(F.elu(self.norm(self.first(x))))) if bool(x.isfinite().all()) else x
+
+
 @pytest.fixture
 def net():
     with torch.random.fork_rng():
@@ -236,6 +250,20 @@ def test_of_an_accelerated_network_that_was_not_traced_yet(net):
     assert fast.report is not None, "before it was copied for bfloat16, in which a trace cannot be checked"
     engine(fast, scales)
     assert len(fast._built) == 1
+
+
+def test_an_accelerated_network_that_no_trace_can_follow():
+    """It is a copy with other norms: its convolutions are watched and replaced all the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = Unfollowed().eval()
+    fast = accelerate(plain)
+    assert fast.report.replaced == {"norm": ["norm"]}
+    scales = calibrate_float8(fast, 4, plan=PLAN, emulate=True)
+    assert list(scales.maxima) == ["inside"]
+    found, want = (score(engine(net, scales)) for net in (fast, plain))
+    assert (found - want).norm() < 1e-2 * want.norm()
+    assert (found - score(Engine(fast, 4, precision="bfloat16"))).norm() > 2e-2 * want.norm()
 
 
 def test_scales_are_part_of_a_jobs_identity(net, scales):

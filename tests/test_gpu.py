@@ -1,24 +1,27 @@
-"""The engine on a GPU: what its parts promise elsewhere on a CPU, with real graphs, streams and kernels."""
+"""The engine on a GPU: what its parts promise elsewhere on a CPU, with real graphs, streams and kernels.
 
-import threading
+Without a GPU they run on a pretended one, pretend_cuda.py, which shows the Python of all this and no more.
+"""
+
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
 import torch
+from interpreter import run_pretended
 
 from sgm_engine.acceleration import accelerate
 from sgm_engine.calibration import calibrate_float8
 from sgm_engine.engine import Engine
 from sgm_engine.errors import CaptureFailed
 from sgm_engine.graphs import CudaGraphs, GraphConfig
-from sgm_engine.kernels import noise, ops
+from sgm_engine.kernels import conv_table, noise, ops, triton_conv
+from sgm_engine.kernels.triton_conv import ConvTile
 from sgm_engine.models.ncsn import NCSN
 from sgm_engine.plan import annealed_langevin
 from sgm_engine.samplers import predictor_corrector, sde_dpm_solver_2m
 from sgm_engine.schedule import geometric
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 SIGMAS = geometric(1, 0.1, 3)
 PLAN = annealed_langevin(SIGMAS, 2, step_lr=1e-3)
@@ -66,6 +69,7 @@ def test_samples_are_those_of_the_cpu(precision, most, fast):
         assert difference(found[-1], want) < most and engine.executor == executor
         assert torch.equal(engine.sample(6, 3, PLAN), found[-1])
         assert engine.stats.captures == (executor == "graph")
+        assert not fast or "5×5 mean of a norm" in model.report.replaced
     assert difference(*found) < most / 4
 
 
@@ -78,6 +82,34 @@ def test_float8():
     engine = Engine(model, 4, precision="float8", float8=scales)
     assert difference(engine.sample(6, 3, PLAN), want) < 0.3
     assert "norms write float8" in engine.describe()
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float8"])
+def test_convolutions_by_the_table(precision, monkeypatch):
+    """A tile for every shape, of convolutions by themselves and with the norm that follows."""
+    if precision == "float8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8")
+    asked, launched = set(), []
+
+    class AnyShape(dict):
+        def get(self, key, default=None):
+            asked.add(key.partition(", ")[2])
+            return ConvTile(pixels=64, channels=32, depth=32, warps=4, stages=2)
+
+    def convolution(x, weight, bias, residual, dilation, out, partial=None, *rest):
+        launched.append((x.dtype, residual is not None, partial is not None))
+        real(x, weight, bias, residual, dilation, out, partial, *rest)
+
+    scales = calibrate_float8(accelerate(net().cuda()), 1, plan=PLAN) if precision == "float8" else None
+    want = Engine(accelerate(net().cuda()), 4, precision=precision, float8=scales).sample(6, 3, PLAN)
+    real = triton_conv.convolution
+    monkeypatch.setattr(triton_conv, "convolution", convolution)
+    monkeypatch.setattr(conv_table, "table", lambda: {torch.cuda.get_device_name(): AnyShape(any=1)})
+    engine = Engine(accelerate(net().cuda()), 4, precision=precision, float8=scales)
+    assert difference(engine.sample(6, 3, PLAN), want) < 5e-2
+    assert asked == {"", "then norm", "then sum and norm"}
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float8_e4m3fn
+    assert {(dtype, False, False), (dtype, False, True), (dtype, True, True)} <= set(launched)
 
 
 @pytest.mark.parametrize("plan", [PLAN, predictor_corrector(SIGMAS), sde_dpm_solver_2m(SIGMAS)], ids=lambda p: p.name)
@@ -177,20 +209,13 @@ def test_engines_in_threads(side):
     engines = [Engine(model, 4, buckets=(2,)) for _ in range(2)]
     want = {n: Engine(model, 4, buckets=(2,)).sample(n, 3, PLAN) for n in (2, 4, 6)}
     torch.cuda.synchronize()
-    wrong = []
 
-    def caller(engine):
+    def wrong(engine):
         with torch.cuda.stream(torch.cuda.Stream()) if side else nullcontext():
-            for n in (2, 6, 4) * 3:
-                if not torch.equal(engine.sample(n, 3, PLAN), want[n]):
-                    wrong.append(n)
+            return [n for n in (2, 6, 4) * 2 if not torch.equal(engine.sample(n, 3, PLAN), want[n])]
 
-    threads = [threading.Thread(target=caller, args=(engine,)) for engine in engines * 2]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(wrong, engines * 2)) == [[]] * 4
 
 
 def test_a_norm_and_its_gradient():
@@ -201,3 +226,6 @@ def test_a_norm_and_its_gradient():
         ops.noise_conditioned_norm(t, gamma, None, None, None, "silu", groups=4).square().sum().backward()
         found.append((t.grad.cpu(), gamma.grad.cpu()))
     assert all(difference(a, b) < 1e-5 for a, b in zip(*found, strict=True))
+
+
+run_pretended(globals())
