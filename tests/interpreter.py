@@ -78,11 +78,11 @@ def _run(file: str, *options: str) -> tuple[dict[str, tuple[str, str]], str]:
     """Name → (passed | skipped | failure | error, text) of every test of the file, and what pytest printed."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     path = os.pathsep.join(filter(None, [str(Path(file).parent), os.environ.get("PYTHONPATH")]))
-    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    environment |= {"PYTHONPATH": path} | ({} if options else {"TRITON_INTERPRET": "1"})
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", file, *options, "-p", "no:cacheprovider", f"--junitxml={report}"]
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
         cases = ElementTree.parse(report).iter("testcase") if report.exists() else ()
         results = {case.get("name"): _outcome(case) for case in cases}
     return results, finished.stdout + finished.stderr

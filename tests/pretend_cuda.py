@@ -1,11 +1,12 @@
 """A CUDA device that is pretended, so that the Python of a GPU can run where there is none. A pytest plugin:
 
-    TRITON_INTERPRET=1 python -m pytest -p pretend_cuda tests/test_gpu.py
+    PYTHONPATH=tests python -m pytest -p pretend_cuda tests/test_gpu.py
 
 Tensors "on it" are CPU tensors whose storage is on a list. PyTorch's functions say that they are on cuda:0, refuse to
 mix them with others, and put their results on the list; a graph is the record of its operations (recorder.py), and
-refuses what a capture refuses: reads to the host, and copies from it. Ours run the launchers of a GPU, so Triton's
-kernels, in the interpreter. What this cannot show: times, races, memory, and what a kernel compiled for a GPU does.
+refuses what a capture refuses: reads to the host, and copies from it. Our ops go the way they go on a GPU as far as
+the launch of a kernel, in whose place the CPU's runs, or the reference: interpreted, a step would take minutes, and the
+kernels have tests of their own. What this cannot show: times, races, memory, and what a kernel does.
 """
 
 import functools
@@ -29,8 +30,7 @@ MEMORY = 80 * 2**30
 CAPABILITY = (9, 0)
 
 _there: dict[int, StorageWeakRef] = {}  # storages on the device, by address, which a reference keeps from serving again
-_interpreting = threading.RLock()  # Triton's interpreter patches its language while it runs
-_here = threading.local()  # .stream, .capturing
+_here = threading.local()  # .stream, .recorder of a capture
 
 
 def on_device(x: torch.Tensor) -> bool:
@@ -63,7 +63,7 @@ def is_cuda(device) -> bool:
 
 
 def capturing() -> bool:
-    return getattr(_here, "capturing", None) is not None
+    return getattr(_here, "recorder", None) is not None
 
 
 # Functions that may be given tensors of both devices, and those that say nothing of a device.
@@ -203,9 +203,13 @@ class Capture(Recorder):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.inside = True
         try:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            out = super().__torch_dispatch__(func, types, args, kwargs)
         finally:
             self.inside = False
+        if any(map(on_device, tensors_in((args, kwargs)))):  # in a backward pass nobody else sees to it
+            for x in tensors_in(out):
+                put(x)
+        return out
 
 
 class CUDAGraph:
@@ -233,16 +237,15 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
     if pool is not None:
         assert pool not in _spoilt and any(other.pool() == pool for other in _alive), "a pool that is none"
     before = current_stream()
-    _here.stream, _here.capturing = stream or Stream(), cuda_graph
-    with Capture() as recorder:
-        _here.recorder = recorder
-        try:
+    _here.stream, _here.recorder = stream or Stream(), Capture()
+    try:
+        with _here.recorder as recorder:
             yield
-        except BaseException:  # PyTorch's leaves its stream behind too
-            _spoilt.add(pool)
-            raise
-        finally:
-            _here.capturing = None
+    except BaseException:  # PyTorch's leaves its stream behind too
+        _spoilt.add(pool)
+        raise
+    finally:
+        _here.recorder = None
     _here.stream = before
     if pool is None:
         CUDAGraph._pools += 1
@@ -322,8 +325,6 @@ def install():
 
 def _reach_the_launchers():
     """An op is called from PyTorch's dispatcher, where no mode is left: its own code pretends again."""
-    from triton.runtime import interpreter
-
     implement = torch.library.Library.impl
 
     def impl(library, name, implementation, key="", **options):
@@ -340,7 +341,6 @@ def _reach_the_launchers():
 
     torch.library.Library.impl = impl
     assert "sgm_engine" not in sys.modules
-    interpreter.GridExecutor.__call__ = recorded(interpreter.GridExecutor.__call__)
     FakeTensorMode.from_tensor = without_pretence(FakeTensorMode.from_tensor)
 
 
@@ -361,15 +361,24 @@ def recorded(function):
     def launch(*args, **kwargs):
         if capturing() and not _here.recorder.inside:
             _here.recorder.calls.append((launch, args, kwargs, None))
-        with _interpreting, _disable_current_modes():
+        with _disable_current_modes():
             function(*args, **kwargs)
 
     return launch
 
 
 def stand_in_for_kernels():
-    """Launches are described, then made by the CPU's kernels or the reference: interpreted, a step takes minutes."""
-    from sgm_engine.kernels import cpu, reference, triton_conv, triton_float8, triton_noise, triton_norm, triton_update
+    """A launch is described, as it is on a GPU, and then made here."""
+    from sgm_engine.kernels import (
+        cpu,
+        reference,
+        triton_conv,
+        triton_float8,
+        triton_noise,
+        triton_norm,
+        triton_norm_backward,
+        triton_update,
+    )
 
     def instead(module, name, function):
         describe = module.describe
@@ -402,6 +411,7 @@ def stand_in_for_kernels():
     instead(triton_noise, "noise_fill", cpu.noise_fill)
     instead(triton_update, "langevin_update", cpu.langevin_update)
     instead(triton_norm, "norm", norm)
+    instead(triton_norm_backward, "norm_backward", cpu.norm_backward)
     instead(triton_conv, "convolution", convolution)
     instead(triton_float8, "quantise", lambda x, inverse, out: out.copy_(reference.quantised(x, inverse)))
 

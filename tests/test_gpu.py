@@ -10,18 +10,25 @@ from contextlib import nullcontext
 import pytest
 import torch
 from interpreter import run_pretended
+from test_cdm_sampling import small as small_cdm
 
 from sgm_engine.acceleration import accelerate
 from sgm_engine.calibration import calibrate_float8
+from sgm_engine.conditioning import at_sigmas
 from sgm_engine.engine import Engine
 from sgm_engine.errors import CaptureFailed
 from sgm_engine.graphs import CudaGraphs, GraphConfig
+from sgm_engine.guidance import classifier_free, classifier_guided, posterior
+from sgm_engine.inverse import downsample
+from sgm_engine.jobs.job import generate
+from sgm_engine.jobs.verify import verify
 from sgm_engine.kernels import conv_table, noise, ops, triton_conv
 from sgm_engine.kernels.triton_conv import ConvTile
 from sgm_engine.models.ncsn import NCSN
 from sgm_engine.plan import annealed_langevin
 from sgm_engine.samplers import predictor_corrector, sde_dpm_solver_2m
 from sgm_engine.schedule import geometric
+from sgm_engine.service import SamplerService
 
 SIGMAS = geometric(1, 0.1, 3)
 PLAN = annealed_langevin(SIGMAS, 2, step_lr=1e-3)
@@ -77,7 +84,7 @@ def test_float8():
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no float8")
     model = accelerate(net(64).cuda())
-    scales = calibrate_float8(model)
+    scales = calibrate_float8(model, 4)
     want = Engine(model, 4, precision="bfloat16").sample(6, 3, PLAN)
     engine = Engine(model, 4, precision="float8", float8=scales)
     assert difference(engine.sample(6, 3, PLAN), want) < 0.3
@@ -122,6 +129,43 @@ def test_plans_inpainting_and_streams(plan):
         assert difference(found, want) < 1e-3
         assert torch.equal(found.cpu()[:, where], known[where].expand(6, -1))
     assert difference(torch.stack([x for _, x in here.stream(range(6), 1, plan)]), there.sample(6, 1, plan)) < 1e-3
+
+
+MODELS = {
+    "classifier-guided": lambda model: classifier_guided(model, lambda x, sigma: -x.square().flatten(1).sum(1)),
+    "classifier-free": lambda model: classifier_free(model, model, 1.5),
+    "posterior": lambda model: posterior(
+        model, downsample(2, SHAPE), torch.full((1, 1, 8, 8), 0.5, device=next(model.parameters()).device), 0.1
+    ),
+    "other levels": lambda model: at_sigmas(model, [1, 0.5, 0.1]),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_made_of_models(name):
+    """Some of them take gradients inside the graph."""
+    found, want = (Engine(MODELS[name](net().to(d)), 4, d, "float32") for d in ("cuda", "cpu"))
+    assert found.executor == "graph"
+    plan = annealed_langevin(found.sigmas, 2, step_lr=1e-3)
+    assert difference(found.sample(6, 3, plan), want.sample(6, 3, plan)) < 1e-3
+
+
+@pytest.mark.parametrize("precision, most", [("float32", 1e-3), ("bfloat16", 0.1)])
+def test_a_classifier_of_noise(precision, most):
+    here, there = small_cdm().cuda(), small_cdm()
+    plan = annealed_langevin(there.sigmas, 2, step_lr=1e-3)
+    want = Engine(there, 4, executor="eager").sample(6, 3, plan)
+    assert difference(Engine(here, 4, precision=precision).sample(6, 3, plan), want) < most
+
+
+def test_a_service_and_a_job(tmp_path):
+    engine, want = Engine(net().cuda(), 4), Engine(net(), 4, executor="eager")
+    with SamplerService(engine) as service:
+        futures = [service.submit(3, seed=seed, plan=PLAN) for seed in range(3)]
+        for seed, future in enumerate(futures):
+            assert difference(future.result(), want.sample(3, seed, PLAN)) < 1e-3
+    assert generate(engine, tmp_path / "job", 10, plan=PLAN, format="safetensors", shard_size=4).complete
+    assert verify(tmp_path / "job").ok
 
 
 def test_buckets_share_one_pool_and_follow_the_weights():
