@@ -1,0 +1,115 @@
+"""Streams, events and graphs of the pretended device (pretend_cuda.py). A graph is the record of its operations."""
+
+import weakref
+from contextlib import contextmanager
+
+from pretend_tensors import DEVICE, capturing, here, on_device, put, tensors_in
+from recorder import Recorder
+
+
+class Stream:
+    def __init__(self, device=None, **_):
+        self.device, self.cuda_stream = DEVICE, id(self)
+
+    def wait_stream(self, other):
+        assert isinstance(other, Stream)
+
+    def wait_event(self, event):
+        assert isinstance(event, Event)
+
+    def synchronize(self):
+        refuse_in_capture()
+
+
+class Event:
+    def __init__(self, enable_timing=False, **_):
+        self.timed = enable_timing
+
+    def record(self, stream=None):
+        self.recorded = True
+
+    def synchronize(self):
+        refuse_in_capture()
+
+    def elapsed_time(self, end):
+        assert self.timed and end.timed and self.recorded and end.recorded
+        return 1.0
+
+
+default_stream = Stream()
+
+
+def refuse_in_capture():
+    if capturing():
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+
+def current_stream(device=None):
+    return getattr(here, "stream", None) or default_stream
+
+
+@contextmanager
+def use_stream(stream):
+    before = current_stream()
+    here.stream = stream
+    try:
+        yield
+    finally:
+        here.stream = before
+
+
+class Capture(Recorder):
+    inside = False  # of an op, which is recorded as one
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.inside = True
+        try:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self.inside = False
+        if any(map(on_device, tensors_in((args, kwargs)))):  # in a backward pass nobody else sees to it
+            for x in tensors_in(out):
+                put(x)
+        return out
+
+
+class CUDAGraph:
+    _pools = 0
+
+    def __init__(self, keep_graph=False):
+        self._recorder = None
+
+    def pool(self):
+        assert self._recorder is not None, "nothing was captured"
+        return self._pool
+
+    def replay(self):
+        refuse_in_capture()
+        assert self._recorder is not None, "nothing was captured"
+        self._recorder.replay()
+
+
+_alive: weakref.WeakSet = weakref.WeakSet()
+_spoilt: set = set()  # pools in which a capture failed
+
+
+@contextmanager
+def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
+    if pool is not None:
+        assert pool not in _spoilt and any(other.pool() == pool for other in _alive), "a pool that is none"
+    before = current_stream()
+    here.stream, here.recorder = stream or Stream(), Capture()
+    try:
+        with here.recorder as recorder:
+            yield
+    except BaseException:  # PyTorch's leaves its stream behind too
+        _spoilt.add(pool)
+        raise
+    finally:
+        here.recorder = None
+    here.stream = before
+    if pool is None:
+        CUDAGraph._pools += 1
+    cuda_graph._pool = pool or (0, CUDAGraph._pools)
+    cuda_graph._recorder = recorder
+    _alive.add(cuda_graph)
