@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sgm_engine.conditioning import at_sigmas
 from sgm_engine.inverse import LinearOperator
-from sgm_engine.schedule import check_sigmas
+from sgm_engine.schedule import check_number, check_sigmas
 
 Term = Callable[[Tensor, Tensor], Tensor]
 
@@ -68,6 +68,7 @@ def classifier_guided(model: Callable, log_prob: Term, scale: float = 1.0, sigma
     log_prob(x [B, C, H, W], sigma [B, 1, 1, 1]) → [B], of the y that is wanted, by a classifier that knows noise.
     scale 1 is Bayes' rule; any other is a heuristic.
     """
+    scale = check_number("scale", scale)
 
     def term(x: Tensor, sigma: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -88,7 +89,7 @@ class ClassifierFree(nn.Module):
         sigmas = getattr(conditional, "sigmas", None) if sigmas is None else sigmas
         if sigmas is None:
             raise ValueError("sigmas: the conditional model has none of its own, so pass its noise levels, descending")
-        self.conditional, self.unconditional, self.weight = conditional, unconditional, float(weight)
+        self.conditional, self.unconditional, self.weight = conditional, unconditional, check_number("weight", weight)
         self.register_buffer("sigmas", torch.tensor(check_sigmas(sigmas), dtype=torch.float32), persistent=False)
         self.train(getattr(conditional, "training", False))
 
@@ -121,6 +122,7 @@ def posterior(model: Callable, operator: LinearOperator, y: Tensor, noise: float
     As σ falls this becomes the exact posterior's score, and Langevin rows there sample it; before, and for other plans
     than Langevin's, it is a heuristic: docs/samplers.md says how far off.
     """
+    noise = check_number("noise", noise)
     if not noise >= 0:
         raise ValueError(f"noise must be >= 0, got {noise}")
     y = torch.as_tensor(y, dtype=torch.float32)

@@ -19,7 +19,7 @@ from torch import Tensor
 from sgm_engine.checks import MAX_ID, MAX_SEED, check_int
 from sgm_engine.kernels import ops
 from sgm_engine.kernels.noise import STREAM
-from sgm_engine.schedule import check_sigmas
+from sgm_engine.schedule import check_number, check_sigmas
 from sgm_engine.slots import as_int64
 
 
@@ -52,7 +52,7 @@ def log_likelihood(
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x must be floats [n, C, H, W], got {x.dtype} {list(x.shape)}")
     directions = _unit_vectors(x) if probes is None else _signs(x, check_int("probes", probes, 1), seed, first_id)
-    std = float(sigmas[0] if prior_std is None else prior_std)
+    std = check_number("prior_std", sigmas[0] if prior_std is None else prior_std)
     if not 0 < std < np.inf:
         raise ValueError(f"prior_std must be positive and finite, got {std}")
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sgm_engine.plan_report import describe, plot, refuse_divergence
-from sgm_engine.schedule import check_sigmas, nearest_level
+from sgm_engine.schedule import check_column, check_number, check_sigmas, nearest_level
 
 FORMAT, VERSION = "sgm-plan", 2
 COLUMNS = ("level", "sigma", "a", "b", "c", "d", "e", "f", "adaptive")
@@ -57,12 +57,12 @@ class Plan:
         if level.ndim != 1 or len(level) == 0:
             raise ValueError(f"level must be a vector of at least one row, got shape {level.shape}")
         if level.dtype.kind not in "iu" or level.min() < 0 or level.max() >= 2**31:
-            span = f"{level.min()} to {level.max()}"
-            raise ValueError(f"level must hold integers >= 0 and below 2**31, got {level.dtype}, {span}")
+            span = f", {level.min()} to {level.max()}" if level.dtype.kind in "iuf" else ""
+            raise ValueError(f"level must hold integers >= 0 and below 2**31, got {level.dtype}{span}")
         self._freeze("level", level.astype(np.int64))
         for name in COLUMNS[1:]:
             given = getattr(self, name)
-            column = np.zeros(len(level)) if given is None else np.array(given, dtype=np.float64)
+            column = np.zeros(len(level)) if given is None else check_column(name, given)
             if column.shape != level.shape:
                 raise ValueError(f"{name} has shape {column.shape}, but level has {level.shape}: one value a row")
             with np.errstate(over="ignore"):
@@ -76,7 +76,7 @@ class Plan:
         if self.start not in STARTS:
             raise ValueError(f"start must be one of {STARTS}, got {self.start!r}")
         for name in ("start_scale", "start_shift"):
-            if not np.isfinite(getattr(self, name)):
+            if not np.isfinite(check_number(name, getattr(self, name))):
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         if self.start_scale < 0:
             raise ValueError(f"start_scale must be >= 0, got {self.start_scale}")
@@ -197,16 +197,19 @@ def annealed_langevin(
     """
     sigmas = check_sigmas(sigmas)
     _check_count("steps_per_level", steps_per_level, len(sigmas))
-    if not (np.isfinite(step_lr) and step_lr > 0):
+    step_lr = check_number("step_lr", step_lr)
+    if not 0 < step_lr < np.inf:
         raise ValueError(f"step_lr must be positive and finite, got {step_lr}")
     if convention not in ("code", "paper"):
         raise ValueError(f"convention must be 'code' or 'paper', got {convention!r}")
     level = np.repeat(np.arange(len(sigmas)), steps_per_level)
     alpha = step_lr * (sigmas[level] / sigmas[-1]) ** 2
+    if not isinstance(denoise, (bool, np.bool_)):
+        raise TypeError(f"denoise must be True or False, got {denoise!r}")
     drift = alpha if convention == "code" else alpha / 2
     options = {
         "steps_per_level": int(steps_per_level),
-        "step_lr": float(step_lr),
+        "step_lr": step_lr,
         "convention": convention,
         "denoise": bool(denoise),
     }
@@ -228,13 +231,14 @@ def consistent_annealed(
     level = np.repeat(np.arange(len(sigmas)), steps_per_level)[:-1]  # the last row is the denoising one
     after = np.repeat(np.arange(len(sigmas)), steps_per_level)[1:]
     sigma, gamma = sigmas[level], sigmas[after] / sigmas[level]
+    eta = check_number("eta", eta)
     bad = np.flatnonzero(np.abs(1 - eta) > gamma)
     if len(bad):
         low, high = 1 - gamma.min(), 1 + gamma.min()
         raise ValueError(f"eta must lie in [{low:.4g}, {high:.4g}] for these sigmas, got {eta}")
     noise = sigma * np.sqrt(gamma**2 - (1 - eta) ** 2)
     table = (level, np.ones(len(level)), eta * sigma**2, noise)
-    options = {"steps_per_level": int(steps_per_level), "eta": float(eta)}
+    options = {"steps_per_level": int(steps_per_level), "eta": eta}
     return _plan("consistent_annealed", sigmas, table, True, _prior(sigmas, start_scale, start_shift), options)
 
 
@@ -261,13 +265,14 @@ def ddim(sigmas, eta: float = 0.0, start_scale: float | None = None, start_shift
     eta 0 is the Euler step of the probability flow in σ, without noise after the start; eta 1 is ``ancestral``.
     """
     sigmas = check_sigmas(sigmas)
+    eta = check_number("eta", eta)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
     now, after = sigmas[:-1], sigmas[1:]
     noise = eta * after * np.sqrt(1 - (after / now) ** 2)
     drift = now**2 - now * np.sqrt(after**2 - noise**2)
     table = (np.arange(len(now)), np.ones(len(now)), drift, noise)
-    return _plan("ddim", sigmas, table, True, _prior(sigmas, start_scale, start_shift), {"eta": float(eta)})
+    return _plan("ddim", sigmas, table, True, _prior(sigmas, start_scale, start_shift), {"eta": eta})
 
 
 def _plan(name, sigmas, table, denoise, start_law, options) -> Plan:
@@ -277,7 +282,8 @@ def _plan(name, sigmas, table, denoise, start_law, options) -> Plan:
         level = np.append(level, len(sigmas) - 1)
         a, b, c = np.append(a, 1.0), np.append(b, sigmas[-1] ** 2), np.append(c, 0.0)
     start, scale, shift = start_law
-    return Plan(level, sigmas[level], a, b, c, None, start, float(scale), float(shift), name, options)
+    scale, shift = check_number("start_scale", scale), check_number("start_shift", shift)
+    return Plan(level, sigmas[level], a, b, c, None, start, scale, shift, name, options)
 
 
 def _prior(sigmas, start_scale, start_shift) -> tuple[str, float, float]:

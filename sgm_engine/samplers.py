@@ -15,7 +15,7 @@ import numpy as np
 from sgm_engine import plan as first
 from sgm_engine import schedule as schedules
 from sgm_engine.plan import Plan
-from sgm_engine.schedule import check_sigmas
+from sgm_engine.schedule import check_number, check_sigmas
 
 MAX_CHURN = np.sqrt(2) - 1
 
@@ -35,9 +35,8 @@ def euler(
     s_noise·√(σ̂² − σ²)·z. That is the noise of the row before (of the start, before the first): no evaluation.
     """
     sigmas = check_sigmas(sigmas)
-    raised, noise = _churn(sigmas, s_churn, s_tmin, s_tmax, s_noise)
+    raised, noise, options = _churn(sigmas, s_churn, s_tmin, s_tmax, s_noise)
     rows = [(s, 1.0, s * (s - after), n) for s, after, n in zip(raised, sigmas[1:], noise[1:], strict=False)]
-    options = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
     return _table("euler", rows, raised, noise, sigmas, start_scale, start_shift, options)
 
 
@@ -56,12 +55,11 @@ def heun(
     ½σ'(σ − σ')·score(x_E, σ'). Churn as in ``euler``.
     """
     sigmas = check_sigmas(sigmas)
-    raised, noise = _churn(sigmas, s_churn, s_tmin, s_tmax, s_noise)
+    raised, noise, options = _churn(sigmas, s_churn, s_tmin, s_tmax, s_noise)
     rows = []
     for s, after, n in zip(raised, sigmas[1:], noise[1:], strict=False):
         rows.append((s, 1.0, s * (s - after), 0.0, 0.0, 1.0, s * (s - after) / 2))
         rows.append((after, 0.0, after * (s - after) / 2, n, 1.0))
-    options = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
     return _table("heun", rows, raised, noise, sigmas, start_scale, start_shift, options)
 
 
@@ -92,6 +90,7 @@ def predictor_corrector(
     sigmas = check_sigmas(sigmas)
     if corrector_steps != 0:
         first._check_count("corrector_steps", corrector_steps, len(sigmas))
+    snr = check_number("snr", snr)
     if not 0 < snr < 1:
         raise ValueError(f"snr must lie between 0 and 1, got {snr}: the corrector's b/σ² is 2·snr²")
     if predictor not in ("reverse_diffusion", "ancestral"):
@@ -148,8 +147,10 @@ def _cost(name: str, options: dict) -> tuple[int, int]:
     """Evaluations for L sigmas are each·L + fixed."""
     if "steps_per_level" in options:
         first._check_count("steps_per_level", options["steps_per_level"])
+    if options.get("corrector_steps", 0) != 0:
+        first._check_count("corrector_steps", options["corrector_steps"])
     if name == "annealed_langevin":
-        return options.get("steps_per_level", 100), int(options.get("denoise", True))
+        return options.get("steps_per_level", 100), int(bool(options.get("denoise", True)))
     if name == "consistent_annealed":
         return options.get("steps_per_level", 1), 0
     if name == "predictor_corrector":
@@ -158,14 +159,17 @@ def _cost(name: str, options: dict) -> tuple[int, int]:
     return (2, -1) if name == "heun" else (1, 0)
 
 
-def _churn(sigmas, s_churn, s_tmin, s_tmax, s_noise) -> tuple[np.ndarray, np.ndarray]:
-    """σ̂ [L], and the std [L] of the noise that raises each σ to it."""
-    for label, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_tmax", s_tmax), ("s_noise", s_noise)):
-        if not value >= 0 or (label in ("s_churn", "s_noise") and not np.isfinite(value)):
-            raise ValueError(f"{label} must be >= 0{'' if label.startswith('s_t') else ' and finite'}, got {value}")
+def _churn(sigmas, s_churn, s_tmin, s_tmax, s_noise) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """σ̂ [L], the std [L] of the noise that raises each σ to it, and the options."""
+    options = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+    options = {name: check_number(name, value) for name, value in options.items()}
+    for name, value in options.items():
+        if not value >= 0 or (name in ("s_churn", "s_noise") and not np.isfinite(value)):
+            raise ValueError(f"{name} must be >= 0{'' if name.startswith('s_t') else ' and finite'}, got {value}")
+    s_churn, s_tmin, s_tmax, s_noise = options.values()
     churned = (sigmas >= s_tmin) & (sigmas <= s_tmax)
     raised = sigmas * (1 + np.where(churned, min(s_churn / len(sigmas), MAX_CHURN), 0.0))
-    return raised, s_noise * np.sqrt(raised**2 - sigmas**2)
+    return raised, s_noise * np.sqrt(raised**2 - sigmas**2), options
 
 
 def _multistep(name: str, sigmas, power: int, start_scale, start_shift) -> Plan:
@@ -192,5 +196,6 @@ def _table(name, rows, raised, noise, sigmas, start_scale, start_shift, options)
     level = np.searchsorted(-np.unique(sigma)[::-1], -sigma)
     scale = np.hypot(sigmas[0], noise[0]) if start_scale is None else start_scale
     options = {k: v if isinstance(v, str) or np.isfinite(v) else None for k, v in options.items()}
-    start = {"start": "normal", "start_scale": float(scale), "start_shift": float(start_shift)}
+    start = {"start": "normal", "start_scale": check_number("start_scale", scale)}
+    start["start_shift"] = check_number("start_shift", start_shift)
     return Plan(level, sigma, a, b, c, d, **start, name=name, metadata=options, e=e, f=f, adaptive=adaptive)

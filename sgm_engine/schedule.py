@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from math import erf, sqrt
 
@@ -23,7 +24,7 @@ def linear(sigma_max: float, sigma_min: float, levels: int) -> np.ndarray:
 def karras(sigma_max: float, sigma_min: float, levels: int, rho: float = 7.0) -> np.ndarray:
     """``levels`` sigmas at a constant distance in σ^(1/rho) (EDM, arXiv 2206.00364, eq. 5); rho 1 is linear."""
     _check_ends("karras", sigma_max, sigma_min, levels)
-    if not 0 < rho < np.inf:
+    if not 0 < check_number("rho", rho) < np.inf:
         raise ValueError(f"karras needs a positive, finite rho, got {rho}")
     sigmas = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), levels) ** rho
     sigmas[0], sigmas[-1] = sigma_max, sigma_min
@@ -45,7 +46,7 @@ def ncsnv2(sigma_max: float, sigma_min: float, dimension: int, overlap: float = 
     covers of the next one's.
     """
     _check_ends("ncsnv2", sigma_max, sigma_min, 2 if sigma_max > sigma_min else 1)
-    if dimension < 1 or not 0 < overlap < 0.99:
+    if check_number("dimension", dimension) < 1 or not 0 < check_number("overlap", overlap) < 0.99:
         raise ValueError(f"ncsnv2 needs dimension >= 1 and overlap in (0, 0.99), got {dimension} and {overlap}")
 
     def covered(ratio: float) -> float:
@@ -73,17 +74,27 @@ SCHEDULES: dict[str, Callable[[float, float, int], np.ndarray]] = {
 def _check_ends(name: str, sigma_max: float, sigma_min: float, levels: int) -> None:
     if not isinstance(levels, (int, np.integer)):
         raise TypeError(f"{name} needs an integer number of levels, got {levels!r}")
-    if not 0 < sigma_min <= sigma_max < np.inf:
+    if not 0 < check_number("sigma_min", sigma_min) <= check_number("sigma_max", sigma_max) < np.inf:
         raise ValueError(f"{name} needs 0 < sigma_min <= sigma_max, got sigma_max={sigma_max}, sigma_min={sigma_min}")
     if levels < 1 or (levels == 1 and sigma_min != sigma_max):
         raise ValueError(f"{name} needs at least 2 levels between two different sigmas, got levels={levels}")
+
+
+def check_number(name: str, value: object) -> float:
+    """value as a float; TypeError names the argument. Arrays and tensors of no dimension are numbers, texts are not."""
+    try:
+        if isinstance(value, (bool, str, bytes)) or getattr(value, "ndim", 0):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{name} must be a number, got {reprlib.repr(value)}") from None
 
 
 def check_sigmas(sigmas) -> np.ndarray:
     """A float64 [L] copy of ``sigmas`` (array, list or tensor on any device): positive, finite, strictly descending."""
     if hasattr(sigmas, "detach"):
         sigmas = sigmas.detach().cpu().double().numpy()  # NumPy has no bfloat16
-    sigmas = np.array(sigmas, dtype=np.float64)
+    sigmas = check_column("sigmas", sigmas)
     if sigmas.ndim != 1 or len(sigmas) == 0:
         raise ValueError(f"sigmas must be a non-empty vector, got shape {sigmas.shape}")
     bad = np.flatnonzero(~(np.isfinite(sigmas) & (sigmas > 0)))
@@ -97,6 +108,14 @@ def check_sigmas(sigmas) -> np.ndarray:
             "pass them from the largest noise to the smallest"
         )
     return sigmas
+
+
+def check_column(name: str, values) -> np.ndarray:
+    """A float64 copy; TypeError names the argument where there is something else than numbers in it."""
+    try:
+        return np.array(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{name} must be numbers, got {reprlib.repr(values)}") from None
 
 
 def nearest_level(sigma: np.ndarray, sigmas: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from sgm_engine.schedule import check_sigmas
+from sgm_engine.schedule import check_number, check_sigmas
 
 
 class Row(NamedTuple):
@@ -163,8 +163,9 @@ def as_score(
     if sigmas is None:
         raise ValueError("sigmas: the model has none of its own, so pass the levels to sample at, descending")
     sigmas = check_sigmas(sigmas)
-    if not (np.isfinite(sigma_data) and sigma_data > 0):
-        raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+    sigma_data = check_number("sigma_data", sigma_data)
+    if not 0 < sigma_data < np.inf:
+        raise ValueError(f"sigma_data must be positive and finite, got {sigma_data}")
     row = KINDS[kind](sigmas, sigma_data)
     condition = row.condition if condition is None else condition
     if condition == "timestep":

@@ -1,6 +1,7 @@
 """Plans: the tables that samplers make, what a table is refused for, and how it travels."""
 
 import dataclasses
+import fractions
 import json
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sgm_engine.cdm.classes import variance_exploding
+from sgm_engine.guidance import classifier_free, classifier_guided, posterior
 from sgm_engine.plan import (
     COLUMNS,
     Plan,
@@ -18,7 +21,8 @@ from sgm_engine.plan import (
     ddim,
     reverse_diffusion,
 )
-from sgm_engine.schedule import check_sigmas, geometric, nearest_level
+from sgm_engine.samplers import euler, heun, predictor_corrector
+from sgm_engine.schedule import check_sigmas, geometric, karras, ncsnv2, nearest_level
 
 SIGMAS = geometric(1, 0.01, 10)
 SAMPLERS = [annealed_langevin, consistent_annealed, ancestral, reverse_diffusion, ddim]
@@ -131,6 +135,40 @@ def test_samplers_refuse(call, says):
         call()
 
 
+@pytest.mark.parametrize(
+    "name, call",
+    {
+        "sigma_max": lambda: geometric("1", 0.1, 3),
+        "rho": lambda: karras(1, 0.1, 3, rho="7"),
+        "overlap": lambda: ncsnv2(1, 0.1, 3072, overlap=None),
+        "sigmas": lambda: annealed_langevin(["a", "b"]),
+        "step_lr": lambda: annealed_langevin(SIGMAS, step_lr="2e-5"),
+        "denoise": lambda: annealed_langevin(SIGMAS, denoise="no"),
+        "start_scale": lambda: ddim(SIGMAS, start_scale="1"),
+        "start_shift": lambda: heun(SIGMAS, start_shift=[0.5]),
+        "eta": lambda: consistent_annealed(SIGMAS, eta="1"),
+        "s_churn": lambda: euler(SIGMAS, s_churn="40"),
+        "snr": lambda: predictor_corrector(SIGMAS, snr=True),
+        "b": lambda: Plan(**rows(b=[0.1, "much", 0.1])),
+        "c": lambda: Plan(**rows(c=[[0.4, 0.1], 0.04, 0])),
+        "scale": lambda: classifier_guided(None, None, scale="2", sigmas=SIGMAS),
+        "weight": lambda: classifier_free(None, None, "2", sigmas=SIGMAS),
+        "noise": lambda: posterior(None, None, None, noise="0.1"),
+        "reference": lambda: variance_exploding(SIGMAS, "20"),
+    }.items(),
+)
+def test_what_is_no_number_is_refused_by_name(name, call):
+    with pytest.raises(TypeError, match=rf"^{name} must be (a number|numbers|True or False), got "):
+        call()
+
+
+def test_numbers_of_any_kind_are_numbers():
+    plain, churned = ddim(SIGMAS, eta=0.5, start_scale=2.0), heun(SIGMAS, s_churn=0.5)
+    for kind in (np.float32, np.array, torch.tensor, fractions.Fraction):
+        assert ddim(SIGMAS, eta=kind(0.5), start_scale=kind(2.0)) == plain
+        assert Plan.from_json(heun(SIGMAS, s_churn=kind(0.5)).to_json()) == churned
+
+
 def test_the_largest_stable_step_is_accepted():
     assert annealed_langevin(SIGMAS, step_lr=1.99e-4).nfe == 1001
     assert annealed_langevin(SIGMAS, step_lr=3.99e-4, convention="paper").nfe == 1001
@@ -206,7 +244,7 @@ def _edited(**changes):
         (_edited(extra=1), r"unknown \['extra'\]"),
         (_edited(b="1"), "b "),
         (_edited(b=[1, 2]), "b has shape"),
-        (_edited(b=["x", 1, 1]), "could not convert"),
+        (_edited(b=["x", 1, 1]), "not a plan: b must be numbers"),
         (_edited(start=["uniform"]), "start"),
         (_edited(start_scale="big"), "not a plan"),
     ],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sgm_engine.schedule import check_sigmas, geometric
+from sgm_engine.schedule import check_column, check_number, check_sigmas, geometric
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class NoiseClasses:
 
     def __post_init__(self) -> None:
         for name in ("signal", "noise"):
-            column = np.array(getattr(self, name), dtype=np.float64)
+            column = check_column(name, getattr(self, name))
             if column.ndim != 1 or len(column) < 3 or not np.isfinite(column).all() or column.min() < 0:
                 raise ValueError(f"{name} must be a vector of at least 3 finite numbers >= 0, got {column}")
             column.setflags(write=False)
@@ -51,6 +51,7 @@ class NoiseClasses:
 def ddpm(levels: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> NoiseClasses:
     """DDPM's (arXiv 2006.11239): ᾱ_t = Π(1 − β), β linear from beta_min to beta_max; signal √ᾱ, noise √(1 − ᾱ)."""
     _check_levels(levels)
+    beta_min, beta_max = check_number("beta_min", beta_min), check_number("beta_max", beta_max)
     if not 0 < beta_min <= beta_max < 1:
         raise ValueError(f"need 0 < beta_min <= beta_max < 1, got {beta_min} and {beta_max}")
     log_alpha = np.cumsum(np.log1p(-np.linspace(beta_min, beta_max, levels)))
@@ -80,8 +81,8 @@ def variance_preserving(sigmas) -> NoiseClasses:
 def variance_exploding(sigmas, reference: float | None = None) -> NoiseClasses:
     """NCSN's: signal 1, noise σ; the reference N(0, reference²·I) has the std √(σ_1² + 1) unless given."""
     sigmas = check_sigmas(sigmas)
-    reference = float(np.hypot(sigmas[0], 1.0)) if reference is None else reference
-    if not (np.isfinite(reference) and reference > 0):
+    reference = check_number("reference", np.hypot(sigmas[0], 1.0) if reference is None else reference)
+    if not 0 < reference < np.inf:
         raise ValueError(f"reference must be a positive standard deviation, got {reference}")
     return _between(np.ones(len(sigmas)), sigmas[::-1], reference)
 
