@@ -77,6 +77,17 @@ class Accelerated(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("source"), name)
 
+    def __getstate__(self) -> dict:
+        """For pickle: without what was traced, which belongs to this process. The next call traces again."""
+        modules = {"source": self.source, "derived": nn.ModuleDict()}
+        return self.__dict__ | {"_modules": modules, "_built": {}}
+
+    def __deepcopy__(self, memo: dict) -> Accelerated:
+        """With what was traced, over the tensors that memo names: a network in 16 bits is such a copy."""
+        other = memo[id(self)] = Accelerated.__new__(Accelerated)
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         return self.traced_for(x, level)(x, level)
 

@@ -200,6 +200,18 @@ def test_bfloat16_and_copies():
 
 
 @torch.no_grad()
+def test_pickled_it_traces_again(as_on_a_gpu):
+    net = network()
+    fast = accelerate(net, (1, 16, 16))
+    other = pickle.loads(pickle.dumps(fast))
+    assert len(fast.derived) and not other.derived and str(other.report) == str(fast.report)
+    assert torch.equal(other(X, LEVEL), fast(X, LEVEL)) and len(other.derived) == len(fast.derived)
+    other.source.res2[0].conv2.conv.weight.zero_()
+    assert relative(other(X, LEVEL), other.source(X, LEVEL)) <= 2e-6
+    assert relative(fast(X, LEVEL), net(X, LEVEL)) <= 2e-6
+
+
+@torch.no_grad()
 def test_our_own_networks():
     model = NCSN(torch.logspace(0, -2, 10), channels=1, ngf=8, image_size=16)
     fast = accelerate(model)
