@@ -134,11 +134,7 @@ def _sample(p: Parser) -> Parser:
     add("--batch", type=_at_least(1, MAX_BATCH), metavar="N",
         help="samples computed together; bits hold at one batch (default: 16 on a CPU, 128 on a GPU)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
-    add("--precision", choices=(*PRECISIONS, "float8"), default="float32",
-        help="of the network; direct: float32 without Winograd, on a CPU; tf32, float8: on a GPU")  # fmt: skip
-    add("--float8", metavar="FILE",
-        help="scales of --precision float8, written if FILE is new (default: taken anew, of 16 samples)")  # fmt: skip
-    add("--emulate-float8", action="store_true", help="the same numbers on any device, slowly")
+    _add_precision(add)
     add("--executor", choices=EXECUTORS, default="auto",
         help="auto: graph (one CUDA graph, replayed) on a GPU; native (C++), hybrid or eager on a CPU")  # fmt: skip
 
@@ -159,6 +155,15 @@ def _sample(p: Parser) -> Parser:
         help="draw with Ray actors: here, or on the cluster at ray://… (needs the extra [ray])")  # fmt: skip
     add("--actors", type=_at_least(1), metavar="N", help="with --ray (default: one for each GPU, or each CPU core)")
     return p
+
+
+def _add_precision(add: Callable) -> None:
+    """What float8_choice.chosen_scales reads, and --precision itself."""
+    add("--precision", choices=(*PRECISIONS, "float8"), default="float32",
+        help="of the network; direct: float32 without Winograd, on a CPU; tf32, float8: on a GPU")  # fmt: skip
+    add("--float8", metavar="FILE",
+        help="scales of --precision float8, written if FILE is new (default: taken anew, of 16 samples)")  # fmt: skip
+    add("--emulate-float8", action="store_true", help="the same numbers on any device, slowly")
 
 
 def _convert(p: Parser) -> Parser:

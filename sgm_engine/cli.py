@@ -190,7 +190,8 @@ def load_model(args: argparse.Namespace):
     weights = Path(args.checkpoint).expanduser() if args.checkpoint else bundled_path()
     model = load_checkpoint(weights, args.config)
     conditioned, plan = chosen(model, args)
-    return conditioned, plan, weights, chosen_scales(args, model, device_of(args.device))
+    scales = chosen_scales(args, model, device_of(args.device), Path(args.out).expanduser(), args.quiet)
+    return conditioned, plan, weights, scales
 
 
 def device_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What ``sgm sample --precision float8`` quantises by."""
+"""What ``--precision float8`` quantises by."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from sgm_engine.jobs.worker import Worker
 from sgm_engine.output import check_writable, staged
 
 
-def chosen_scales(args: argparse.Namespace, model: nn.Module, device: str) -> Float8Config | None:
-    """The scales in --float8 FILE, else those of the job in --out, else made now, at the model's own levels, and kept
-    in FILE. None for any other precision. ValueError names arguments that do not go together."""
+def chosen_scales(
+    args: argparse.Namespace, model: nn.Module, device: str, job: Path | None = None, quiet: bool = False
+) -> Float8Config | None:
+    """The scales in --float8 FILE, else those of a job in the folder ``job``, else made now, at the model's own levels,
+    and kept in FILE. None for any other precision. ValueError names arguments that do not go together."""
     if args.precision != "float8":
         if args.float8 is not None or args.emulate_float8:
             raise ValueError("argument --float8, --emulate-float8: go with --precision float8")
         return None
     path = None if args.float8 is None else Path(args.float8).expanduser()
-    scales = _of_job(Path(args.out).expanduser()) if path is None else _read(path)
+    scales = _of_job(job) if path is None else _read(path)
     emulate = args.emulate_float8 or (scales is not None and scales.emulate)
-    pool = args.ray is not None  # its actors' devices count, and they look themselves
+    pool = vars(args).get("ray") is not None  # its actors' devices count, and they look themselves
     if not (emulate or pool) and (lack := lacking(torch.device(device))):
         raise ValueError(
             f"argument --precision: float8 needs {lack}: take bfloat16, or --emulate-float8, which computes the same "
             "numbers slowly"
         )
     if scales is None:
-        if pool or (Worker.parse(args.worker) if args.worker else Worker.from_environment()).count > 1:
+        if job is not None and (pool or _worker(args).count > 1):
             raise ValueError(
                 "argument --float8: several workers need the same scales: make FILE first, in one process, with "
                 "`sgm sample --n 1 --precision float8 --float8 FILE`"
             )
-        scales = _make(model, device, path, args.quiet)
+        scales = _make(model, device, path, quiet)
     return replace(scales, emulate=emulate)
 
 
@@ -57,6 +59,10 @@ def _make(model: nn.Module, device: str, path: Path | None, quiet: bool) -> Floa
     return scales
 
 
+def _worker(args: argparse.Namespace) -> Worker:
+    return Worker.parse(args.worker) if args.worker else Worker.from_environment()
+
+
 def _read(path: Path) -> Float8Config | None:
     """None: there is no such file yet."""
     try:
@@ -69,7 +75,7 @@ def _read(path: Path) -> Float8Config | None:
         raise ValueError(f"argument --float8: {path}: {error}") from None
 
 
-def _of_job(folder: Path) -> Float8Config | None:
+def _of_job(folder: Path | None) -> Float8Config | None:
     """The scales that the job in a folder has recorded, if there is one and it has."""
-    notes = Folder(folder).load()[1] if (folder / RUN).is_file() else {}
+    notes = Folder(folder).load()[1] if folder and (folder / RUN).is_file() else {}
     return Float8Config.from_json(notes["float8"]) if "float8" in notes else None

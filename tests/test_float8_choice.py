@@ -67,6 +67,30 @@ def test_a_job_goes_on_with_its_own_scales_and_refuses_others(draw, sgm, tmp_pat
     fails(draw(*job[3:]), 2, "precision was float8", "is now float32")
 
 
+def test_eval_draws_what_sample_draws(draw, sgm, weights, tmp_path):
+    scales = (*EMULATED, "--float8", "scales.json")
+    for precision, name in ((scales, "float8.npz"), ((), "float32.npz")):
+        assert draw(*precision, "--n", 8, "--out", name).returncode == 0
+    own = ("eval", "--n", 8, "--checkpoint", weights, "--batch", 2, "--executor", "eager", "--device", "cpu", *scales)
+    for name, same in (("float8.npz", True), ("float32.npz", False)):
+        done = sgm(*own, "--reference", name, "--metrics", "sliced", "--json", "report.json")
+        assert done.returncode == 0, done.stderr
+        (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
+        assert (row["value"] == 0) is same
+    fails(sgm(*own[:-3], "--reference", "float8.npz"), 2, "--precision", "needs a CUDA device", "--emulate-float8")
+
+
+def test_tune_searches_in_it(draw, sgm, weights, tmp_path):
+    assert draw(*EMULATED, "--n", 4, "--float8", "scales.json", "--out", "float8.npz").returncode == 0
+    few = ("--budget", 3, "--candidates", 2, "--first", 2, "--last", 2, "--held-out", 2, "--measure", "sliced")
+    where = ("--checkpoint", weights, "--batch", 2, "--executor", "eager", "--device", "cpu", "--out", "tuned/")
+    done = sgm("tune", *few, *where, *EMULATED, "--float8", "scales.json", "--reference", "float8.npz")
+    assert done.returncode == 0, done.stderr
+    scales = replace(Float8Config.from_json((tmp_path / "scales.json").read_text()), emulate=True)
+    about = json.loads((tmp_path / "tuned/front.json").read_text())["about"]
+    assert about["precision"] == f"float8 {scales.digest}"
+
+
 BAD = [
     (("--precision", "float8"), ["--precision", "needs a CUDA device", "bfloat16", "--emulate-float8"]),
     (("--float8", "scales.json"), ["--float8", "--precision float8"]),

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sgm_engine.arguments import EXECUTORS, MAX_BATCH, MAX_ID, MAX_SEED, PRECISIONS, _at_least
+from sgm_engine.arguments import EXECUTORS, MAX_BATCH, MAX_ID, MAX_SEED, _add_precision, _at_least
+
+if TYPE_CHECKING:
+    from sgm_engine.engine import Engine
 
 EXAMPLES = """\
 examples:
@@ -47,13 +52,13 @@ def register(commands) -> None:
 
 
 def add_engine(group) -> None:
-    """The arguments that ``engine_of`` reads."""
+    """The arguments that ``engines`` reads."""
     add = group.add_argument
     add("--checkpoint", metavar="PATH", help="weights, .safetensors or a published .pth (default: bundled)")
     add("--config", metavar="PATH", help="the config.yml that came with a .pth")
     add("--batch", type=_at_least(1, MAX_BATCH), metavar="N", help="samples computed together")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--precision", choices=PRECISIONS, default="float32")
+    _add_precision(add)
     add("--executor", choices=EXECUTORS, default="auto")
 
 
@@ -65,14 +70,15 @@ def load_model(args: argparse.Namespace):
     return load_checkpoint(Path(args.checkpoint).expanduser() if args.checkpoint else bundled_path(), args.config)
 
 
-def engine_of(args: argparse.Namespace, model):
-    """An Engine for ``model`` as the arguments of ``add_engine`` say."""
-    import torch
-
+def engines(args: argparse.Namespace, model) -> Callable[[object], Engine]:
+    """model → Engine as the arguments of ``add_engine`` say, for ``model`` and for what conditions it otherwise."""
+    from sgm_engine.cli import device_of
     from sgm_engine.engine import Engine
+    from sgm_engine.float8_choice import chosen_scales
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    return Engine(model, args.batch, device, args.precision, args.executor)
+    device = device_of(args.device)
+    float8 = chosen_scales(args, model, device)
+    return lambda model: Engine(model, args.batch, device, args.precision, args.executor, float8=float8)
 
 
 def load_plan(text: str | None, model):
@@ -103,9 +109,9 @@ def run(args: argparse.Namespace) -> int:
         sets = [open_images(*files) for files in (args.samples, args.against) if files]
         engine = plan = None
         if not args.samples:
-            model = load_model(args)
-            model, plan = conditioned(model, load_plan(args.plan, model))
-            engine = engine_of(args, model)
+            own = load_model(args)
+            model, plan = conditioned(own, load_plan(args.plan, own))
+            engine = engines(args, own)(model)
         shapes = {s.name: tuple(s.shape) for s in (reference_set, training, *sets) if s is not None}
         shapes |= {"the model": engine.shape} if engine else {}
         if len(set(shapes.values())) > 1:

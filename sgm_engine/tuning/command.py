@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 from sgm_engine.arguments import MAX_SEED, _at_least
-from sgm_engine.evaluation.command import add_engine, engine_of, load_model, load_plan
+from sgm_engine.evaluation.command import add_engine, engines, load_model, load_plan
 
 MEASURES = ("frechet", "sliced", "mmd")
 
@@ -76,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
         if args.first > args.last:
             raise ValueError(f"argument --first: must be at most --last, got {args.first} and {args.last}")
         model = load_model(args)
-        engine = engine_of(args, model)
+        make_engine = engines(args, model)
+        engine = make_engine(model)
         reference_set = open_images(args.reference)
         training = open_images(args.training) if args.training else None
         for s in (reference_set, training):
@@ -92,13 +92,13 @@ def run(args: argparse.Namespace) -> int:
 
     reference = summarise(reference_set.blocks(), extractor, reference_set.name)
     floor = summarise(training.take(args.held_out).blocks(), extractor) if training else None
-    tuner = Tuner(model, partial(engine_of, args), extractor, reference, args.measure)
+    tuner = Tuner(model, make_engine, extractor, reference, args.measure)
     start = time.perf_counter()
     survivors = tuner.search(plans, args.seed, args.first, args.last, say)
     outcome = tuner.confirm(survivors, args.held_out_seed, args.held_out, floor, baseline, say)
     outcome.about |= {"budget": budget, "candidates": len(plans), "seed": args.seed, "features": extractor.name,
         "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed,
-        "seconds": round(time.perf_counter() - start), "precision": args.precision,
+        "seconds": round(time.perf_counter() - start), "precision": engine.numerics,
         "executor": engine.executor, "batch": engine.batch}  # fmt: skip
     with staged(out) as tmp:
         outcome.write(tmp)
