@@ -369,6 +369,7 @@ def test_a_grid_of_diverged_samples_is_a_warning(tmp_path):
         (("--set", "levels=0"), "at least 2 levels"),
         (("--set", "lr=: :"), "--set lr: ': :' is no YAML value"),
         (("--out", "tiny.yaml"), "--out tiny.yaml: is a file"),
+        (("--out", "."), "--out .: holds something else than a run"),
         pytest.param(
             ("--accelerator", "gpu"),
             "--accelerator: there is no GPU",

@@ -29,6 +29,7 @@ from sgm_engine.training.objectives import OBJECTIVES
 
 MAY_CHANGE = {"steps", "lr", "warmup", "decay", "clip", "precision", "compile_norms", "weights", "plan"}  # on resuming
 MAY_CHANGE |= {"log_every", "sample_every", "save_every", "validate_every"}
+OURS = "# data: "  # how config.yaml begins in a folder of this command's
 HELD_OUT = 1024  # images of the test set that a validation looks at
 
 
@@ -187,11 +188,14 @@ def _initialise(network: nn.Module, weights: str | Path) -> None:
 
 
 def _claim(folder: Path, config: TrainConfig, images: np.ndarray) -> None:
-    """Write config.yaml, or refuse a folder whose run drew other samples from other data with another network."""
-    path = folder / "config.yaml"
+    """Write config.yaml; refuse a folder with another run (other samples, data or network) or with something else."""
+    path, first = folder / "config.yaml", os.environ.get("RANK", "0") == "0"
     digest = hashlib.sha256(np.ascontiguousarray(images[:1000]).tobytes()).hexdigest()
-    data = f"# data: {'×'.join(map(str, images.shape))}, sha256 of the first 1,000 {digest}"
-    if path.exists() and newest_checkpoint(folder):
+    data = f"{OURS}{'×'.join(map(str, images.shape))}, sha256 of the first 1,000 {digest}"
+    ours = path.is_file() and path.read_text("utf-8").startswith(OURS)
+    if first and not ours and any(not p.name.startswith(".") for p in folder.iterdir()):
+        raise ValueError(f"--out {folder}: holds something else than a run of this command: name a new folder")
+    if ours and newest_checkpoint(folder):
         before = TrainConfig.read(path)
         for field in dataclasses.fields(config):
             old, new = getattr(before, field.name), getattr(config, field.name)
@@ -199,7 +203,7 @@ def _claim(folder: Path, config: TrainConfig, images: np.ndarray) -> None:
                 raise ValueError(f"{folder} holds a run with {field.name}={old}, not {new}: name another folder")
         if path.read_text("utf-8").splitlines()[0] != data:
             raise ValueError(f"{folder} holds a run on other data: name another folder")
-    if os.environ.get("RANK", "0") == "0":
+    if first:
         with staged(path) as temporary:
             temporary.write_text(data + "\n" + config.to_yaml(), "utf-8")
 
