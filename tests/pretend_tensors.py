@@ -12,6 +12,7 @@ DEVICE = torch.device("cuda", 0)
 MEMORY = 80 * 2**30
 
 _there: dict[int, StorageWeakRef] = {}  # storages on the device, by address, which a reference keeps from serving again
+_PUTTING = threading.Lock()
 here = threading.local()  # .stream, .recorder of a capture
 
 
@@ -33,10 +34,11 @@ def tensors_in(what):
 def put(x):
     if isinstance(x, torch.Tensor) and x.layout == torch.strided and not isinstance(x, FakeTensor):
         storage = x.untyped_storage()
-        if len(_there) > 10_000:
-            for key in [key for key, found in list(_there.items()) if found.expired()]:
-                _there.pop(key, None)
-        _there[storage._cdata] = StorageWeakRef(storage)
+        with _PUTTING:  # an address that another thread has just taken off the list may be a new storage's
+            if len(_there) > 10_000:
+                for key in [key for key, found in list(_there.items()) if found.expired()]:
+                    _there.pop(key, None)
+            _there[storage._cdata] = StorageWeakRef(storage)
     return x
 
 

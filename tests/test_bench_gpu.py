@@ -2,10 +2,12 @@
 
 import datetime
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import test_cuda
@@ -13,7 +15,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from bench.gpu import __main__ as gpu
-from bench.gpu import checks, convolutions, kernels, network, norms, stages, timing
+from bench.gpu import apart, checks, convolutions, exercise, kernels, network, norms, sanitize, stages, timing
 from sgm_engine.kernels import (
     backend_table,
     conv_table,
@@ -26,6 +28,7 @@ from sgm_engine.kernels import (
     triton_norm,
     triton_update,
 )
+from sgm_engine.kernels.launch import Launch
 
 host_library = test_cuda.host_library
 
@@ -104,33 +107,84 @@ def test_lines_of_pytest(line, outcome):
 
 @pytest.mark.parametrize("workers", [True, False])
 def test_the_stage_of_tests(tmp_path, monkeypatch, workers):
-    """What failed is a row at once; a file without a test that passed has failed as well."""
+    """What failed is a row at once; a file without a test that passed has failed as well. As quiet as in this tree."""
     (tmp_path / "tests").mkdir()
+    (tmp_path / "pyproject.toml").write_text((gpu.ROOT / "pyproject.toml").read_text())
     (tmp_path / "tests" / "test_one.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
     (tmp_path / "tests" / "test_two.py").write_text("import pytest\ndef test_host(): pass\n")
     monkeypatch.setattr(checks, "ROOT", tmp_path)
     monkeypatch.setattr(checks, "GPU_TESTS", ["tests/test_one.py", "tests/test_two.py"])
     if not workers:
         monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
-    failed, one, two, status = checks.tests()
+    failed, one, two, status = checks.tests(tmp_path / "out")
     assert failed == {"case": "tests/test_one.py::test_bad", "failed": "failed"}
     assert one == {"case": "tests/test_one.py", "result": "1 failed, 1 passed", "failed": None}
     assert two["failed"] == "no test passed" and status == {"case": "pytest", "failed": "exit status 1"}
+    assert "assert 1 == 2" in (tmp_path / "out" / "tests.log").read_text()
 
 
-def test_the_stage_of_the_sanitizer(tmp_path, monkeypatch):
-    """Four tools at once, each with its verdict; every tensor has memory of its own."""
+def test_a_test_that_leaves_the_device_unusable_fails_no_other(tmp_path, monkeypatch):
+    """Its process ends, as does one that hangs, and the tests that it would have run go to another."""
+    (tmp_path / "test_all.py").write_text(
+        "import os, time, pytest, torch\n"
+        "def no_more(): raise RuntimeError('an illegal memory access was encountered')\n"
+        "def test_spoils():\n"
+        "    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, no_more\n"
+        "    no_more()\n"
+        "@pytest.mark.parametrize('i', range(6))\n"
+        "def test_after(i): torch.cuda.is_initialized() and no_more()\n"
+    )
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    command = [sys.executable, "-m", "pytest", *checks.PYTEST, "-n", "1", "test_all.py"]
+    monkeypatch.setenv("PYTHONPATH", str(gpu.ROOT))
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert said.count(" PASSED ") == 6 and "an illegal memory access" in said and "crashed while running" in said
+
+
+@pytest.fixture
+def fake_sanitizer(tmp_path, monkeypatch):
     tool = tmp_path / "compute-sanitizer"
     said = 'echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*"; echo "========= ERROR SUMMARY: 0 errors"'
     tool.write_text(f"#!/bin/sh\n{said}; [ $2 != racecheck ]\n")
     tool.chmod(0o755)
-    monkeypatch.setattr(checks.shutil, "which", lambda name, path=None: str(tool))
-    rows = {row["case"]: row for row in checks.sanitize()}
-    assert list(rows) == ["memcheck", "racecheck", "synccheck", "initcheck"]
-    assert [name for name, row in rows.items() if row["failed"]] == ["racecheck"]
-    said = rows["racecheck"]["failed"]
-    assert said.startswith("…1 --tool racecheck --error-exitcode 9 --kernel-name kns=sgm") and "exercise()" in said
-    assert rows["memcheck"]["result"] == "ERROR SUMMARY: 0 errors"
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name, path=None: str(tool))
+
+
+def test_the_stage_of_the_sanitizer(tmp_path, monkeypatch, fake_sanitizer):
+    """Four tools for both backends at once, each with its verdict; every tensor has memory of its own."""
+    monkeypatch.setattr(sanitize, "shell", lambda *command: None)
+    rows = {row["case"]: row for row in sanitize.sanitize(tmp_path)}
+    assert list(rows) == [f"{check}, {backend}" for backend in ("cuda", "triton") for check in sanitize.CHECKS]
+    assert [name for name, row in rows.items() if row["failed"]] == ["racecheck, cuda", "racecheck, triton"]
+    said = rows["racecheck, cuda"]["failed"]
+    assert said.startswith("exit 1: 1 --tool racecheck --error-exitcode 9 ") and "exercise.cuda()" in said
+    assert rows["memcheck, triton"]["result"] == "ERROR SUMMARY: 0 errors"
+    logs = {check: (tmp_path / f"{check}-triton.log").read_text() for check in sanitize.CHECKS}
+    assert "--kernel-name kne=noise_kernel --kernel-name kne=update_kernel" in logs["memcheck"]
+    assert "--kernel-name" not in logs["initcheck"]
+    assert len({said.split("--port ")[1].split()[0] for said in logs.values()}) == 4
+
+
+def test_kernels_that_do_not_run_are_not_watched(tmp_path, monkeypatch, fake_sanitizer):
+    def shell(*command):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(sanitize, "shell", shell)
+    first, *others = sanitize.sanitize(tmp_path)
+    assert "illegal" in first["failed"] and [row["case"] for row in others] == [f"{c}, cuda" for c in sanitize.CHECKS]
+
+
+def test_a_sanitizer_that_found_something():
+    said = (
+        "========= COMPUTE-SANITIZER\n========= Invalid read\n"
+        + "=========\n" * 99
+        + "========= ERROR SUMMARY: 1 error\n"
+    )
+    row = sanitize.row("memcheck, cuda", 9, said)
+    assert row["result"] == "ERROR SUMMARY: 1 error" and "exit 9" in row["failed"] and "Invalid read" in row["failed"]
+    races = sanitize.row("racecheck", 0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n")
+    assert races["failed"] is None and races["result"].startswith("RACECHECK SUMMARY: 0 hazards")
+    assert sanitize.row("synccheck", 0, "")["failed"], "a tool that says nothing has seen nothing"
 
 
 def test_results_hold_every_stage(tmp_path):
@@ -148,8 +202,7 @@ def test_results_hold_every_stage(tmp_path):
 
 @pytest.mark.parametrize("status", [0, 1])
 def test_exit_status(tmp_path, monkeypatch, status):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "describe_machine", lambda: {"gpu": "fake"})
+    monkeypatch.setattr(gpu, "describe_machine", lambda: [{"gpu": "fake", "capability": "9.0"}])
     monkeypatch.setattr(gpu, "make_importable", lambda: None)
     fake = some_stages()
     monkeypatch.setattr(
@@ -162,10 +215,25 @@ def test_exit_status(tmp_path, monkeypatch, status):
 
 def test_what_the_sanitizer_watches_runs(host_library, monkeypatch):
     monkeypatch.setattr(cuda, "library", lambda: host_library)
-    monkeypatch.setattr(kernels, "DEVICE", "cpu")
-    monkeypatch.setattr(norms, "DEVICE", "cpu")
+    on_the_cpu(monkeypatch)
+    exercise.cuda()
+
+
+def on_the_cpu(monkeypatch):
+    for module in (exercise, kernels, norms, network, convolutions, timing):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+    for module in (kernels, network, convolutions):
+        monkeypatch.setattr(module, "apart", lambda cases, seconds=60: iter(rows_of(cases())))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    kernels.exercise()
+
+
+def test_the_sanitizer_knows_every_triton_kernel_by_its_name(monkeypatch):
+    on_the_cpu(monkeypatch)
+    launched = set()
+    monkeypatch.setattr(Launch, "__call__", lambda launch: launched.add(launch.kernel.__name__))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    exercise.triton()
+    assert {f"kne={name}" for name in launched} == set(sanitize.KERNELS["triton"])
 
 
 @pytest.mark.parametrize("what", norms.FORMS)
@@ -181,6 +249,66 @@ def test_a_kernel_is_checked_before_it_is_timed(host_library, monkeypatch, what)
 # The stages that measure, with a timer that only counts ---------------------------------------------------------------
 
 
+def test_what_a_case_does_to_its_process_is_its_own():
+    """Rows come one by one, in order; what follows a case that fails in any way runs all the same."""
+
+    def breaks():
+        yield {"case": "half"}
+        raise ValueError("wrong")
+
+    def spoils():
+        torch.cuda.is_initialized = lambda: True
+        torch.cuda.synchronize = lambda: no_more()
+        return [{"case": "measured"}]
+
+    def no_more():
+        raise RuntimeError("gone")
+
+    def good(name):
+        return [{"case": name, "process": os.getpid()}]
+
+    cases = {
+        "a": partial(good, "a"),
+        "breaks": breaks,
+        "b": partial(good, "b"),
+        "dies": lambda: os._exit(11),
+        "c": partial(good, "c"),
+        "hangs": lambda: time.sleep(60),
+        "d": partial(good, "d"),
+        "spoils": spoils,
+        "e": partial(good, "e"),
+    }
+    rows = list(apart.apart(lambda: cases.items(), seconds=2))
+    assert [r.get("case") for r in rows] == [
+        "a", "half", "breaks", "b", "dies", "c", "hangs", "d", "measured", "spoils", "e"
+    ]  # fmt: skip
+    failed = {r["case"]: r["failed"] for r in rows if "failed" in r}
+    assert failed == {
+        "breaks": "ValueError: wrong",
+        "dies": "its process died: exit status 11",
+        "hangs": "stopped: nothing came from it in 2 s",
+        "spoils": "left the device unusable to its process: RuntimeError: gone",
+    }
+    process = {r["case"]: r["process"] for r in rows if "process" in r}
+    assert process["a"] == process["b"] != os.getpid() and len(set(process.values())) == 4
+
+
+def test_a_stage_whose_time_is_over_leaves_no_process(tmp_path):
+    def cases():
+        yield "one", lambda: [{"case": "one", "process": os.getpid()}]
+        yield "hangs", lambda: time.sleep(60)
+
+    began = time.perf_counter()
+    (stage,) = stages.run_stages({"s": lambda: apart.apart(cases)}, lambda line: None, {}, 1)
+    assert time.perf_counter() - began < 10 and stage.failed.startswith("stopped after 1 s")
+    with pytest.raises(ProcessLookupError):
+        os.kill(stage.rows[0]["process"], 0)
+
+
+def rows_of(cases):
+    return [row for _, measure in cases for row in measure()]
+
+
 @pytest.fixture
 def no_gpu(host_library, monkeypatch):
     """Every stage runs on the CPU: the host's build of the library, in place of Triton too, and a fake timer."""
@@ -192,14 +320,12 @@ def no_gpu(host_library, monkeypatch):
         timed.append(len(calls))
         return 10.0
 
-    for module in (kernels, norms, network, convolutions, timing):
-        monkeypatch.setattr(module, "DEVICE", "cpu")
+    on_the_cpu(monkeypatch)
     monkeypatch.setattr(cuda, "library", lambda: host_library)
     monkeypatch.setattr(triton_update, "langevin_update", cuda.langevin_update)
     monkeypatch.setattr(triton_noise, "noise_fill", cuda.noise_fill)
     monkeypatch.setattr(triton_norm, "norm", cuda.norm)
     monkeypatch.setattr(triton_norm, "norm_workspace_size", cuda.norm_workspace_size)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "fake")
     monkeypatch.setattr(timing, "microseconds", microseconds)
@@ -213,7 +339,7 @@ def test_the_stage_of_kernels(no_gpu, monkeypatch):
     monkeypatch.setattr(kernels, "BATCHES", (2,))
     monkeypatch.setattr(norms, "BATCHES", (2, 128))
     monkeypatch.setattr(norms, "SHAPES", [(32, 2)])
-    rows = list(kernels.kernels())
+    rows = rows_of(kernels.kernels())
     assert [r for r in rows if r.get("failed")] == []
     assert {r["backend"] for r in rows[1:]} == {"CUDA", "Triton", "CUDA cluster", "CUDA portable"}
     measured = [r for r in rows if "µs" in r]
@@ -245,7 +371,7 @@ def test_a_kernel_that_is_wrong_is_not_timed(no_gpu, monkeypatch):
     monkeypatch.setattr(norms, "BATCHES", (2,))
     monkeypatch.setattr(norms, "SHAPES", [(32, 2)])
     monkeypatch.setattr(triton_norm, "norm", lambda *arguments: arguments[8].zero_())
-    wrong = [r for r in kernels.kernels() if r.get("failed")]
+    wrong = [r for r in rows_of(kernels.kernels()) if r.get("failed")]
     assert len(wrong) == len(norms.FORMS) and all(r["backend"] == "Triton" and "µs" not in r for r in wrong)
 
 
@@ -280,7 +406,7 @@ def tuning(no_gpu, monkeypatch, tmp_path):
         times = iter(times)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(timing, "microseconds", lambda calls: (calls[0](), next(times))[1])
-        rows = convolutions.convolutions()
+        rows = list(convolutions.convolutions())
         assert next(times, None) is None
         table = conv_table.read(tmp_path / "table.json")
         assert table.pop("another") == {"shape": triton_conv.ConvTile()}
@@ -295,12 +421,13 @@ SHAPE = "128×16×16 128→256 3×3 d2 at 1"
 @pytest.mark.parametrize("faster", [True, False])
 def test_tuning_writes_what_is_faster_and_right(tuning, faster):
     """cuDNN, two tiles that are right, then the norm after it and with it, without and with a sum."""
-    rows, table = tuning((8, 0), [10.0, 8.0 if faster else 9.9, 9.95, 20.0, 19.0, 30.0, 29.9])
+    (product, *rows), table = tuning((8, 0), [10.0, 8.0 if faster else 9.9, 9.95, 20.0, 19.0, 30.0, 29.9])
     tile = triton_conv.TILES[0]
+    assert product == {"case": "matrix product", "TFLOP/s": 1e3}
     assert table == ({f"bfloat16 {SHAPE}": tile} if faster else {}) | {f"bfloat16 {SHAPE}, then norm": tile}
     assert ["wrong by" in r["failed"] for r in rows if r.get("failed")] == [True]
     assert ["shared memory" in r["not run"] for r in rows if r.get("not run")] == [True]
-    assert rows[1]["backend"] == "cuDNN" and rows[1]["share"] == 2 * 9 * 128 * 256 * 256 / 1e15 * 1e6 / 10
+    assert rows[0]["backend"] == "cuDNN" and rows[0]["share"] == 2 * 9 * 128 * 256 * 256 / 1e15 * 1e6 / 10
     assert [r["apart / it"] for r in rows if "apart / it" in r] == [20 / 19, 30 / 29.9]
 
 
@@ -328,16 +455,17 @@ def test_the_stages_of_a_step_and_of_chains(no_gpu, monkeypatch):
         "eager bfloat16": {"precision": "bfloat16", "executor": "eager"},
         "graph bfloat16": {"precision": "bfloat16", "executor": "graph", "graph": {"unroll": 8}},
     })  # fmt: skip
-    peers = network.peers
-    monkeypatch.setattr(network, "peers", lambda *a: {"eager": peers(*a)["eager"]})
+    monkeypatch.setattr(network, "PEERS", ("eager",))
+    network.problem.cache_clear()
     monkeypatch.setattr(timing, "kernels_of", lambda step: (step(), (7, 0.001))[1])
     monkeypatch.setattr(timing, "milliseconds", lambda step: (step(), 5.0)[1])
-    ours, refused, peer = network.step_times()
+    ours, peer, refused = network.step_times()
+    network.problem.cache_clear()
     assert ours["kernels a step"] == 7 and 0 < ours["gaps"] < 1 and ours["score error"] == 0.01
     assert ours["share of roofline"] * ours["ms a step"] == pytest.approx(1e3 * (58e6 * 2 + 60e6) / 1e12)
     assert "executor='graph' needs a CUDA device" in refused["failed"]
     assert peer["images/s"] == 2 / (0.005 * 1001) and peer["engine is faster by"] == 5.0 / ours["ms a step"]
-    (chain,) = network.end_to_end()
+    (chain,) = rows_of(network.end_to_end())
     assert chain["failed"] is None and chain["images/s of 1,001 NFE"] > 0
 
 

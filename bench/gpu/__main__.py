@@ -13,18 +13,23 @@ from pathlib import Path
 import torch
 
 import bench.gpu
-from bench.gpu.checks import ROOT, build, make_importable, ncu, sanitize, tests
+from bench.gpu.apart import apart
+from bench.gpu.checks import ROOT, build, make_importable, ncu, tests
 from bench.gpu.convolutions import convolutions
 from bench.gpu.kernels import backends, kernels
 from bench.gpu.network import end_to_end, step_times
+from bench.gpu.sanitize import sanitize
 from bench.gpu.stages import Row, run_stages, write_results
 
 
-def describe_machine() -> Row:
+def describe_machine() -> list[Row]:
+    """One row; none without a GPU."""
+    if not torch.cuda.is_available():
+        return []
     import triton
 
     properties = torch.cuda.get_device_properties(0)
-    return {
+    row = {
         "gpu": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
@@ -33,6 +38,7 @@ def describe_machine() -> Row:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
     }
+    return [row]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -46,51 +52,59 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-STAGES: dict[str, Callable[[], Iterable[Row]]] = {
+# In this order. This process uses no CUDA: what does has a process of its own.
+STAGES: dict[str, Callable[..., Iterable[Row]]] = {
     "build": build,
     "tests": tests,
     "sanitize": sanitize,
-    "kernels": kernels,
+    "kernels": partial(apart, kernels),
     "convolutions": convolutions,
     "backends": backends,
     "ncu": ncu,
+    "end-to-end": partial(apart, end_to_end, 90),
     "step": step_times,
-    "end-to-end": end_to_end,
 }
-
-
-# Seconds of each stage, at most: what overruns keeps the rows it has, and the next stage has its own time.
+# Seconds of each stage, at most, while another follows: what overruns keeps the rows it has.
 LIMITS = {
-    "build": 240,
+    "build": 180,
     "tests": 300,
-    "sanitize": 200,
+    "sanitize": 240,
     "kernels": 150,
     "convolutions": 480,  # some ninety kernels to compile
     "backends": 300,
     "ncu": 120,
-    "step": 240,
-    "end-to-end": 90,
+    "end-to-end": 120,
+    "step": 300,
 }
+SHOWN = 5000  # characters of the results that are printed: all is in the files
 OPTIONAL = ("sanitize", "convolutions", "backends", "ncu")  # two write the tables that layers and ops go by
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    if not torch.cuda.is_available():
-        print("bench.gpu: there is no CUDA device on this machine, so there is nothing to measure", file=sys.stderr)
+    machine: Row = next(apart(lambda: [("machine", describe_machine)]), {})
+    if "gpu" not in machine:
+        why = f": {machine['failed']}" if machine else ", so there is nothing to measure"
+        print(f"bench.gpu: there is no CUDA device on this machine{why}", file=sys.stderr)
         return 2
     make_importable()
     names = options.only or [
         name for name in STAGES if name not in OPTIONAL or (name == "sanitize" and options.sanitize)
     ]
-    machine, today = describe_machine(), datetime.date.today()
-    chosen = {name: STAGES[name] for name in STAGES if name in names}
-    record = partial(write_results, options.out, machine, today=today)
-    stages = run_stages(chosen, partial(print, flush=True), LIMITS, options.minutes * 60, record)
-    path = record(stages)
-    print(path.read_text())
+    stages = STAGES | {
+        "build": partial(build, str(machine["capability"]).replace(".", "")),
+        "tests": partial(tests, options.out),
+        "sanitize": partial(sanitize, options.out),
+    }
+    chosen = {name: stage for name, stage in stages.items() if name in names}
+    record = partial(write_results, options.out, machine, today=datetime.date.today())
+    done = run_stages(chosen, partial(print, flush=True), LIMITS, options.minutes * 60, record)
+    path = record(done)
+    text = path.read_text()
+    print(text if len(text) < SHOWN else f"{text[:SHOWN]}\n…")
+    print("\n".join(stage.summary() for stage in done))  # once more: the end of a long output is what is looked at
     print(f"written to {path} and {path.with_suffix('.json').name}")
-    return 1 if any(stage.failed for stage in stages) else 0
+    return 1 if any(stage.failed for stage in done) else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The stages that come before a measurement: build, tests, sanitizer."""
+"""The stages in which nothing is timed: build, tests, and what Nsight Compute says."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
-
 from bench.gpu.stages import Row
+
+PYTEST = ("-v", "-o", "addopts=", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.gpu.lost_device")
+TEST_S = 100  # of a test: what takes longer hangs
 
 GPU_TESTS = [
     f"tests/test_{name}.py"
@@ -49,10 +52,9 @@ def make_importable() -> None:
     sys.path[:] = [str(ROOT), *(p for p in sys.path if p and Path(p) != ROOT)]
 
 
-def build() -> list[Row]:
+def build(arch: str) -> list[Row]:
     """The C++ module and the CUDA library, this for the GPU at hand alone."""
-    major, minor = torch.cuda.get_device_capability()
-    archs = os.environ.get("SGM_CUDA_ARCHS") or f"{major}{minor}"
+    archs = os.environ.get("SGM_CUDA_ARCHS") or arch
     shell(sys.executable, "-c", "import setup; setup.build(setup.ROOT)", SGM_CUDA_ARCHS=archs)
     make_importable()
     from sgm_engine.kernels import cuda
@@ -62,69 +64,58 @@ def build() -> list[Row]:
     return []
 
 
-def tests() -> Iterator[Row]:
-    """pytest of all that knows a GPU, side by side where pytest-xdist is installed: most of the time is compilation."""
-    workers = min(8, len(os.sched_getaffinity(0))) if importlib.util.find_spec("xdist") else 0
+def tests(folder: Path) -> Iterator[Row]:
+    """pytest of all that knows a GPU, side by side where pytest-xdist is installed. All that it says: tests.log."""
+    there = importlib.util.find_spec
+    workers = min(8, len(os.sched_getaffinity(0))) if there("xdist") else 0
     parallel = ["-n", str(workers)] if workers > 1 else []
-    options = ["-v", "--tb=short", "-p", "no:cacheprovider", *parallel, "-k", "not host"]  # those run without a GPU too
-    command = [sys.executable, "-m", "pytest", *options, *GPU_TESTS]
+    # By thread: a kernel that hangs takes no signal; its process ends, and pytest-xdist starts another one.
+    limit = [f"--timeout={TEST_S}", "--timeout-method=thread"] if parallel and there("pytest_timeout") else []
+    options = [*PYTEST, *parallel, *limit, "-k", "not host"]  # those run without a GPU too
     found: dict[str, Counter] = {file: Counter() for file in GPU_TESTS}
     failures: list[str] = []
-    run = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
-    )
-    try:
+    bad: set[str] = set()
+    folder.mkdir(parents=True, exist_ok=True)
+    with running([sys.executable, "-m", "pytest", *options, *GPU_TESTS]) as run, open(folder / "tests.log", "w") as log:
         for line in run.stdout:
+            log.write(line)
+            log.flush()
             if failures or re.match("=+ (FAILURES|ERRORS) =+", line):
                 failures.append(line)
             elif (outcome := outcome_of(line)) and outcome[0] in found:
                 file, test, result = outcome
                 found[file][result] += 1
-                if result in ("FAILED", "ERROR"):
-                    yield {"case": f"{file}::{test}", "failed": result.lower()}
-        run.wait()
-    finally:
-        run.kill()
-    print("".join(failures)[-8000:], flush=True)
+                if result in ("FAILED", "ERROR") and (case := f"{file}::{test}") not in bad:
+                    bad.add(case)
+                    yield {"case": case, "failed": result.lower()}
+        status = run.wait()
+    print("".join(failures)[:6000], flush=True)
     for file, counts in found.items():
         said = ", ".join(f"{count} {result.lower()}" for result, count in sorted(counts.items()))
         yield {"case": file, "result": said or "no test", "failed": None if counts["PASSED"] else "no test passed"}
-    if run.returncode:
-        yield {"case": "pytest", "failed": f"exit status {run.returncode}"}
+    if status:
+        yield {"case": "pytest", "failed": f"exit status {status}"}
+
+
+@contextmanager
+def running(command: list[str], out: object = subprocess.PIPE, **variables: str) -> Iterator[subprocess.Popen]:
+    """A command in the source tree, all that it says going to ``out``; then it is gone, and what it has started."""
+    run = subprocess.Popen(
+        command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, text=True, errors="replace",
+        env=environment() | variables, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield run
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
 
 
 def outcome_of(line: str) -> tuple[str, str, str] | None:
     """(file, test, result) of a line of pytest -v, with or without -n."""
     match = next((match for pattern in OUTCOME if (match := pattern.search(line))), None)
     return match.group("file", "test", "result") if match else None
-
-
-def sanitize() -> Iterator[Row]:
-    """compute-sanitizer's four tools over every CUDA kernel, at once: most of their time is PyTorch's start."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if tool is None:
-        raise RuntimeError("not run: there is no compute-sanitizer")
-    ours = ["--kernel-name", "kns=sgm"]
-    # initcheck has to see who writes what our kernels read. Every tensor has memory of its own, or what is written
-    # beyond one would lie in PyTorch's next.
-    checks = {"memcheck": ours, "racecheck": ours, "synccheck": ours, "initcheck": []}
-    alone = environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    program = [sys.executable, "-c", "from bench.gpu.kernels import exercise; exercise()"]
-    runs = {}
-    try:
-        for check, kernels in checks.items():
-            command = [tool, "--tool", check, "--error-exitcode", "9", *kernels, *program]
-            runs[check] = subprocess.Popen(
-                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=alone
-            )
-        for check, run in runs.items():
-            out, _ = run.communicate()
-            summary = [line.strip("= \n") for line in out.splitlines() if re.search("(ERROR|RACECHECK) SUMMARY", line)]
-            clean = run.returncode == 0 and bool(summary)
-            yield {"case": check, "result": "; ".join(summary), "failed": None if clean else f"…{out[-1500:]}"}
-    finally:
-        for run in runs.values():
-            run.kill()
 
 
 def ncu() -> list[Row]:
@@ -138,8 +129,9 @@ def ncu() -> list[Row]:
         "occupancy %": "sm__warps_active.avg.pct_of_peak_sustained_active",
     }
     command = [tool, "--csv", "--page", "raw", "--metrics", ",".join(metrics.values()), "--kernel-name", "regex:sgm"]
+    command += ["--clock-control", "none"]  # the clocks are not ours to change
     run = subprocess.run(
-        [*command, sys.executable, "-c", "from bench.gpu.kernels import exercise; exercise()"],
+        [*command, sys.executable, "-c", "from bench.gpu import exercise; exercise.cuda()"],
         cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=500,
     )  # fmt: skip
     if run.returncode or "ERR_NVGPUCTRPERM" in run.stdout:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from triton.runtime.errors import OutOfResources
 
 from bench.gpu import timing
+from bench.gpu.apart import Case, apart
 from bench.gpu.stages import Row
 from bench.gpu.timing import DEVICE
 
@@ -29,24 +31,43 @@ Table = dict[str, object]  # what is found for this device: shape → tile
 Launch = Callable[..., tuple[Tensor, "Tensor | None"]]  # (tile, residual=None, partials=False) → (result, partials)
 
 
-def convolutions() -> list[Row]:
+def convolutions() -> Iterator[Row]:
     """Time, floor (operations over the matrix peak) and share of both, and what of it goes into the table."""
     from sgm_engine.kernels import conv_table
 
-    peak, device = timing.peak_flops(), torch.cuda.get_device_name()
     found: Table = {}
-    rows: list[Row] = [{"case": "matrix product", "TFLOP/s": peak / 1e12}]
-    for c_in, c_out, side, dilation in SHAPES:
-        for batch in BATCHES:
-            x, layer = _problem(c_in, c_out, side, dilation, batch)
-            floor = 2 * 9 * c_in * c_out * side * side * batch / peak * 1e6
-            with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-                rows += (bfloat16 := _bfloat16(x, layer, floor, found))
-                if torch.cuda.get_device_capability() >= (8, 9):
-                    rows += _float8(x, layer, floor, bfloat16[0]["µs"], found)
+    device = None
+    for row in apart(cases, seconds=150):
+        device, best = row.pop("device", device), row.pop("table", None)
+        if best is not None:  # after every case, so that nothing is lost
+            found |= best
             conv_table.write(dict(conv_table.read(conv_table.PATH)) | {device: found}, conv_table.PATH)
-    rows.append({"case": f"{len(found)} shapes written to {conv_table.PATH.name}"})
-    return rows
+        if row:
+            yield row
+    yield {"case": f"{len(found)} shapes written to {conv_table.PATH.name}"}
+
+
+def cases() -> Iterator[Case]:
+    yield "matrix product", _ceiling
+    for shape in SHAPES:
+        for batch in BATCHES:
+            yield f"{shape} at {batch}", partial(_measure, *shape, batch)
+
+
+def _ceiling() -> list[Row]:
+    return [{"case": "matrix product", "TFLOP/s": timing.peak_flops() / 1e12, "device": torch.cuda.get_device_name()}]
+
+
+def _measure(c_in: int, c_out: int, side: int, dilation: int, batch: int) -> list[Row]:
+    """Rows, and at their end what is to be put into the table."""
+    x, layer = _problem(c_in, c_out, side, dilation, batch)
+    floor = 2 * 9 * c_in * c_out * side * side * batch / timing.peak_flops() * 1e6
+    found: Table = {}
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        rows = _bfloat16(x, layer, floor, found)
+        if torch.cuda.get_device_capability() >= (8, 9):
+            rows += _float8(x, layer, floor, rows[0]["µs"], found)
+    return [*rows, {"table": found}]
 
 
 def _bfloat16(x: Tensor, layer: nn.Conv2d, floor: float, found: Table) -> list[Row]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from bench.gpu import norms, timing
+from bench.gpu.apart import Case, apart
 from bench.gpu.stages import Row
 from bench.gpu.timing import DEVICE
 
@@ -15,32 +17,35 @@ BATCHES = (1, 16, 128, 1024)
 MARGIN = 1.02  # CUDA C++ has to be this much faster than Triton to take its place
 
 
-class Report:
-    """Rows of a stage, one by one. A case is timed only if its result was right."""
+def report(
+    case: str, backend: str, batch: int, moved: int, calls: list[Callable[[], None]], failed: str | None, key: str = ""
+) -> Row:
+    """The row of a case, which is timed only if its result was right.
 
-    def __init__(self) -> None:
-        self.bandwidth = timing.copy_bandwidth()
-
-    def __call__(
-        self, case: str, backend: str, batch: int, moved: int, calls: list[Callable[[], None]], failed: str | None,
-        key: str = "",
-    ) -> Row:  # fmt: skip
-        """moved: bytes that must be read and written; over the copy's bandwidth they are the floor. key: of the case in
-        the table of backends."""
-        row: Row = {"case": case, "backend": backend, "batch": batch, "failed": failed, "key": key}
-        if failed is None:
-            time_us, floor_us = timing.microseconds(calls), moved / self.bandwidth * 1e6
-            row |= {"µs": time_us, "floor µs": floor_us, "share": floor_us / time_us}
-            row["goal"] = ("met" if floor_us / time_us >= TARGET_SHARE else "missed") if batch >= 128 else "none"
-        return row
+    moved: bytes that must be read and written; over the copy's bandwidth they are the floor. key: of the case in the
+    table of backends.
+    """
+    row: Row = {"case": case, "backend": backend, "batch": batch, "failed": failed, "key": key}
+    if failed is None:
+        time_us, floor_us = timing.microseconds(calls), moved / timing.copy_bandwidth() * 1e6
+        row |= {"µs": time_us, "floor µs": floor_us, "share": floor_us / time_us}
+        row["goal"] = ("met" if floor_us / time_us >= TARGET_SHARE else "missed") if batch >= 128 else "none"
+    return row
 
 
-def kernels() -> Iterator[Row]:
+def kernels() -> Iterator[Case]:
     """The update, the generator and the norms of both GPU backends."""
-    report = Report()
-    yield {"case": "copy", "backend": "torch", "GB/s": report.bandwidth / 1e9}
-    yield from _updates(report)
+    yield "copy", copy
+    for batch in BATCHES:
+        yield f"update and normals at {batch}", partial(updates, batch)
     yield from norms.norms(report)
+
+
+def copy() -> list[Row]:
+    from sgm_engine.kernels import backend_table
+
+    device = backend_table.capability(torch.device("cuda"))
+    return [{"case": "copy", "backend": "torch", "GB/s": timing.copy_bandwidth() / 1e9, "device": device}]
 
 
 def backends() -> Iterator[Row]:
@@ -48,23 +53,28 @@ def backends() -> Iterator[Row]:
     from sgm_engine.kernels import backend_table
 
     rows: list[Row] = []
-    for row in kernels():
-        rows.append(row)
-        yield row
-    here = backend_table.capability(torch.device("cuda"))
-    table = backend_table.read(backend_table.PATH) | {here: fastest(rows)}
-    backend_table.write(table, backend_table.PATH)
-    faster = sum(backend != backend_table.TRITON for backend in table[here].values())
-    yield {"case": f"{len(table[here])} cases to {backend_table.PATH.name}, CUDA C++ in {faster} of them"}
+    try:
+        for row in apart(kernels):
+            rows.append(row)
+            yield row
+    finally:  # also of what was measured before the time was over
+        found, here = fastest(rows), next((row["device"] for row in rows if "device" in row), None)
+        if found:
+            backend_table.write(backend_table.read(backend_table.PATH) | {here: found}, backend_table.PATH)
+    faster = sum(backend != backend_table.TRITON for backend in found.values())
+    yield {"case": f"{len(found)} cases to {backend_table.PATH.name}, CUDA C++ in {faster} of them"}
 
 
 def fastest(rows: list[Row]) -> dict[str, str]:
-    """Case → Triton, or the CUDA C++ kernel that takes less than its time by MARGIN; of those that were right."""
+    """Case → Triton, or the CUDA C++ kernel that takes less than its time by MARGIN; of those that were right.
+
+    A case in which Triton was not measured is left out.
+    """
     times: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.get("key") and "µs" in row:
             times.setdefault(row["key"], {})[row["backend"]] = row["µs"] * (MARGIN if row["backend"] != "Triton" else 1)
-    return {key: min(found, key=found.get) for key, found in times.items()}
+    return {key: min(found, key=found.get) for key, found in times.items() if "Triton" in found}
 
 
 def slots(batch: int, rows: int) -> dict[str, torch.Tensor]:
@@ -86,31 +96,30 @@ def update(function: Callable[..., None], x: torch.Tensor, score: torch.Tensor, 
     )
 
 
-def _updates(report: Report) -> Iterator[Row]:
+def updates(batch: int) -> Iterator[Row]:
     from sgm_engine.kernels import backend_table, cuda, triton_noise, triton_update
 
-    for batch in BATCHES:
-        x = torch.randn(batch, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)  # as an engine's
-        moved = 2 * x.nbytes + x.nbytes // 2  # x read and written, a bf16 score read
-        score = lambda x: x.bfloat16().contiguous(memory_format=torch.channels_last)  # noqa: E731
-        sets = [(x.clone(), score(x)) for _ in range(timing.copies(moved))]
-        results = []
-        for backend, function in (("CUDA", cuda.langevin_update), ("Triton", triton_update.langevin_update)):
-            state, probe = slots(batch, 1), x.clone()
-            update(function, probe, sets[0][1], state)
-            results.append(probe)
-            failed = None if torch.equal(results[0], probe) else "its bits differ from CUDA's"
-            state["row"].zero_()
-            calls = [lambda f=function, s=state, b=b: timed_update(f, *b, s) for b in sets]
-            key = backend_table.update_case(*sets[0])
-            yield report("update 3×32² NHWC, bf16 score", backend, batch, moved, calls, failed, key)
-        fills = [torch.empty_like(x) for _ in range(timing.copies(x.nbytes))]
-        for backend, module in (("CUDA", cuda), ("Triton", triton_noise)):
-            state = slots(batch, 1)
-            calls = [
-                lambda m=module, o=o, s=state: m.noise_fill(o, s["seed"], s["sample_id"], 1, 0, "normal") for o in fills
-            ]
-            yield report("normals 3×32²", backend, batch, x.nbytes, calls, None, backend_table.noise_case(x, "normal"))
+    x = torch.randn(batch, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)  # as an engine's
+    moved = 2 * x.nbytes + x.nbytes // 2  # x read and written, a bf16 score read
+    score = lambda x: x.bfloat16().contiguous(memory_format=torch.channels_last)  # noqa: E731
+    sets = [(x.clone(), score(x)) for _ in range(timing.copies(moved))]
+    results = []
+    for backend, function in (("CUDA", cuda.langevin_update), ("Triton", triton_update.langevin_update)):
+        state, probe = slots(batch, 1), x.clone()
+        update(function, probe, sets[0][1], state)
+        results.append(probe)
+        failed = None if torch.equal(results[0], probe) else "its bits differ from CUDA's"
+        state["row"].zero_()
+        calls = [lambda f=function, s=state, b=b: timed_update(f, *b, s) for b in sets]
+        key = backend_table.update_case(*sets[0])
+        yield report("update 3×32² NHWC, bf16 score", backend, batch, moved, calls, failed, key)
+    fills = [torch.empty_like(x) for _ in range(timing.copies(x.nbytes))]
+    for backend, module in (("CUDA", cuda), ("Triton", triton_noise)):
+        state = slots(batch, 1)
+        calls = [
+            lambda m=module, o=o, s=state: m.noise_fill(o, s["seed"], s["sample_id"], 1, 0, "normal") for o in fills
+        ]
+        yield report("normals 3×32²", backend, batch, x.nbytes, calls, None, backend_table.noise_case(x, "normal"))
 
 
 def timed_update(
@@ -119,24 +128,3 @@ def timed_update(
     """The update without its advance, so that any number of replays reads the one row of the table."""
     names = ("coef", "draw", "row", "stop", "seed", "sample_id", "bad_row")
     function(x, score, *(state[k] for k in names), None, x, False)
-
-
-def exercise() -> None:
-    """Every CUDA kernel once or twice, small: what the sanitizer watches."""
-    from sgm_engine.kernels import cuda
-
-    for shape in ((2, 3, 16, 16), (2, 5, 3, 3)):
-        state = slots(shape[0], 3)
-        for layout in (torch.contiguous_format, torch.channels_last):
-            x = torch.empty(shape, device=DEVICE, memory_format=layout)
-            cuda.noise_fill(x, state["seed"], state["sample_id"], 0, 0, "normal")
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                update(cuda.langevin_update, x, x.to(dtype), state)
-    for what, (options, _) in norms.FORMS.items():
-        for channels, side in ((32, 16), (6, 5)):
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                for layout in (torch.contiguous_format, torch.channels_last):
-                    for variant in ("auto", "portable"):
-                        if channels % (options.get("groups") or 1) == 0:
-                            norms.case(cuda, 2, channels, side, dtype, layout, what, variant)[0]()
-    torch.cuda.synchronize()

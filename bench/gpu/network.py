@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 
 from bench.gpu import timing
+from bench.gpu.apart import Case, apart
 from bench.gpu.stages import Row
 from bench.gpu.timing import DEVICE
 from bench.peers import plain as without_kernels
@@ -32,6 +35,8 @@ ENGINES: dict[str, dict] = {
     "graph float32": {"precision": "float32", "executor": "graph"},
     "eager bfloat16": {"precision": "bfloat16", "executor": "eager"},
 }
+PEERS = ("eager", "eager + manual graph", "compile", "compile + manual graph", "compile reduce-overhead")
+PEERS += ("compile max-autotune",)
 
 
 def network():
@@ -44,26 +49,27 @@ def network():
 
 
 def peers(model: torch.nn.Module, batch: int) -> dict[str, Callable]:
-    """Name → maker of (score function, whether the whole step goes into a manual CUDA graph)."""
-    network = without_kernels(model).to(torch.bfloat16)
-
-    def plain(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        return network(x.bfloat16(), level)
-
-    def compiled(**options: str) -> Callable:
-        torch._dynamo.reset()
-        return torch.compile(plain, **options)
-
-    makers = {
-        "eager": lambda: (plain, False),
-        "eager + manual graph": lambda: (plain, True),
-        "compile": lambda: (compiled(), False),
-        "compile reduce-overhead": lambda: (compiled(mode="reduce-overhead"), False),
-        "compile + manual graph": lambda: (compiled(), True),
+    """PEERS → maker of (score function, whether the whole step goes into a manual CUDA graph)."""
+    return {
+        "eager": lambda: (plain(model), False),
+        "eager + manual graph": lambda: (plain(model), True),
+        "compile": lambda: (compiled(model, batch), False),
+        "compile + manual graph": lambda: (compiled(model, batch), True),
+        "compile reduce-overhead": lambda: (compiled(model, batch, mode="reduce-overhead"), False),
+        "compile max-autotune": lambda: (compiled(model, batch, mode="max-autotune"), False),
     }
-    if batch == 128:  # its tuning takes minutes
-        makers["compile max-autotune"] = lambda: (compiled(mode="max-autotune"), False)
-    return makers
+
+
+def plain(model: torch.nn.Module) -> Callable:
+    network = without_kernels(model).to(torch.bfloat16)
+    return lambda x, level: network(x.bfloat16(), level)
+
+
+@cache
+def compiled(model: torch.nn.Module, batch: int, **options: str) -> Callable:
+    """For this batch alone. It compiles for a minute, so what two rows need is compiled once."""
+    torch._dynamo.reset()
+    return torch.compile(plain(model), dynamic=False, **options)
 
 
 def checked(score: torch.Tensor, want: torch.Tensor, most: float = 0.1) -> float:
@@ -88,94 +94,112 @@ def engine_of(model: torch.nn.Module, batch: int, options: dict):
     return Engine(fast, batch=batch, device=DEVICE, **options)
 
 
-def engine_rows(model, sigmas, x, level, want) -> Iterator[Row]:
-    """Of each way to run the engine: time, launches, gaps between them, and the share of what the device could do."""
+class Problem(NamedTuple):
+    model: torch.nn.Module
+    sigmas: torch.Tensor
+    x: torch.Tensor
+    level: torch.Tensor
+    want: torch.Tensor  # the score that every other is checked against
+
+
+@cache
+def problem(batch: int) -> Problem:
+    model, sigmas = network()
+    x = torch.rand(batch, 3, SIDE, SIDE, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    level = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    return Problem(model, sigmas, x, level, model(x, level))
+
+
+def engine_row(name: str, batch: int) -> Iterator[Row]:
+    """A way to run the engine: time, launches, gaps between them, and the share of what the device could do."""
     from sgm_engine.plan import annealed_langevin
 
-    batch, plan = len(x), annealed_langevin(sigmas, steps_per_level=10)
+    options = ENGINES[name]
+    if options["precision"] == "float8" and torch.cuda.get_device_capability() < (8, 9):
+        return
+    model, sigmas, x, level, want = problem(batch)
+    plan = annealed_langevin(sigmas, steps_per_level=10)
     floor_ms = 1e3 * max(FLOPS * batch / timing.peak_flops(), (BYTES * batch + WEIGHTS) / timing.copy_bandwidth())
-    for name, options in ENGINES.items():
-        row: Row = {"case": f"engine {name}", "batch": batch}
-        if options["precision"] == "float8" and torch.cuda.get_device_capability() < (8, 9):
-            continue
-        try:
-            engine = engine_of(model, batch, options)
-            engine.sample(batch, plan=plan)
-            before, began = engine.stats.steps, time.perf_counter()
-            engine.sample(batch, plan=plan)
-            torch.cuda.synchronize()
-            steps = engine.stats.steps - before
-            row["ms a step"] = ms = (time.perf_counter() - began) * 1e3 / steps
-            most = 0.3 if options["precision"] == "float8" else 0.1  # of weights that are random
-            with torch.no_grad():
-                row["score error"] = checked(engine._network(x, level), want, most)
-            launches, busy_ms = timing.kernels_of(lambda e=engine: e._executor.run(1))  # slots are idle: no update
-            row |= {"kernels a step": launches, "gaps": max(0.0, 1 - busy_ms / ms), "share of roofline": floor_ms / ms}
-            row["images/s"] = batch * 1e3 / (ms * NFE)
-        except Exception as error:
-            row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-        yield row
+    row: Row = {"case": f"engine {name}", "batch": batch}
+    try:
+        engine = engine_of(model, batch, options)
+        engine.sample(batch, plan=plan)
+        before, began = engine.stats.steps, time.perf_counter()
+        engine.sample(batch, plan=plan)
+        torch.cuda.synchronize()
+        steps = engine.stats.steps - before
+        row["ms a step"] = ms = (time.perf_counter() - began) * 1e3 / steps
+        most = 0.3 if options["precision"] == "float8" else 0.1  # of weights that are random
+        with torch.no_grad():
+            row["score error"] = checked(engine._network(x, level), want, most)
+        launches, busy_ms = timing.kernels_of(lambda: engine._executor.run(1))  # slots are idle: no update
+        row |= {"kernels a step": launches, "gaps": max(0.0, 1 - busy_ms / ms), "share of roofline": floor_ms / ms}
+        row["images/s"] = batch * 1e3 / (ms * NFE)
+    except Exception as error:
+        row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+    yield row
 
 
 def step_times() -> Iterator[Row]:
-    """One step of NCSN CIFAR-10 (channels-last; x float32) by the engine and by each peer, in one run.
-
-    What takes longest to compile comes last, so that it is what is missing if the time is over.
-    """
-    from sgm_engine.acceleration import accelerate
-
-    model, sigmas = network()
-    fast = accelerate(model)
-    problems, fastest = {}, {}
-    for batch in BATCHES:
-        x = torch.rand(batch, 3, SIDE, SIDE, device=DEVICE).contiguous(memory_format=torch.channels_last)
-        level = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
-        problems[batch] = x, level, model(x, level)  # what every score at x is checked against
-        for row in engine_rows(fast, sigmas, *problems[batch]):
-            fastest.setdefault(batch, row.get("ms a step"))
-            yield row
-    makers = {batch: peers(model, batch) for batch in BATCHES}
-    for name in dict.fromkeys(name for found in makers.values() for name in found):
-        for batch, found in makers.items():
-            if name in found:
-                with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-                    row = peer_row(name, found[name], *problems[batch], fastest[batch])
-                yield row
+    """One step of NCSN CIFAR-10 (channels-last; x float32) by the engine and by each peer, in one run."""
+    fastest: dict[object, float] = {}
+    for row in apart(steps, seconds=240):
+        if (ms := row.get("ms a step")) and str(row["case"]).startswith("engine"):
+            fastest.setdefault(row["batch"], ms)
+        elif ms and row["batch"] in fastest:
+            row["engine is faster by"] = ms / fastest[row["batch"]]
+        yield row
 
 
-def peer_row(name: str, make: Callable, x, level, want, engine_ms: float | None) -> Row:
-    row: Row = {"case": name, "batch": len(x)}
+def steps() -> Iterator[Case]:
+    """What is compared first, what takes longest to compile last, so that it is what is missing if the time is over."""
+    first, *others = ENGINES
+    for name in (first, *PEERS[:2], *others):
+        for batch in BATCHES:
+            yield f"{name} at {batch}", partial(engine_row if name in ENGINES else peer_row, name, batch)
+    for names in (PEERS[2:4], PEERS[4:5], PEERS[5:]):
+        for batch in reversed(BATCHES):
+            for name in names:
+                yield f"{name} at {batch}", partial(peer_row, name, batch)
+
+
+def peer_row(name: str, batch: int) -> Iterator[Row]:
+    model, _, x, level, want = problem(batch)
+    row: Row = {"case": name, "batch": batch}
     try:
-        with torch.no_grad():
-            score, manual = make()
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            score, manual = peers(model, batch)[name]()
             row["score error"] = checked(score(x, level), want)
             state = x.clone()
             step = lambda: timing.peer_step(score, state, level)  # noqa: E731
             row["ms a step"] = ms = timing.milliseconds(timing.graphed(step) if manual else step)
-            row["images/s"] = len(x) * 1e3 / (ms * NFE)
-            row["engine is faster by"] = ms / engine_ms if engine_ms else None
+            row["images/s"] = batch * 1e3 / (ms * NFE)
     except Exception as error:
         row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-    return row
+    yield row
 
 
-def end_to_end() -> Iterator[Row]:
+def end_to_end() -> Iterator[Case]:
     """Images a second of the engine's chains: 1,001 evaluations each (NCSN CIFAR-10), or a stated part of them."""
+    for batch, steps_per_level in CHAINS:
+        yield f"chains at {batch}", partial(chain, batch, steps_per_level)
+
+
+def chain(batch: int, steps_per_level: int) -> Iterator[Row]:
     from sgm_engine.plan import annealed_langevin
 
     model, sigmas = network()
-    for batch, steps_per_level in CHAINS:
-        plan = annealed_langevin(sigmas, steps_per_level=steps_per_level)
-        name, options = next(iter(ENGINES.items()))
-        engine = engine_of(model, batch, options)
-        engine.sample(batch, plan=annealed_langevin(sigmas, steps_per_level=1))
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        samples = engine.sample(batch, plan=plan)
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        again = engine.sample(batch, plan=plan)
-        row: Row = {"case": f"engine {name}", "batch": batch, "NFE an image": plan.nfe, "s": seconds}
-        row |= {"NFE/s": batch * plan.nfe / seconds, "images/s of 1,001 NFE": batch * plan.nfe / seconds / NFE}
-        row["failed"] = None if torch.equal(samples, again) else "the same seed gave other bytes"
-        yield row
+    plan = annealed_langevin(sigmas, steps_per_level=steps_per_level)
+    name, options = next(iter(ENGINES.items()))
+    engine = engine_of(model, batch, options)
+    engine.sample(batch, plan=annealed_langevin(sigmas, steps_per_level=1))
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    samples = engine.sample(batch, plan=plan)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    again = engine.sample(batch, plan=plan)
+    row: Row = {"case": f"engine {name}", "batch": batch, "NFE an image": plan.nfe, "s": seconds}
+    row |= {"NFE/s": batch * plan.nfe / seconds, "images/s of 1,001 NFE": batch * plan.nfe / seconds / NFE}
+    row["failed"] = None if torch.equal(samples, again) else "the same seed gave other bytes"
+    yield row

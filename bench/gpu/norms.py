@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from bench.gpu import timing
+from bench.gpu.apart import Case
 from bench.gpu.stages import Row
 from bench.gpu.timing import DEVICE
 
@@ -63,25 +65,31 @@ def case(module, batch, channels, side, dtype, layout, what="norm + ELU", varian
     return call, check
 
 
-def norms(report) -> Iterator[Row]:
+def norms(report: Callable[..., Row]) -> Iterator[Case]:
+    for channels, side in SHAPES:
+        for what in FORMS:
+            for batch in BATCHES:
+                for backend, variant in VARIANTS:
+                    if variant != "cluster" or "pool" not in FORMS[what][0]:
+                        name = f"{what} {channels}×{side}², bf16 NHWC"
+                        row = partial(measure, report, name, what, batch, channels, side, backend)
+                        yield f"{name} at {batch}, {backend}", row
+
+
+def measure(report, name: str, what: str, batch: int, channels: int, side: int, backend: str) -> Iterator[Row]:
     from sgm_engine.kernels import backend_table, cuda, triton_norm
 
-    clusters = torch.cuda.get_device_capability()[0] >= 9
-    for channels, side in SHAPES:
-        for what, (options, tensors) in FORMS.items():
-            for batch in BATCHES:
-                moved = tensors * 2 * batch * channels * side * side
-                x = torch.empty(batch, channels, side, side, dtype=torch.bfloat16, device="meta")
-                x = x.to(memory_format=torch.channels_last)
-                given = {"residual": False, "groups": None, "before": "none", "pool": False} | options
-                key = backend_table.norm_case(x, *(given[name] for name in ("residual", "groups", "before", "pool")))
-                for backend, variant in VARIANTS:
-                    if variant == "cluster" and (not clusters or "pool" in options):
-                        continue
-                    module = triton_norm if variant is None else cuda
-                    how = (batch, channels, side, torch.bfloat16, torch.channels_last, what, variant)
-                    sets = [case(module, *how) for _ in range(timing.copies(moved))]
-                    sets[0][0]()
-                    calls, failed = [call for call, _ in sets], sets[0][1]()
-                    yield report(f"{what} {channels}×{side}², bf16 NHWC", backend, batch, moved, calls, failed, key)
-                    del sets, calls
+    variant = dict(VARIANTS)[backend]
+    if variant == "cluster" and torch.cuda.get_device_capability() < (9, 0):
+        return
+    options, tensors = FORMS[what]
+    moved = tensors * 2 * batch * channels * side * side
+    x = torch.empty(batch, channels, side, side, dtype=torch.bfloat16, device="meta")
+    x = x.to(memory_format=torch.channels_last)
+    given = {"residual": False, "groups": None, "before": "none", "pool": False} | options
+    key = backend_table.norm_case(x, *(given[name] for name in ("residual", "groups", "before", "pool")))
+    module = triton_norm if variant is None else cuda
+    how = (batch, channels, side, torch.bfloat16, torch.channels_last, what, variant)
+    sets = [case(module, *how) for _ in range(timing.copies(moved))]
+    sets[0][0]()
+    yield report(name, backend, batch, moved, [call for call, _ in sets], sets[0][1](), key)

@@ -10,11 +10,13 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 Row = dict[str, object]
+RECORD_S = 5.0
+SAID = 1500  # characters that are said of a stage: all of it is in the files
 
 
 @dataclass
@@ -25,6 +27,11 @@ class Stage:
     seconds: float = 0.0
     failed: str | None = None
     rows: list[Row] = field(default_factory=list)
+
+    def summary(self) -> str:
+        failed = self.failed or ""
+        short = failed if len(failed) <= SAID else f"{failed[:SAID]} … {len(failed) - SAID} characters more"
+        return f"{self.name}: {short or 'passed'} ({self.seconds} s, {len(self.rows)} rows)"
 
 
 class Overrun(BaseException):
@@ -56,21 +63,28 @@ def run_stages(
 ) -> list[Stage]:
     """Run every stage; an exception ends its stage, not the run. A row with "failed" set fails its stage.
 
-    limits: seconds of a stage, at most; seconds: of them all. What a stage had measured when its time was over stays.
-    record: called with the stages so far after each of them, so that nothing is lost if the run is stopped.
+    limits: seconds of a stage, at most, while others follow; seconds: of them all. What a stage had measured when its
+    time was over stays.
+    record: called with the stages so far after each of them, and every RECORD_S within one, so that nothing is lost if
+    the run is stopped.
     """
     done: list[Stage] = []
     end = time.perf_counter() + seconds
     for name, function in stages.items():
-        stage, began = Stage(name), time.perf_counter()
+        stage, recorded = Stage(name), (began := time.perf_counter())
         done.append(stage)
-        limit = min((limits or {}).get(name, math.inf), end - began)
+        last = len(done) == len(stages)
+        limit = min(math.inf if last else (limits or {}).get(name, math.inf), end - began)
         try:
             if limit <= 0:
                 raise Overrun
-            with time_limit(limit if limit < math.inf else 0):
-                for row in function():
+            with time_limit(limit if limit < math.inf else 0), closing(row for row in function()) as rows:
+                for row in rows:
                     stage.rows.append(row)
+                    if time.perf_counter() - recorded > RECORD_S:
+                        recorded = time.perf_counter()
+                        stage.seconds = round(recorded - began, 1)
+                        record(done)
         except Overrun:
             stage.failed = f"stopped after {max(limit, 0):.0f} s, its share of the time"
         except Exception as error:
@@ -79,8 +93,8 @@ def run_stages(
         bad = [f"{row.get('case', '?')}: {row['failed']}" for row in stage.rows if row.get("failed")]
         stage.failed = "; ".join([*bad, *filter(None, [stage.failed])]) or None
         stage.seconds = round(time.perf_counter() - began, 1)
-        say(f"{name}: {stage.failed or 'passed'} ({stage.seconds} s)")
         record(done)
+        say(stage.summary())
     return done
 
 
@@ -89,7 +103,7 @@ def write_results(folder: Path, machine: Row, stages: list[Stage], today: dateti
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{today.isoformat()}-{re.sub('[^a-z0-9]+', '-', str(machine['gpu']).lower()).strip('-')}"
     record = {"date": today.isoformat(), "machine": machine, "stages": [asdict(stage) for stage in stages]}
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
     lines = [f"# {machine['gpu']}, {today.isoformat()}", "", *(f"- {k}: {v}" for k, v in machine.items()), ""]
     for stage in stages:
         lines += [f"## {stage.name}: {'failed' if stage.failed else 'passed'} ({stage.seconds} s)", ""]

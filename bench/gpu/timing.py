@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
 DEVICE = "cuda"
 
 
-def microseconds(calls: list[Callable[[], None]], repeats: int = 20) -> float:
-    """Median time of one call, from replays of a graph that makes all of ``calls`` (on different buffers) in turn."""
+def captured(work: Callable[[], None], warm_ups: int = 1) -> torch.cuda.CUDAGraph:
+    """A graph of ``work``, which has run before. Another graph that the collector takes meanwhile would spoil it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for call in calls:
-            call()
+        for _ in range(warm_ups):
+            work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            work()
+    finally:
+        gc.enable()
+    return graph
+
+
+def microseconds(calls: list[Callable[[], None]], repeats: int = 20) -> float:
+    """Median time of one call, from replays of a graph that makes all of ``calls`` (on different buffers) in turn."""
+
+    def work() -> None:
         for call in calls:
             call()
+
+    graph = captured(work)
     for _ in range(3):
         graph.replay()
     times = []
@@ -42,6 +59,7 @@ def copies(bytes_a_call: int) -> int:
     return max(2, min(64, 4 * cache // max(bytes_a_call, 1) + 1))
 
 
+@cache
 def copy_bandwidth() -> float:
     """Bytes read and written a second by a large device-to-device copy."""
     a = torch.randn(2**28, device=DEVICE)
@@ -49,6 +67,7 @@ def copy_bandwidth() -> float:
     return 2 * a.nbytes / (microseconds([lambda: b.copy_(a)]) * 1e-6)
 
 
+@cache
 def peak_flops() -> float:
     """Operations a second of a large bf16 matrix product, two for each multiply-add."""
     n = 8192
@@ -65,16 +84,7 @@ def peer_step(
 
 
 def graphed(step: Callable[[], None]) -> Callable[[], None]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return captured(step, 3).replay
 
 
 def milliseconds(step: Callable[[], None], budget_s: float = 2.0) -> float:
