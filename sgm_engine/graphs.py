@@ -7,10 +7,11 @@ and drops its old graphs before it captures new ones, so that their memory serve
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -59,6 +60,18 @@ class GraphBackend(Protocol):
         """
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Nothing is collected inside: where a cycle holds another graph, its end is a call that spoils a capture."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 class CudaGraphs:
     """Warm-up and capture on one side stream; the graphs of this backend that are alive draw on one memory pool.
 
@@ -79,6 +92,7 @@ class CudaGraphs:
             except (RuntimeError, torch.cuda.CudaError) as error:
                 self._sharing.clear()
                 _FAILED.append(graph)
+                self._give_back_generator()
                 if out_of_memory(error):
                     raise
                 raise CaptureFailed(
@@ -94,10 +108,18 @@ class CudaGraphs:
                 step()
             caller.wait_stream(self.stream)
             # Other threads may allocate meanwhile: only this one's calls can spoil the capture.
-            with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+            with _uncollected(), torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"):
                 step()
         self._sharing.add(graph)
         return graph.replay
+
+    def _give_back_generator(self) -> None:
+        """A capture that fails leaves PyTorch's generator in it, which refuses to draw until another one ends well."""
+        with suppress(RuntimeError), torch.cuda.stream(self.stream):
+            x = torch.zeros(1, device=self.stream.device)
+            graph = torch.cuda.CUDAGraph()
+            with _uncollected(), torch.cuda.graph(graph, None, self.stream, capture_error_mode="thread_local"):
+                x.add_(1)
 
     @contextmanager
     def _benchmark(self) -> Iterator[None]:

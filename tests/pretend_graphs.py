@@ -3,7 +3,7 @@
 import weakref
 from contextlib import contextmanager
 
-from pretend_tensors import DEVICE, capturing, here, on_device, put, tensors_in
+from pretend_tensors import DEVICE, capturing, generator, here, on_device, put, tensors_in
 from recorder import Recorder
 
 
@@ -99,6 +99,7 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
         assert pool not in _spoilt and any(other.pool() == pool for other in _alive), "a pool that is none"
     before = current_stream()
     here.stream, here.recorder = stream or Stream(), Capture()
+    generator.in_capture = True
     try:
         with here.recorder as recorder:
             yield
@@ -107,7 +108,7 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
         raise
     finally:
         here.recorder = None
-    here.stream = before
+    here.stream, generator.in_capture = before, False
     if pool is None:
         CUDAGraph._pools += 1
     cuda_graph._pool = pool or (0, CUDAGraph._pools)

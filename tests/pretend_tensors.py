@@ -2,6 +2,7 @@
 
 import math
 import threading
+from types import SimpleNamespace
 
 import torch
 from torch._subclasses import FakeTensor
@@ -57,6 +58,10 @@ PLAIN |= {"__set__", "__delete__"}
 COPY_IN_CAPTURE = "Cannot copy between CPU and CUDA tensors during CUDA graph capture"
 
 
+generator = SimpleNamespace(in_capture=False)  # PyTorch's, of the device: after a capture that failed it still is
+RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "normal_", "uniform_"}
+
+
 class Pretend(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.__name__, kwargs or {}
@@ -82,6 +87,8 @@ class Pretend(TorchFunctionMode):
                 raise RuntimeError(COPY_IN_CAPTURE)
             if name not in MIXED and any(x.dim() and not on_device(x) for x in tensors):
                 raise RuntimeError(f"Expected all tensors to be on the same device, but got cuda:0 and cpu in {func}")
+        if name in RANDOM and generator.in_capture and not capturing() and (there or is_cuda(kwargs.get("device"))):
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         if kwargs.get("device") is not None:
             there = is_cuda(kwargs["device"])
             kwargs = kwargs | ({"device": "cpu"} if there else {})

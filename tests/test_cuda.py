@@ -471,6 +471,7 @@ def test_a_captured_chain_repeats_250_times_on_a_gpu():
         cuda.langevin_update(x, score, coef, draw, row, stop, seed, seed, bad_row, None, x, True)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)

@@ -3,7 +3,9 @@
 Without a GPU they run on a pretended one, pretend_cuda.py, which shows the Python of all this and no more.
 """
 
+import gc
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -17,7 +19,7 @@ from sgm_engine.calibration import calibrate_float8
 from sgm_engine.conditioning import at_sigmas
 from sgm_engine.engine import Engine
 from sgm_engine.errors import CaptureFailed
-from sgm_engine.graphs import CudaGraphs, GraphConfig
+from sgm_engine.graphs import WARM_UPS, CudaGraphs, GraphConfig
 from sgm_engine.guidance import classifier_free, classifier_guided, posterior
 from sgm_engine.inverse import downsample
 from sgm_engine.jobs.job import generate
@@ -194,6 +196,31 @@ def test_a_callback_that_keeps_a_score_does_not_stop_a_new_capture():
     assert engine.stats.captures == 3
 
 
+def test_a_capture_is_not_spoilt_by_what_is_collected():
+    """A graph that only a cycle holds ends when Python collects it, which is a call that a capture does not survive."""
+    backend, x, threshold = CudaGraphs(torch.device("cuda", 0)), torch.ones(4, device="cuda"), gc.get_threshold()
+    cycle = [backend.capture(lambda: x.mul_(2))]
+    cycle.append(cycle)
+    graph, alive = weakref.ref(cycle[0].__self__), []
+
+    def step():
+        x.add_(1)
+        gc.set_threshold(1 if len(alive) == WARM_UPS else 10**6)
+        [[] for _ in range(1000)]
+        alive.append(graph() is not None)
+
+    try:
+        gc.set_threshold(10**6)
+        del cycle
+        replay = backend.capture(step)
+    finally:
+        gc.set_threshold(*threshold)
+    assert alive == [True] * (WARM_UPS + 1) and gc.isenabled()
+    x.zero_()
+    replay()
+    assert x.tolist() == [1] * 4
+
+
 def test_a_capture_that_fails_leaves_nothing_behind():
     stream, backend = torch.cuda.current_stream(), CudaGraphs(torch.device("cuda", 0))
     x = torch.ones(4, device="cuda")
@@ -206,6 +233,7 @@ def test_a_capture_that_fails_leaves_nothing_behind():
     with pytest.raises(CaptureFailed):
         backend.capture(reads_back)
     assert torch.cuda.current_stream() == stream
+    assert torch.randn(4, device="cuda").isfinite().all(), "a generator that is still in the capture draws nothing"
     again = backend.capture(lambda: x.add_(1))
     x.zero_()
     good(), again()

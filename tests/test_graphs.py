@@ -547,6 +547,8 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(self, "side"))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(self))
+        zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **options: zeros(*size, **options))
 
     def current_stream(self, device):
         return Stream(self, self.now)
@@ -638,13 +640,15 @@ def test_the_order_of_a_capture(monkeypatch, chosen, set_by_user):
 )
 def test_a_capture_that_fails(monkeypatch, raised, expected):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    FakeCuda(monkeypatch)
+    cuda = FakeCuda(monkeypatch)
 
     def step():
         raise raised
 
     with pytest.raises(expected):
         CudaGraphs(torch.device("cuda"), True).capture(step)
+    ended_well = cuda.log[-2:] == [("capture", None, "side", "thread_local"), ("end",)]
+    assert ended_well == isinstance(raised, RuntimeError), "PyTorch's generator is still in the capture"
     assert torch.backends.cudnn.benchmark is False and not graphs._CAPTURING.locked()
 
 
@@ -654,10 +658,11 @@ def test_the_pool_is_that_of_graphs_that_are_alive(monkeypatch):
     backend = CudaGraphs(torch.device("cuda"))
 
     def pool_of_capture(step=lambda: None):
+        before = len(cuda.log)
         try:
             return backend.capture(step)
         finally:
-            steps.append(next(pool for what, pool, *_ in reversed([e for e in cuda.log if e[0] == "capture"])))
+            steps.append(next(pool for what, pool, *_ in [e for e in cuda.log[before:] if e[0] == "capture"]))
 
     def fails_in_capture():
         if cuda.log[-1][0] == "capture":

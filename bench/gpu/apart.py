@@ -73,7 +73,7 @@ def _run(cases: Callable[[], Iterable[Case]], first: int, out: Connection) -> No
                 out.send(("row", row))
         except Exception as error:
             traceback.print_exc()
-            out.send(("row", {"case": name, "failed": f"{type(error).__name__}: {str(error)[:300]}"}))
+            out.send(("row", {"case": name, "failed": short(error)}))
         gc.collect()  # now, and not within the capture of a graph: a graph that goes then spoils it
         if reason := unusable():
             out.send(("spoilt", reason))
@@ -81,11 +81,16 @@ def _run(cases: Callable[[], Iterable[Case]], first: int, out: Connection) -> No
     out.send(("over",))
 
 
+def short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def unusable() -> str | None:
-    """What the device answers if it does nothing more for this process."""
+    """What the device answers if it does nothing more for this process. After a capture that failed it may not draw."""
     if torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
+            torch.rand(1, device="cuda")
         except Exception as error:
-            return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            return short(error)
     return None

@@ -67,11 +67,11 @@ def build(arch: str) -> list[Row]:
 def tests(folder: Path) -> Iterator[Row]:
     """pytest of all that knows a GPU, side by side where pytest-xdist is installed. All that it says: tests.log."""
     there = importlib.util.find_spec
-    workers = min(8, len(os.sched_getaffinity(0))) if there("xdist") else 0
+    workers = min(12, len(os.sched_getaffinity(0))) if there("xdist") else 0
     parallel = ["-n", str(workers)] if workers > 1 else []
     # By thread: a kernel that hangs takes no signal; its process ends, and pytest-xdist starts another one.
     limit = [f"--timeout={TEST_S}", "--timeout-method=thread"] if parallel and there("pytest_timeout") else []
-    options = [*PYTEST, *parallel, *limit, "-k", "not host"]  # those run without a GPU too
+    options = [*PYTEST, *parallel, *limit, "-k", "not host and not order_of_threads"]  # those run without a GPU too
     found: dict[str, Counter] = {file: Counter() for file in GPU_TESTS}
     failures: list[str] = []
     bad: set[str] = set()

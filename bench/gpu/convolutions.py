@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from triton.runtime.errors import OutOfResources
 
 from bench.gpu import timing
-from bench.gpu.apart import Case, apart
+from bench.gpu.apart import Case, apart, short
 from bench.gpu.stages import Row
 from bench.gpu.timing import DEVICE
 
@@ -130,7 +130,7 @@ def _tiles(key: str, tiles: Sequence, ours: Launch, want: Tensor, floor: float, 
         except OutOfResources as error:
             row["not run"] = str(error)
         except Exception as failure:
-            row["failed"] = f"{type(failure).__name__}: {str(failure)[:200]}"
+            row["failed"] = short(failure)
     return timed
 
 
@@ -162,7 +162,7 @@ def _with_norm(key: str, tile, ours: Launch, plain: Callable[[], Tensor], want: 
             if together < separately / MARGIN:
                 found[row["case"]] = tile
         except Exception as failure:
-            row["failed"] = f"{type(failure).__name__}: {str(failure)[:200]}"
+            row["failed"] = short(failure)
     return rows
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from bench.gpu import timing
-from bench.gpu.apart import Case, apart
+from bench.gpu.apart import Case, apart, short
 from bench.gpu.stages import Row
 from bench.gpu.timing import DEVICE
 from bench.peers import plain as without_kernels
@@ -136,7 +136,7 @@ def engine_row(name: str, batch: int) -> Iterator[Row]:
         row |= {"kernels a step": launches, "gaps": max(0.0, 1 - busy_ms / ms), "share of roofline": floor_ms / ms}
         row["images/s"] = batch * 1e3 / (ms * NFE)
     except Exception as error:
-        row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+        row["failed"] = short(error)
     yield row
 
 
@@ -175,7 +175,7 @@ def peer_row(name: str, batch: int) -> Iterator[Row]:
             row["ms a step"] = ms = timing.milliseconds(timing.graphed(step) if manual else step)
             row["images/s"] = batch * 1e3 / (ms * NFE)
     except Exception as error:
-        row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+        row["failed"] = short(error)
     yield row
 
 

@@ -90,7 +90,7 @@ def run_stages(
         except Exception as error:
             traceback.print_exc()
             stage.failed = f"{type(error).__name__}: {error}"
-        bad = [f"{row.get('case', '?')}: {row['failed']}" for row in stage.rows if row.get("failed")]
+        bad = [f"{_name(row)}: {row['failed']}" for row in stage.rows if row.get("failed")]
         stage.failed = "; ".join([*bad, *filter(None, [stage.failed])]) or None
         stage.seconds = round(time.perf_counter() - began, 1)
         record(done)
@@ -119,6 +119,15 @@ def table(rows: list[Row]) -> list[str]:
     if not rows:
         return []
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cell = lambda v: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v).replace("|", "/")  # noqa: E731
-    body = [f"| {' | '.join(cell(row.get(c)) for c in columns)} |" for row in rows]
+    body = [f"| {' | '.join(_cell(row.get(c)) for c in columns)} |" for row in rows]
     return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *body, ""]
+
+
+def _name(row: Row) -> str:
+    return " ".join(str(row[key]) for key in ("case", "backend", "batch") if key in row) or "?"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else " ".join(str(value).replace("|", "/").split())
