@@ -58,8 +58,8 @@ STAGES: dict[str, Callable[..., Iterable[Row]]] = {
     "tests": tests,
     "sanitize": sanitize,
     "kernels": partial(apart, kernels),
-    "convolutions": convolutions,
     "backends": backends,
+    "convolutions": convolutions,
     "ncu": ncu,
     "end-to-end": partial(apart, end_to_end, 90),
     "step": step_times,
@@ -68,10 +68,10 @@ STAGES: dict[str, Callable[..., Iterable[Row]]] = {
 LIMITS = {
     "build": 180,
     "tests": 300,
-    "sanitize": 240,
+    "sanitize": 200,
     "kernels": 150,
-    "convolutions": 480,  # some ninety kernels to compile
-    "backends": 300,
+    "convolutions": 300,  # some ninety kernels to compile
+    "backends": 150,
     "ncu": 120,
     "end-to-end": 120,
     "step": 300,
