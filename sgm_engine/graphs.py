@@ -91,8 +91,11 @@ class CudaGraphs:
                 return self._capture(graph, step)
             except (RuntimeError, torch.cuda.CudaError) as error:
                 self._sharing.clear()
-                _FAILED.append(graph)
-                self._give_back_generator()
+                try:
+                    graph.pool()  # its capture has ended, only the step failed: its memory goes with it
+                except RuntimeError:
+                    _FAILED.append(graph)
+                    self._give_back_generator()
                 if out_of_memory(error):
                     raise
                 raise CaptureFailed(

@@ -3,6 +3,7 @@
 import weakref
 from contextlib import contextmanager
 
+import torch
 from pretend_tensors import DEVICE, capturing, generator, here, on_device, put, tensors_in
 from recorder import Recorder
 
@@ -80,7 +81,8 @@ class CUDAGraph:
         self._recorder = None
 
     def pool(self):
-        assert self._recorder is not None, "nothing was captured"
+        if self._recorder is None:
+            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
         return self._pool
 
     def replay(self):
@@ -100,9 +102,12 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
     before = current_stream()
     here.stream, here.recorder = stream or Stream(), Capture()
     generator.in_capture = True
+    error = None
     try:
         with here.recorder as recorder:
             yield
+    except torch.OutOfMemoryError as raised:  # nothing that a capture does not survive: it ends well
+        error = raised
     except BaseException:  # PyTorch's leaves its stream behind too
         _spoilt.add(pool)
         raise
@@ -114,3 +119,5 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
     cuda_graph._pool = pool or (0, CUDAGraph._pools)
     cuda_graph._recorder = recorder
     _alive.add(cuda_graph)
+    if error is not None:
+        raise error

@@ -14,6 +14,7 @@ import torch
 from interpreter import run_pretended
 from test_cdm_sampling import small as small_cdm
 
+from sgm_engine import graphs
 from sgm_engine.acceleration import accelerate
 from sgm_engine.calibration import calibrate_float8
 from sgm_engine.conditioning import at_sigmas
@@ -267,8 +268,10 @@ class Hungry(torch.nn.Module):
 @pytest.mark.parametrize("in_capture", [False, True])
 def test_out_of_memory_halves_the_batch(in_capture):
     engine = Engine(Hungry(2, in_capture).cuda(), 8)
+    held = len(graphs._FAILED)
     with pytest.warns(UserWarning, match="out of memory") as warned:
         found = engine.sample(5, 3, PLAN)
+    assert not in_capture or len(graphs._FAILED) == held, "a graph that is held keeps its memory"
     assert engine.batch == 2 and sum("out of memory" in str(w.message) for w in warned) == 2
     assert engine.executor == "graph"
     assert difference(found, Engine(net(), 2, executor="eager").sample(5, 3, PLAN)) < 1e-4

@@ -566,9 +566,9 @@ class FakeCuda:
         """As torch.cuda.graph, which leaves the stream current, and the pool unusable, when a capture fails."""
         assert graphs._CAPTURING.locked()  # capture synchronises the device, which another one would not survive
         self.log.append(("capture", pool, stream.name, capture_error_mode))
-        before, self.now, graph.of = self.now, stream.name, pool or f"pool {len(self.log)}"
+        before, self.now, own = self.now, stream.name, f"pool {len(self.log)}"
         yield
-        self.now = before
+        self.now, graph.of = before, pool or own
         self.log.append(("end",))
 
     def Event(self):
@@ -580,6 +580,8 @@ class Graph:
         self.cuda = cuda
 
     def pool(self):
+        if not hasattr(self, "of"):
+            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
         return self.of
 
     def replay(self):
