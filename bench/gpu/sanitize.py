@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 
 from bench.gpu.checks import running, shell
@@ -34,7 +36,7 @@ def sanitize(folder: Path) -> Iterator[Row]:
     if tool is None:
         raise RuntimeError("not run: there is no compute-sanitizer")
     folder.mkdir(parents=True, exist_ok=True)
-    runs = {}
+    runs, ports = {}, count(FIRST_PORT, 100)
     with ExitStack() as stack:
         for backend in KERNELS:
             if backend == "triton":
@@ -45,14 +47,18 @@ def sanitize(folder: Path) -> Iterator[Row]:
                     break
             for check in CHECKS:
                 log = folder / f"{check}-{backend}.log"
-                port = str(FIRST_PORT + 100 * len(runs))
+                port = str(next(ports))
                 command = [tool, *options(check, backend), "--port", port, *exercise(backend)]
                 # Every tensor has memory of its own, or what is written beyond one would lie in PyTorch's next.
                 out = stack.enter_context(open(log, "w"))
                 run = stack.enter_context(running(command, out, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
-                runs[check, backend] = run, log
-        for (check, backend), (run, log) in runs.items():
-            yield row(f"{check}, {backend}", run.wait(), log.read_text(errors="replace"))
+                runs[f"{check}, {backend}"] = run, log
+        while runs:  # as they end, so that what is late costs none of the others
+            for name, (run, log) in list(runs.items()):
+                if (status := run.poll()) is not None:
+                    yield row(name, status, log.read_text(errors="replace"))
+                    del runs[name]
+            time.sleep(0.2)
 
 
 def options(check: str, backend: str) -> list[str]:
