@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from bench.gpu.checks import running, shell
 from bench.gpu.stages import Row
@@ -31,13 +32,14 @@ KERNELS = {
 
 
 def sanitize(folder: Path) -> Iterator[Row]:
-    """The four tools at once: most of their time is PyTorch's start. What each of them says: CHECK-BACKEND.log."""
+    """The four tools at once: most of their time is PyTorch's start. What they say: sanitize.log."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         raise RuntimeError("not run: there is no compute-sanitizer")
     folder.mkdir(parents=True, exist_ok=True)
     runs, ports = {}, count(FIRST_PORT, 100)
     with ExitStack() as stack:
+        log = stack.enter_context(open(folder / "sanitize.log", "w"))
         for backend in KERNELS:
             if backend == "triton":
                 try:
@@ -46,17 +48,18 @@ def sanitize(folder: Path) -> Iterator[Row]:
                     yield {"case": "Triton's kernels, not watched yet", "failed": str(error)}
                     break
             for check in CHECKS:
-                log = folder / f"{check}-{backend}.log"
-                port = str(next(ports))
-                command = [tool, *options(check, backend), "--port", port, *exercise(backend)]
+                command = [tool, *options(check, backend), "--port", str(next(ports)), *exercise(backend)]
                 # Every tensor has memory of its own, or what is written beyond one would lie in PyTorch's next.
-                out = stack.enter_context(open(log, "w"))
+                out = stack.enter_context(TemporaryFile("w+", errors="replace"))
                 run = stack.enter_context(running(command, out, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
-                runs[f"{check}, {backend}"] = run, log
+                runs[f"{check}, {backend}"] = run, out
         while runs:  # as they end, so that what is late costs none of the others
-            for name, (run, log) in list(runs.items()):
+            for name, (run, out) in list(runs.items()):
                 if (status := run.poll()) is not None:
-                    yield row(name, status, log.read_text(errors="replace"))
+                    out.seek(0)
+                    log.write(f"### {name}\n{(said := out.read())}\n")
+                    log.flush()
+                    yield row(name, status, said)
                     del runs[name]
             time.sleep(0.2)
 
