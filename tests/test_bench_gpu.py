@@ -292,6 +292,12 @@ def test_what_a_case_does_to_its_process_is_its_own():
     assert process["a"] == process["b"] != os.getpid() and len(set(process.values())) == 4
 
 
+def test_a_stage_that_loses_every_process_is_given_up(monkeypatch):
+    monkeypatch.setattr(apart, "MOST_LOST", 2)
+    rows = list(apart.apart(lambda: [(f"dies {i}", lambda: os._exit(11)) for i in range(9)]))
+    assert [r["case"] for r in rows] == ["dies 0", "dies 1", "all that would follow"]
+
+
 def test_a_stage_whose_time_is_over_leaves_no_process(tmp_path):
     def cases():
         yield "one", lambda: [{"case": "one", "process": os.getpid()}]

@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.gpu.stages import Row
 
 PYTEST = ("-v", "-o", "addopts=", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.gpu.lost_device")
-TEST_S = 100  # of a test: what takes longer hangs
+TEST_S = 120  # of a test: what takes longer hangs
 
 GPU_TESTS = [
     f"tests/test_{name}.py"
