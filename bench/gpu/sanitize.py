@@ -16,10 +16,10 @@ from bench.gpu.checks import running, shell
 from bench.gpu.stages import Row
 
 CHECKS = ("memcheck", "racecheck", "synccheck", "initcheck")
-# The host's backtraces cost more than the checks. Only the program itself is watched, not what it starts. It has to
-# come to its first call of CUDA in time: when eight of them import PyTorch, the usual ten seconds are not enough.
-OPTIONS = ("--error-exitcode", "9", "--show-backtrace", "device", "--print-limit", "5")
-OPTIONS += ("--target-processes", "application-only", "--launch-timeout", "120")
+# The host's backtraces cost more than the checks, and there is no heap on the device. The program has to come to its
+# first call of CUDA in time: eight of them import PyTorch at once.
+OPTIONS = ("--error-exitcode", "9", "--show-backtrace", "device", "--print-limit", "5", "--check-device-heap", "no")
+OPTIONS += ("--launch-timeout", "120")
 FIRST_PORT = 49152
 # By the names of the functions: those of csrc/cuda have the namespace in theirs.
 KERNELS = {
