@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sgm_engine.kernels.aot_cases import Case, cases
 from sgm_engine.kernels.launch import Launch
@@ -87,6 +88,8 @@ def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.Compile
         hinted, aligned = not parameter.do_not_specialize, False
         if isinstance(value, Tensor):
             signature[name], aligned = POINTERS[value.dtype], value.storage_offset() * value.itemsize % 16 == 0
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
         elif name in launch.constants or value is None or (hinted and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, int):

@@ -182,15 +182,8 @@ def _norm_cases() -> Iterator[tuple[str, Case]]:
 
 def _conv_cases() -> Iterator[tuple[str, Case]]:
     """Every tile that is tuned over, with all that can follow. Its loads go past the registers, to shared memory."""
-    for tile in triton_conv.LARGE_TILES:
-        x, weight = (
-            _tensor(*shape, dtype=torch.bfloat16, nhwc=True) for shape in ((BATCH, 256, 16, 16), (256, 256, 3, 3))
-        )
-        bias = _tensor(256, dtype=torch.bfloat16)
-        launch = triton_conv.describe(x, weight, bias, None, 1, torch.empty_like(x), None, tile)
-        case = Case(launch, stores=2 * tile.pixels * tile.channels, shared=9 * 2**14 + 64, targets=("sm_90", "sm_100"))
-        yield f"conv 256·16·16 3×3 d1 {tile.pixels}×{tile.channels}×{tile.depth}", case
-    for channels, side, dilation, tile in zip((128, 256, 256), (32, 16, 16), (1, 1, 4), triton_conv.TILES, strict=True):
+    shapes = ((128, 32, 1), (256, 16, 1), (256, 16, 4), (256, 16, 1), (256, 16, 2), (128, 32, 1), (256, 16, 4))
+    for (channels, side, dilation), tile in zip(shapes, triton_conv.TILES + triton_conv.LARGE_TILES, strict=True):
         shape = (channels, side, side)
         x, residual = (_tensor(BATCH, channels, side, side, dtype=torch.bfloat16, nhwc=True) for _ in range(2))
         weight = _tensor(channels, channels, 3, 3, dtype=torch.bfloat16, nhwc=True)
@@ -198,26 +191,29 @@ def _conv_cases() -> Iterator[tuple[str, Case]]:
         bias = _tensor(channels, dtype=torch.bfloat16)
         launch = triton_conv.describe(x, weight, bias, residual, dilation, torch.empty_like(x), partial, tile)
         written = 2 * tile.pixels * tile.channels
-        case = Case(launch, loads=written, stores=written, shared=3 * 2**15 + 64)
-        yield f"conv {_words(shape)} 3×3 d{dilation} {tile.pixels}×{tile.channels}×{tile.depth}", case
+        large = {"shared": 3 * 2**16 + 64, "targets": ("sm_90", "sm_100")}
+        where = large if tile in triton_conv.LARGE_TILES else {"shared": 3 * 2**15 + 64}
+        name = f"conv {_words(shape)} 3×3 d{dilation} {_tile_name(tile)}"
+        yield name, Case(launch, loads=written, stores=written, **where)
         parameter = _tensor(10, channels)
         arguments = (x, *[parameter] * 3, _slots(), "elu", None, 1e-5, x, None, partial)
         (apply,) = triton_norm.describe(*arguments, slab=tile.pixels)
         written = 2 * _tile(apply)
-        yield f"norm apply after conv {_words(shape)} by {tile.pixels}", Case(apply, loads=written, stores=written)
+        if tile in triton_conv.TILES:
+            yield f"norm apply after conv {_words(shape)} by {tile.pixels}", Case(apply, loads=written, stores=written)
 
 
 def _float8_cases() -> Iterator[tuple[str, Case]]:
     """Every tile that is tuned over and that is taken untuned, and what makes its input."""
     tiles = [*triton_conv.FLOAT8_TILES, *(triton_conv.float8_tile(c, c) for c in (32, 64))]
-    for channels, side, tile in zip((128, 128, 256, 32, 64), (32, 32, 16, 28, 28), tiles, strict=True):
+    for channels, side, tile in zip((128, 128, 256, 128, 32, 64), (32, 32, 16, 32, 28, 28), tiles, strict=True):
         x, weight = _tensor(BATCH, channels, side, side, nhwc=True), _tensor(channels, channels, 3, 3, nhwc=True)
         x, weight = x.to(FLOAT8), weight.to(FLOAT8)
         out, scale = _tensor(BATCH, channels, side, side, dtype=torch.bfloat16, nhwc=True), _tensor(channels)
         partial = _tensor(BATCH, side * side // tile.pixels, 2, channels) if tile in triton_conv.FLOAT8_TILES else None
         launch = triton_conv.describe(x, weight, scale, torch.empty_like(out), 1, out, partial, tile, scale)
         written = 2 * tile.pixels * tile.channels
-        name = f"conv float8 {_words((channels, side, side))} {tile.pixels}×{tile.channels}×{tile.depth}"
+        name = f"conv float8 {_words((channels, side, side))} {_tile_name(tile)}"
         yield name, Case(launch, loads=written, stores=written, shared=3 * 2**15 + 64, targets=HAVE_E4M3)
     for channels, side, activation in ((128, 32, "elu"), (64, 28, "silu")):
         x, parameter = _tensor(BATCH, channels, side, side, dtype=torch.bfloat16, nhwc=True), _tensor(10, channels)
@@ -236,6 +232,10 @@ def _float8_cases() -> Iterator[tuple[str, Case]]:
 def _tile(launch: Launch) -> int:
     """Elements of the tile that a program of the norm works on at once."""
     return launch.constants["CHANNELS"] * min(launch.constants["PIXELS"], launch.constants["SLAB"])
+
+
+def _tile_name(tile: triton_conv.ConvTile) -> str:
+    return f"{tile.pixels}×{tile.channels}×{tile.depth}{' TMA' if tile.tma else ''}"
 
 
 def _words(what: tuple[int, ...] | torch.dtype, nhwc: bool | None = None) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Launch:
 
     kernel: Any  # a triton.jit function
     programs: int  # every grid here has one axis: the others end at 65,535 programs
-    arguments: dict[str, Tensor | int | float | None]
+    arguments: dict[str, Tensor | TensorDescriptor | int | float | None]
     constants: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)  # num_warps and the like
 

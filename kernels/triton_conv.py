@@ -4,9 +4,13 @@
     y = scale·(x ∗ w) + bias + residual  the same of x and w in float8 (e4m3): reference.float8_convolution
     (mean, M2) of y for each tile of pixels and channel, if asked for: what `stats` of triton_norm.py would read y for
 
-Rows of the product are pixels, columns are output channels; the inner dimension runs over taps, then input channels,
+Rows of the product are output channels, columns are pixels; the inner dimension runs over taps, then input channels,
 which is how an NHWC tensor and an NHWC (channels_last) weight lie in memory. No atomics: the bits depend on the shape
 and the tile alone.
+
+TMA (sm_90 and later): a tile is a box of whole rows of an image, or of whole images. The copy engine fetches it shifted
+by the tap, with zeros for what is outside, and no thread computes an address. Both operands are then read from shared
+memory, where Triton would pass a box on the left of the product through registers first: hence channels on the left.
 
 float8: Hopper's tensor cores sum its products to some 14 bits (arXiv 2412.19437, 3.3.2), so that each chunk of DEPTH
 channels is added to the sum in float32. x is quantised before, not here: nine taps would each do it again, at the cost
@@ -21,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sgm_engine.kernels.launch import Launch
 
@@ -34,12 +39,24 @@ class ConvTile:
     depth: int = 32
     warps: int = 8
     stages: int = 3
+    tma: bool = False
 
 
-TILES = (ConvTile(), ConvTile(pixels=64, channels=128, warps=4), ConvTile(depth=64))  # what is tuned over
-# Likewise, where shared memory is large (sm_90, sm_100), and without statistics, for which it has no registers left.
-LARGE_TILES = (ConvTile(channels=256, depth=64),)
-FLOAT8_TILES = (ConvTile(depth=64), ConvTile(depth=128), ConvTile(pixels=64, depth=128, warps=4))
+TILES = (ConvTile(), ConvTile(pixels=64, warps=4), ConvTile(depth=64))  # what is tuned over
+# Likewise, with the shared memory or the copy engine of sm_90 and sm_100. 256 pixels are the most that one instruction
+# takes there, and so read the operands least often; the smallest is for a few images, which leave multiprocessors idle.
+LARGE_TILES = (
+    ConvTile(pixels=256, depth=64),
+    ConvTile(depth=64, tma=True),
+    ConvTile(pixels=256, depth=64, stages=4, tma=True),
+    ConvTile(pixels=64, channels=64, depth=64, warps=4, stages=6, tma=True),
+)
+FLOAT8_TILES = (
+    ConvTile(depth=64),
+    ConvTile(depth=128),
+    ConvTile(pixels=64, depth=128, warps=4),
+    ConvTile(depth=128, tma=True),
+)
 
 
 def float8_tile(c_in: int, c_out: int) -> ConvTile:
@@ -50,8 +67,8 @@ def float8_tile(c_in: int, c_out: int) -> ConvTile:
 
 @triton.jit
 def conv_kernel(
-    x_ptr,  # [N, H, W, CIN] in memory
-    weight_ptr,  # [COUT, KERNEL, KERNEL, CIN] in memory
+    x,  # [N, H, W, CIN] in memory: a pointer or, with TMA, a descriptor of blocks [IMAGES, ROWS, W, DEPTH]
+    weight,  # [COUT, KERNEL, KERNEL, CIN] in memory: likewise, of blocks [CHANNELS, DEPTH]
     scale_ptr,  # float32 [COUT] if x and weight are float8, else None
     bias_ptr,  # float32 or like out, [COUT]; or None
     residual_ptr,  # like out, or None
@@ -67,46 +84,60 @@ def conv_kernel(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     columns: tl.constexpr = COUT // CHANNELS
-    tile = tl.program_id(0) // columns
-    pixel = tile.to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
-    channel = tl.program_id(0) % columns * CHANNELS + tl.arange(0, CHANNELS)
-    row, column = (pixel // W % H).to(tl.int32), (pixel % W).to(tl.int32)
-    inner = tl.arange(0, DEPTH)
     steps: tl.constexpr = CIN // DEPTH
-    acc = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    middle: tl.constexpr = KERNEL // 2
+    tile = tl.program_id(0) // columns
+    first_channel = tl.program_id(0) % columns * CHANNELS
+    pixel = tile.to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    channel = first_channel + tl.arange(0, CHANNELS)
+    inside = pixel < total
+    if TMA:
+        image, top = tile * PIXELS // (H * W), tile * PIXELS // W % H
+    else:
+        row, column = (pixel // W % H).to(tl.int32), (pixel % W).to(tl.int32)
+        live = tl.zeros((PIXELS,), tl.int32)  # a bit for each tap that lies inside the image
+        for k in tl.static_range(KERNEL * KERNEL):
+            r, c = row + (k // KERNEL - middle) * DILATION, column + (k % KERNEL - middle) * DILATION
+            live |= (inside & (r >= 0) & (r < H) & (c >= 0) & (c < W)).to(tl.int32) << k
+        inner = tl.arange(0, DEPTH)[None, :]
+        x_at = x + (pixel * CIN)[:, None] + inner
+        weight_at = weight + (channel * (KERNEL * KERNEL * CIN))[:, None] + inner
+    acc = tl.zeros((CHANNELS, PIXELS), tl.float32)
     for i in range(KERNEL * KERNEL * steps):
         tap, first = i // steps, i % steps * DEPTH
-        down = (tap // KERNEL - KERNEL // 2) * DILATION
-        right = (tap % KERNEL - KERNEL // 2) * DILATION
-        there = (row + down >= 0) & (row + down < H) & (column + right >= 0) & (column + right < W) & (pixel < total)
-        source = (pixel + down * W + right) * CIN + first
-        x = tl.load(x_ptr + source[:, None] + inner[None, :], mask=there[:, None], other=0.0)
-        at = channel * (KERNEL * KERNEL * CIN) + tap * CIN + first
-        w = tl.load(weight_ptr + at[None, :] + inner[:, None])
-        if scale_ptr is None:
-            acc = tl.dot(x, w, acc, input_precision="ieee")
+        down = (tap // KERNEL - middle) * DILATION
+        right = (tap % KERNEL - middle) * DILATION
+        if TMA:  # what is outside the image is loaded as zeros
+            a = weight.load([first_channel, i * DEPTH])
+            b = tl.reshape(x.load([image, top + down, right, first]), (PIXELS, DEPTH))
         else:
-            acc = tl.dot(x, w, acc, max_num_imprecise_acc=DEPTH)
+            a = tl.load(weight_at + i * DEPTH)
+            there = (live >> tap) & 1 != 0
+            b = tl.load(x_at + ((down * W + right) * CIN + first), mask=there[:, None], other=0.0)
+        if scale_ptr is None:
+            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=DEPTH)
     if scale_ptr is not None:
-        acc *= tl.load(scale_ptr + channel)[None, :]
+        acc *= tl.load(scale_ptr + channel)[:, None]
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + channel)[None, :].to(tl.float32)
+        acc += tl.load(bias_ptr + channel)[:, None].to(tl.float32)
     offset = pixel[:, None] * COUT + channel[None, :]
-    inside = (pixel < total)[:, None]
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        acc += tl.load(residual_ptr + offset, mask=inside[:, None], other=0.0).T.to(tl.float32)
     y = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offset, y, mask=inside)
+    tl.store(out_ptr + offset, y.T, mask=inside[:, None])
     if partial_ptr is not None:  # a tile lies within one image, and is whole
         y = y.to(tl.float32)
-        guess = tl.sum(y, 0) / PIXELS
-        centred = y - guess[None, :]
-        correction = tl.sum(centred, 0) / PIXELS
+        guess = tl.sum(y, 1) / PIXELS
+        centred = y - guess[:, None]
+        correction = tl.sum(centred, 1) / PIXELS
         at = partial_ptr + tile.to(tl.int64) * (2 * COUT) + channel
         tl.store(at, guess + correction)
-        tl.store(at + COUT, tl.sum(centred * centred, 0) - correction * correction * PIXELS)
+        tl.store(at + COUT, tl.sum(centred * centred, 1) - correction * correction * PIXELS)
 
 
 def refusal(
@@ -120,6 +151,10 @@ def refusal(
         return f"{c_in} → {c_out} channels do not divide by {tile.depth} and {tile.channels}"
     if not all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight)):
         return "x and weight must be channels_last"
+    if tile.tma and _box(x, tile) is None:
+        return f"{tile.pixels} pixels are no whole rows or images of {x.shape[2]}×{x.shape[3]}"
+    if tile.tma and (x.data_ptr() % 16 or weight.data_ptr() % 16):
+        return "x and weight must begin at a multiple of 16 bytes"
     if x.dtype != weight.dtype:
         return f"x is {x.dtype} and weight {weight.dtype}"
     if statistics and x.shape[2] * x.shape[3] % tile.pixels:
@@ -131,6 +166,15 @@ def refusal(
         if not residual.is_contiguous(memory_format=torch.channels_last):
             return "residual must be channels_last"
     return None
+
+
+def _box(x: Tensor, tile: ConvTile) -> list[int] | None:
+    """The block of x [N, H, W, Cin] that a program with TMA fetches at a time; None: its pixels are no whole rows."""
+    _, _, height, width = x.shape
+    rows = min(height, tile.pixels // width)
+    images = tile.pixels // max(1, rows * width)
+    fits = rows and height % rows == 0 and images * rows * width == tile.pixels
+    return [images, rows, width, tile.depth] if fits else None
 
 
 def describe(
@@ -146,10 +190,18 @@ def describe(
 ) -> Launch:
     batch, c_in, height, width = x.shape
     c_out, _, kernel, _ = weight.shape
-    arguments = {"x_ptr": x, "weight_ptr": weight, "bias_ptr": bias, "residual_ptr": residual, "out_ptr": out}
+    arguments = {"x": x, "weight": weight}
+    if tile.tma and batch:
+        strides = [height * width * c_in, width * c_in, c_in, 1]
+        rows, inner = [c_out, kernel * kernel * c_in], [kernel * kernel * c_in, 1]
+        arguments = {
+            "x": TensorDescriptor(x, [batch, height, width, c_in], strides, _box(x, tile)),
+            "weight": TensorDescriptor(weight, rows, inner, [tile.channels, tile.depth]),
+        }
+    arguments |= {"bias_ptr": bias, "residual_ptr": residual, "out_ptr": out}
     arguments |= {"scale_ptr": scale, "partial_ptr": partial, "total": batch * height * width}
     constants = {"H": height, "W": width, "CIN": c_in, "COUT": c_out, "KERNEL": kernel, "DILATION": dilation}
-    constants |= {"PIXELS": tile.pixels, "CHANNELS": tile.channels, "DEPTH": tile.depth}
+    constants |= {"PIXELS": tile.pixels, "CHANNELS": tile.channels, "DEPTH": tile.depth, "TMA": tile.tma}
     programs = triton.cdiv(batch * height * width, tile.pixels) * (c_out // tile.channels)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return Launch(conv_kernel, programs, arguments, constants, options)

@@ -3,6 +3,7 @@
 import copy
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,11 +83,28 @@ def test_convolution(shape, c_out, kernel, dilation, dtype):
         assert_as_accurate(run(x, weight, *extra, dilation), x, weight, *extra, dilation)
 
 
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="this GPU has no TMA")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_statistics_of_the_result_feed_the_norm(dtype):
+@pytest.mark.parametrize(
+    "shape, c_out, kernel, dilation",
+    [((1, 32, 8, 8), 16, 3, 1), ((2, 16, 4, 16), 32, 3, 2), ((3, 16, 4, 4), 16, 3, 4), ((2, 32, 2, 32), 48, 1, 1)],
+)
+def test_convolution_with_tma(shape, c_out, kernel, dilation, dtype):
+    """Rows of an image, boxes that begin and end outside, two images a tile and one missing, tiles of channels."""
+    tile = replace(SMALL, tma=True)
+    x, weight, bias, residual = tensors(shape, c_out, kernel, dtype)
+    for extra in ((None, None), (bias.to(dtype), residual)):
+        assert_as_accurate(run(x, weight, *extra, dilation, tile=tile), x, weight, *extra, dilation)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_of_the_result_feed_the_norm(dtype, tma):
     """Of y as it is stored, merged as `stats` of the norm's own: apply finds the partials where it expects them."""
+    if tma and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU has no TMA")
     x, weight, bias, residual = tensors((2, 16, 8, 8), 32, 3, dtype)
-    y, partial = run(x, weight, bias + 30, residual, 1, statistics=True)
+    y, partial = run(x, weight, bias + 30, residual, 1, statistics=True, tile=replace(SMALL, tma=tma))
     assert_as_accurate(y, x, weight, bias + 30, residual, 1)
     for activation, groups, pool in (("elu", None, False), ("silu", 4, False), ("none", None, True)):
         found, given = torch.empty_like(y), partial.clone()
@@ -100,7 +118,8 @@ def test_statistics_of_the_result_feed_the_norm(dtype):
 
 def test_an_empty_batch():
     x, weight, *_ = tensors((1, 16, 4, 4), 16, 3, torch.float32)
-    assert run(x[:0], weight, None, None, 1).shape == (0, 16, 4, 4)
+    for tile in (SMALL, replace(SMALL, tma=True)):
+        assert run(x[:0], weight, None, None, 1, tile=tile).shape == (0, 16, 4, 4)
 
 
 def test_what_it_cannot_do():
@@ -112,6 +131,12 @@ def test_what_it_cannot_do():
     assert "channels_last" in refusal(x.contiguous(), weight, SMALL)
     assert "x is torch.float16" in refusal(x.half(), weight, SMALL)
     assert "6×6 pixels do not divide by 32" in refusal(x, weight, SMALL, statistics=True)
+    tma = replace(SMALL, tma=True)
+    assert "32 pixels are no whole rows or images of 6×6" in refusal(x, weight, tma)
+    assert "no whole rows" in refusal(x.new_zeros(1, 16, 1, 64).contiguous(memory_format=NHWC), weight, tma)
+    store = x.new_zeros(16 * 64 + 1)[1:].view(1, 8, 8, 16).permute(0, 3, 1, 2)
+    assert refusal(store.clone(memory_format=NHWC), weight, tma) is None
+    assert "begin at a multiple of 16 bytes" in refusal(store, weight, tma)
     y = torch.zeros(1, 16, 6, 6).to(x).contiguous(memory_format=NHWC)
     assert refusal(x, weight, SMALL, residual=y) is None
     assert "residual is torch.float16" in refusal(x, weight, SMALL, residual=y.half())

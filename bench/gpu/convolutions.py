@@ -80,14 +80,13 @@ def _bfloat16(x: Tensor, layer: nn.Conv2d, floor: float, found: Table) -> list[R
     ours = lambda tile, *rest: launch(x, weight, bias, dilation, tile, x.dtype, None, *rest)  # noqa: E731
     key, time_us = conv_table.shape_key(x, weight, dilation), timing.microseconds([cudnn])
     rows: list[Row] = [{"case": key, "backend": "cuDNN", "µs": time_us, "floor µs": floor, "share": floor / time_us}]
-    tiles = [t for t in triton_conv.TILES + triton_conv.LARGE_TILES if not triton_conv.refusal(x, weight, t)]
+    tiles = _possible(triton_conv.TILES + triton_conv.LARGE_TILES, x, weight)
     timed = _tiles(key, tiles, ours, want, floor, rows)
     best = min(timed, key=timed.get, default=None)
     if best is not None and timed[best] < time_us / MARGIN:
         found[key] = best
     plain = (lambda: ours(best)[0]) if key in found else cudnn
-    tile = min((t for t in timed if t in triton_conv.TILES), key=timed.get, default=None)
-    return rows if tile is None else rows + _with_norm(key, tile, ours, plain, want, found)
+    return rows if best is None else rows + _with_norm(key, best, ours, plain, want, found)
 
 
 def _float8(x: Tensor, layer: nn.Conv2d, floor: float, cudnn: float, found: Table) -> list[Row]:
@@ -106,7 +105,7 @@ def _float8(x: Tensor, layer: nn.Conv2d, floor: float, cudnn: float, found: Tabl
     ours = lambda tile, *rest: launch(x8, weight, bias, dilation, tile, torch.bfloat16, scale, *rest)  # noqa: E731
     key = conv_table.shape_key(x8, weight, dilation)
     rows: list[Row] = [{"case": key, "backend": "quantise", "µs": (before := timing.microseconds([quantise]))}]
-    timed = _tiles(key, triton_conv.FLOAT8_TILES, ours, want, floor, rows)
+    timed = _tiles(key, _possible(triton_conv.FLOAT8_TILES, x8, weight), ours, want, floor, rows)
     for row in rows[1:]:
         if "µs" in row:
             row["cuDNN bfloat16 / it"] = cudnn / row["µs"]
@@ -117,11 +116,18 @@ def _float8(x: Tensor, layer: nn.Conv2d, floor: float, cudnn: float, found: Tabl
     return rows + _with_norm(key, tile, ours, lambda: ours(tile)[0], want, found)
 
 
+def _possible(tiles: Sequence, x: Tensor, weight: Tensor) -> list:
+    from sgm_engine.kernels import triton_conv
+
+    tma = torch.cuda.get_device_capability() >= (9, 0)
+    return [t for t in tiles if (tma or not t.tma) and not triton_conv.refusal(x, weight, t)]
+
+
 def _tiles(key: str, tiles: Sequence, ours: Launch, want: Tensor, floor: float, rows: list[Row]) -> dict:
     """tile → µs of those that are right; a row for each."""
     timed = {}
     for tile in tiles:
-        row: Row = {"case": key, "backend": f"Triton {tile.pixels}×{tile.channels}×{tile.depth}"}
+        row: Row = {"case": key, "backend": _name(tile)}
         rows.append(row)
         try:
             row["error"] = _checked(ours(tile)[0], want)
@@ -144,7 +150,7 @@ def _with_norm(key: str, tile, ours: Launch, plain: Callable[[], Tensor], want: 
     residual = torch.randn_like(want).bfloat16().contiguous(memory_format=torch.channels_last)
     rows: list[Row] = []
     for then, other in (("norm", None), ("sum and norm", residual)):
-        row: Row = {"case": f"{key}, then {then}", "backend": f"Triton {tile.pixels}×{tile.channels}×{tile.depth}"}
+        row: Row = {"case": f"{key}, then {then}", "backend": _name(tile)}
         rows.append(row)
 
         def apart() -> Tensor:
@@ -164,6 +170,10 @@ def _with_norm(key: str, tile, ours: Launch, plain: Callable[[], Tensor], want: 
         except Exception as failure:
             row["failed"] = short(failure)
     return rows
+
+
+def _name(tile) -> str:
+    return f"Triton {tile.pixels}×{tile.channels}×{tile.depth}{' TMA' if tile.tma else ''}"
 
 
 def _checked(y: Tensor, want: Tensor) -> float:
