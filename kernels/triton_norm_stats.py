@@ -40,13 +40,19 @@ def tile(
 
 
 @triton.jit
+def exp(y):
+    """As tl.exp, but what would be subnormal may be 0, which saves three instructions; here 1 is added or taken off."""
+    return tl.exp2(y * 1.4426950408889634)
+
+
+@triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == "elu":
-        return tl.where(y > 0, y, tl.exp(tl.minimum(y, 0.0)) - 1.0)
+        return tl.where(y > 0, y, exp(y) - 1.0)
     elif ACTIVATION == "relu":
         return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "silu":
-        return y / (1.0 + tl.exp(-y))
+        return y / (1.0 + exp(-y))
     else:
         tl.static_assert(ACTIVATION == "none")
         return y

@@ -169,7 +169,7 @@ T atomicMin(T* p, T v) { const T before = *p; return *p = v < before ? v : befor
 
 inline float __uint_as_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
 inline uint32_t __float_as_uint(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
-inline float __expf(float v) { return std::exp(v); }
+inline float rough_exp(float v) { return std::exp(v); }
 inline float __fdividef(float a, float b) { return a / b; }
 
 namespace sgm::cuda {

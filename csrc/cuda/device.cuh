@@ -56,6 +56,13 @@ __device__ __forceinline__ void store_words(void* p, uint32_t a, uint32_t b, uin
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
+// As __expf, but what would be subnormal is 0, which saves three instructions.
+__device__ __forceinline__ float rough_exp(float v) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v * 1.4426950408889634f));
+  return power;
+}
+
 // Hides a register's value from the optimizer, which would otherwise keep a packed word's two floats alive beside it.
 __device__ __forceinline__ void opaque(uint32_t& word) { asm volatile("" : "+r"(word)); }
 

@@ -58,7 +58,7 @@ __device__ __forceinline__ void activate(float (&v)[V], int activation) {
   switch (activation) {
     case kElu:
 #pragma unroll
-      for (int k = 0; k < V; ++k) v[k] = v[k] > 0 ? v[k] : kExact ? expm1f(v[k]) : __expf(v[k]) - 1.0f;
+      for (int k = 0; k < V; ++k) v[k] = v[k] > 0 ? v[k] : kExact ? expm1f(v[k]) : rough_exp(v[k]) - 1.0f;
       break;
     case kRelu:
 #pragma unroll
@@ -66,7 +66,7 @@ __device__ __forceinline__ void activate(float (&v)[V], int activation) {
       break;
     case kSilu:
 #pragma unroll
-      for (int k = 0; k < V; ++k) v[k] = kExact ? v[k] / (1.0f + expf(-v[k])) : __fdividef(v[k], 1.0f + __expf(-v[k]));
+      for (int k = 0; k < V; ++k) v[k] = kExact ? v[k] / (1.0f + expf(-v[k])) : __fdividef(v[k], 1.0f + rough_exp(-v[k]));
       break;
     default: break;
   }
@@ -78,14 +78,15 @@ struct Tile {
   static constexpr int kScratch = scratch_floats(kChannels);
 
   const Tiling t;
-  const int total;       // packs along the pixels of this tile
+  int full, extra;       // packs along the pixels that every lane has, and lanes that have one more
   int group, lane;
   int count;             // packs of this thread
   int64_t start, step;   // elements
   Pack<T, V> packs[PER];
 
-  __device__ __forceinline__ Tile(const Norm& s, const Tiling& t, int64_t n, int tile, int channel_block)
-      : t(t), total(min(t.tile, s.pixels / kPixels - tile * t.tile)) {
+  __device__ __forceinline__ Tile(const Norm& s, const Tiling& t, int64_t n, int tile, int channel_block) : t(t) {
+    const int total = max(0, min(t.tile, s.pixels / kPixels - tile * t.tile));
+    full = total / t.lanes, extra = total % t.lanes;
     const int thread = static_cast<int>(threadIdx.x);
     group = NHWC ? thread % t.groups : thread / t.lanes;
     lane = NHWC ? thread / t.groups : thread % t.lanes;
@@ -96,7 +97,7 @@ struct Tile {
     step = int64_t{t.lanes} * kPixels * (NHWC ? s.channels : 1);
   }
 
-  __device__ __forceinline__ int count_of(int lane) const { return lane < min(t.lanes, total) ? (total - lane + t.lanes - 1) / t.lanes : 0; }
+  __device__ __forceinline__ int count_of(int lane) const { return lane < t.lanes ? full + (lane < extra) : 0; }
 
   __device__ __forceinline__ void load(const void* x) {
 #pragma unroll
@@ -104,30 +105,40 @@ struct Tile {
       if (i < count) packs[i].load(static_cast<const T*>(x) + start + i * step);
   }
 
-  // before(x + residual), each step rounded to T, kept, and written to `sum`.
+  // before(x + residual), each step rounded to T, kept, and written to `sum`. Some packs of the residual are fetched at a time:
+  // `sum` may be the residual, so that no load moves above a store by itself.
   __device__ __forceinline__ void load_sum(const Norm& s) {
+    constexpr int kAhead = 4;
+    static_assert(PER % kAhead == 0);
     load(s.x);
 #pragma unroll
-    for (int i = 0; i < PER; ++i)
-      if (i < count) {
-        float v[V];
-        if (s.residual) {
-          Pack<T, V> other;
-          other.load(static_cast<const T*>(s.residual) + start + i * step);
-          float r[V];
-          packs[i].unpack(v);
-          other.unpack(r);
+    for (int first = 0; first < PER; first += kAhead) {
+      Pack<T, V> other[kAhead];
+      if (s.residual)
 #pragma unroll
-          for (int k = 0; k < V; ++k) v[k] += r[k];
-          packs[i].pack(v);
+        for (int i = 0; i < kAhead; ++i)
+          if (first + i < count) other[i].load(static_cast<const T*>(s.residual) + start + (first + i) * step);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (first + i < count) {
+          Pack<T, V>& pack = packs[first + i];
+          float v[V];
+          if (s.residual) {
+            float r[V];
+            pack.unpack(v);
+            other[i].unpack(r);
+#pragma unroll
+            for (int k = 0; k < V; ++k) v[k] += r[k];
+            pack.pack(v);
+          }
+          if (s.before != kNone) {
+            pack.unpack(v);
+            activate<T>(v, s.before);
+            pack.pack(v);
+          }
+          pack.store(static_cast<T*>(s.sum) + start + (first + i) * step);
         }
-        if (s.before != kNone) {
-          packs[i].unpack(v);
-          activate<T>(v, s.before);
-          packs[i].pack(v);
-        }
-        packs[i].store(static_cast<T*>(s.sum) + start + i * step);
-      }
+    }
   }
 
   // Calls take(c, moments) for each channel c of the tile, counted from 0, in one thread; the same one every time. Ends with a barrier.
@@ -240,15 +251,20 @@ __device__ __forceinline__ Moments group_moments(const Norm& s, int c, const flo
   return merge(s.group, [&](int i) { return Moments{static_cast<float>(s.pixels), mean[first + i], m2[first + i]}; });
 }
 
-// Channel c of sample n: coef[0], coef[width], coef[2·width] = centre, scale, shift.
-__device__ __forceinline__ void fold(const Norm& s, int64_t n, int c, const Moments& m, const Spread& across, float* coef, int width) {
+// Channel c at the level of sample n: coef[0], coef[width], coef[2·width] = α, γ, β, for `fold`; early, while a tile is on its way.
+__device__ __forceinline__ void fetch_parameters(const Norm& s, int64_t n, int c, float* coef, int width) {
   const int64_t level = s.level ? s.level[n] : 0;
-  const float gamma = s.gamma ? s.gamma[level * s.gamma_stride + c] : 1.0f;
-  const float beta = s.beta ? s.beta[level * s.beta_stride + c] : 0.0f;
-  const float offset = s.alpha ? s.alpha[level * s.alpha_stride + c] * ((m.mean - across.mean) * across.inverse) : 0.0f;
+  coef[0] = s.alpha ? s.alpha[level * s.alpha_stride + c] : 0.0f;
+  coef[width] = s.gamma ? s.gamma[level * s.gamma_stride + c] : 1.0f;
+  coef[2 * width] = s.beta ? s.beta[level * s.beta_stride + c] : 0.0f;
+}
+
+// In place of α, γ, β: centre, scale, shift.
+__device__ __forceinline__ void fold(const Norm& s, const Moments& m, const Spread& across, float* coef, int width) {
+  const float offset = s.alpha ? coef[0] * ((m.mean - across.mean) * across.inverse) : 0.0f, gamma = coef[width];
   coef[0] = m.mean;
   coef[width] = gamma * (1.0f / sqrtf(m.m2 / m.count + s.eps));
-  coef[2 * width] = gamma * offset + beta;
+  coef[2 * width] = gamma * offset + coef[2 * width];
 }
 
 __device__ __forceinline__ int slab_packs(const Tiling& t, int slab, int packs) { return min(t.tile * t.tiles, packs - slab * t.tile * t.tiles); }
@@ -273,6 +289,7 @@ __device__ __forceinline__ const float* coefficients(const Norm& s, const Tiling
       return Moments{static_cast<float>(slab_packs(t, i, packs) * PIXELS), p[0], p[s.channels]};
     });
   };
+  for (int c = threadIdx.x; c < min(width, s.channels - first); c += kNormThreads) fetch_parameters(s, n, first + c, coef + c, width);
   Spread across{};
   if (s.alpha || s.group) {
     for (int c = threadIdx.x; c < s.channels; c += kNormThreads) {
@@ -284,7 +301,7 @@ __device__ __forceinline__ const float* coefficients(const Norm& s, const Tiling
     if (s.alpha) across = spread(mean, s.channels, warps);
   }
   for (int c = threadIdx.x; c < min(width, s.channels - first); c += kNormThreads)
-    fold(s, n, first + c, s.group ? group_moments(s, first + c, mean, m2) : channel(first + c), across, coef + c, width);
+    fold(s, s.group ? group_moments(s, first + c, mean, m2) : channel(first + c), across, coef + c, width);
   __syncthreads();
   return coef;
 }

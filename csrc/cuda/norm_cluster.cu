@@ -8,7 +8,7 @@ namespace {
 
 // grid (N · cluster), clusters of t.slabs
 template <class T, int PER>
-__global__ void __launch_bounds__(kNormThreads, PER * sizeof(T) > 32 ? 1 : 2) cluster_kernel(const Norm s, const Tiling t) {
+__global__ void __launch_bounds__(kNormThreads, PER * sizeof(T) > 32 ? 1 : PER * sizeof(T) > 16 ? 2 : 3) cluster_kernel(const Norm s, const Tiling t) {
 #ifdef SGM_CLUSTERS
   constexpr int V = 16 / sizeof(T);
   Cluster cluster;
@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(kNormThreads, PER * sizeof(T) > 32 ? 1 : 2) cl
   float* mean = part + 2 * channels;        // [C]: of the sample
   float* coef = mean + channels;            // [3][C]
   float* m2 = coef + 3 * channels;          // [C]: of the sample, where the scratch of `moments` was
+  for (int c = threadIdx.x; c < channels; c += kNormThreads) fetch_parameters(s, n, c, coef + c, channels);
   tile.moments(coef + 3 * channels, [&](int c, const Moments& m) { part[c] = m.mean, part[channels + c] = m.m2; });
   cluster.arrive();
   cluster.wait();
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kNormThreads, PER * sizeof(T) > 32 ? 1 : 2) cl
   if (s.alpha) across = spread(mean, channels, warps);
   for (int c = threadIdx.x; c < channels; c += kNormThreads) {
     const Moments own{static_cast<float>(s.pixels), mean[c], m2[c]};
-    fold(s, n, c, s.group ? group_moments(s, c, mean, m2) : own, across, coef + c, channels);
+    fold(s, s.group ? group_moments(s, c, mean, m2) : own, across, coef + c, channels);
   }
   __syncthreads();
   tile.apply(coef, s.activation, s.y);
