@@ -39,11 +39,11 @@ CONFIG = NoiseConfig()
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10 (Salmon et al., SC 2011) on uint32 counters and keys, blocks or scalars → four words."""
     for _ in tl.static_range(10):
-        left, right = c0, c2
-        c0 = tl.umulhi(right, 0xCD9E8D57) ^ c1 ^ k0
-        c2 = tl.umulhi(left, 0xD2511F53) ^ c3 ^ k1
-        c1 = right * 0xCD9E8D57
-        c3 = left * 0xD2511F53
+        left, right = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57  # one instruction each on NVIDIA
+        c0 = (right >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (left >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = right.to(tl.uint32)
+        c3 = left.to(tl.uint32)
         k0 = k0 + 0x9E3779B9
         k1 = k1 + 0xBB67AE85
     return c0, c1, c2, c3

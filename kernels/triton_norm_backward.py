@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgm_engine.kernels.launch import Launch
+from sgm_engine.kernels.triton_norm_stats import exp
 
 TILE = 4096  # elements that a program holds of one channel
 
@@ -23,11 +24,11 @@ TILE = 4096  # elements that a program holds of one channel
 def slope(y, ACTIVATION: tl.constexpr):
     """d act(y)/dy."""
     if ACTIVATION == "elu":
-        return tl.where(y > 0, 1.0, tl.exp(tl.minimum(y, 0.0)))
+        return tl.where(y > 0, 1.0, exp(y))
     elif ACTIVATION == "relu":
         return tl.where(y > 0, 1.0, 0.0)
     elif ACTIVATION == "silu":
-        s = 1.0 / (1.0 + tl.exp(-y))
+        s = 1.0 / (1.0 + exp(-y))
         return s * (1.0 + y * (1.0 - s))
     else:
         tl.static_assert(ACTIVATION == "none")
