@@ -3,7 +3,7 @@
 // y = act(γ·((x − μ)·rstd + α·ms) + β): μ and the biased variance over H·W for each (n, c); ms = (μ − m)/√(v + 1e-5) with m and
 // v (unbiased) the mean and variance of μ over the channels. A block holds a tile, channels × pixels of one sample, packed in
 // registers. With groups, μ and v are those of a group of channels; x may be a sum, and activated before the norm.
-// Moments are centred: two sweeps over registers in a thread, Chan's formula (Chan, Golub, LeVeque 1979) to merge.
+// Moments are centred: in a thread about one of its values, then merged by Chan's formula (Chan, Golub, LeVeque 1979).
 #pragma once
 
 #include "device.cuh"
@@ -145,19 +145,8 @@ struct Tile {
   template <class Take>
   __device__ __forceinline__ void moments(float* scratch, Take take) {
     float pivot[V] = {}, thread_mean[kChannels] = {}, thread_m2[kChannels] = {};
-    if (count > 0) packs[0].unpack(pivot);  // sums of deviations from a value among them keep their digits
-#pragma unroll
-    for (int i = 0; i < PER; ++i)
-      if (i < count) {
-        float v[V];
-        packs[i].unpack(v);
-#pragma unroll
-        for (int k = 0; k < V; ++k) thread_mean[NHWC ? k : 0] += v[k] - pivot[NHWC ? k : 0];
-        packs[i].keep_packed();
-      }
-    const float inverse = count > 0 ? 1.0f / static_cast<float>(count * kPixels) : 0.0f;
-#pragma unroll
-    for (int j = 0; j < kChannels; ++j) thread_mean[j] = pivot[j] + thread_mean[j] * inverse;
+    // Deviations d from p, one of the n values: then Σd² ≤ n·M2, and M2 = Σd² − (Σd)²/n keeps all but log₂ n of its bits.
+    if (count > 0) packs[0].unpack(pivot);
 #pragma unroll
     for (int i = 0; i < PER; ++i)
       if (i < count) {
@@ -165,11 +154,19 @@ struct Tile {
         packs[i].unpack(v);
 #pragma unroll
         for (int k = 0; k < V; ++k) {
-          const float d = v[k] - thread_mean[NHWC ? k : 0];
+          const float d = v[k] - pivot[NHWC ? k : 0];
+          thread_mean[NHWC ? k : 0] += d;
           thread_m2[NHWC ? k : 0] += d * d;
         }
         packs[i].keep_packed();
       }
+    const float inverse = count > 0 ? 1.0f / static_cast<float>(count * kPixels) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) {
+      const float offset = thread_mean[j] * inverse;
+      thread_m2[j] -= thread_mean[j] * offset;
+      thread_mean[j] = pivot[j] + offset;
+    }
 
     // Row stride and slots keep both the writes and the reads below free of bank conflicts.
     constexpr int kStride = kNormThreads + 32 / kChannels;
