@@ -14,6 +14,8 @@ from bench.gpu.timing import DEVICE
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 SHAPES = ((32, 16), (6, 5))  # channels, side
+# batch, side, kernel, dilation, whether by TMA
+CONVOLUTIONS = ((2, 8, 3, 1, False), (3, 5, 3, 2, False), (2, 8, 1, 1, False), (3, 8, 3, 2, True), (2, 8, 1, 1, True))
 
 
 def cuda() -> None:
@@ -64,11 +66,14 @@ def _backward() -> None:
 
 
 def _convolutions() -> None:
-    """3×3 and 1×1, with what may follow: whole tiles and a last one that is not."""
+    """3×3 and 1×1, with what may follow: whole tiles and a last one that is not; and by TMA."""
     from sgm_engine.kernels import triton_conv, triton_float8
 
-    tile = triton_conv.ConvTile(pixels=64, channels=32, depth=32, warps=4)
-    for batch, side, kernel, dilation in ((2, 8, 3, 1), (3, 5, 3, 2), (2, 8, 1, 1)):
+    capability = torch.cuda.get_device_capability()
+    for batch, side, kernel, dilation, tma in CONVOLUTIONS:
+        if tma and capability < (9, 0):
+            continue
+        tile = triton_conv.ConvTile(pixels=64, channels=32, depth=32, warps=4, tma=tma)
         x, residual = (_image(torch.randn(batch, 32, side, side, device=DEVICE)) for _ in range(2))
         weight = _image(torch.randn(64, 32, kernel, kernel, device=DEVICE))
         residual = residual.repeat(1, 2, 1, 1).contiguous(memory_format=torch.channels_last)
@@ -76,7 +81,7 @@ def _convolutions() -> None:
         bias = torch.randn(64, device=DEVICE)
         partial = torch.empty(batch, side * side // 64, 2, 64, device=DEVICE) if side == 8 else None
         triton_conv.convolution(x, weight, bias, residual, dilation, out, partial, tile)
-        if torch.cuda.get_device_capability() >= (8, 9):
+        if capability >= (8, 9):
             x8 = torch.empty_like(x, dtype=torch.float8_e4m3fn)
             triton_float8.quantise(x, 40.0, x8)
             weight8 = weight.to(torch.float8_e4m3fn)
