@@ -8,6 +8,7 @@ norm" is a convolution that leaves the norm's partials, with that norm, and was 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sgm_engine.kernels import measured
-from sgm_engine.kernels.triton_conv import ConvTile, as_dict
+from sgm_engine.kernels.triton_conv import ConvTile
 
 PATH = Path(__file__).parent / "conv_table.json"
 Table = measured.Table[ConvTile]
@@ -26,7 +27,7 @@ def read(path: Path = PATH) -> Table:
 
 
 def write(table: Table, path: Path = PATH) -> None:
-    measured.write(table, path, as_dict)
+    measured.write(table, path, asdict)
 
 
 @cache

@@ -19,7 +19,7 @@ of the products themselves, and Triton 3.7 does not add chunks in float32 if an 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -228,7 +228,3 @@ def convolution(
     """
     with torch.cuda.device_of(x):
         describe(x, weight, bias, residual, dilation, out, partial, tile, scale)()
-
-
-def as_dict(tile: ConvTile) -> dict[str, int]:
-    return asdict(tile)
