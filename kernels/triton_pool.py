@@ -46,6 +46,8 @@ def pool_kernel(
     step: tl.constexpr = C if NHWC else 1  # elements from a pixel to the next
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     end = tl.minimum((slab + 1) * SLAB, HW)
+    if not EXACT:
+        shift -= mean * scale
     for i in range((SLAB + PIXELS - 1) // PIXELS):
         first = slab * SLAB + i * PIXELS
         offset, inside = tile(n, first, end, channel, C, HW, NHWC, CHANNELS, PIXELS)
@@ -53,13 +55,12 @@ def pool_kernel(
         row, column = pixel // W, pixel % W
         total = tl.zeros((PIXELS, CHANNELS), tl.float32)
         taps = tl.zeros((PIXELS, 1), tl.float32)
-        for tap in range(25):
-            down, right = tap // 5 - 2, tap % 5 - 2
-            there = (row + down >= 0) & (row + down < H) & (column + right >= 0) & (column + right < W)
-            x = tl.load(x_ptr + offset + (down * W + right) * step, mask=inside & there, other=0.0).to(tl.float32)
-            total += tl.where(there, x - mean, 0.0) if EXACT else x
-            taps += there.to(tl.float32)
-        if not EXACT:
-            total -= mean * taps
+        above, below = tl.maximum(-2, -((first + PIXELS - 1) // W)), tl.minimum(2, H - 1 - first // W)
+        for down in range(above, below + 1):  # no constants, else 25 taps are unrolled, and spill on AMD
+            for right in range(-2, 3):
+                there = (row + down >= 0) & (row + down < H) & (column + right >= 0) & (column + right < W)
+                x = tl.load(x_ptr + offset + (down * W + right) * step, mask=inside & there, other=0.0).to(tl.float32)
+                total += tl.where(there, x - mean, 0.0) if EXACT else x
+                taps += there.to(tl.float32)
         y = total * (scale * 0.04) + shift * (taps * 0.04)
         tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=inside)
