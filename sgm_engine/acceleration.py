@@ -79,8 +79,7 @@ class Accelerated(nn.Module):
 
     def __getstate__(self) -> dict:
         """For pickle: without what was traced, which belongs to this process. The next call traces again."""
-        modules = {"source": self.source, "derived": nn.ModuleDict()}
-        return self.__dict__ | {"_modules": modules, "_built": {}}
+        return self.__dict__ | {"_modules": {"source": self.source, "derived": nn.ModuleDict()}, "_built": {}}
 
     def __deepcopy__(self, memo: dict) -> Accelerated:
         """With what was traced, over the tensors that memo names: a network in 16 bits is such a copy."""
@@ -128,7 +127,8 @@ class Accelerated(nn.Module):
             refuse_disagreement(network, self.source, x, level)
         except Exception as error:  # whatever the user's forward does that tracing cannot follow
             network, report, pinned = self._walked(norms)
-            report(f"left: the network between its norms ({type(error).__name__}: {_one_line(error)})", "forward")
+            said = " ".join(str(error).split())[:120]
+            report(f"left: the network between its norms ({type(error).__name__}: {said})", "forward")
             refuse_disagreement(network, self.source, x, level)
         for name, why in norms.items():
             if isinstance(why, str):
@@ -296,7 +296,3 @@ def refuse_disagreement(network: nn.Module, source: nn.Module, x: Tensor, level:
     difference = ((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item()
     if not difference <= AGREEMENT["cuda" if x.is_cuda else "cpu"]:
         raise Left(f"rewritten, it would differ by {difference:.1e}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
