@@ -185,16 +185,17 @@ if __name__ == "__main__":
     if int(setuptools.__version__.split(".")[0]) < 77:
         here = f"{sys.executable} -c 'import setup; setup.build(setup.ROOT)'"
         raise SystemExit(f"setuptools {setuptools.__version__} is older than 77: update it, or build in place: {here}")
+    kernels = ["sgm_engine.kernels", *(f"sgm_engine.kernels.{p}" for p in find_packages("kernels"))]
     readme = ROOT / "README.md"
     setup(
         version=re.search(r'__version__ = "(.+)"', (ROOT / "sgm_engine" / "__init__.py").read_text())[1],
         long_description=readme.read_text() if readme.exists() else "",
         long_description_content_type="text/markdown",
-        packages=[*find_packages(include=["sgm_engine", "sgm_engine.*"]), "sgm_engine.kernels"],
+        packages=[*find_packages(include=["sgm_engine", "sgm_engine.*"]), *kernels],
         package_dir={"sgm_engine.kernels": "kernels"},
         package_data={
             "sgm_engine": ["weights/*", "training/configs/*.yaml", "_cuda/*.so"],
-            "sgm_engine.kernels": ["*.json"],
+            "sgm_engine.kernels.tables": ["*.json"],
         },
         ext_modules=[Extension("sgm_engine._C", ["csrc/binding.cpp"])],
         cmdclass={"build_ext": BuildExt},

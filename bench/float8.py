@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sgm_engine import Engine, accelerate, at_sigmas, calibrate_float8, images, load_bundled, plan_of_nfe
-from sgm_engine.output import Output
+from sgm_engine import Engine, accelerate, at_sigmas, calibrate_float8, load_bundled, plan_of_nfe
+from sgm_engine.outputs import images
+from sgm_engine.outputs.output import Output
 
 NFE, CALIBRATING_SEED = 10, 1000
 PRECISIONS = ("float32", "bfloat16", "float8")

@@ -21,7 +21,7 @@ HASHES = re.compile(r"_GLOBAL__N__[0-9a-f]{8}_(\w+?_cu)_[0-9a-f]{8}")  # of the 
 
 
 def triton_registers() -> dict[str, int]:
-    from sgm_engine.kernels import aot
+    from sgm_engine.kernels.aot import compile as aot
 
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache

@@ -1,7 +1,8 @@
 """A SamplerService under load, every request compared with its solo run: ``python -m bench.service``.
 
---clients 8 --requests 500 is the full run (the default); tests/test_service.py runs a short one. ``--rate 0.8`` adds an
-open loop: requests arrive at random moments (Poisson) at that share of the throughput that the first part measured.
+--clients 8 --requests 500 is the full run (the default); tests/service/test_service.py runs a short one. ``--rate 0.8``
+adds an open loop: requests arrive at random moments (Poisson) at that share of the throughput that the first part
+measured.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import time
 import torch
 from torch import Tensor
 
-from sgm_engine.engine import Engine
+from sgm_engine.engine.engine import Engine
 from sgm_engine.models import NCSN
-from sgm_engine.plan import annealed_langevin, consistent_annealed, ddim
-from sgm_engine.queueing import Metrics
-from sgm_engine.service import SamplerService
+from sgm_engine.plans.plan import annealed_langevin, consistent_annealed, ddim
+from sgm_engine.service.queue import Metrics
+from sgm_engine.service.service import SamplerService
 
 SIGMAS = [1.0, 0.3, 0.1]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sgm_engine.native_graph import Graph
+from sgm_engine.executors.native.graph import Graph
 
 LAYERS = 4
 

@@ -5,18 +5,14 @@ CPU time (user's module / accelerated) is reported; above 1 is faster.
 """
 
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from sgm_engine import _C
-from sgm_engine.acceleration import accelerate
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from plain_networks import Network
+from sgm_engine.rewriting.acceleration import accelerate
+from tests.plain_networks import Network
 
 SIZES = {"mnist": (1, 28, 32, 8), "cifar10": (3, 32, 32, 8)}  # channels, pixels, ngf, batch
 

@@ -7,11 +7,11 @@ import torch
 
 from bench.common import about, paired_ratio
 from sgm_engine import annealed_langevin
-from sgm_engine.cdm.config import CDMConfig
-from sgm_engine.engine import Engine
+from sgm_engine.engine.engine import Engine
+from sgm_engine.executors.native.cdm import _unet
+from sgm_engine.executors.native.graph import Graph
 from sgm_engine.kernels import ops, reference
-from sgm_engine.native_cdm import _unet
-from sgm_engine.native_graph import Graph
+from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.training.config import TrainConfig
 
 MOST = 3.2

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.common import about, paired_ratio
 from sgm_engine import _C
-from sgm_engine.engine import Engine
+from sgm_engine.engine.engine import Engine
 from sgm_engine.kernels import reference
 from sgm_engine.models import blocks
 from sgm_engine.models.ncsn import NCSN
-from sgm_engine.plan import annealed_langevin
+from sgm_engine.plans.plan import annealed_langevin
 
 BATCH = 8
 
@@ -152,7 +152,7 @@ def test_memory_is_flat(model, executor):
 @pytest.mark.parametrize(
     ("what", "code", "most"),
     [
-        ("help", "import sys; sys.argv = ['sgm', '--help']\nfrom sgm_engine.cli import main\nmain()", 0.5),
+        ("help", "import sys; sys.argv = ['sgm', '--help']\nfrom sgm_engine.cli.main import main\nmain()", 0.5),
         ("import", "import sgm_engine", 0.5),
         (
             "first sample",

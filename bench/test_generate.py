@@ -13,11 +13,11 @@ import torch
 
 from bench.common import about, paired_ratio
 from sgm_engine import _C
-from sgm_engine.engine import Engine
+from sgm_engine.engine.engine import Engine
 from sgm_engine.jobs.job import generate
 from sgm_engine.jobs.verify import verify
 from sgm_engine.models.ncsn import NCSN
-from sgm_engine.plan import annealed_langevin
+from sgm_engine.plans.plan import annealed_langevin
 
 N, BATCH, SHARD = 32, 8, 12  # a shard is no multiple of the batch: drawing them one by one would take more steps
 

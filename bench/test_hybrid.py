@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from bench.common import paired_ratio
-from sgm_engine.hybrid import HybridNetwork
-from sgm_engine.native import NativeNetwork
+from sgm_engine.executors.hybrid import HybridNetwork
+from sgm_engine.executors.native.executor import NativeNetwork
+from tests.native.test_native_traced import SIGMAS, UNet, model_of, with_shape
 from tests.plain_networks import Network
-from tests.test_native_traced import SIGMAS, UNet, model_of, with_shape
 
 MODELS = {
     "U-Net 64 at 32²": lambda: with_shape(model_of(UNet, 64), (3, 32, 32)),

@@ -13,14 +13,14 @@ import torch
 
 from bench.common import about, paired_ratio
 from sgm_engine import annealed_langevin
-from sgm_engine.executor import EagerExecutor
+from sgm_engine.executors.eager import EagerExecutor
+from sgm_engine.executors.native.executor import NativeExecutor
+from sgm_engine.executors.network import Network
+from sgm_engine.executors.slots import Job, Slots, Tables
 from sgm_engine.kernels import ops
 from sgm_engine.kernels.noise import STREAM
 from sgm_engine.models import NCSN
-from sgm_engine.native import NativeExecutor
-from sgm_engine.network import Network
-from sgm_engine.schedule import geometric
-from sgm_engine.slots import Job, Slots, Tables
+from sgm_engine.plans.schedule import geometric
 
 MASKS = {  # of [H, W] pixels
     "half": lambda h, w: (torch.arange(h) < h // 2)[:, None].expand(h, w),

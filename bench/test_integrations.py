@@ -23,8 +23,8 @@ from sgm_engine.integrations import k_diffusion as kd
 from sgm_engine.kernels import reference
 from sgm_engine.models import blocks
 from sgm_engine.models.ncsn import NCSN
-from sgm_engine.plan import ancestral, ddim
-from sgm_engine.service import SamplerService
+from sgm_engine.plans.plan import ancestral, ddim
+from sgm_engine.service.service import SamplerService
 
 B, SHAPE, LEVELS = 8, (3, 32, 32), 20
 

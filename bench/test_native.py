@@ -10,9 +10,9 @@ import torch
 
 from bench.common import about, paired_ratio
 from bench.peers import eager, plain
+from sgm_engine.executors.native.executor import NativeNetwork
 from sgm_engine.models import NCSN
-from sgm_engine.native import NativeNetwork
-from sgm_engine.schedule import geometric
+from sgm_engine.plans.schedule import geometric
 
 BATCH = 4
 

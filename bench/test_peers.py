@@ -17,9 +17,9 @@ from bench import table
 from bench.common import about, median_ratio
 from bench.peers import PEERS, Unavailable, plain
 from sgm_engine import _C, load_bundled
+from sgm_engine.executors.native.executor import NativeNetwork
 from sgm_engine.models import NCSN, NCSNv2
-from sgm_engine.native import NativeNetwork
-from sgm_engine.schedule import geometric
+from sgm_engine.plans.schedule import geometric
 
 NETWORKS = {
     "NCSN CIFAR-10": lambda: NCSN(geometric(1, 0.01, 10), channels=3, ngf=128, image_size=32),

@@ -9,10 +9,10 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from sgm_engine import Engine, annealed_langevin, geometric
+from sgm_engine.data.images import Batches, load_images
 from sgm_engine.images import grid, save_png, to_uint8
 from sgm_engine.models import NCSN
 from sgm_engine.training.callbacks import EMA, SampleGrid
-from sgm_engine.training.data import Batches, load_images
 from sgm_engine.training.module import ScoreModule
 
 images = load_images(sys.argv[1])  # uint8 [60000, 1, 28, 28]

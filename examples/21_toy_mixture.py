@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from sgm_engine import Engine, annealed_langevin, geometric
-from sgm_engine.training.keys import Key
+from sgm_engine.keys import Key
 from sgm_engine.training.toy import Mixture
 
 N = 1280

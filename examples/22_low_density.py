@@ -7,8 +7,8 @@ trained with noise of many levels, it is right everywhere that level's noise rea
 import torch
 from matplotlib.figure import Figure
 
+from sgm_engine.keys import Key
 from sgm_engine.training import objectives
-from sgm_engine.training.keys import Key
 from sgm_engine.training.toy import Mixture, ScoreMLP
 
 TRUTH = Mixture([0.2, 0.8], [[-5, -5], [5, 5]], [1, 1])

@@ -1,6 +1,6 @@
 """CUDA C++: the launchers of csrc/cuda, which nvcc builds into one library that knows neither torch nor Python.
 
-They take what the Triton launchers take (triton_noise.py, triton_update.py, triton_norm.py) and write the same bits of
+They take what the Triton launchers take (triton/noise.py, update.py, norm.py) and write the same bits of
 noise. The library is loaded when first asked for, never at import; its absence is an answer (``library()`` is None).
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sgm_engine.kernels.launch import is_channels_last
+from sgm_engine.kernels.triton.launch import is_channels_last
 
 PATH = Path(sys.modules["sgm_engine"].__file__).parent / "_cuda" / "libsgm_cuda.so"
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -37,7 +37,8 @@ def launchers(device_type: str) -> Launchers:
         return Launchers(cpu.noise_fill, cpu.langevin_update, cpu.norm, cpu.norm_workspace_size, cpu.norm_backward)
     if device_type == "cuda":
         try:
-            from sgm_engine.kernels import gpu, triton_norm_backward
+            from sgm_engine.kernels import gpu
+            from sgm_engine.kernels.triton import norm_backward as triton_norm_backward
         except ImportError as error:
             raise RuntimeError(f"a CUDA tensor needs Triton >= 3.6 ({error}): pip install triton") from error
         backward = triton_norm_backward.norm_backward

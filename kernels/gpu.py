@@ -1,6 +1,6 @@
 """The launchers of a GPU: each call goes to Triton, or to the CUDA C++ library where it was measured to be faster.
 
-They take what those of triton_noise.py, triton_update.py and triton_norm.py take. Noise and update are the same bits
+They take what those of triton/noise.py, update.py and norm.py take. Noise and update are the same bits
 from either; norms agree to rounding.
 """
 
@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sgm_engine.kernels import backend_table, cuda, triton_noise, triton_norm, triton_update
-from sgm_engine.kernels.backend_table import TRITON
+from sgm_engine.kernels import cuda
 from sgm_engine.kernels.rounding import refuse_fusion
+from sgm_engine.kernels.tables import backend as backend_table
+from sgm_engine.kernels.tables.backend import TRITON
+from sgm_engine.kernels.triton import noise as triton_noise
+from sgm_engine.kernels.triton import norm as triton_norm
+from sgm_engine.kernels.triton import update as triton_update
 
 
 def noise_fill(out: Tensor, seed: Tensor, sample_id: Tensor, draw: int, stream: int, kind: str) -> None:

@@ -2,7 +2,7 @@
 
 Philox4x32-10 (Salmon et al., SC 2011) and a Box–Muller transform made of integer operations and of float32 add,
 multiply and square root, each rounded on its own, in a fixed order. C++ and CUDA (csrc/noise.h) and Triton
-(kernels/triton_noise.py) give the same bits. docs/noise.md is the specification in words.
+(kernels/triton/noise.py) give the same bits. docs/noise.md is the specification in words.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def inference_norm(
     """noise_conditioned_norm without a gradient, and with what the convolutions beside it may have to do with it.
 
     inverse: y is float8, reference.quantised(y, inverse), for the next one; not with pool. partials: float32
-    [N, slabs, 2, C], what the one before has left of x (triton_conv.py), used up; without residual and before, on CUDA.
+    [N, slabs, 2, C], what the one before has left of x (triton/conv.py), used up; without residual and before, on CUDA.
     """
     if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
         raise RuntimeError("a norm in float8 has no gradient: use precision='bfloat16' where one is needed")

@@ -1,8 +1,9 @@
 """A custom-kernel sampler engine for noise-conditional score models."""
 
-from importlib import import_module
 from os import path as _path
 from typing import TYPE_CHECKING
+
+from sgm_engine.lazy import lazily
 
 __version__ = "0.1.0"
 
@@ -12,12 +13,10 @@ if not _path.isdir(_path.join(_here, "kernels")):
     __path__.append(_path.dirname(_here))
 
 if TYPE_CHECKING:
-    from sgm_engine.acceleration import accelerate
-    from sgm_engine.bundled import load_bundled
-    from sgm_engine.calibration import calibrate_float8
-    from sgm_engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-    from sgm_engine.conditioning import at_sigmas
-    from sgm_engine.engine import Engine
+    from sgm_engine.checkpoints.bundled import load_bundled
+    from sgm_engine.checkpoints.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+    from sgm_engine.engine.engine import Engine
+    from sgm_engine.engine.progress import StepInfo
     from sgm_engine.errors import (
         Cancelled,
         CaptureFailed,
@@ -29,58 +28,28 @@ if TYPE_CHECKING:
         SampleDiverged,
         ServiceClosed,
     )
-    from sgm_engine.float8 import Float8Config
-    from sgm_engine.graphs import GraphConfig
-    from sgm_engine.guidance import classifier_free, classifier_guided, posterior, preconditioned, with_drift
-    from sgm_engine.inverse import LinearOperator
+    from sgm_engine.evaluation.likelihood import log_likelihood
+    from sgm_engine.executors.graphs import GraphConfig
     from sgm_engine.jobs.job import Job, generate
-    from sgm_engine.likelihood import log_likelihood
-    from sgm_engine.plan import Plan, ancestral, annealed_langevin, consistent_annealed, ddim, reverse_diffusion
-    from sgm_engine.progress import StepInfo
-    from sgm_engine.samplers import dpm_solver_2m, euler, heun, plan_of_nfe, predictor_corrector, sde_dpm_solver_2m
-    from sgm_engine.schedule import cosine, geometric, karras, linear, ncsnv2
-    from sgm_engine.score_model import as_score
-    from sgm_engine.service import SamplerService
+    from sgm_engine.models.conditioning import at_sigmas
+    from sgm_engine.models.guidance import classifier_free, classifier_guided, posterior, preconditioned, with_drift
+    from sgm_engine.models.inverse import LinearOperator
+    from sgm_engine.models.score_model import as_score
+    from sgm_engine.plans.plan import Plan, ancestral, annealed_langevin, consistent_annealed, ddim, reverse_diffusion
+    from sgm_engine.plans.samplers import (
+        dpm_solver_2m,
+        euler,
+        heun,
+        plan_of_nfe,
+        predictor_corrector,
+        sde_dpm_solver_2m,
+    )
+    from sgm_engine.plans.schedule import cosine, geometric, karras, linear, ncsnv2
+    from sgm_engine.rewriting.acceleration import accelerate
+    from sgm_engine.rewriting.float8.config import Float8Config
+    from sgm_engine.service.service import SamplerService
+    from sgm_engine.tuning.float8_calibration import calibrate_float8
 
-# Imported when first asked for, so that `import sgm_engine` and `sgm --help` do not wait for PyTorch.
-_MODULES = {
-    "acceleration": ("accelerate",),
-    "bundled": ("load_bundled",),
-    "checkpoint": ("CheckpointError", "load_checkpoint", "save_checkpoint"),
-    "calibration": ("calibrate_float8",),
-    "engine": ("Engine",),
-    "errors": (
-        "Cancelled",
-        "CaptureFailed",
-        "DeadlineExceeded",
-        "EngineBusy",
-        "EngineError",
-        "JobBusy",
-        "QueueFull",
-        "SampleDiverged",
-        "ServiceClosed",
-    ),
-    "conditioning": ("at_sigmas",),
-    "float8": ("Float8Config",),
-    "graphs": ("GraphConfig",),
-    "guidance": (
-        "classifier_free",
-        "classifier_guided",
-        "posterior",
-        "preconditioned",
-        "with_drift",
-    ),
-    "inverse": ("LinearOperator",),
-    "jobs.job": ("Job", "generate"),
-    "likelihood": ("log_likelihood",),
-    "plan": ("Plan", "ancestral", "annealed_langevin", "consistent_annealed", "ddim", "reverse_diffusion"),
-    "progress": ("StepInfo",),
-    "samplers": ("dpm_solver_2m", "euler", "heun", "plan_of_nfe", "predictor_corrector", "sde_dpm_solver_2m"),
-    "schedule": ("cosine", "geometric", "karras", "linear", "ncsnv2"),
-    "score_model": ("as_score",),
-    "service": ("SamplerService",),
-}
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "Cancelled",
     "CaptureFailed",
@@ -132,12 +101,44 @@ __all__ = [
     "with_drift",
 ]
 
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, _names = lazily(
+    __name__,
+    {
+        "checkpoints.bundled": ("load_bundled",),
+        "checkpoints.checkpoint": ("CheckpointError", "load_checkpoint", "save_checkpoint"),
+        "engine.engine": ("Engine",),
+        "engine.progress": ("StepInfo",),
+        "errors": (
+            "Cancelled",
+            "CaptureFailed",
+            "DeadlineExceeded",
+            "EngineBusy",
+            "EngineError",
+            "JobBusy",
+            "QueueFull",
+            "SampleDiverged",
+            "ServiceClosed",
+        ),
+        "evaluation.likelihood": ("log_likelihood",),
+        "executors.graphs": ("GraphConfig",),
+        "jobs.job": ("Job", "generate"),
+        "models.conditioning": ("at_sigmas",),
+        "models.guidance": ("classifier_free", "classifier_guided", "posterior", "preconditioned", "with_drift"),
+        "models.inverse": ("LinearOperator",),
+        "models.score_model": ("as_score",),
+        "plans.plan": ("Plan", "ancestral", "annealed_langevin", "consistent_annealed", "ddim", "reverse_diffusion"),
+        "plans.samplers": (
+            "dpm_solver_2m",
+            "euler",
+            "heun",
+            "plan_of_nfe",
+            "predictor_corrector",
+            "sde_dpm_solver_2m",
+        ),
+        "plans.schedule": ("cosine", "geometric", "karras", "linear", "ncsnv2"),
+        "rewriting.acceleration": ("accelerate",),
+        "rewriting.float8.config": ("Float8Config",),
+        "service.service": ("SamplerService",),
+        "tuning.float8_calibration": ("calibrate_float8",),
+    },
+)

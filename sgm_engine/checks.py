@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sgm_engine.plan_report import refuse_divergence
-from sgm_engine.schedule import check_sigmas
+from sgm_engine.plans.report import refuse_divergence
+from sgm_engine.plans.schedule import check_sigmas
 
 MAX_ID, MAX_SEED = 2**56, 2**64
 SAME_SIGMA = 5e-3  # relative: sigmas rounded for print or to bfloat16 are the same, another model's are not
@@ -116,7 +116,7 @@ def _tensors(model: object) -> Iterable[Tensor]:
 
 def check_plan(plan: object, sigmas: np.ndarray, model: object) -> None:
     """A Plan whose rows are levels of ``sigmas`` [L], and which does not have to diverge."""
-    from sgm_engine.plan import Plan
+    from sgm_engine.plans.plan import Plan
 
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan such as annealed_langevin(model.sigmas), got {type(plan).__name__}")

@@ -14,7 +14,7 @@ def random_weights(tmp_path_factory):
     """Writes a random NCSN of three levels in the package's own format: its path."""
     import torch
 
-    from sgm_engine.checkpoint import save_checkpoint
+    from sgm_engine.checkpoints.checkpoint import save_checkpoint
     from sgm_engine.models import NCSN
 
     def write(ngf, image_size, steps_per_level):

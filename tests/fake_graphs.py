@@ -2,10 +2,9 @@
 
 import weakref
 
-from recorder import Recorder
-
 from sgm_engine.errors import CaptureFailed
-from sgm_engine.graphs import WARM_UPS
+from sgm_engine.executors.graphs import WARM_UPS
+from tests.recorder import Recorder
 
 
 class FakeGraphs:

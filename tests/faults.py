@@ -1,7 +1,7 @@
 """What a job survives, counted: ``python -m tests.faults`` runs everything, ``--kills 200`` and so on choose.
 
 Processes are forked from a server that has imported PyTorch and run nothing, so that hundreds of them take a minute.
-tests/test_jobs.py runs small counts of the same functions.
+tests/jobs/test_jobs.py runs small counts of the same functions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 SIGMAS = (1.0, 0.3, 0.1)
-PRELOAD = ["sgm_engine.cli", "sgm_engine.jobs.job", "sgm_engine.native", "sgm_engine.checkpoint", "torch._dynamo"]
+PRELOAD = [
+    "sgm_engine.cli.main",
+    "sgm_engine.jobs.job",
+    "sgm_engine.executors.native.executor",
+    "sgm_engine.checkpoints.checkpoint",
+    "torch._dynamo",
+]
 
 
 def toy_score(x, level):
@@ -35,14 +41,14 @@ def toy_score(x, level):
 def toy_engine(batch: int = 64, model=toy_score):
     import torch
 
-    from sgm_engine.engine import Engine
+    from sgm_engine.engine.engine import Engine
 
     torch.set_num_threads(1)
     return Engine(model, batch=batch, sigmas=SIGMAS, shape=(1, 4, 4), executor="eager")
 
 
 def toy_plan():
-    from sgm_engine.plan import annealed_langevin
+    from sgm_engine.plans.plan import annealed_langevin
 
     return annealed_langevin(SIGMAS, steps_per_level=1, step_lr=1e-3)
 
@@ -176,7 +182,7 @@ def full_disk(folder: Path, points: int = 20, n: int = 1000) -> dict[str, int]:
 
 
 def race(barrier, weights, out) -> None:
-    from sgm_engine import cli
+    from sgm_engine.cli import main as cli
     from sgm_engine.errors import JobBusy
     from sgm_engine.jobs import folder, lock
 
@@ -201,7 +207,7 @@ def race(barrier, weights, out) -> None:
 
 def racers(folder: Path, weights, rounds: int = 50, count: int = 4) -> dict[str, int]:
     """``count`` commands for one folder at once: one draws, the others leave with exit code 4."""
-    from sgm_engine.console import BUSY, DONE
+    from sgm_engine.cli.console import BUSY, DONE
     from sgm_engine.jobs.verify import verify
 
     context, found = server(), {"rounds": 0, "one winner": 0, "refused with code 4": 0}
@@ -222,7 +228,7 @@ def racers(folder: Path, weights, rounds: int = 50, count: int = 4) -> dict[str,
 
 def endless(weights, out, log) -> None:
     """A command that takes long enough to be stopped; its stderr goes to ``log``."""
-    from sgm_engine import cli
+    from sgm_engine.cli import main as cli
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
     options = ["--batch", "4", "--steps-per-level", "50", "--step-lr", "1e-4", "--shard-size", "4", "--format", "npz"]
@@ -262,7 +268,7 @@ def tiny_weights(folder: Path) -> Path:
     """A random NCSN (8×8, ngf 4, three levels) in the package's own format."""
     import torch
 
-    from sgm_engine.checkpoint import save_checkpoint
+    from sgm_engine.checkpoints.checkpoint import save_checkpoint
     from sgm_engine.models import NCSN
 
     with torch.random.fork_rng():

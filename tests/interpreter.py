@@ -29,7 +29,7 @@ def run_interpreted(module: dict) -> None:
 def run_pretended(module: dict) -> None:
     """Likewise, with pretend_cuda.py."""
     if not torch.cuda.is_available():
-        _report_all(module, "-p", "pretend_cuda")
+        _report_all(module, "-p", "tests.pretend_cuda")
 
 
 def _report_all(module: dict, *options: str) -> None:

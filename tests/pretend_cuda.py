@@ -1,6 +1,6 @@
 """A CUDA device that is pretended, so that the Python of a GPU can run where there is none. A pytest plugin:
 
-    PYTHONPATH=tests python -m pytest -p pretend_cuda tests/test_gpu.py
+    PYTHONPATH=tests python -m pytest -p pretend_cuda tests/executors/test_gpu.py
 
 Tensors "on it" are CPU tensors whose storage is on a list. PyTorch's functions say that they are on cuda:0, refuse to
 mix them with others, and put their results on the list; a graph is the record of its operations (recorder.py), and
@@ -16,11 +16,12 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
-from pretend_graphs import CUDAGraph, Event, Stream, current_stream, graph, refuse_in_capture, use_stream
-from pretend_tensors import MEMORY, Pretend, capturing, here, on_device, put, tensors_in
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
+
+from tests.pretend_graphs import CUDAGraph, Event, Stream, current_stream, graph, refuse_in_capture, use_stream
+from tests.pretend_tensors import MEMORY, Pretend, capturing, here, on_device, put, tensors_in
 
 CAPABILITY = (9, 0)
 
@@ -129,16 +130,13 @@ def recorded(function):
 
 def stand_in_for_kernels():
     """A launch is described, as it is on a GPU, and then made here."""
-    from sgm_engine.kernels import (
-        cpu,
-        reference,
-        triton_conv,
-        triton_float8,
-        triton_noise,
-        triton_norm,
-        triton_norm_backward,
-        triton_update,
-    )
+    from sgm_engine.kernels import cpu, reference
+    from sgm_engine.kernels.triton import conv as triton_conv
+    from sgm_engine.kernels.triton import float8 as triton_float8
+    from sgm_engine.kernels.triton import noise as triton_noise
+    from sgm_engine.kernels.triton import norm as triton_norm
+    from sgm_engine.kernels.triton import norm_backward as triton_norm_backward
+    from sgm_engine.kernels.triton import update as triton_update
 
     def instead(module, name, function):
         describe = module.describe

@@ -4,8 +4,9 @@ import weakref
 from contextlib import contextmanager
 
 import torch
-from pretend_tensors import DEVICE, capturing, generator, here, on_device, put, tensors_in
-from recorder import Recorder
+
+from tests.pretend_tensors import DEVICE, capturing, generator, here, on_device, put, tensors_in
+from tests.recorder import Recorder
 
 
 class Stream:

@@ -2,7 +2,7 @@
 
 tests/native/driver.cpp runs random networks, chains, teams and concurrent callers, built with AddressSanitizer and
 UndefinedBehaviorSanitizer, then with ThreadSanitizer. Both must stay silent; and each must find what is planted for it.
-tests/test_native_driver.py does the same with one instruction set and fewer networks.
+tests/native/test_native_driver.py does the same with one instruction set and fewer networks.
 """
 
 from __future__ import annotations

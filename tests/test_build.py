@@ -64,7 +64,7 @@ def test_an_old_setuptools_is_told_how():
 def test_a_source_tree_imports_without_an_installation(tmp_path):
     """kernels/ lies beside sgm_engine/ there, and within it once installed."""
     script = (
-        "import sgm_engine.kernels.dispatch as d, sgm_engine.kernels.backend_table as b; print(d.__file__, b.read())"
+        "import sgm_engine.kernels.dispatch as d, sgm_engine.kernels.tables.backend as b; print(d.__file__, b.read())"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(setup.ROOT), *sys.path])}
     command = [sys.executable, "-S", "-c", script]  # without the hooks of an editable installation

@@ -33,7 +33,7 @@ Launch = Callable[..., tuple[Tensor, "Tensor | None"]]  # (tile, residual=None, 
 
 def convolutions() -> Iterator[Row]:
     """Time, floor (operations over the matrix peak) and share of both, and what of it goes into the table."""
-    from sgm_engine.kernels import conv_table
+    from sgm_engine.kernels.tables import conv as conv_table
 
     found: Table = {}
     device = None
@@ -71,8 +71,9 @@ def _measure(c_in: int, c_out: int, side: int, dilation: int, batch: int) -> lis
 
 
 def _bfloat16(x: Tensor, layer: nn.Conv2d, floor: float, found: Table) -> list[Row]:
-    from sgm_engine.float8_conv import launch
-    from sgm_engine.kernels import conv_table, triton_conv
+    from sgm_engine.kernels.tables import conv as conv_table
+    from sgm_engine.kernels.triton import conv as triton_conv
+    from sgm_engine.rewriting.float8.conv import launch
 
     weight, bias, dilation = layer.weight, layer.bias, layer.dilation[0]
     want = F.conv2d(x.float(), weight.float(), bias.float(), 1, dilation, dilation)
@@ -91,8 +92,11 @@ def _bfloat16(x: Tensor, layer: nn.Conv2d, floor: float, found: Table) -> list[R
 
 def _float8(x: Tensor, layer: nn.Conv2d, floor: float, cudnn: float, found: Table) -> list[Row]:
     """Against cuDNN in bfloat16, with and without what makes its input. There is no other kernel: a tile is taken."""
-    from sgm_engine.float8_conv import FLOAT8, Float8Conv, launch
-    from sgm_engine.kernels import conv_table, reference, triton_conv, triton_float8
+    from sgm_engine.kernels import reference
+    from sgm_engine.kernels.tables import conv as conv_table
+    from sgm_engine.kernels.triton import conv as triton_conv
+    from sgm_engine.kernels.triton import float8 as triton_float8
+    from sgm_engine.rewriting.float8.conv import FLOAT8, Float8Conv, launch
 
     inverse = 448 / (2 * float(x.abs().max()))
     float8 = Float8Conv(layer, inverse, emulate=False)
@@ -117,7 +121,7 @@ def _float8(x: Tensor, layer: nn.Conv2d, floor: float, cudnn: float, found: Tabl
 
 
 def _possible(tiles: Sequence, x: Tensor, weight: Tensor) -> list:
-    from sgm_engine.kernels import triton_conv
+    from sgm_engine.kernels.triton import conv as triton_conv
 
     tma = torch.cuda.get_device_capability() >= (9, 0)
     return [t for t in tiles if (tma or not t.tma) and not triton_conv.refusal(x, weight, t)]

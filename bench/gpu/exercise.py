@@ -27,7 +27,9 @@ def cuda() -> None:
 
 
 def triton() -> None:
-    from sgm_engine.kernels import triton_noise, triton_norm, triton_update
+    from sgm_engine.kernels.triton import noise as triton_noise
+    from sgm_engine.kernels.triton import norm as triton_norm
+    from sgm_engine.kernels.triton import update as triton_update
 
     _updates(triton_noise.noise_fill, triton_update.langevin_update, DTYPES[:2])
     _norms(triton_norm, DTYPES[:2], (None,))
@@ -57,7 +59,7 @@ def _norms(module: ModuleType, dtypes, variants) -> None:
 
 
 def _backward() -> None:
-    from sgm_engine.kernels import triton_norm_backward
+    from sgm_engine.kernels.triton import norm_backward as triton_norm_backward
 
     for channels, side in SHAPES:
         x, grad = torch.randn(2, 2, channels, side, side, device=DEVICE)
@@ -67,7 +69,8 @@ def _backward() -> None:
 
 def _convolutions() -> None:
     """3×3 and 1×1, with what may follow: whole tiles and a last one that is not; and by TMA."""
-    from sgm_engine.kernels import triton_conv, triton_float8
+    from sgm_engine.kernels.triton import conv as triton_conv
+    from sgm_engine.kernels.triton import float8 as triton_float8
 
     capability = torch.cuda.get_device_capability()
     for batch, side, kernel, dilation, tma in CONVOLUTIONS:

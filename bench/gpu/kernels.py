@@ -42,7 +42,7 @@ def kernels() -> Iterator[Case]:
 
 
 def copy() -> list[Row]:
-    from sgm_engine.kernels import backend_table
+    from sgm_engine.kernels.tables import backend as backend_table
 
     device = backend_table.capability(torch.device("cuda"))
     return [{"case": "copy", "backend": "torch", "GB/s": timing.copy_bandwidth() / 1e9, "device": device}]
@@ -50,7 +50,7 @@ def copy() -> list[Row]:
 
 def backends() -> Iterator[Row]:
     """The same, and the table of the backend that is fastest where it was right: what the ops go by from then on."""
-    from sgm_engine.kernels import backend_table
+    from sgm_engine.kernels.tables import backend as backend_table
 
     rows: list[Row] = []
     try:
@@ -97,7 +97,10 @@ def update(function: Callable[..., None], x: torch.Tensor, score: torch.Tensor, 
 
 
 def updates(batch: int) -> Iterator[Row]:
-    from sgm_engine.kernels import backend_table, cuda, triton_noise, triton_update
+    from sgm_engine.kernels import cuda
+    from sgm_engine.kernels.tables import backend as backend_table
+    from sgm_engine.kernels.triton import noise as triton_noise
+    from sgm_engine.kernels.triton import update as triton_update
 
     x = torch.randn(batch, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)  # as an engine's
     moved = 2 * x.nbytes + x.nbytes // 2  # x read and written, a bf16 score read

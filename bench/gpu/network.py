@@ -81,10 +81,10 @@ def checked(score: torch.Tensor, want: torch.Tensor, most: float = 0.1) -> float
 
 
 def engine_of(model: torch.nn.Module, batch: int, options: dict):
-    from sgm_engine.acceleration import accelerate
-    from sgm_engine.calibration import calibrate_float8
-    from sgm_engine.engine import Engine
-    from sgm_engine.graphs import GraphConfig
+    from sgm_engine.engine.engine import Engine
+    from sgm_engine.executors.graphs import GraphConfig
+    from sgm_engine.rewriting.acceleration import accelerate
+    from sgm_engine.tuning.float8_calibration import calibrate_float8
 
     options, fast = dict(options), accelerate(model)
     if options["precision"] == "float8":
@@ -112,7 +112,7 @@ def problem(batch: int) -> Problem:
 
 def engine_row(name: str, batch: int) -> Iterator[Row]:
     """A way to run the engine: time, launches, gaps between them, and the share of what the device could do."""
-    from sgm_engine.plan import annealed_langevin
+    from sgm_engine.plans.plan import annealed_langevin
 
     options = ENGINES[name]
     if options["precision"] == "float8" and torch.cuda.get_device_capability() < (8, 9):
@@ -186,7 +186,7 @@ def end_to_end() -> Iterator[Case]:
 
 
 def chain(batch: int, steps_per_level: int) -> Iterator[Row]:
-    from sgm_engine.plan import annealed_langevin
+    from sgm_engine.plans.plan import annealed_langevin
 
     model, sigmas = network()
     plan = annealed_langevin(sigmas, steps_per_level=steps_per_level)

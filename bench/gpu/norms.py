@@ -77,7 +77,9 @@ def norms(report: Callable[..., Row]) -> Iterator[Case]:
 
 
 def measure(report, name: str, what: str, batch: int, channels: int, side: int, backend: str) -> Iterator[Row]:
-    from sgm_engine.kernels import backend_table, cuda, triton_norm
+    from sgm_engine.kernels import cuda
+    from sgm_engine.kernels.tables import backend as backend_table
+    from sgm_engine.kernels.triton import norm as triton_norm
 
     variant = dict(VARIANTS)[backend]
     if variant == "cluster" and torch.cuda.get_device_capability() < (9, 0):

@@ -1,34 +1,25 @@
-"""Classification diffusion models: a classifier of noise levels that samples, and gives the likelihood in one pass."""
+"""Classification diffusion models: a classifier of noise levels that samples, and gives the likelihood in one pass.
 
-from importlib import import_module
+The networks are in models/cdm, their objective in training; here is what is said of a trained one. Imports evaluation
+and everything below.
+"""
 
-_HOMES = {
-    "CDM": "model",
-    "CDMConfig": "config",
-    "Density": "metropolis",
-    "MLP": "networks",
-    "NoiseClasses": "classes",
-    "UNet": "networks",
-    "auroc": "likelihood",
-    "mala": "metropolis",
-}
-__all__ = [
-    "CDM",
-    "MLP",
-    "CDMConfig",
-    "Density",
-    "NoiseClasses",
-    "UNet",
-    "auroc",
-    "mala",
-]
+from sgm_engine.lazy import lazily
 
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    {
+        "sgm_engine.models.cdm.model": ("CDM",),
+        "sgm_engine.models.cdm.config": ("CDMConfig",),
+        "sgm_engine.models.cdm.networks": (
+            "MLP",
+            "UNet",
+        ),
+        "sgm_engine.models.cdm.classes": ("NoiseClasses",),
+        "metropolis": (
+            "Density",
+            "mala",
+        ),
+        "likelihood": ("auroc",),
+    },
+)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from sgm_engine.cdm.classes import NoiseClasses, ddpm
-from sgm_engine.cdm.model import CDM
-from sgm_engine.cdm.networks import MLP
-from sgm_engine.cdm.objective import cdm
-from sgm_engine.training.keys import Key
+from sgm_engine.keys import Key
+from sgm_engine.models.cdm.classes import NoiseClasses, ddpm
+from sgm_engine.models.cdm.model import CDM
+from sgm_engine.models.cdm.networks import MLP
+from sgm_engine.training.cdm_objective import cdm
 from sgm_engine.training.toy import TRIPLE
 
 CLASSES = ddpm(50, 0.002, 0.4)

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine.checks import check_chains, check_shape
+from sgm_engine.executors.slots import SAMPLE_STREAM
 from sgm_engine.kernels import ops
 from sgm_engine.kernels.noise import STREAM
-from sgm_engine.plan import Plan
-from sgm_engine.schedule import check_sigmas
-from sgm_engine.slots import SAMPLE_STREAM, as_int64, to_device
+from sgm_engine.keys import as_int64, to_device
+from sgm_engine.plans.plan import Plan
+from sgm_engine.plans.schedule import check_sigmas
 
 
 class Density(nn.Module):

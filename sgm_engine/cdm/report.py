@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from sgm_engine.cdm.likelihood import auroc, pixel_gaussian_bits
-from sgm_engine.cdm.model import CDM
-from sgm_engine.checkpoint import load_checkpoint
-from sgm_engine.likelihood import image_bits
-from sgm_engine.training.data import load_images
-from sgm_engine.training.keys import Key
+from sgm_engine.checkpoints.checkpoint import load_checkpoint
+from sgm_engine.data.images import load_images
+from sgm_engine.evaluation.likelihood import image_bits
+from sgm_engine.keys import Key
+from sgm_engine.models.cdm.model import CDM
 
 
 def others(images: np.ndarray, cifar: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sgm_engine.evaluation.images import ImageSet
-from sgm_engine.output import staged
+from sgm_engine.data.sets import ImageSet
+from sgm_engine.outputs.output import staged
 
 FORMAT = "sgm-evaluation-classifier-1"
 FEATURES = 64

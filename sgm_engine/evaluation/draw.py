@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sgm_engine.conditioning import at_sigmas
-from sgm_engine.engine import Engine
+from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import Divergence
-from sgm_engine.images import to_uint8
-from sgm_engine.plan import Plan
-from sgm_engine.schedule import check_sigmas, nearest_level
+from sgm_engine.models.conditioning import at_sigmas
+from sgm_engine.outputs.images import to_uint8
+from sgm_engine.plans.plan import Plan
+from sgm_engine.plans.schedule import check_sigmas, nearest_level
 
 OWN = 1e-5  # of log σ: what float32 makes of a level
 

@@ -13,10 +13,10 @@ from sgm_engine.evaluation.classes import ClassTally
 from sgm_engine.evaluation.distances import mmd, sliced_wasserstein
 from sgm_engine.evaluation.features import Extractor
 from sgm_engine.evaluation.frechet import frechet
+from sgm_engine.evaluation.likelihood import image_bits
 from sgm_engine.evaluation.moments import GroupedMoments
 from sgm_engine.evaluation.neighbours import nearest, neighbourhood
 from sgm_engine.evaluation.report import Estimate, mean_estimate
-from sgm_engine.likelihood import image_bits
 
 FROM_LOGITS = ("score", "classes")
 METRICS = ("frechet", *FROM_LOGITS, "sliced", "mmd", "precision", "recall", "density", "coverage")

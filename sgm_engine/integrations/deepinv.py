@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sgm_engine.native import NativeNetwork, refusal
-from sgm_engine.schedule import check_sigmas, nearest_level
+from sgm_engine.executors.native.executor import NativeNetwork, refusal
+from sgm_engine.plans.schedule import check_sigmas, nearest_level
 
 
 class Denoiser(nn.Module):

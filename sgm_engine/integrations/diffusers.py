@@ -15,12 +15,12 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor, nn
 
-from sgm_engine.engine import Engine
+from sgm_engine.engine.engine import Engine
+from sgm_engine.engine.progress import StepInfo
 from sgm_engine.errors import Cancelled
 from sgm_engine.integrations.diffusers_scheduler import PREDICTIONS, PlanScheduler, PlanSchedulerOutput
 from sgm_engine.integrations.foreign import seeds
-from sgm_engine.progress import StepInfo
-from sgm_engine.score_model import ScoreModel, as_score
+from sgm_engine.models.score_model import ScoreModel, as_score
 
 __all__ = ["PlanPipeline", "PlanScheduler", "PlanSchedulerOutput", "score_model"]
 

@@ -17,13 +17,13 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from sgm_engine import plan as plans
 from sgm_engine.integrations.foreign import seeds
 from sgm_engine.kernels import ops
-from sgm_engine.plan import Plan
-from sgm_engine.schedule import check_sigmas
-from sgm_engine.score_model import KINDS, Row
-from sgm_engine.slots import as_int64
+from sgm_engine.keys import as_int64
+from sgm_engine.models.score_model import KINDS, Row
+from sgm_engine.plans import plan as plans
+from sgm_engine.plans.plan import Plan
+from sgm_engine.plans.schedule import check_sigmas
 
 PREDICTIONS = {
     "epsilon": "vp_noise_prediction",

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from sgm_engine.integrations.foreign import run, seeds
-from sgm_engine.plan import Plan, annealed_langevin
-from sgm_engine.schedule import check_sigmas, karras
+from sgm_engine.plans.plan import Plan, annealed_langevin
+from sgm_engine.plans.schedule import check_sigmas, karras
 
 
 def sampler_fn(

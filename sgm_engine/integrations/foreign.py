@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from sgm_engine.engine import Engine
+from sgm_engine.engine.engine import Engine
+from sgm_engine.engine.progress import StepInfo
+from sgm_engine.executors.slots import SAMPLE_STREAM
 from sgm_engine.kernels import ops
-from sgm_engine.plan import COLUMNS, Plan
-from sgm_engine.progress import StepInfo
-from sgm_engine.score_model import as_score
-from sgm_engine.slots import SAMPLE_STREAM, as_int64
+from sgm_engine.keys import as_int64
+from sgm_engine.models.score_model import as_score
+from sgm_engine.plans.plan import COLUMNS, Plan
 
 Call = Callable[[Tensor, Tensor], Tensor]
 

@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sgm_engine import plan as plans
-from sgm_engine import samplers
+from sgm_engine.engine.progress import StepInfo
 from sgm_engine.integrations.foreign import run, without_last
-from sgm_engine.plan import Plan
-from sgm_engine.progress import StepInfo
-from sgm_engine.schedule import check_sigmas
+from sgm_engine.plans import plan as plans
+from sgm_engine.plans import samplers
+from sgm_engine.plans.plan import Plan
+from sgm_engine.plans.schedule import check_sigmas
 
 Seed = int | Sequence[int] | None
 

@@ -25,7 +25,7 @@ from sgm_engine.jobs.formats import FORMATS
 from sgm_engine.jobs.lock import locked
 from sgm_engine.jobs.spec import JobError, JobSpec
 from sgm_engine.jobs.worker import Worker
-from sgm_engine.output import flush
+from sgm_engine.outputs.output import flush
 
 RUN, CARD, MANIFEST, WORK = "run.json", "README.md", "manifest", ".sgm"
 

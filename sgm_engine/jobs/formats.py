@@ -16,9 +16,9 @@ from typing import Protocol
 
 import numpy as np
 
-from sgm_engine import images
-from sgm_engine.output import npz_bytes, safetensors_bytes
-from sgm_engine.sample_ids import SampleIds
+from sgm_engine.outputs import images
+from sgm_engine.outputs.output import npz_bytes, safetensors_bytes
+from sgm_engine.outputs.sample_ids import SampleIds
 
 Contents = Mapping[str, bytes]  # file name → its bytes
 

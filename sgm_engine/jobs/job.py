@@ -12,10 +12,8 @@ from functools import partial
 from typing import Any
 
 from sgm_engine.checks import check_int
-from sgm_engine.engine import MAX_SEED, Engine
+from sgm_engine.engine.engine import MAX_SEED, Engine
 from sgm_engine.errors import Divergence
-from sgm_engine.float8 import Float8Config
-from sgm_engine.images import check_channels
 from sgm_engine.jobs.card import model_card
 from sgm_engine.jobs.folder import Folder, ShardError
 from sgm_engine.jobs.formats import FORMATS
@@ -23,8 +21,10 @@ from sgm_engine.jobs.source import Drawn, EngineSource, Source
 from sgm_engine.jobs.spec import SHARD_SIZE, Geometry, JobSpec, weights_digest
 from sgm_engine.jobs.worker import Worker
 from sgm_engine.jobs.writer import Writer
-from sgm_engine.plan import Plan
-from sgm_engine.sample_ids import SampleIds
+from sgm_engine.outputs.images import check_channels
+from sgm_engine.outputs.sample_ids import SampleIds
+from sgm_engine.plans.plan import Plan
+from sgm_engine.rewriting.float8.config import Float8Config
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import IO
 
 import numpy as np
 
-from sgm_engine.images import to_uint8
 from sgm_engine.jobs.folder import Folder, ShardError
 from sgm_engine.jobs.formats import FORMATS
 from sgm_engine.jobs.spec import JobError, JobSpec
-from sgm_engine.output import check_writable, staged
-from sgm_engine.sample_ids import SampleIds
+from sgm_engine.outputs.images import to_uint8
+from sgm_engine.outputs.output import check_writable, staged
+from sgm_engine.outputs.sample_ids import SampleIds
 
 Part = tuple[Folder, JobSpec]
 

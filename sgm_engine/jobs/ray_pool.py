@@ -14,13 +14,13 @@ from contextlib import suppress
 from typing import Any
 
 import sgm_engine
-from sgm_engine.engine import Engine
+from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import EngineError
-from sgm_engine.float8 import Float8Config
 from sgm_engine.jobs.job import Job, make_spec, with_scales
 from sgm_engine.jobs.source import Drawn, EngineSource
 from sgm_engine.jobs.spec import SHARD_SIZE, Geometry, JobSpec, weights_digest
-from sgm_engine.plan import Plan
+from sgm_engine.plans.plan import Plan
+from sgm_engine.rewriting.float8.config import Float8Config
 
 QUEUED = 2  # shards that an actor has at a time, so that it does not wait for this process
 ATTEMPTS = 3  # at one shard

@@ -7,12 +7,12 @@ import os
 import numpy as np
 from torch import nn
 
-from sgm_engine.conditioning import at_sigmas
-from sgm_engine.engine import Engine
-from sgm_engine.images import to_uint8
+from sgm_engine.engine.engine import Engine
 from sgm_engine.jobs.folder import Folder, ShardError
 from sgm_engine.jobs.formats import FORMATS
 from sgm_engine.jobs.spec import Geometry, JobError, JobSpec, weights_digest
+from sgm_engine.models.conditioning import at_sigmas
+from sgm_engine.outputs.images import to_uint8
 
 
 def resample(

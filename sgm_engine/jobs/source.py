@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from sgm_engine.engine import Engine
+from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import Cancelled, Divergence, EngineError
 from sgm_engine.jobs.spec import Geometry, JobError, JobSpec, changed, weights_digest
 

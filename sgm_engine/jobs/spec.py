@@ -11,11 +11,11 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import sgm_engine
-from sgm_engine.plan import Plan
-from sgm_engine.sample_ids import SampleIds
+from sgm_engine.outputs.sample_ids import SampleIds
+from sgm_engine.plans.plan import Plan
 
 if TYPE_CHECKING:
-    from sgm_engine.engine import Engine
+    from sgm_engine.engine.engine import Engine
 
 FORMAT, VERSION = "sgm-job", 1
 SHARD_SIZE = 256

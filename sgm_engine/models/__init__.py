@@ -1,8 +1,9 @@
-"""Score networks with the parameter names of their original checkpoints."""
+"""Networks with the parameter names of their original checkpoints, and what makes a score of any network.
 
-from sgm_engine.models.config import ModelConfig
+Imports plans, checks and kernels.
+"""
+
+from sgm_engine.models.config import ARCHITECTURES, ModelConfig
 from sgm_engine.models.ncsn import NCSN, NCSNv2, NCSNv2Deeper, NCSNv2Deepest
-
-ARCHITECTURES = {cls.__name__: cls for cls in (NCSN, NCSNv2, NCSNv2Deeper, NCSNv2Deepest)}
 
 __all__ = ["ARCHITECTURES", "NCSN", "ModelConfig", "NCSNv2", "NCSNv2Deeper", "NCSNv2Deepest"]

@@ -9,10 +9,17 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from sgm_engine.schedule import check_sigmas
+from sgm_engine.plans.schedule import check_sigmas
 
 MAX_LEVELS = 100_000
 PLAN_VALUES = (bool, int, float, str)
+ARCHITECTURES: dict[str, type[nn.Module]] = {}  # by name; the modules that hold the networks enter them
+
+
+def architecture(network: type[nn.Module]) -> type[nn.Module]:
+    """Enter ``network`` among ARCHITECTURES: a decorator."""
+    ARCHITECTURES[network.__name__] = network
+    return network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +28,7 @@ class ModelConfig:
 
     architecture: "NCSN", "NCSNv2", "NCSNv2Deeper" or "NCSNv2Deepest". channels, image_size [pixels], ngf: ≥ 1.
     sigmas: noise standard deviations in units of x, strictly descending. divide_by_sigma: the output is divided by
-    σ(level). plan: "name" of a function of sgm_engine.plan (default annealed_langevin) and its keyword arguments.
+    σ(level). plan: "name" of a function of sgm_engine.plans.plan (default annealed_langevin) and its keyword arguments.
     Raises ValueError that names the field and its value.
     """
 
@@ -34,8 +41,6 @@ class ModelConfig:
     plan: Mapping[str, bool | int | float | str] | None = None
 
     def __post_init__(self):
-        from sgm_engine.models import ARCHITECTURES
-
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
         divisor = ARCHITECTURES[self.architecture].size_divisor()
@@ -55,8 +60,6 @@ class ModelConfig:
 
     def build(self) -> nn.Module:
         """The network with random weights, on torch's current default device."""
-        from sgm_engine.models import ARCHITECTURES
-
         kwargs = {"divide_by_sigma": self.divide_by_sigma} if self.architecture == "NCSN" else {}
         model = ARCHITECTURES[self.architecture](
             self.sigmas, channels=self.channels, ngf=self.ngf, image_size=self.image_size, **kwargs

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus, InstanceNormPlus, RefineBlock, ResBlock, conv3x3
-from sgm_engine.models.config import ModelConfig
-from sgm_engine.schedule import check_sigmas
+from sgm_engine.models.config import ModelConfig, architecture
+from sgm_engine.plans.schedule import check_sigmas
 
 
 class Stage(NamedTuple):
@@ -105,6 +105,7 @@ class RefineNet(nn.Module):
         return h / self.sigmas[level][:, None, None, None] if self.divide_by_sigma else h
 
 
+@architecture
 class NCSN(RefineNet):
     """The original ``CondRefineNetDilated``: InstanceNorm++ conditioned on the level at all 71 norm sites, raw output.
 
@@ -136,6 +137,7 @@ class NCSN(RefineNet):
         super().__init__(sigmas, channels, ngf, divide_by_sigma, image_size)
 
 
+@architecture
 class NCSNv2(RefineNet):
     """Unconditional network, 17 norm sites, output divided by σ(level): CIFAR-10 (32 px) and CelebA (64 px)."""
 
@@ -145,6 +147,7 @@ class NCSNv2(RefineNet):
         super().__init__(sigmas, channels, ngf, True, image_size)
 
 
+@architecture
 class NCSNv2Deeper(NCSNv2):
     """One more pooled stage and 4·ngf at the bottom: LSUN at 96 and 128 px."""
 
@@ -164,6 +167,7 @@ class NCSNv2Deeper(NCSNv2):
     )
 
 
+@architecture
 class NCSNv2Deepest(NCSNv2):
     """NCSNv2Deeper with one more pooled stage, res31 and refine31: FFHQ at 256 px."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sgm_engine.checks import check_int
-from sgm_engine.training.data import Batches
+from sgm_engine.data.images import Batches
 
 OVERLAP = 0.567  # what all five published settings have; technique 2 itself says "≈ 0.5"
 

@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from sgm_engine.checks import check_int
-from sgm_engine.engine import Engine
+from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import SampleDiverged
-from sgm_engine.images import grid, save_png, to_uint8
-from sgm_engine.plan import Plan
+from sgm_engine.outputs.images import grid, save_png, to_uint8
+from sgm_engine.plans.plan import Plan
 
 
 class EMA(WeightAveraging):

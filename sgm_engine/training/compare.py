@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine.checks import check_int
-from sgm_engine.schedule import geometric
+from sgm_engine.keys import Key
+from sgm_engine.plans.schedule import geometric
 from sgm_engine.training import multisample, objectives
-from sgm_engine.training.keys import Key
 from sgm_engine.training.toy import TRIPLE, ScoreMLP, gap
 
 LEVELS = geometric(2, 0.1, 8)

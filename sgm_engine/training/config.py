@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sgm_engine.cdm.config import CDMConfig
 from sgm_engine.models import ModelConfig
-from sgm_engine.schedule import geometric
+from sgm_engine.models.cdm.config import CDMConfig
+from sgm_engine.plans.schedule import geometric
 from sgm_engine.training.objectives import OBJECTIVES
 
 FOLDER = Path(__file__).parent / "configs"

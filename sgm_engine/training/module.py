@@ -9,9 +9,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from sgm_engine.checks import check_int
-from sgm_engine.engine import MAX_SEED
-from sgm_engine.training.data import dequantise
-from sgm_engine.training.keys import Key
+from sgm_engine.data.images import dequantise
+from sgm_engine.engine.engine import MAX_SEED
+from sgm_engine.keys import Key
 from sgm_engine.training.objectives import OBJECTIVES
 
 # What a training sample draws, by number.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sgm_engine.training.keys import Key
+from sgm_engine.keys import Key
 
 
 def tweedie(ys: Tensor | Sequence[Tensor], sigma: float | Tensor) -> tuple[Tensor, float | Tensor]:

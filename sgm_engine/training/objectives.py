@@ -15,8 +15,8 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from sgm_engine.cdm.objective import cdm
-from sgm_engine.training.keys import Key
+from sgm_engine.keys import Key
+from sgm_engine.training.cdm_objective import cdm
 
 Model = Callable[[Tensor, Tensor], Tensor]
 

@@ -17,13 +17,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sgm_engine.bundled import plan_for
-from sgm_engine.checkpoint import load_checkpoint, save_checkpoint
+from sgm_engine.checkpoints.bundled import plan_for
+from sgm_engine.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from sgm_engine.data.images import Batches, load_images
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
-from sgm_engine.output import staged
+from sgm_engine.outputs.output import staged
 from sgm_engine.training.callbacks import EMA, SampleGrid, live_network
 from sgm_engine.training.config import PRECISIONS, WEIGHTS, TrainConfig
-from sgm_engine.training.data import Batches, load_images
 from sgm_engine.training.module import ScoreModule
 from sgm_engine.training.objectives import OBJECTIVES
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sgm_engine.schedule import check_sigmas
-from sgm_engine.training.keys import Key
+from sgm_engine.keys import Key
+from sgm_engine.plans.schedule import check_sigmas
 
 
 class Mixture:

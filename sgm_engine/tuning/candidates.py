@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from sgm_engine.plan import Plan
-from sgm_engine.samplers import SAMPLERS
-from sgm_engine.schedule import SCHEDULES, check_sigmas, nearest_level
+from sgm_engine.plans.plan import Plan
+from sgm_engine.plans.samplers import SAMPLERS
+from sgm_engine.plans.schedule import SCHEDULES, check_sigmas, nearest_level
 
 SPANS_BEGIN = (1.0, 0.6, 0.35)  # of the model's largest sigma
 SPANS_END = (1.0, 2.0, 4.0)  # of its smallest

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sgm_engine.evaluation.report import Estimate
-from sgm_engine.plan import Plan
+from sgm_engine.plans.plan import Plan
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito: told apart by colour-blind readers
 

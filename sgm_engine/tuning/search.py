@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from sgm_engine.evaluation.evaluate import Summary
-from sgm_engine.plan import Plan
+from sgm_engine.plans.plan import Plan
 
 T = TypeVar("T")
 

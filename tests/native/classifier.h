@@ -1,4 +1,4 @@
-// Random networks whose score is a gradient in their input: the layers of sgm_engine/native_gradient.py, written out.
+// Random networks whose score is a gradient in their input: the layers of sgm_engine/executors/native/gradient.py, written out.
 // Differences of the way forward in double precision say what the way back must give.
 #pragma once
 #include <functional>

@@ -1,5 +1,5 @@
 // Random networks through csrc/cpu/executor against double precision, without Python: for sanitizers, for emulators of
-// other processors and for planted defects (tests/native_build.py).
+// other processors and for planted defects (tests/driver.py).
 //
 //   driver NETWORKS [PRECISION [THREADS]]    0: all agree, 1: one does not
 //
@@ -15,7 +15,7 @@
 #include "cpu/pool.h"
 #include "isa.h"
 
-#ifdef SGM_PLANTED  // tests/test_native_driver.py builds csrc with factors at this many places
+#ifdef SGM_PLANTED  // tests/native/test_native_driver.py builds csrc with factors at this many places
 namespace sgm {
 float planted[SGM_PLANTED];
 }

@@ -1,4 +1,4 @@
-// sgm_engine._C.NativeExecutor: the builder and runner of csrc/cpu/executor; sgm_engine/native.py checks and calls it.
+// sgm_engine._C.NativeExecutor: the builder and runner of csrc/cpu/executor; sgm_engine/executors/native/executor.py checks and calls it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -34,7 +34,7 @@ class Buffer {  // floats, aligned to a cache line at least
   int64_t size_;
 };
 
-// Slots and tables of a running batch: sgm_engine/slots.py.
+// Slots and tables of a running batch: sgm_engine/executors/slots.py.
 struct Chain {
   int slots;
   float* x;  // [slots][channels][height][width] or, if nhwc, [slots][height][width][channels]

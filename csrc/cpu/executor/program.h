@@ -31,7 +31,7 @@ enum class Op : int {
   concat,     // output = the channels of input, then those of second
   store,      // score = conv(prologue(input)) + bias, [n][channels][height][width], optionally divided by σ(level)
 
-  // Of classifiers whose score is a gradient in their input (sgm_engine/native_gradient.py):
+  // Of classifiers whose score is a gradient in their input (sgm_engine/executors/native/gradient.py):
   embed,      // output = u = scale(level)·x + shift(level), sin and cos of it, patches of pixels folded into channels
   attention,  // output = softmax(qᵀk/√channels)·v over the pixels, one head; input: q, k, v, each rounded up alike
   slope,      // output = γ(level)·activation′(input)

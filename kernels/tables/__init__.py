@@ -1,0 +1,1 @@
+"""What was measured, offline, and decides which kernel runs. Empty files: nothing was measured."""

@@ -1,0 +1,141 @@
+"""Triton: the gradient of GroupNorm with activation, one program for each group of each sample, no atomics.
+
+    h = grad·act'(y),  y = γ·x̂ + β,  x̂ = (x − μ)·r                μ, r = rsqrt(var + eps) over the group's m = C/G·H·W
+    dx = r·(γ·h − (Σ γ·h + x̂·Σ γ·h·x̂)/m)                           sums over the group
+    dγ = Σ h·x̂,  dβ = Σ h                                          sums over the pixels, each sample's own
+
+x is read four times, the last three from the cache: mean, centred squares, sums of each channel, dx.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sgm_engine.kernels.triton.launch import Launch
+from sgm_engine.kernels.triton.norm_stats import exp
+
+TILE = 4096  # elements that a program holds of one channel
+
+
+@triton.jit
+def slope(y, ACTIVATION: tl.constexpr):
+    """d act(y)/dy."""
+    if ACTIVATION == "elu":
+        return tl.where(y > 0, 1.0, exp(y))
+    elif ACTIVATION == "relu":
+        return tl.where(y > 0, 1.0, 0.0)
+    elif ACTIVATION == "silu":
+        s = 1.0 / (1.0 + exp(-y))
+        return s * (1.0 + y * (1.0 - s))
+    else:
+        tl.static_assert(ACTIVATION == "none")
+        return tl.full(y.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def backward_kernel(
+    x_ptr,  # [N, C, HW]
+    grad_ptr,  # like x
+    dx_ptr,  # like x
+    gamma_ptr,  # float32 [C], or None
+    beta_ptr,
+    dgamma_ptr,  # float32 [N, C]
+    dbeta_ptr,
+    eps,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    SIZE: tl.constexpr = C // GROUPS
+    ELEMENTS: tl.constexpr = SIZE * HW
+    row = (tl.program_id(0) // GROUPS).to(tl.int64) * C + tl.program_id(0) % GROUPS * SIZE  # of [N·C, HW]
+    channel = tl.program_id(0) % GROUPS * SIZE
+    lane = tl.arange(0, TILE)
+
+    total = tl.zeros((TILE,), tl.float32)
+    for i in range(0, ELEMENTS, TILE):
+        total += tl.load(x_ptr + row * HW + i + lane, mask=i + lane < ELEMENTS, other=0.0).to(tl.float32)
+    guess = tl.sum(total, 0) / ELEMENTS
+    left = tl.zeros((TILE,), tl.float32)
+    square = tl.zeros((TILE,), tl.float32)
+    for i in range(0, ELEMENTS, TILE):
+        x = tl.load(x_ptr + row * HW + i + lane, mask=i + lane < ELEMENTS, other=0.0).to(tl.float32)
+        centred = tl.where(i + lane < ELEMENTS, x - guess, 0.0)
+        left += centred
+        square += centred * centred
+    rest = tl.sum(left, 0) / ELEMENTS  # what the rounding of the mean left over
+    r = tl.rsqrt(tl.sum(square, 0) / ELEMENTS - rest * rest + eps)
+
+    sum_h = 0.0
+    sum_hx = 0.0
+    for c in range(SIZE):
+        gamma = 1.0
+        beta = 0.0
+        if gamma_ptr is not None:
+            gamma = tl.load(gamma_ptr + channel + c)
+        if beta_ptr is not None:
+            beta = tl.load(beta_ptr + channel + c)
+        part_h = tl.zeros((TILE,), tl.float32)
+        part_hx = tl.zeros((TILE,), tl.float32)
+        for i in range(0, HW, TILE):
+            inside = i + lane < HW
+            at = (row + c) * HW + i + lane
+            xhat = ((tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - guess) - rest) * r
+            h = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * slope(gamma * xhat + beta, ACTIVATION)
+            part_h += h
+            part_hx += h * xhat
+        dbeta = tl.sum(part_h, 0)
+        dgamma = tl.sum(part_hx, 0)
+        tl.store(dbeta_ptr + row + c, dbeta)
+        tl.store(dgamma_ptr + row + c, dgamma)
+        sum_h += gamma * dbeta
+        sum_hx += gamma * dgamma
+
+    mean_h = sum_h / ELEMENTS
+    mean_hx = sum_hx / ELEMENTS
+    for c in range(SIZE):
+        gamma = 1.0
+        beta = 0.0
+        if gamma_ptr is not None:
+            gamma = tl.load(gamma_ptr + channel + c)
+        if beta_ptr is not None:
+            beta = tl.load(beta_ptr + channel + c)
+        for i in range(0, HW, TILE):
+            inside = i + lane < HW
+            at = (row + c) * HW + i + lane
+            xhat = ((tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - guess) - rest) * r
+            h = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * slope(gamma * xhat + beta, ACTIVATION)
+            dx = (gamma * h - (mean_h + xhat * mean_hx)) * r
+            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+def describe(
+    grad: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    activation: str,
+    eps: float,
+    groups: int,
+    dx: Tensor,
+    dgamma: Tensor,
+    dbeta: Tensor,
+) -> tuple[Launch, ...]:
+    batch, channels, height, width = x.shape
+    arguments = {"x_ptr": x, "grad_ptr": grad, "dx_ptr": dx, "gamma_ptr": gamma, "beta_ptr": beta}
+    arguments |= {"dgamma_ptr": dgamma, "dbeta_ptr": dbeta, "eps": eps}
+    tile = min(TILE, triton.next_power_of_2(height * width))
+    constants = {"C": channels, "HW": height * width, "GROUPS": groups, "ACTIVATION": activation, "TILE": tile}
+    return (Launch(backward_kernel, batch * groups, arguments, constants, {"num_warps": max(1, min(8, tile // 256))}),)
+
+
+def norm_backward(grad, x, gamma, beta, activation, eps, groups, dx, dgamma, dbeta) -> None:
+    """dx, and each sample's part of dγ and dβ [N, C] (float32); grad, x, dx: NCHW of one dtype. Checks nothing."""
+    with torch.cuda.device_of(x):
+        for launch in describe(grad, x, gamma, beta, activation, eps, groups, dx, dgamma, dbeta):
+            launch()

@@ -1,0 +1,62 @@
+"""The weights that come with the package, and the plan that a model's weights recommend."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sgm_engine.plans import plan as plans
+
+if TYPE_CHECKING:
+    from torch import nn
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+DEFAULT = "mnist"
+PLANS = {
+    function.__name__: function
+    for function in (
+        plans.annealed_langevin,
+        plans.consistent_annealed,
+        plans.reverse_diffusion,
+        plans.ancestral,
+        plans.ddim,
+    )
+}
+
+
+def bundled_names() -> list[str]:
+    return sorted(file.stem for file in WEIGHTS.glob("*.safetensors"))
+
+
+def bundled_path(name: str = DEFAULT) -> Path:
+    """The file of the bundled weights ``name``; ValueError lists what there is."""
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.is_file():
+        raise ValueError(f"there are no bundled weights {name!r}; there are: {', '.join(bundled_names()) or 'none'}")
+    return path
+
+
+def load_bundled(name: str = DEFAULT) -> tuple[nn.Module, plans.Plan]:
+    """The model in evaluation mode on the CPU, and its recommended plan. weights/MODEL_CARD.md says whence."""
+    from sgm_engine.checkpoints.checkpoint import load_checkpoint
+
+    model = load_checkpoint(bundled_path(name))
+    return model, plan_for(model)
+
+
+def plan_for(model: nn.Module, name: str | None = None, **options) -> plans.Plan:
+    """The plan that came with the weights, with ``options`` changed; another name starts from that plan's defaults.
+
+    A model without one (``model.plan`` is None) gets ``annealed_langevin`` with its defaults, those of NCSN.
+    ValueError names an option that the plan does not take.
+    """
+    recommended = dict(getattr(model, "plan", None) or {})
+    own_name = recommended.pop("name", "annealed_langevin")
+    name = name or own_name
+    if name not in PLANS:
+        raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {name!r}")
+    known = [p for p in inspect.signature(PLANS[name]).parameters if p != "sigmas"]
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f"the plan {name} takes no {', '.join(unknown)}; it takes: {', '.join(known)}")
+    return PLANS[name](model.sigmas, **(recommended if name == own_name else {}) | options)

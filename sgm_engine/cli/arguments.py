@@ -1,0 +1,93 @@
+"""What the commands of ``sgm`` have in common: types of arguments, groups of them, the parser's class. Nothing heavy is
+imported here, and no command: ``sgm --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from sgm_engine.outputs.sample_ids import SampleIds
+
+PLANS = ("annealed_langevin", "consistent_annealed", "reverse_diffusion", "ancestral", "ddim")
+SAMPLERS = ("ancestral", "reverse_diffusion", "ddim", "euler", "heun", "dpm_solver_2m", "sde_dpm_solver_2m",
+            "predictor_corrector")  # fmt: skip
+SCHEDULES = ("geometric", "karras", "linear", "cosine")
+EXECUTORS = ("auto", "eager", "native", "hybrid", "graph")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "direct")
+FORMATS = ("png", "npz", "safetensors", "webdataset")
+PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta")
+MAX_SEED, MAX_ID, MAX_BATCH = 2**64, 2**56, 2**31  # each the first that is too large
+
+
+class BadInput(Exception):
+    """What the user can mend: one line, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, *args, **options):
+        options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(*args, **options)
+
+    def parse_args(self, *args, **options):
+        """An empty text is a variable of the shell's that was not set: no default is taken in its place."""
+        found = super().parse_args(*args, **options)
+        for name, value in vars(found).items():
+            if value == "" or (isinstance(value, list) and "" in value):
+                raise BadInput(f"argument --{name.replace('_', '-')}: must not be empty")
+        return found
+
+    def error(self, message: str):
+        raise BadInput(f"{message} (see `{self.prog} --help`)")
+
+
+def at_least(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A conversion of text to an integer in [low, high)."""
+
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+        if value < low or (high is not None and value >= high):
+            limit = f" and below 2**{high.bit_length() - 1}" if high else ""
+            raise argparse.ArgumentTypeError(f"must be at least {low}{limit}, got {value}")
+        return value
+
+    return integer
+
+
+def plan_name(text: str) -> str:
+    """The name of a plan, or the path of one."""
+    if text not in PLANS and not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(PLANS)}, or FILE.json, got {text!r}")
+    return text
+
+
+def sample_ids(text: str) -> SampleIds:
+    try:
+        if not text:
+            raise ValueError("name at least one sample id")
+        return SampleIds.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, in {text!r}") from None
+
+
+def add_engine(group) -> None:
+    """What model.engines reads."""
+    add = group.add_argument
+    add("--checkpoint", metavar="PATH", help="weights, .safetensors or a published .pth (default: bundled)")
+    add("--config", metavar="PATH", help="the config.yml that came with a .pth")
+    add("--batch", type=at_least(1, MAX_BATCH), metavar="N", help="samples computed together")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_precision(add)
+    add("--executor", choices=EXECUTORS, default="auto")
+
+
+def add_precision(add: Callable) -> None:
+    """What float8_choice.chosen_scales reads, and --precision itself."""
+    add("--precision", choices=(*PRECISIONS, "float8"), default="float32",
+        help="of the network; direct: float32 without Winograd, on a CPU; tf32, float8: on a GPU")  # fmt: skip
+    add("--float8", metavar="FILE",
+        help="scales of --precision float8, written if FILE is new (default: taken anew, of 16 samples)")  # fmt: skip
+    add("--emulate-float8", action="store_true", help="the same numbers on any device, slowly")

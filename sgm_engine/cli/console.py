@@ -1,0 +1,99 @@
+"""What every sub-command of ``sgm`` shares: exit codes, one line on stderr, and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from sgm_engine.cli.arguments import BadInput
+
+DONE, FAULT, USAGE, DIVERGED, BUSY, DAMAGED, INTERRUPTED, UNREAD, TERMINATED = 0, 1, 2, 3, 4, 5, 130, 141, 143
+DEBUG = bool(os.environ.get("SGM_DEBUG"))  # tracebacks instead of one line
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception: it unwinds like Ctrl-C."""
+
+
+def say(what: object) -> None:
+    """One line on stderr, whatever is in it."""
+    print(f"sgm: {' '.join(str(what).split())}", file=sys.stderr, flush=True)
+
+
+def complain(code: int, error: object) -> int:
+    say(error)
+    return code
+
+
+def plainly(error: BaseException) -> str:
+    """What an error says; where memory ran out, what to do about it instead of an allocator's words."""
+    if isinstance(error, (MemoryError, RuntimeError)) and "torch" in sys.modules:
+        from sgm_engine.errors import out_of_memory
+
+        if out_of_memory(error):
+            return "out of memory: take a smaller batch, or leave other programs less"
+    return str(error) or type(error).__name__
+
+
+def rate(per_second: float) -> str:
+    """Three digits or more, and no power of ten."""
+    return f"{per_second:.3g}" if per_second < 1000 else f"{per_second:.0f}"
+
+
+def some(things: list) -> str:
+    """The first few of them, as text."""
+    return ", ".join(map(str, things[:4])) + (", …" if len(things) > 4 else "")
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """Errors in here are the user's to mend: BadInput."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        if DEBUG:
+            raise
+        raise BadInput(plainly(error)) from error
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated."""
+
+    def handler(number, frame) -> None:
+        raise Terminated
+
+    with _handling(handler, [signal.SIGTERM]):
+        yield
+
+
+@contextmanager
+def stoppable(stop: Callable[[], None]) -> Iterator[list[int]]:
+    """The first SIGINT or SIGTERM calls ``stop`` and is noted in the list; the second one raises."""
+    caught: list[int] = []
+
+    def handler(number, frame) -> None:
+        if caught:
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        caught.append(number)
+        stop()
+
+    with _handling(handler, [signal.SIGINT, signal.SIGTERM]):
+        yield caught
+
+
+@contextmanager
+def _handling(handler: Callable, numbers: list[int]) -> Iterator[None]:
+    """Python handles signals in the main thread; what the parent has told to be ignored stays ignored."""
+    main = threading.current_thread() is threading.main_thread()
+    heard = [n for n in numbers if main and signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    before = {n: signal.signal(n, handler) for n in heard}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,135 @@
+"""``sgm eval``: how good a set of samples is. Nothing heavy is imported before the command runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sgm_engine.cli.arguments import MAX_ID, MAX_SEED, add_engine, at_least
+from sgm_engine.cli.model import engines, load_model, load_plan
+
+if TYPE_CHECKING:
+    pass
+
+EXAMPLES = """\
+examples:
+  sgm eval digits.npz --reference DATA:test --training DATA:train --features classifier:digits-classifier.safetensors
+  sgm eval --n 1000 --plan fast.json --reference DATA:test …        draws them itself, from the bundled weights
+  sgm eval fast.npz --against slow.npz --reference DATA:test …      and the difference of the two, with its interval
+  sgm eval part-*.npz --reference images/ --features torchscript:features.pt --json report.json
+
+What images may be: folder:train, folder:test (MNIST's IDX or CIFAR-10's binary files), .npz, .npy, .safetensors, a
+folder of pictures. docs/evaluation.md explains every figure.
+"""
+
+
+def register(commands) -> None:
+    p = commands.add_parser("eval", help="say how good samples are", epilog=EXAMPLES)
+    p.description = "Measure samples against a reference set, with confidence intervals."
+    p.set_defaults(run=run)
+    add = p.add_argument_group("what to measure").add_argument
+    add("samples", nargs="*", metavar="SAMPLES", help="files of one set; none: draw them, as given below")
+    add("--reference", required=True, metavar="IMAGES", help="what samples should look like")
+    add("--training", metavar="IMAGES", help="what the model was trained on: gives the floor and finds copies")
+    add("--against", nargs="+", default=[], metavar="SAMPLES", help="another set: is its Fréchet distance the same?")
+    add("--features", default="pixels", metavar="KIND:FILE",
+        help="classifier:FILE (trained on --training if FILE is new), torchscript:FILE, export:FILE (.pt2), "
+        "inception:FILE, or pixels (default)")  # fmt: skip
+    add("--metrics", metavar="A,B",
+        help="of frechet, score, classes, sliced, mmd, precision, recall, density, coverage, copies, nll "
+        "(default: what the features and --training allow)")  # fmt: skip
+    add("--neighbours", type=at_least(1), default=5, metavar="K", help="of precision to coverage (default: 5)")
+    add("--replicates", type=at_least(2), default=200, metavar="N", help="of each bootstrap (default: 200)")
+    add("--json", metavar="PATH", help="write the report there as well")
+    group = p.add_argument_group("if samples are to be drawn")
+    add = group.add_argument
+    add("--plan", metavar="PLAN", help="a plan's JSON file, or the name of one (default: what the weights recommend)")
+    add("--n", type=at_least(2, MAX_ID), default=1000, metavar="N", help="how many (default: 1000)")
+    add("--seed", type=at_least(0, MAX_SEED), default=0, metavar="N", help="default: 0")
+    add_engine(group)
+
+
+def run(args: argparse.Namespace) -> int:
+    from sgm_engine.cli.console import DONE, bad_input
+
+    with bad_input():
+        from sgm_engine.data.sets import open_images
+        from sgm_engine.evaluation import evaluate as e
+        from sgm_engine.evaluation.draw import conditioned, drawn
+        from sgm_engine.evaluation.features import open_extractor
+        from sgm_engine.outputs.output import check_writable, staged
+
+        if args.json:
+            check_writable(Path(args.json))
+        metrics, extra = _metrics(args, e.METRICS)
+        reference_set = open_images(args.reference)
+        training = open_images(args.training) if args.training else None
+        sets = [open_images(*files) for files in (args.samples, args.against) if files]
+        engine = plan = None
+        if not args.samples:
+            own = load_model(args)
+            model, plan = conditioned(own, load_plan(args.plan, own))
+            engine = engines(args, own)(model)
+        shapes = {s.name: tuple(s.shape) for s in (reference_set, training, *sets) if s is not None}
+        shapes |= {"the model": engine.shape} if engine else {}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"images must have one shape: {', '.join(f'{n} {s}' for n, s in shapes.items())}")
+        if "nll" in extra and not callable(getattr(engine and engine.model, "log_prob", None)):
+            raise ValueError("metrics nll: needs a model with log_prob(x); score networks have none")
+        extractor = open_extractor(args.features, training, lambda line: print(line, file=sys.stderr))
+
+        lost: list = []
+        if engine:
+            name = f"{plan.name}, {plan.nfe} NFE, seed {args.seed}"
+            blocks = drawn(engine, plan, range(args.n), args.seed, lost, progress=sys.stderr.isatty())
+            samples = e.summarise(blocks, extractor, name)
+        else:
+            samples = e.summarise(sets[0].blocks(), extractor, sets[0].name)
+        reference = e.summarise(reference_set.blocks(), extractor, reference_set.name)
+        floor_set = training.take(samples.n) if training else None
+        floor = e.summarise(floor_set.blocks(), extractor, floor_set.name) if training else None
+        report = e.evaluate(samples, reference, metrics, floor, args.neighbours, args.replicates)
+
+        if args.against:
+            other = e.summarise(sets[-1].blocks(), extractor, sets[-1].name)
+            report.rows += _difference(samples, other, reference, report)
+        if "nll" in extra:
+            bits = e.bits_per_dimension(engine.model.log_prob, reference_set.blocks())
+            report.rows.append(e.Row("bits per dimension", *bits))
+        if "copies" in extra:
+            found = e.copies(samples, reference, training.blocks(1024))
+            report.notes["distance to the nearest training image"] = {k: v for k, v in found.items() if k != "nearest"}
+        if lost:
+            report.notes["diverged and left out"] = f"{len(lost)}, such as {lost[0]}"
+        if args.json:
+            with staged(Path(args.json)) as tmp:
+                tmp.write_text(report.to_json(), "utf-8")
+    print(report.table())
+    return DONE
+
+
+def _metrics(args: argparse.Namespace, known: tuple[str, ...]) -> tuple[list[str] | None, list[str]]:
+    """(those of evaluate, or None for its default; the others)."""
+    if args.metrics is None:
+        return None, ["copies"] if args.training else []
+    asked = [m.strip() for m in args.metrics.split(",")]
+    if "copies" in asked and not args.training:
+        raise ValueError("metrics copies: pass --training, the images that might have been copied")
+    others = [m for m in asked if m in ("copies", "nll")]
+    if unknown := [m for m in asked if m not in (*known, "copies", "nll")]:
+        raise ValueError(f"argument --metrics: must be of {', '.join(known)}, copies, nll, got {unknown[0]!r}")
+    return [m for m in asked if m not in others], others
+
+
+def _difference(samples, other, reference, report) -> list:
+    from sgm_engine.evaluation.evaluate import Row
+    from sgm_engine.evaluation.frechet import frechet, frechet_difference
+
+    if samples.n != other.n:
+        report.notes["careful"] = f"{samples.n} images against {other.n}: the Fréchet distance falls with their number"
+    return [
+        Row("Fréchet of --against", *frechet(other.moments, reference.moments)),
+        Row("first minus second", *frechet_difference(samples.moments, other.moments, reference.moments)),
+    ]

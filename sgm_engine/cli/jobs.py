@@ -1,0 +1,208 @@
+"""``sgm sample`` into a folder, ``sgm merge``, ``sgm verify``, ``sgm resample``. Heavy imports are inside functions."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+
+from sgm_engine.cli.console import (
+    DAMAGED,
+    DIVERGED,
+    DONE,
+    INTERRUPTED,
+    TERMINATED,
+    bad_input,
+    complain,
+    rate,
+    say,
+    some,
+    stoppable,
+)
+from sgm_engine.cli.model import chosen_model, device_of
+
+JOB_OPTIONS = ("format", "shard_size", "worker", "ray", "actors")
+LINE_EVERY = 60.0  # seconds between two lines of progress where stderr is no terminal
+
+
+def register(commands) -> None:
+    """Add ``merge``, ``verify`` and ``resample`` to the subparsers of ``sgm``."""
+    p = commands.add_parser("merge", help="the shards of a job → one file")
+    p.description = "Write the samples of one job, or of several that differ in their ids, into one file."
+    p.add_argument("folders", nargs="+", metavar="FOLDER", help="complete jobs of `sgm sample`")
+    p.add_argument("--out", required=True, metavar="PATH", help=".npz (uint8) or .safetensors (float32)")
+    p.set_defaults(run=merge)
+
+    p = commands.add_parser("verify", help="every shard of a job against its record")
+    p.description = "Read a whole job and compare it with its manifest. Exit code 5 if anything is missing or wrong."
+    p.add_argument("folder", metavar="FOLDER")
+    p.set_defaults(run=verify)
+
+    p = commands.add_parser("resample", help="one sample of a job again, the same bytes")
+    p.description = "Draw one sample of a job again and compare it with what the job holds."
+    p.add_argument("folder", metavar="FOLDER")
+    p.add_argument("--id", required=True, type=int, metavar="N", help="its sample id")
+    p.add_argument("--out", metavar="PATH", help=".safetensors (float32), .npz or .png (default: sample-N.safetensors)")
+    p.add_argument("--checkpoint", metavar="PATH", help="where the weights are now (default: where they were)")
+    p.add_argument("--config", metavar="PATH", help="the config.yml that came with a .pth")
+    p.set_defaults(run=resample)
+
+
+def wanted(args: argparse.Namespace) -> bool:
+    """Whether ``sgm sample`` is asked for a job: into a folder. ValueError if the arguments contradict each other."""
+    from sgm_engine.jobs.worker import Worker
+    from sgm_engine.outputs.output import is_folder
+
+    suffix = Path(args.out).suffix
+    folder = is_folder(args.out) or (args.format is not None and suffix not in (".png", ".npz", ".safetensors"))
+    given = [f"--{name.replace('_', '-')}" for name in JOB_OPTIONS if getattr(args, name) is not None]
+    if folder:
+        if args.gif:
+            raise ValueError("argument --gif: goes with a single file, not with a folder of shards: use two commands")
+        if args.ray is None and args.actors:
+            raise ValueError("argument --actors: goes with --ray")
+        if args.ray is not None and args.worker:
+            raise ValueError("argument --worker: not with --ray, whose actors share the work by themselves")
+        return True
+    if given:
+        raise ValueError(f"argument {given[0]}: is for a folder, and --out {args.out} is one file: --out FOLDER/")
+    if (count := Worker.from_environment().count) > 1:
+        raise ValueError(f"argument --out: {count} workers would all write {args.out}: --out FOLDER/ for shards")
+    return False
+
+
+def sample(args: argparse.Namespace) -> int:
+    from sgm_engine.jobs.worker import Worker
+
+    with bad_input():
+        worker = Worker.parse(args.worker) if args.worker else Worker() if args.ray else Worker.from_environment()
+        job = _job(args)
+    bar = not args.quiet and (sys.stderr.isatty() if args.progress is None else args.progress)
+    with stoppable(job.stop) as caught:
+        try:
+            report = job.run(worker, bar, None if bar or args.quiet else _Lines())
+        except OSError as error:
+            error.filename = error.filename or str(job.folder.path)  # a full disk does not say which
+            raise
+    for problem in report.redrawn:
+        say(f"{problem}: drawn again")
+    if not args.quiet:
+        _print(job, report)
+    if caught:
+        code, how = (TERMINATED, "terminated") if caught[0] == signal.SIGTERM else (INTERRUPTED, "interrupted")
+        return complain(code, f"{how}; nothing is half-written, and the same command goes on from here")
+    # A worker of several answers for the job only once all of it is there: a launcher stops the others on a failure.
+    diverged = job.diverged() if report.complete else report.diverged
+    if diverged:
+        say(f"{len(diverged)} samples became non-finite and are left out: {some(diverged)}")
+    return DIVERGED if diverged and report.complete else DONE
+
+
+def merge(args: argparse.Namespace) -> int:
+    with bad_input():
+        from sgm_engine.jobs.merge import merge
+
+        count = merge(args.folders, args.out)
+    print(f"written: {args.out} ({count} samples)")
+    return DONE
+
+
+def verify(args: argparse.Namespace) -> int:
+    with bad_input():
+        from sgm_engine.jobs.verify import verify
+
+        found = verify(args.folder)
+    for problem in found.problems:
+        print(problem)
+    for name in found.unexpected:
+        print(f"{name} is unexpected: no part of this job")
+    for divergence in found.diverged:
+        print(f"{divergence} diverged and was left out")
+    print(found)
+    if found.problems:
+        say("the `sgm sample` that began this job draws again what is missing or damaged")
+    return DONE if found.ok else DAMAGED
+
+
+def resample(args: argparse.Namespace) -> int:
+    with bad_input():
+        from sgm_engine.checkpoints.bundled import bundled_path
+        from sgm_engine.checkpoints.checkpoint import load_checkpoint
+        from sgm_engine.engine.engine import Engine
+        from sgm_engine.jobs.folder import Folder
+        from sgm_engine.jobs.resample import model_of, resample
+        from sgm_engine.outputs.images import png_bytes, to_uint8
+        from sgm_engine.outputs.output import Output, staged
+        from sgm_engine.rewriting.float8.config import Float8Config
+
+        spec, notes = Folder(args.folder).load()
+        out = Output.parse(args.out or f"sample-{args.id}.safetensors")
+        out.check()
+        checkpoint = args.checkpoint or notes.get("checkpoint")
+        model = load_checkpoint(checkpoint or bundled_path(), args.config or notes.get("config"))
+        geometry = spec.geometry
+        device = geometry.device.split()[0]
+        model = model_of(spec, model)
+        precision = geometry.precision.split()[0]  # a digest of the scales follows on "float8"
+        float8 = Float8Config.from_json(notes["float8"]) if "float8" in notes else None
+        engine = Engine(model, geometry.batch, device, precision, geometry.executor, float8=float8)
+        x, compared = resample(engine, args.folder, args.id)
+    if out.form == "grid":  # the picture itself, as a folder of PNG files holds it
+        with staged(out.path) as tmp:
+            tmp.write_bytes(png_bytes(to_uint8(x[None])[0]))
+    else:
+        out.write(x[None], [args.id])
+    how = "equal to" if compared else "not compared, for it is missing or damaged there, with"
+    print(f"written: {out.path} ({how} sample {args.id} of {args.folder})")
+    return DONE
+
+
+def _job(args: argparse.Namespace):
+    """The Job of ``sgm sample``, all arguments checked."""
+    from sgm_engine.engine.engine import Engine
+    from sgm_engine.jobs.job import Job
+    from sgm_engine.jobs.spec import SHARD_SIZE
+
+    model, plan, weights, float8 = chosen_model(args)
+    paths = {"checkpoint": args.checkpoint and str(weights.resolve())}
+    paths["config"] = args.config and str(Path(args.config).expanduser().resolve())
+    options = {"n": args.n if args.ids is None else None, "ids": args.ids, "seed": args.seed, "plan": plan}
+    options |= {"format": args.format or "png", "shard_size": args.shard_size or SHARD_SIZE, "notes": paths}
+    if args.ray:
+        from sgm_engine.jobs.ray_pool import ray_job
+
+        pool = {"address": args.ray, "actors": args.actors, "device": args.device, "batch": args.batch}
+        pool |= {"precision": args.precision, "executor": args.executor, "float8": float8}
+        return ray_job(model, args.out, **options, **pool)
+    engine = Engine(model, args.batch, device_of(args.device), args.precision, args.executor, float8=float8)
+    return Job(engine, args.out, **options)
+
+
+def _print(job, report) -> None:
+    spec, geometry = job.spec, job.spec.geometry
+    speed = report.samples / report.seconds if report.samples else 0.0
+    if report.found:
+        print(f"found: {report.found} shards that were there already")
+    print(
+        f"{report.samples} samples in {report.seconds:.2f} s: {rate(speed)} samples/s, {spec.plan.nfe} NFE a sample, "
+        f"{rate(speed * spec.plan.nfe)} NFE/s"
+    )
+    print(f"plan: {spec.plan.name}({', '.join(f'{k}={v}' for k, v in spec.plan.metadata.items())})")
+    print(f"how: {geometry.precision} on {geometry.device}, executor {geometry.executor}, batch {geometry.batch}")
+    share = f", worker {report.worker.index} of {report.worker.count}" if report.worker.count > 1 else ""
+    there = len(job.folder.recorded(spec))
+    print(f"written: {job.folder.path} ({there} of {spec.shards} shards are there{share})")
+
+
+class _Lines:
+    """A line of progress now and then, for a log."""
+
+    def __init__(self):
+        self._next = time.monotonic() + LINE_EVERY
+
+    def __call__(self, progress) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + LINE_EVERY
+            say(progress)

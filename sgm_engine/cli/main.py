@@ -1,0 +1,71 @@
+"""The command ``sgm``. Heavy imports live inside functions, so that ``sgm --help`` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+import sgm_engine
+from sgm_engine.cli import convert, doctor, eval, jobs, sample, train, tune
+from sgm_engine.cli.arguments import BadInput, Parser
+from sgm_engine.cli.console import (
+    BUSY,
+    DEBUG,
+    FAULT,
+    INTERRUPTED,
+    TERMINATED,
+    UNREAD,
+    USAGE,
+    Terminated,
+    complain,
+    plainly,
+    say,
+    terminable,
+)
+from sgm_engine.errors import JobBusy
+
+COMMANDS = (sample, convert, doctor, jobs, train, eval, tune)  # as `sgm --help` lists them
+OVERVIEW = """\
+examples:
+  sgm sample             64 digits from the bundled weights → samples.png
+  sgm sample --help      what can be drawn, how, and where to
+  sgm doctor             what is installed here, and which backend will run
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    warnings.showwarning = lambda message, *where: say(f"warning: {message}")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")  # a terminal without σ shows a question mark
+    try:
+        with terminable():
+            args = parser().parse_args(argv)
+            return args.run(args)
+    except BadInput as error:
+        return complain(USAGE, error)
+    except JobBusy as error:
+        return complain(BUSY, error)
+    except Terminated:
+        return complain(TERMINATED, "terminated; nothing is half-written")
+    except KeyboardInterrupt:
+        return complain(INTERRUPTED, "interrupted; nothing is half-written")
+    except BrokenPipeError:  # `sgm doctor | head -1`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so once more as it ends
+        return UNREAD
+    except (OSError, MemoryError, RuntimeError, ValueError) as error:  # a full disk, a batch too large, …
+        if DEBUG:
+            raise
+        return complain(FAULT, f"{plainly(error)} (SGM_DEBUG=1 shows where)")
+
+
+def parser() -> Parser:
+    """The parser; ``args.run(args)`` does what was asked for and returns an exit code."""
+    top = Parser(prog="sgm", description=sgm_engine.__doc__, epilog=OVERVIEW)
+    top.add_argument("--version", action="version", version=f"sgm-engine {sgm_engine.__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.register(commands)
+    return top

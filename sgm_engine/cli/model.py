@@ -1,0 +1,77 @@
+"""From arguments to a model, its plan and its engine. What ``sgm sample``, ``eval`` and ``tune`` share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sgm_engine.engine.engine import Engine
+
+
+def chosen_model(args: argparse.Namespace):
+    """(model, Plan, path of the weights, scales of float8 or None)."""
+    from sgm_engine.cli.float8_choice import chosen_scales
+    from sgm_engine.cli.plan_choice import chosen
+
+    model = load_model(args)
+    conditioned, plan = chosen(model, args)
+    scales = chosen_scales(args, model, device_of(args.device), Path(args.out).expanduser(), args.quiet)
+    return conditioned, plan, weights_path(args), scales
+
+
+def load_model(args: argparse.Namespace):
+    """The module that --checkpoint and --config name."""
+    from sgm_engine.checkpoints.checkpoint import load_checkpoint
+
+    return load_checkpoint(weights_path(args), args.config)
+
+
+def weights_path(args: argparse.Namespace) -> Path:
+    from sgm_engine.checkpoints.bundled import bundled_path
+
+    return Path(args.checkpoint).expanduser() if args.checkpoint else bundled_path()
+
+
+def engines(args: argparse.Namespace, model) -> Callable[[object], Engine]:
+    """model → Engine as the arguments of ``add_engine`` say, for ``model`` and for what conditions it otherwise."""
+    from sgm_engine.cli.float8_choice import chosen_scales
+    from sgm_engine.engine.engine import Engine
+
+    device = device_of(args.device)
+    float8 = chosen_scales(args, model, device)
+    return lambda model: Engine(model, args.batch, device, args.precision, args.executor, float8=float8)
+
+
+def load_plan(text: str | None, model):
+    """The plan in a JSON file, or the one of that name; None is what the model's weights recommend."""
+    from sgm_engine.checkpoints.bundled import plan_for
+    from sgm_engine.cli.plan_choice import read_plan
+
+    if text is not None and (text.endswith(".json") or Path(text).is_file()):
+        return read_plan(text)
+    return plan_for(model, text)
+
+
+def device_of(name: str) -> str:
+    """--device as PyTorch names it: the GPU of this process where torchrun started several."""
+    import torch
+
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    rank = os.environ.get("LOCAL_RANK", "")
+    return f"cuda:{int(rank) % torch.cuda.device_count()}" if rank.isdecimal() and torch.cuda.is_available() else "cuda"
+
+
+def processor(device) -> str:
+    """The processor behind a torch device, in words."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    from sgm_engine import _C
+
+    return f"{device.type} ({_C.isa()}, {_C.num_threads()} threads)"

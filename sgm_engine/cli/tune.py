@@ -1,0 +1,151 @@
+"""``sgm tune``: find the plan that a budget of evaluations buys. Nothing heavy is imported before the command runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from sgm_engine.cli.arguments import MAX_SEED, add_engine, at_least
+from sgm_engine.cli.model import engines, load_model, load_plan
+
+MEASURES = ("frechet", "sliced", "mmd")
+
+
+EXAMPLES = """\
+examples:
+  sgm tune --budget 50 --reference DATA:test --training DATA:train --features classifier:digits-classifier.safetensors
+  sgm tune --seconds 0.2 --checkpoint mine.safetensors --reference images/ --features torchscript:features.pt
+  sgm tune --budget 50 --baseline annealed_langevin …               and how the chosen plan compares with that one
+
+writes into --out: front.md and front.png (NFE against quality, on held-out seeds), front.json, and plan.json, which
+`sgm sample --plan OUT/plan.json` takes.
+"""
+
+
+def register(commands) -> None:
+    p = commands.add_parser("tune", help="find a plan with fewer network evaluations", epilog=EXAMPLES)
+    p.description = "Search the samplers' tables for the best samples within a budget."
+    p.set_defaults(run=run)
+    group = p.add_argument_group("goal")
+    budget = group.add_mutually_exclusive_group(required=True).add_argument
+    budget("--budget", type=at_least(2), metavar="NFE", help="network evaluations a sample, at most")
+    budget(
+        "--seconds", type=float, metavar="X", help="seconds a sample, at most; a short measurement turns them into NFE"
+    )
+    add = group.add_argument
+    add("--reference", required=True, metavar="IMAGES", help="what samples should look like; forms as in `sgm eval`")
+    add("--training", metavar="IMAGES", help="what the model was trained on: gives the floor, trains a new classifier")
+    add("--features", default="pixels", metavar="KIND:FILE", help="as in `sgm eval` (default: pixels)")
+    add("--measure", choices=MEASURES, default="frechet", help="what makes samples good (default: frechet)")
+    add("--baseline", metavar="PLAN|SAMPLES", help="a plan to beat, or samples of one drawn with --held-out-seed")
+    add = p.add_argument_group("search").add_argument
+    add("--families", metavar="A,B", help="samplers to try (default: all)")
+    add("--candidates", type=at_least(2), default=48, metavar="N", help="plans to begin with (default: 48)")
+    add("--first", type=at_least(2), default=128, metavar="N", help="samples of each, at first (default: 128)")
+    add("--last", type=at_least(2), default=1024, metavar="N", help="of the survivors, at last (default: 1024)")
+    add("--seed", type=at_least(0, MAX_SEED), default=0, metavar="N", help="of the search (default: 0)")
+    add("--held-out-seed", type=at_least(0, MAX_SEED), default=1000, metavar="N", help="of the front (default: 1000)")
+    add("--held-out", type=at_least(2), default=1024, metavar="N", help="samples for each figure (default: 1024)")
+    add("--out", default="tuned/", metavar="FOLDER", help="a new folder (default: tuned/)")
+    add_engine(p.add_argument_group("model and execution"))
+
+
+def run(args: argparse.Namespace) -> int:
+    from sgm_engine.cli.console import DONE, bad_input
+
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    with bad_input():
+        from sgm_engine.data.sets import open_images
+        from sgm_engine.evaluation.evaluate import summarise
+        from sgm_engine.evaluation.features import open_extractor
+        from sgm_engine.outputs.output import check_writable, staged
+        from sgm_engine.tuning.candidates import FAMILIES, draw_candidates
+        from sgm_engine.tuning.front import check_plotting
+        from sgm_engine.tuning.tune import Tuner
+
+        out = Path(args.out).expanduser()
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise ValueError(f"argument --out: {out} is there already and not empty: name a new folder")
+        check_writable(out, folder=True)
+        check_plotting()
+        if args.held_out_seed == args.seed:
+            raise ValueError(f"argument --held-out-seed: must differ from --seed, both are {args.seed}")
+        if args.first > args.last:
+            raise ValueError(f"argument --first: must be at most --last, got {args.first} and {args.last}")
+        model = load_model(args)
+        make_engine = engines(args, model)
+        engine = make_engine(model)
+        reference_set = open_images(args.reference)
+        training = open_images(args.training) if args.training else None
+        for s in (reference_set, training):
+            if s is not None and tuple(s.shape) != engine.shape:
+                raise ValueError(f"{s.name} holds images {tuple(s.shape)}, the model draws {engine.shape}")
+        baseline = _baseline(args, model)
+        extractor = open_extractor(args.features, training, say)
+        budget = args.budget or _evaluations(args.seconds, engine, say)
+        families = args.families.split(",") if args.families else tuple(FAMILIES)
+        recommended = getattr(model, "plan", None) or {}
+        shift = float(recommended.get("start_shift", 0.0))
+        plans = draw_candidates(engine.sigmas, budget, args.candidates, args.seed, families, shift, _between(model))
+
+    reference = summarise(reference_set.blocks(), extractor, reference_set.name)
+    floor = summarise(training.take(args.held_out).blocks(), extractor) if training else None
+    tuner = Tuner(model, make_engine, extractor, reference, args.measure)
+    start = time.perf_counter()
+    survivors = tuner.search(plans, args.seed, args.first, args.last, say)
+    outcome = tuner.confirm(survivors, args.held_out_seed, args.held_out, floor, baseline, say)
+    outcome.about |= {"budget": budget, "candidates": len(plans), "seed": args.seed, "features": extractor.name,
+        "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed,
+        "seconds": round(time.perf_counter() - start), "precision": engine.numerics,
+        "executor": engine.executor, "batch": engine.batch}  # fmt: skip
+    with staged(out) as tmp:
+        outcome.write(tmp)
+    print(outcome.table())
+    print(f"written: {out}/ with front.md, front.json, front.png and plan.json")
+    return DONE
+
+
+def _baseline(args: argparse.Namespace, model):
+    """A Plan, an ImageSet of samples drawn before (with the plan that they carry, if any), or None."""
+    from sgm_engine.data.sets import open_images
+    from sgm_engine.tuning.tune import Drawn, plan_of_samples
+
+    if args.baseline is None:
+        return None
+    path = Path(args.baseline).expanduser()
+    if path.is_dir() or path.suffix in (".npz", ".safetensors"):
+        images = open_images(path)
+        if len(images) < args.held_out:
+            raise ValueError(f"argument --baseline: {len(images)} samples, fewer than --held-out {args.held_out}")
+        return Drawn(images.take(args.held_out), plan_of_samples(path))
+    return load_plan(args.baseline, model)
+
+
+def _between(model) -> bool:
+    """Can the model be conditioned between its levels?"""
+    from sgm_engine.models.conditioning import at_sigmas
+
+    try:
+        at_sigmas(model, (model.sigmas[:1] * model.sigmas[1:2]) ** 0.5)
+    except ValueError:
+        return False
+    return True
+
+
+def _evaluations(seconds: float, engine, say) -> int:
+    """How many evaluations a sample fit into ``seconds``, from two short runs of the engine."""
+    from sgm_engine.plans.plan import annealed_langevin
+
+    if not seconds > 0:
+        raise ValueError(f"argument --seconds: must be positive, got {seconds}")
+    plan = annealed_langevin(engine.sigmas, 1)
+    engine.sample(engine.batch, plan=plan)  # captures, packs
+    start = time.perf_counter()
+    engine.sample(engine.batch, plan=plan)
+    each = (time.perf_counter() - start) / (engine.batch * plan.nfe)
+    if seconds < 2 * each:
+        raise ValueError(f"argument --seconds: {seconds:g} s buy no 2 evaluations here, one takes {each:.3g} s")
+    say(f"{each:.3g} s an evaluation and sample at batch {engine.batch}: {seconds:g} s are {int(seconds / each)} NFE")
+    return int(seconds / each)

@@ -1,0 +1,177 @@
+"""Training images as one uint8 array [N, C, H, W], and the order in which a run reads it."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from sgm_engine.keys import Key
+
+FORMATS = ("mnist", "cifar10", "npy", "folder")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ORDER = 2**32 - 1  # the draw that shuffles an epoch; its sample id is the epoch's number
+
+
+def load_images(path: str | Path, split: str = "train", form: str | None = None, size: int | None = None) -> np.ndarray:
+    """Images of ``split`` ("train" or "test") under ``path``, uint8 [N, C, H, W]; a .npy stays on the disk, mapped.
+
+    form: one of FORMATS, None finds out. mnist: a folder of IDX files; cifar10: a folder of data_batch_*.bin and
+    test_batch.bin; both may be gzipped. npy: uint8 [N, C, H, W] or [N, H, W, C]. folder: pictures, at any depth, cut to
+    a square in the middle and scaled to ``size`` pixels. npy and folder: a split is the file or folder of that name
+    inside ``path`` (train.npy, test/); without one, ``path`` is the training data and "test" is empty.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
+    form = form or _form(path)
+    if form not in FORMATS:
+        raise ValueError(f"data format must be one of {', '.join(FORMATS)}, got {form!r}")
+    if form == "mnist":
+        return _mnist(path, split)
+    if form == "cifar10":
+        return _cifar10(path, split)
+    name = f"{split}.npy" if form == "npy" else split
+    if path.is_dir() and (path / name).exists():
+        path = path / name
+    elif split != "train":
+        return np.empty((0, 1, 1, 1), np.uint8)
+    return _npy(path) if form == "npy" else _folder(path, size)
+
+
+class Batches(IterableDataset):
+    """Batches of ``images`` without end, as uint8 tensors [batch, C, H, W], from number ``start()`` on.
+
+    Training sample k is image order(epoch)[k mod N], epoch = k // N. Of the global batch t, samples t·G … (t+1)·G − 1
+    with G = batch·world, process ``rank`` reads the rank-th part; so a run is the same however it is divided.
+    """
+
+    def __init__(self, images: np.ndarray, batch: int, seed: int = 0, rank: int = 0, world: int = 1, start=lambda: 0):
+        if len(images) == 0:
+            raise ValueError("images: there are none to train on")
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        self.images, self.batch, self.seed = images, batch, seed
+        self.rank, self.world, self.start = rank, world, start
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __iter__(self) -> Iterator[Tensor]:
+        t = self.start()
+        while True:
+            yield self.read(t)
+            t += 1
+
+    def read(self, t: int) -> Tensor:
+        """This process's part of global batch t."""
+        first = (t * self.world + self.rank) * self.batch
+        n = len(self.images)
+        index = [self._order(k // n)[k % n] for k in range(first, first + self.batch)]
+        return torch.from_numpy(np.array(self.images[index]))  # a copy, writable and dense
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            u = Key(self.seed, torch.tensor([epoch]), ORDER).uniform(torch.empty(1, len(self.images)))
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = u[0].argsort(stable=True).numpy()
+        return self._orders[epoch]
+
+
+def dequantise(images: Tensor, uniform: Tensor) -> Tensor:
+    """uint8 and U ~ uniform [0, 1) of the same shape → float32 in [0, 1]: x/255·255/256 + U/256 (NCSN's own map)."""
+    return (images.to(torch.float32) + uniform) / 256
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """One IDX file of unsigned bytes (MNIST's format; gzipped if it ends in .gz) → uint8 array of its own shape."""
+    raw = _read(Path(path))
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+        raise ValueError(f"{path}: not an IDX file of unsigned bytes (it starts with {raw[:4].hex()})")
+    dims = raw[3]
+    shape = np.frombuffer(raw, ">u4", dims, 4).astype(int).tolist()
+    body = np.frombuffer(raw, np.uint8, offset=4 + 4 * dims)
+    if body.size != math.prod(shape):
+        raise ValueError(f"{path}: {body.size} bytes of data for shape {shape}; the file is truncated or damaged")
+    return body.reshape(shape)
+
+
+def _form(path: Path) -> str:
+    names = [path.name] if path.is_file() else [child.name for child in path.iterdir()]
+    if any(name.endswith(".npy") for name in names):
+        return "npy"
+    if any("idx3-ubyte" in name for name in names):
+        return "mnist"
+    if any(name.startswith("data_batch_") for name in names):
+        return "cifar10"
+    return "folder"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            return file.read()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: is truncated or damaged ({error})") from None
+
+
+def _find(folder: Path, name: str) -> list[Path]:
+    return sorted([*folder.glob(name), *folder.glob(f"{name}.gz")])
+
+
+def _mnist(folder: Path, split: str) -> np.ndarray:
+    files = _find(folder, f"{'t10k' if split == 'test' else 'train'}-images-idx3-ubyte")
+    if not files:
+        raise FileNotFoundError(f"{folder}: no {split} images there; pass the folder of MNIST's IDX files")
+    return read_idx(files[0])[:, None]
+
+
+def _cifar10(folder: Path, split: str) -> np.ndarray:
+    files = _find(folder, "test_batch.bin" if split == "test" else "data_batch_*.bin")
+    if not files:
+        raise FileNotFoundError(f"{folder}: no {split} batches there; pass the folder of CIFAR-10's .bin files")
+    parts = []
+    for file in files:
+        raw = np.frombuffer(_read(file), np.uint8)
+        if raw.size == 0 or raw.size % 3073:
+            raise ValueError(f"{file}: {raw.size} bytes, not a multiple of 3,073 (label and 3×32×32 pixels)")
+        parts.append(raw.reshape(-1, 3073)[:, 1:].reshape(-1, 3, 32, 32))
+    return np.concatenate(parts)
+
+
+def _npy(path: Path) -> np.ndarray:
+    if path.is_dir():
+        files = sorted(path.glob("*.npy"))
+        if len(files) != 1:
+            raise ValueError(f"{path}: holds {len(files)} .npy files; name one, or call it train.npy")
+        path = files[0]
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: is no array of images ({error})") from None
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise ValueError(f"{path}: must be uint8 [N, C, H, W] or [N, H, W, C], got {images.dtype} {images.shape}")
+    return images if images.shape[1] in (1, 3) else images.transpose(0, 3, 1, 2)
+
+
+def _folder(path: Path, size: int | None) -> np.ndarray:
+    from PIL import Image, ImageOps
+
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in PICTURES)
+    if not files:
+        raise FileNotFoundError(f"{path}: no pictures there ({', '.join(PICTURES)})")
+    if size is None:
+        raise ValueError(f"{path}: pass image_size, the pixels that a side of every picture is scaled to")
+    images = np.empty((len(files), 3, size, size), np.uint8)
+    for slot, file in zip(images, files, strict=True):
+        try:
+            with Image.open(file) as picture:
+                slot[:] = np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size))).transpose(2, 0, 1)
+        except OSError as error:
+            raise ValueError(f"{file}: not a readable picture ({error})") from None
+    return images

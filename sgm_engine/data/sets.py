@@ -1,0 +1,254 @@
+"""Sets of images wherever they lie, read a block at a time: uint8 [b, C, H, W], so that 50,000 need no memory.
+
+    DATA:train, DATA:test    a folder of MNIST's IDX files or of CIFAR-10's binary ones, gzipped or not; with labels
+    x.npz                    `arr_0` uint8 [N, H, W, C], what `sgm sample` and FID tools write
+    x.npy                    uint8 or floating point in [0, 1]: [N, H, W], [N, H, W, C] or [N, C, H, W], C being 1 or 3
+    x.safetensors            `samples` float [N, C, H, W], as `sgm sample` writes
+    folder/                  PNG, JPEG, BMP or WebP files of one size; or parts of a set, .npz or .safetensors
+
+Floating point is clamped to [0, 1] and rounded to 8 bits, as in the files that `sgm sample` writes: a set scores the
+same in every form.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sgm_engine.data.images import load_images, read_idx
+from sgm_engine.outputs.images import to_uint8
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+PARTS = (".npz", ".safetensors")
+SPLITS = {"train": "train", "test": "t10k"}  # and the first part of the names of MNIST's label files
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """N images of one shape. blocks(size) starts afresh each time; labels: int64 [N] where the data has them."""
+
+    name: str
+    shape: tuple[int, int, int]
+    count: int
+    read: Callable[[int], Iterator[np.ndarray]]
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def blocks(self, size: int = 256) -> Iterator[Tensor]:
+        """uint8 [b, C, H, W], b ≤ size, in order."""
+        for block in self.read(size):
+            yield torch.from_numpy(np.array(block, order="C"))  # a copy: what lies in a file is not writable
+
+    def all(self) -> Tensor:
+        return torch.cat([*self.blocks()])
+
+    def take(self, count: int, seed: int = 0) -> ImageSet:
+        """``count`` of the images, drawn without replacement; the set itself if it has no more than those."""
+        if count >= len(self):
+            return self
+        chosen = np.zeros(len(self), bool)
+        chosen[np.random.default_rng(seed).choice(len(self), count, replace=False)] = True
+
+        def read(size: int) -> Iterator[np.ndarray]:
+            start = 0
+            for block in self.read(size):
+                mask = chosen[start : start + len(block)]
+                start += len(block)
+                if mask.any():
+                    yield block[mask]
+
+        labels = None if self.labels is None else self.labels[torch.from_numpy(chosen)]
+        return ImageSet(f"{count} of {self.name}", self.shape, count, read, labels)
+
+
+def from_array(x: Tensor | np.ndarray, name: str = "array", labels: Tensor | None = None) -> ImageSet:
+    """A set in memory: uint8 [N, C, H, W], or floating point in [0, 1] of that shape."""
+    x = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+    if x.ndim != 4 or len(x) == 0:
+        raise ValueError(f"{name}: images must be [N, C, H, W] with N > 0, got shape {list(x.shape)}")
+    return ImageSet(name, x.shape[1:], len(x), lambda size: _slices(x, size), labels)
+
+
+def open_images(*paths: str | Path) -> ImageSet:
+    """The images at ``paths`` as one set, in the order given. ValueError or OSError says what is wrong with which."""
+    if not paths:
+        raise ValueError("open_images needs at least one path")
+    sets = [_open(str(path)) for path in paths]
+    return sets[0] if len(sets) == 1 else _join(sets, f"{len(sets)} files from {sets[0].name}")
+
+
+def _open(text: str) -> ImageSet:
+    head, colon, split = text.rpartition(":")
+    path = Path(head if colon and split in SPLITS else text).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"there are no images at {text}: no such file or folder")
+    if path.is_dir():
+        return _open_folder(path, split if colon and split in SPLITS else None)
+    if colon and split in SPLITS:
+        raise ValueError(f"{text}: a split is for folders of MNIST or CIFAR-10, {path} is a file")
+    if path.suffix not in _FILES:
+        raise ValueError(f"cannot read images from {path}: use {', '.join(_FILES)} or a folder")
+    try:
+        return _FILES[path.suffix](path)
+    except (SafetensorError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is damaged or no {path.suffix} file: {error}") from None
+
+
+def _open_folder(path: Path, split: str | None) -> ImageSet:
+    if any(path.glob("*-images-idx3-ubyte*")):
+        return _mnist(path, split or "train")
+    if any(path.glob("*_batch*.bin*")):
+        return _cifar(path, split or "train")
+    if split:
+        raise ValueError(f"{path}:{split}: neither MNIST's IDX files nor CIFAR-10's *_batch*.bin are there")
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
+    parts = sorted(p for p in path.iterdir() if p.suffix in PARTS)
+    if bool(files) == bool(parts):
+        has = "both pictures and" if files else "neither pictures nor"
+        raise ValueError(f"{path}: there are {has} parts ({', '.join(PARTS)}) there; name the files instead")
+    return _pictures(path, files) if files else _join([_open(str(p)) for p in parts], str(path))
+
+
+def _mnist(folder: Path, split: str) -> ImageSet:
+    images = load_images(folder, split, "mnist")
+    names = [folder / f"{SPLITS[split]}-labels-idx1-ubyte{end}" for end in (".gz", "")]
+    labels = next((torch.tensor(read_idx(name)).long() for name in names if name.is_file()), None)
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{folder}: {len(images)} images but {len(labels)} labels in the {split} split")
+    return from_array(images, f"{folder}:{split}", labels)
+
+
+def _cifar(folder: Path, split: str) -> ImageSet:
+    """CIFAR-10's binary version: records of one label and 3,072 pixels, red, green, blue."""
+    files = sorted(folder.glob("data_batch*.bin*" if split == "train" else "test_batch*.bin*"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: there is no {split} split of CIFAR-10's binary version")
+    raw = b"".join((gzip.open if file.suffix == ".gz" else open)(file, "rb").read() for file in files)
+    if len(raw) % 3073:
+        raise ValueError(f"{folder}: {len(raw)} bytes are no whole number of 3,073-byte records; a file is truncated")
+    records = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
+    labels = torch.from_numpy(records[:, 0].astype(np.int64))
+    return from_array(records[:, 1:].reshape(-1, 3, 32, 32), f"{folder}:{split}", labels)
+
+
+def _npy(path: Path) -> ImageSet:
+    try:
+        x = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: is no array of images ({error})") from None
+    return from_array(_channels_first(x, path), str(path))
+
+
+def _npz(path: Path) -> ImageSet:
+    """The array is read from within the archive as it is needed."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not an .npz file")
+    with zipfile.ZipFile(path) as archive:
+        if "arr_0.npy" not in archive.namelist():
+            raise ValueError(f"{path}: has no arr_0, only {[Path(n).stem for n in archive.namelist()]}")
+        with archive.open("arr_0.npy") as file:
+            shape, dtype = _npy_header(file, path)
+
+    def read(size: int) -> Iterator[np.ndarray]:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            _npy_header(file, path)
+            for start in range(0, shape[0], size):
+                count = min(size, shape[0] - start)
+                raw = file.read(count * int(np.prod(shape[1:])) * dtype.itemsize)
+                yield from _slices(_channels_first(np.frombuffer(raw, dtype).reshape(count, *shape[1:]), path), size)
+
+    probe = _channels_first(np.empty((0, *shape[1:]), dtype), path)
+    return ImageSet(str(path), probe.shape[1:], shape[0], read)
+
+
+def _npy_header(file, path: Path) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if reader is None:
+        raise ValueError(f"{path}: .npy format {version} is not supported")
+    shape, fortran, dtype = reader(file)
+    if fortran or dtype.hasobject or len(shape) < 3 or shape[0] == 0:
+        raise ValueError(f"{path}: arr_0 must be C-ordered [N, H, W, C] with N > 0, got {dtype} {list(shape)}")
+    return shape, dtype
+
+
+def _safetensors(path: Path) -> ImageSet:
+    with safe_open(path, "np") as file:
+        names = list(file.keys())
+        if "samples" not in names:
+            raise ValueError(f"{path}: has no tensor 'samples', only {names}")
+        shape = file.get_slice("samples").get_shape()
+    if len(shape) != 4 or shape[0] == 0:
+        raise ValueError(f"{path}: samples must be [N, C, H, W] with N > 0, got {shape}")
+
+    def read(size: int) -> Iterator[np.ndarray]:
+        with safe_open(path, "np") as file:
+            samples = file.get_slice("samples")
+            for start in range(0, shape[0], size):
+                yield from _slices(samples[start : min(start + size, shape[0])], size)
+
+    return ImageSet(str(path), tuple(shape[1:]), shape[0], read)
+
+
+def _pictures(folder: Path, files: list[Path]) -> ImageSet:
+    from PIL import Image
+
+    def decode(file: Path) -> np.ndarray:
+        with Image.open(file) as image:
+            pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        return np.atleast_3d(pixels).transpose(2, 0, 1)
+
+    shape = decode(files[0]).shape
+
+    def read(size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(files), size):
+            images = [decode(file) for file in files[start : start + size]]
+            for file, image in zip(files[start:], images, strict=False):
+                if image.shape != shape:
+                    raise ValueError(
+                        f"{file} is {image.shape} [C, H, W], but {files[0].name} is {shape}: one size a set"
+                    )
+            yield np.stack(images)
+
+    return ImageSet(str(folder), shape, len(files), read)
+
+
+def _join(sets: list[ImageSet], name: str) -> ImageSet:
+    for other in sets[1:]:
+        if other.shape != sets[0].shape:
+            raise ValueError(f"{other.name} holds images {other.shape}, but {sets[0].name} {sets[0].shape}")
+
+    def read(size: int) -> Iterator[np.ndarray]:
+        for part in sets:
+            yield from part.read(size)
+
+    return ImageSet(name, sets[0].shape, sum(map(len, sets)), read)
+
+
+def _channels_first(x: np.ndarray, path: Path) -> np.ndarray:
+    if x.ndim == 3:
+        return x[:, None]
+    if x.ndim == 4 and x.shape[3] in (1, 3):
+        return x.transpose(0, 3, 1, 2)
+    if x.ndim == 4 and x.shape[1] in (1, 3):
+        return x
+    raise ValueError(f"{path}: images must be [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3; got {list(x.shape)}")
+
+
+def _slices(x: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(x), size):
+        block = np.asarray(x[start : start + size])
+        yield block if block.dtype == np.uint8 else to_uint8(block).transpose(0, 3, 1, 2)
+
+
+_FILES = {".npz": _npz, ".npy": _npy, ".safetensors": _safetensors}

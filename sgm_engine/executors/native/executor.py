@@ -1,0 +1,207 @@
+"""The native CPU executor: a whole network as a flat list of layers, which csrc/cpu/executor runs in one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sgm_engine import _C
+from sgm_engine.executors.native.graph import PRECISIONS, Graph
+from sgm_engine.executors.native.norm import Unsupported
+from sgm_engine.executors.native.refinenet import lower_refinenet
+from sgm_engine.executors.network import Network
+from sgm_engine.executors.slots import Slots, Tables
+from sgm_engine.models.cdm.model import CDM
+from sgm_engine.models.ncsn import RefineNet
+
+AGREEMENT = {"bfloat16": 0.1}  # of a network with its module, relative; a wrong graph is off by O(1)
+FLOAT32_AGREEMENT = 1e-4
+OWN = ("sgm_engine.models.", "torch.nn.modules.")
+
+
+def lower(graph: Graph, model: nn.Module, shape: tuple[int, int, int], levels: int) -> None:
+    """Emit the layers of ``model`` for x [*shape] at level in [0, levels). Raises Unsupported, and says what it is."""
+    if is_published(model):
+        if shape[0] != model.channels:
+            raise ValueError(f"the model takes {model.channels} channels, got shape {shape}")
+        return lower_refinenet(graph, model, *shape[1:])
+    if not isinstance(model, nn.Module):
+        raise Unsupported(f"{type(model).__name__} is no nn.Module")
+    if type(model) is CDM:
+        from sgm_engine.executors.native.cdm import lower_cdm
+
+        return lower_cdm(graph, model, shape, levels)
+    if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
+        raise Unsupported(f"{type(model).__name__} holds no convolution")
+    from sgm_engine.executors.native.traced import lower_traced  # torch.fx, which NCSN does not need
+
+    lower_traced(graph, model, shape, levels)
+
+
+def is_published(model: object) -> bool:
+    """Whether this is an NCSN or NCSNv2 as it stands in models/, so that its layers need no look at its forward.
+
+    A subclass, a hook, a forward or a layer put in the place of another (LoRA, a parametrization): traced like others.
+    """
+    if not isinstance(model, RefineNet):
+        return False
+    parts = list(model.modules())
+    own = all(type(part).__module__.startswith(OWN) and "forward" not in vars(part) for part in parts)
+    return own and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
+class NativeNetwork:
+    """``model`` as a callable (x float32 [B, C, H, W], level int64 [B]) → score float32, as x; one native call.
+
+    batch: the number of images that it is tuned for; it takes any. height, width: the only image size it takes.
+    precision: "float32", "bfloat16" (convolutions; needs AVX512_BF16), "direct" or "winograd": see PRECISIONS.
+    channels, levels: of x, and how many; None takes ``model.shape`` and ``model.sigmas``.
+    Weights are packed copies: ``sync`` refreshes those whose parameters changed. Raises Unsupported.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: int,
+        height: int,
+        width: int,
+        precision: str = "float32",
+        channels: int | None = None,
+        levels: int | None = None,
+    ):
+        self.graph = Graph(batch, precision)
+        if channels is None:
+            channels = (getattr(model, "shape", None) or (3,))[0]
+        levels = len(getattr(model, "sigmas", (0,))) if levels is None else levels
+        self.shape = (channels, height, width)
+        lower(self.graph, model, self.shape, levels)
+        self.graph.plan()
+        self.model, self._settings = model, None
+        if not is_published(model):
+            self._settings = settings(model)
+            self._refuse_disagreement(levels, AGREEMENT.get(precision, FLOAT32_AGREEMENT))
+
+    def sync(self) -> int:
+        """Pack the weights that changed since the last time; returns how many layers' they were."""
+        return self.graph.sync()
+
+    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.shape or x.dtype != torch.float32 or x.device.type != "cpu":
+            shape = ", ".join(map(str, self.shape))
+            got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
+            raise ValueError(f"x must be float32 [B, {shape}] on the CPU, got {got}")
+        if level.shape != x.shape[:1] or level.dtype != torch.int64 or level.device.type != "cpu":
+            got = f"{level.dtype} {tuple(level.shape)} on {level.device}"
+            raise ValueError(f"level must be int64 [{len(x)}] on the CPU, got {got}")
+        x = x.contiguous()
+        return self.graph.run(x, level.contiguous(), torch.empty_like(x))
+
+    def stale(self) -> bool:
+        """Whether the module has become another: an attribute that a trace takes as it stands, a hook, a layer."""
+        return not is_published(self.model) if self._settings is None else self._settings != settings(self.model)
+
+    def describe(self) -> str:
+        """Its convolutions by algorithm, and its memory."""
+        found = [self.graph.native.algorithm(i) for i in self.graph.convs]
+        counts = ", ".join(f"{found.count(a)} {a}" for a in sorted(set(found)))
+        return f"convolutions: {counts}; {self.graph.native.bytes() / 2**20:.1f} MiB"
+
+    @torch.no_grad()
+    def _refuse_disagreement(self, levels: int, tolerance: float) -> None:
+        random = torch.Generator("cpu").manual_seed(0)
+        x = torch.rand(2, *self.shape, generator=random, dtype=torch.float32, device="cpu")
+        level = torch.tensor([0, levels - 1], device="cpu")
+        ours, theirs = self(x, level).flatten(1), self.model(x, level).float().flatten(1)
+        difference = ((ours - theirs).norm(dim=1) / theirs.norm(dim=1).clamp_min(1e-30)).max().item()
+        if not difference <= tolerance:
+            raise Unsupported(f"lowered, it would differ by {difference:.1e}")
+
+
+def settings(model: nn.Module) -> list[tuple]:
+    from sgm_engine.rewriting.trace import settings  # torch.fx, which NCSN does not need
+
+    return settings(model)
+
+
+def refusal(
+    model: object, precision: str = "float32", shape: tuple[int, int, int] | None = None, levels: int | None = None
+) -> str | None:
+    """Why the native executor cannot run ``model`` in this precision on this CPU, or None if it can.
+
+    shape, levels: None takes ``model.shape`` and ``model.sigmas``. A module that is no NCSN is traced and compared.
+    """
+    if precision not in PRECISIONS:
+        return f"precision={precision!r} is not one of its own, which are float32, bfloat16 and direct"
+    if precision == "bfloat16" and _C.isa() != "avx512_bf16":
+        return f"precision='bfloat16' needs AVX512_BF16, and the instruction set in use is {_C.isa()}"
+    if is_published(model):
+        return None
+    shape = getattr(model, "shape", None) if shape is None else shape
+    if shape is None:
+        return "the size of its images is not known: pass shape=(C, H, W)"
+    try:
+        NativeNetwork(model, 1, *shape[1:], precision, shape[0], levels)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+class NativeExecutor:
+    """Runs chains inside C++: the network, the update and the rows, ``steps`` of them in one call without the GIL.
+
+    Packed weights follow the module's parameters at ``sync_weights``, which the engine calls when one has changed.
+    """
+
+    name, captures = "native", 0
+
+    def __init__(self) -> None:
+        self.score: Tensor | None = None
+
+    def bind(self, network: Network, slots: Slots, tables: Tables) -> None:
+        if slots.device.type != "cpu":
+            raise ValueError(f"executor='native' runs on a CPU, got device {slots.device}: use executor='graph' there")
+        if network.precision not in PRECISIONS:
+            raise ValueError(f"executor='native' runs float32, bfloat16 or direct, got precision={network.precision!r}")
+        self.slots, self.tables = slots, tables
+        channels, height, width = slots.shape
+        try:
+            self.network = NativeNetwork(
+                network.model, slots.batch, height, width, network.precision, channels, network.levels
+            )
+        except Unsupported as reason:
+            raise ValueError(f"executor='native' cannot run this model: {reason}; use executor='eager'") from reason
+        self.source = network
+        self.score = torch.zeros_like(slots.x, memory_format=torch.contiguous_format)
+
+    def describe(self) -> str:
+        return self.network.describe()
+
+    def sync_weights(self) -> None:
+        if self.network.stale():
+            self.bind(self.source, self.slots, self.tables)
+        self.network.sync()
+
+    def sibling(self) -> NativeExecutor:
+        return NativeExecutor()
+
+    def run(self, steps: int) -> None:
+        s, t = self.slots, self.tables
+        buffers = {"row": s.row, "stop": s.stop, "seed": s.seed, "sample_id": s.sample_id, "bad_row": s.bad_row}
+        tables = {"coef": t.coef, "draw": t.draw, "level": t.level}
+        if s.previous is not None:
+            buffers |= {"previous": s.previous}
+            tables |= {"keep": t.keep}
+        if s.gain is not None:
+            buffers |= {"gain": s.gain}
+            tables |= {"adaptive": t.adaptive}
+        if s.known is not None:
+            tables |= s.known.arguments(t)
+        self.network.graph.native.run_steps(
+            slots=s.batch,
+            x=s.x.data_ptr(),
+            nhwc=not s.x.is_contiguous(),
+            score=self.score.data_ptr(),
+            rows=len(t.draw),
+            steps=steps,
+            **{name: tensor.data_ptr() for name, tensor in (buffers | tables).items()},
+        )

@@ -1,0 +1,21 @@
+"""Doors of packages: public names that are imported when first asked for, so that no package waits for PyTorch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+
+
+def lazily(package: str, homes: Mapping[str, str | tuple[str, ...]]) -> tuple[Callable, Callable, list[str]]:
+    """(__getattr__, __dir__, __all__) of ``package`` (PEP 562). homes: module → the names that it hands out;
+    a module is named from the package, or in full."""
+    home = {name: module for module, names in homes.items() for name in ([names] if isinstance(names, str) else names)}
+
+    def find(name: str) -> object:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module = home[name] if home[name].startswith("sgm_engine.") else f"{package}.{home[name]}"
+        return getattr(import_module(module), name)
+
+    return find, lambda: sorted({*vars(sys.modules[package]), *home}), sorted(home)

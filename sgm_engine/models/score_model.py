@@ -1,0 +1,195 @@
+"""``as_score(model, kind)``: whatever a network predicts, as the one protocol: f(x, level) → score, with ``.sigmas``.
+
+With x = data + σ·noise, D the denoised image and F the network, every kind is one row of a table:
+
+    D = c_skip·x + c_out·F(c_in·x, condition)
+    score = (D − x)/σ² = q·(F − s·x)   with q = c_out/σ², s = (1 − c_skip)/c_out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from sgm_engine.plans.schedule import check_number, check_sigmas
+
+
+class Row(NamedTuple):
+    """Coefficients at sigmas [L], each [L] or a number. condition: what the network is told by default."""
+
+    c_in: np.ndarray | float
+    q: np.ndarray | float
+    s: np.ndarray | float
+    condition: str
+
+
+def _variance_preserving(sigma: np.ndarray) -> np.ndarray:
+    """√ᾱ = 1/√(1 + σ²): what turns data + σ·noise into √ᾱ·data + √(1−ᾱ)·noise."""
+    return 1 / np.sqrt(1 + sigma**2)
+
+
+def _edm(sigma: np.ndarray, sigma_data: float) -> Row:
+    total = sigma_data**2 + sigma**2
+    c_skip, c_out = sigma_data**2 / total, sigma * sigma_data / np.sqrt(total)
+    return Row(1 / np.sqrt(total), c_out / sigma**2, (1 - c_skip) / c_out, "c_noise")
+
+
+KINDS: dict[str, Callable[[np.ndarray, float], Row]] = {
+    "score": lambda sigma, _: Row(1.0, 1.0, 0.0, "level"),
+    "denoiser": lambda sigma, _: Row(1.0, 1 / sigma**2, 1.0, "sigma"),
+    "noise_prediction": lambda sigma, _: Row(1.0, -1 / sigma, 0.0, "sigma"),
+    "vp_noise_prediction": lambda sigma, _: Row(_variance_preserving(sigma), -1 / sigma, 0.0, "timestep"),
+    "vp_denoiser": lambda sigma, _: Row(_variance_preserving(sigma), 1 / sigma**2, 1.0, "timestep"),
+    "v_prediction": lambda sigma, _: Row(
+        _variance_preserving(sigma),
+        -_variance_preserving(sigma) / sigma,
+        -sigma * _variance_preserving(sigma),
+        "timestep",
+    ),
+    "edm": _edm,
+    "flow": lambda sigma, _: Row(1 / (1 + sigma), -1 / (sigma * (1 + sigma)), -1.0 * np.ones_like(sigma), "flow_time"),
+}
+CONDITIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "level": lambda sigma: np.arange(len(sigma)),
+    "sigma": lambda sigma: sigma,
+    "log_sigma": np.log,
+    "c_noise": lambda sigma: np.log(sigma) / 4,
+    "flow_time": lambda sigma: sigma / (1 + sigma),
+}
+
+
+class ScoreModel(nn.Module):
+    """forward(x [N, C, H, W], level [N] int64) → score, float32 [N, C, H, W]. Make one with :func:`as_score`."""
+
+    def __init__(self, model: Callable, sigmas: np.ndarray, row: Row, condition: np.ndarray, options: dict):
+        super().__init__()
+        self.model, self.options = model, options  # as_score's, for at_sigmas
+        self.plain = not np.any(row.s)
+        levels = len(sigmas)
+        for name, value in (("sigmas", sigmas), ("c_in", row.c_in), ("q", row.q), ("s", row.s)):
+            column = torch.tensor(np.broadcast_to(value, levels).copy(), dtype=torch.float32)
+            self.register_buffer(name, column, persistent=False)
+        whole = np.issubdtype(condition.dtype, np.integer)
+        self.register_buffer(
+            "condition", torch.tensor(condition, dtype=torch.int64 if whole else torch.float32), persistent=False
+        )
+        self.scaled = bool((self.c_in != 1).any())
+        self.unit = bool((self.s == 1).all())
+        self.direct = self.plain and bool((self.q == 1).all())
+
+    @property
+    def shape(self):
+        return getattr(self.model, "shape", None)
+
+    @property
+    def plan(self):
+        return getattr(self.model, "plan", None)
+
+    def at_sigmas(self, sigmas) -> ScoreModel:
+        """The same network at other levels; see conditioning.at_sigmas."""
+        if self.options["condition"] in ("level", "timestep"):
+            told = self.options["condition"]
+            raise ValueError(
+                f"this model is told whole numbers ({told}), not sigmas: take plan.on_levels(model.sigmas) instead"
+            )
+        return as_score(self.model, sigmas=sigmas, **self.options)
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        def column(of: Tensor) -> Tensor:
+            return of.index_select(0, level)[:, None, None, None]
+
+        found = self.model(column(self.c_in) * x if self.scaled else x, self.condition[level])
+        found = checked_score(found, x).float()
+        if self.direct:
+            return found
+        if self.plain:
+            return column(self.q) * found
+        return column(self.q) * (found - (x if self.unit else column(self.s) * x))
+
+
+def checked_score(found: object, x: Tensor) -> Tensor:
+    """found, which must be a tensor of x's shape."""
+    if not isinstance(found, Tensor) or found.shape != x.shape:
+        what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"model must return a tensor of x's shape {list(x.shape)}, got {what}: wrap it to do so")
+    return found
+
+
+fx.wrap("checked_score")  # one call in a traced graph: it asks for types, which a trace does not have
+
+
+def as_score(
+    model: Callable[[Tensor, Tensor], Tensor],
+    kind: str = "score",
+    sigmas=None,
+    condition: str | None = None,
+    alphas_cumprod=None,
+    timesteps=None,
+    sigma_data: float = 0.5,
+) -> ScoreModel:
+    """Any network as f(x, level) → score of x = data + σ·noise; its parameters stay the model's own.
+
+    kind: what model(input, condition) returns.
+        "score"                 ∇ log p_σ(x)                       input x, told the level
+        "denoiser"              D, the data                        input x, told sigma (k-diffusion's contract)
+        "noise_prediction"      the noise                          input x, told sigma
+        "vp_noise_prediction"   the noise (DDPM)                   input x/√(1 + σ²), told the timestep
+        "vp_denoiser"           the data                           input x/√(1 + σ²), told the timestep
+        "v_prediction"          √ᾱ·noise − √(1−ᾱ)·data             input x/√(1 + σ²), told the timestep
+        "edm"                   F of arXiv 2206.00364, table 1     input c_in·x, told ¼·ln σ; sigma_data as trained
+        "flow"                  noise − data (rectified flow)      input x/(1 + σ), told t = σ/(1 + σ)
+    sigmas: the levels [L] to sample at, descending, in units of x; None takes ``model.sigmas``. Continuous models take
+        any. condition: what the network is told instead: "level", "sigma", "log_sigma", "c_noise", "flow_time".
+    alphas_cumprod [T], timesteps [L] (descending, None: all): the ᾱ of a DDPM; sigmas are then √((1−ᾱ)/ᾱ) at them.
+
+    Raises ValueError for an unknown kind or condition, or sigmas that do not descend.
+    """
+    if not callable(model):
+        raise TypeError(f"model must be callable as model(x, condition), got {type(model).__name__}")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    steps = None
+    if alphas_cumprod is not None:
+        if sigmas is not None:
+            raise ValueError("sigmas and alphas_cumprod both give the noise levels: pass one of them")
+        sigmas, steps = _ddpm_levels(alphas_cumprod, timesteps)
+    elif timesteps is not None:
+        raise ValueError("timesteps index alphas_cumprod: pass alphas_cumprod too")
+    sigmas = getattr(model, "sigmas", None) if sigmas is None else sigmas
+    if sigmas is None:
+        raise ValueError("sigmas: the model has none of its own, so pass the levels to sample at, descending")
+    sigmas = check_sigmas(sigmas)
+    sigma_data = check_number("sigma_data", sigma_data)
+    if not 0 < sigma_data < np.inf:
+        raise ValueError(f"sigma_data must be positive and finite, got {sigma_data}")
+    row = KINDS[kind](sigmas, sigma_data)
+    condition = row.condition if condition is None else condition
+    if condition == "timestep":
+        if steps is None:
+            raise ValueError(f"kind={kind!r} is told timesteps: pass alphas_cumprod=, or another condition=")
+        told = steps
+    elif condition in CONDITIONS:
+        told = CONDITIONS[condition](sigmas)
+    else:
+        raise ValueError(f"condition must be timestep or one of {', '.join(CONDITIONS)}, got {condition!r}")
+    options = {"kind": kind, "condition": condition, "sigma_data": sigma_data}
+    score = ScoreModel(model, sigmas, row, told, options)
+    device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
+    score.train(getattr(model, "training", False))
+    return score if device is None else score.to(device)
+
+
+def _ddpm_levels(alphas_cumprod, timesteps) -> tuple[np.ndarray, np.ndarray]:
+    """√((1−ᾱ)/ᾱ) and the timesteps, the noisiest first."""
+    alphas = alphas_cumprod.detach().cpu().numpy() if isinstance(alphas_cumprod, Tensor) else alphas_cumprod
+    alphas = np.asarray(alphas, dtype=np.float64)
+    if alphas.ndim != 1 or not ((alphas > 0) & (alphas < 1)).all():
+        raise ValueError("alphas_cumprod must be a vector of values between 0 and 1, exclusive")
+    steps = np.arange(len(alphas))[::-1] if timesteps is None else np.asarray(timesteps)
+    if steps.ndim != 1 or steps.dtype.kind not in "iu" or steps.min() < 0 or steps.max() >= len(alphas):
+        raise ValueError(f"timesteps must be integers from 0 to {len(alphas) - 1}")
+    return np.sqrt((1 - alphas[steps]) / alphas[steps]), steps.astype(np.int64)

@@ -1,0 +1,22 @@
+"""Samples as bytes and files: pictures, arrays, ranges of ids. Imports nothing of ours."""
+
+from sgm_engine.lazy import lazily
+
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    {
+        "images": (
+            "grid",
+            "png_bytes",
+            "read_png",
+            "save_gif",
+            "save_png",
+            "to_uint8",
+        ),
+        "output": (
+            "Output",
+            "staged",
+        ),
+        "sample_ids": ("SampleIds",),
+    },
+)

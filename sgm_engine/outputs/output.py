@@ -1,0 +1,143 @@
+"""Samples in one file. It appears under its final name complete, or not at all.
+
+A file is written beside its target, flushed to the disk and renamed over it. What the name ends in decides the form:
+
+    x.png           one grid
+    x.npz           `arr_0` uint8 [N, H, W, C], what FID tools read, and `sample_id` int64 [N]
+    x.safetensors   `samples` float32 [N, C, H, W], neither clamped nor rounded, and `sample_id` int64 [N]
+    x/              a folder of shards: jobs/
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sgm_engine.outputs import images
+
+_FORMS = {".png": "grid", ".npz": "npz", ".safetensors": "safetensors"}
+
+
+def is_folder(text: str) -> bool:
+    """A trailing slash or an existing folder means a folder whatever its name, and so does a name without a suffix."""
+    path = Path(text).expanduser()
+    return text.endswith(("/", os.sep)) or path.is_dir() or not path.suffix
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file that samples will be written to, and the form they take there."""
+
+    path: Path
+    form: str
+
+    @classmethod
+    def parse(cls, text: str) -> Output:
+        path = Path(text).expanduser()
+        if is_folder(text) or path.suffix.lower() not in _FORMS:
+            raise ValueError(
+                f"cannot tell what to write from {text!r}: use .png (one grid), .npz (uint8), .safetensors (float) "
+                "or a folder name ending in / (shards)"
+            )
+        return cls(path, _FORMS[path.suffix.lower()])
+
+    def check(self) -> None:
+        """OSError if this cannot be written: found out before the sampling rather than after it."""
+        check_writable(self.path)
+
+    def write(self, samples, sample_ids, about: Mapping[str, str] | None = None) -> None:
+        """samples [N, C, H, W] float, in the order of sample_ids [N]. about: notes kept inside a .safetensors file."""
+        ids = np.asarray(sample_ids, np.int64)
+        if len(ids) != len(samples):
+            raise ValueError(f"write: {len(samples)} samples came with {len(ids)} sample ids")
+        with staged(self.path) as tmp:
+            _WRITERS[self.form](tmp, samples, ids, about or {})
+
+
+def npz_bytes(samples, ids: np.ndarray) -> bytes:
+    """samples [N, C, H, W] in [0, 1], ids int64 [N] → an .npz file: arr_0 uint8 [N, H, W, C] and sample_id."""
+    buffer = io.BytesIO()
+    np.savez(buffer, arr_0=images.to_uint8(samples), sample_id=ids)
+    return buffer.getvalue()
+
+
+def safetensors_bytes(samples, ids: np.ndarray, about: Mapping[str, str] | None = None) -> bytes:
+    """samples [N, C, H, W], ids int64 [N] → a .safetensors file: samples float32 and sample_id, with notes."""
+    from safetensors.numpy import save
+
+    tensors = {"samples": np.ascontiguousarray(samples, np.float32), "sample_id": ids}
+    return sorted_header(save(tensors, metadata=dict(about) if about else None))
+
+
+def sorted_header(content: bytes) -> bytes:
+    """A .safetensors file with its header in order: safetensors itself writes metadata in another one each time."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+def check_writable(path: Path, folder: bool = False) -> None:
+    """OSError if a file, or folder, cannot be created or replaced. Tries it: permission bits tell root nothing."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir() and not folder:
+        raise IsADirectoryError(f"cannot write {path}: it is a folder, name a file")
+    probe = _beside(path)
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write in {path.parent}: {error.strerror}") from error
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Yields a name beside ``path`` to create a file under; renamed to ``path`` at the end, else removed."""
+    tmp = _beside(path)
+    try:
+        yield tmp
+        flush(tmp)
+        os.replace(tmp, path)
+        flush(path.parent)
+    except BaseException as error:  # Ctrl-C too: half a result is not left behind
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
+            error.filename = str(path)
+        tmp.unlink(missing_ok=True)
+        raise
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f".{path.name}.{os.getpid()}.tmp"
+
+
+def flush(path: Path) -> None:
+    """Wait until the file, or the names in the folder, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_grid(tmp: Path, samples, ids: np.ndarray, about: Mapping[str, str]) -> None:
+    images.save_png(tmp, images.grid(images.to_uint8(samples)))
+
+
+def _write_npz(tmp: Path, samples, ids: np.ndarray, about: Mapping[str, str]) -> None:
+    tmp.write_bytes(npz_bytes(samples, ids))
+
+
+def _write_safetensors(tmp: Path, samples, ids: np.ndarray, about: Mapping[str, str]) -> None:
+    tmp.write_bytes(safetensors_bytes(samples, ids, about))
+
+
+_WRITERS = {"grid": _write_grid, "npz": _write_npz, "safetensors": _write_safetensors}

@@ -1,0 +1,201 @@
+"""Samplers of few steps: probability flow, its higher orders, EDM's churn, predictor–corrector.
+
+Each takes the sigmas [L] that it steps through, descending, and ends with the denoising row x + σ_L²·score. They need
+not be a model's levels: ``Engine(at_sigmas(model, plan.sigmas))`` conditions on them, ``plan.on_levels(model.sigmas)``
+takes the nearest levels. Below, σ → σ' is a step, D = x + σ²·score the denoised image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+
+from sgm_engine.plans import plan as first
+from sgm_engine.plans import schedule as schedules
+from sgm_engine.plans.plan import Plan
+from sgm_engine.plans.schedule import check_number, check_sigmas
+
+MAX_CHURN = np.sqrt(2) - 1
+
+
+def euler(
+    sigmas,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = np.inf,
+    s_noise: float = 1.0,
+    start_scale: float | None = None,
+    start_shift: float = 0.0,
+) -> Plan:
+    """The probability flow by Euler steps x + σ(σ − σ')·score, with EDM's churn (arXiv 2206.00364, algorithm 2).
+
+    Where s_tmin ≤ σ ≤ s_tmax, churn raises the noise to σ̂ = σ·(1 + min(s_churn/L, √2 − 1)) before the step, by
+    s_noise·√(σ̂² − σ²)·z. That is the noise of the row before (of the start, before the first): no evaluation.
+    """
+    sigmas = check_sigmas(sigmas)
+    raised, noise, options = _churn(sigmas, s_churn, s_tmin, s_tmax, s_noise)
+    rows = [(s, 1.0, s * (s - after), n) for s, after, n in zip(raised, sigmas[1:], noise[1:], strict=False)]
+    return _table("euler", rows, raised, noise, sigmas, start_scale, start_shift, options)
+
+
+def heun(
+    sigmas,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = np.inf,
+    s_noise: float = 1.0,
+    start_scale: float | None = None,
+    start_shift: float = 0.0,
+) -> Plan:
+    """The probability flow by Heun's second-order steps (EDM, arXiv 2206.00364, algorithms 1 and 2), 2·L − 1 rows.
+
+    Two rows a step: an Euler step to x_E that stores x + ½σ(σ − σ')·score, to which the second adds
+    ½σ'(σ − σ')·score(x_E, σ'). Churn as in ``euler``.
+    """
+    sigmas = check_sigmas(sigmas)
+    raised, noise, options = _churn(sigmas, s_churn, s_tmin, s_tmax, s_noise)
+    rows = []
+    for s, after, n in zip(raised, sigmas[1:], noise[1:], strict=False):
+        rows.append((s, 1.0, s * (s - after), 0.0, 0.0, 1.0, s * (s - after) / 2))
+        rows.append((after, 0.0, after * (s - after) / 2, n, 1.0))
+    return _table("heun", rows, raised, noise, sigmas, start_scale, start_shift, options)
+
+
+def dpm_solver_2m(sigmas, start_scale: float | None = None, start_shift: float = 0.0) -> Plan:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order from one evaluation a step and the D before it."""
+    return _multistep("dpm_solver_2m", sigmas, 1, start_scale, start_shift)
+
+
+def sde_dpm_solver_2m(sigmas, start_scale: float | None = None, start_shift: float = 0.0) -> Plan:
+    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 5): the same for the reverse diffusion, with noise every step."""
+    return _multistep("sde_dpm_solver_2m", sigmas, 2, start_scale, start_shift)
+
+
+def predictor_corrector(
+    sigmas,
+    corrector_steps: int = 1,
+    snr: float = 0.16,
+    predictor: str = "reverse_diffusion",
+    start_scale: float | None = None,
+    start_shift: float = 0.0,
+) -> Plan:
+    """Predictor–corrector (arXiv 2011.13456, algorithm 1): after each step Langevin rows at the level reached.
+
+    A corrector row is x + ε·score + √(2ε)·z with ε = 2·(snr/r)², r the root mean square of the sample's own score
+    (an adaptive row). The published one averages norms over the batch, so that a sample depends on its neighbours, and
+    takes the drawn ‖z‖; here it is √(C·H·W), what it is on average. predictor: "reverse_diffusion" or "ancestral".
+    """
+    sigmas = check_sigmas(sigmas)
+    if corrector_steps != 0:
+        first._check_count("corrector_steps", corrector_steps, len(sigmas))
+    snr = check_number("snr", snr)
+    if not 0 < snr < 1:
+        raise ValueError(f"snr must lie between 0 and 1, got {snr}: the corrector's b/σ² is 2·snr²")
+    if predictor not in ("reverse_diffusion", "ancestral"):
+        raise ValueError(f"predictor must be 'reverse_diffusion' or 'ancestral', got {predictor!r}")
+    rows = []
+    for s, after in pairwise(sigmas):
+        drop = s**2 - after**2
+        noise = np.sqrt(drop) * (after / s if predictor == "ancestral" else 1.0)
+        rows.append((s, 1.0, drop, noise))
+        rows += [(after, 1.0, 2 * snr**2, 2 * snr, 0.0, 0.0, 0.0, 1.0)] * corrector_steps
+    options = {"corrector_steps": corrector_steps, "snr": snr, "predictor": predictor}
+    return _table("predictor_corrector", rows, sigmas, np.zeros(len(sigmas)), sigmas, start_scale, start_shift, options)
+
+
+SAMPLERS: dict[str, Callable[..., Plan]] = {
+    function.__name__: function
+    for function in (
+        first.annealed_langevin,
+        first.consistent_annealed,
+        first.reverse_diffusion,
+        first.ancestral,
+        first.ddim,
+        euler,
+        heun,
+        dpm_solver_2m,
+        sde_dpm_solver_2m,
+        predictor_corrector,
+    )
+}
+
+
+def plan_of_nfe(name: str, nfe: int, sigma_max: float, sigma_min: float, schedule: str = "karras", **options) -> Plan:
+    """The sampler ``name`` with ``nfe`` network evaluations from sigma_max to sigma_min, units of x.
+
+    schedule: one of schedule.SCHEDULES, of as many sigmas as the evaluations pay for; ``options`` are the sampler's
+    own. ValueError where the number cannot be had exactly, with the nearest that can.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    if schedule not in schedules.SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(schedules.SCHEDULES)}, got {schedule!r}")
+    first._check_count("nfe", nfe)
+    each, fixed = _cost(name, options)
+    levels, rest = divmod(nfe - fixed, each)
+    if rest or levels < 2:
+        low = max(levels, 2) * each + fixed
+        near = f"{low} or {low + each}" if levels >= 2 else f"{low}"
+        some = f"{each}·L{fixed:+d} evaluations, L ≥ 2" if fixed or each > 1 else "at least 2 evaluations"
+        raise ValueError(f"nfe: {name} with these options takes {some}, not {nfe}; take {near}")
+    return SAMPLERS[name](schedules.SCHEDULES[schedule](sigma_max, sigma_min, levels), **options)
+
+
+def _cost(name: str, options: dict) -> tuple[int, int]:
+    """Evaluations for L sigmas are each·L + fixed."""
+    if "steps_per_level" in options:
+        first._check_count("steps_per_level", options["steps_per_level"])
+    if options.get("corrector_steps", 0) != 0:
+        first._check_count("corrector_steps", options["corrector_steps"])
+    if name == "annealed_langevin":
+        return options.get("steps_per_level", 100), int(bool(options.get("denoise", True)))
+    if name == "consistent_annealed":
+        return options.get("steps_per_level", 1), 0
+    if name == "predictor_corrector":
+        steps = options.get("corrector_steps", 1)
+        return 1 + steps, -steps
+    return (2, -1) if name == "heun" else (1, 0)
+
+
+def _churn(sigmas, s_churn, s_tmin, s_tmax, s_noise) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """σ̂ [L], the std [L] of the noise that raises each σ to it, and the options."""
+    options = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+    options = {name: check_number(name, value) for name, value in options.items()}
+    for name, value in options.items():
+        if not value >= 0 or (name in ("s_churn", "s_noise") and not np.isfinite(value)):
+            raise ValueError(f"{name} must be >= 0{'' if name.startswith('s_t') else ' and finite'}, got {value}")
+    s_churn, s_tmin, s_tmax, s_noise = options.values()
+    churned = (sigmas >= s_tmin) & (sigmas <= s_tmax)
+    raised = sigmas * (1 + np.where(churned, min(s_churn / len(sigmas), MAX_CHURN), 0.0))
+    return raised, s_noise * np.sqrt(raised**2 - sigmas**2), options
+
+
+def _multistep(name: str, sigmas, power: int, start_scale, start_shift) -> Plan:
+    """2M for the probability flow (power 1: k) or the diffusion (power 2: k², and σ'·√(1 − k²)·z), k = σ'/σ."""
+    sigmas = check_sigmas(sigmas)
+    k = sigmas[1:] / sigmas[:-1]
+    h = -np.log(k)
+    noise = sigmas[1:] * np.sqrt(1 - k**2) * (power == 2)
+    rows = []
+    for i, keep in enumerate(k**power):
+        rho = h[i] / (2 * h[i - 1]) if i else 0.0
+        new = (1 - keep) * (1 + rho)  # weight of this row's D; the stored one's is −(1 − keep)·ρ
+        sigma2 = sigmas[i] ** 2
+        store = (1.0, sigma2) if i + 1 < len(k) else (0.0, 0.0)
+        rows.append((sigmas[i], keep + new, new * sigma2, noise[i], (keep - 1) * rho if i else 0.0, *store))
+    return _table(name, rows, sigmas, np.zeros(len(sigmas)), sigmas, start_scale, start_shift, {})
+
+
+def _table(name, rows, raised, noise, sigmas, start_scale, start_shift, options) -> Plan:
+    """Rows (σ, a, b, c[, d, e, f, adaptive]) and the denoising row, from a start that holds the first churn."""
+    rows = [*rows, (raised[-1], 1.0, raised[-1] ** 2, 0.0)]
+    table = np.array([(*row, *(0.0,) * (8 - len(row))) for row in rows])
+    sigma, a, b, c, d, e, f, adaptive = table.T
+    level = np.searchsorted(-np.unique(sigma)[::-1], -sigma)
+    scale = np.hypot(sigmas[0], noise[0]) if start_scale is None else start_scale
+    options = {k: v if isinstance(v, str) or np.isfinite(v) else None for k, v in options.items()}
+    start = {"start": "normal", "start_scale": check_number("start_scale", scale)}
+    start["start_shift"] = check_number("start_shift", start_shift)
+    return Plan(level, sigma, a, b, c, d, **start, name=name, metadata=options, e=e, f=f, adaptive=adaptive)

@@ -1,0 +1,126 @@
+"""Convolutions that ask the table of tuned shapes who computes them, and whether with the norm that follows."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+
+from sgm_engine.rewriting.float8.conv import Float8Conv, launch
+from sgm_engine.rewriting.recognise import FusedNorm
+
+
+class ChosenConv(nn.Module):
+    """``conv``, by the Triton kernel where kernels/tables/conv.py has its shape, else by PyTorch, that is cuDNN.
+
+    The choice depends on the shape alone, and is the same in a capture as out of it. Under a gradient it is PyTorch's.
+    conv: the user's, or in a copy of the network for precision="float8" a Float8Conv, which chooses its own tile.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.conv, Float8Conv):
+            return self.conv(x)
+        found = self.tuned(x)
+        return self.conv(x) if found is None else found[0]
+
+    def tuned(self, x: Tensor, residual: Tensor | None = None, then: str = "") -> tuple[Tensor, Tensor | None] | None:
+        """(conv(x) + residual, the partials of a norm ``then``) if the table has that, or None."""
+        from sgm_engine.kernels.tables import conv as conv_table
+        from sgm_engine.kernels.triton import conv as triton_conv
+
+        conv = self.conv
+        if _learns(self, x, residual):
+            return None
+        if isinstance(conv, Float8Conv):
+            return conv.tuned(x, residual, then)
+        tile = conv_table.choose(x, conv.weight, conv.dilation[0], then)
+        if tile is None or triton_conv.refusal(x, conv.weight, tile, bool(then), residual):
+            return None
+        return launch(x, conv.weight, conv.bias, conv.dilation[0], tile, x.dtype, None, residual, bool(then))
+
+
+class ConvNorm(nn.Module):
+    """conv(x) + residual, then norm, whose statistics the convolution leaves where the table has the two together.
+
+    Takes what the norm takes and returns (norm, conv(x) + residual).
+    """
+
+    def __init__(self, conv: ChosenConv, norm: FusedNorm):
+        super().__init__()
+        self.conv, self.norm = conv, norm
+
+    def forward(self, x: Tensor, level: Tensor | None = None, *, residual: Tensor | None = None, **options: object):
+        then = "norm" if residual is None else "sum and norm"
+        found = None if _learns(self.norm) else self.conv.tuned(x, residual, then)
+        if found is not None:
+            total, partials = found
+            return self.norm(total, level, partials=partials, **options), total
+        x = self.conv(x)
+        y = self.norm(x, level, residual=residual, **options)
+        return (y, x) if residual is None else y
+
+
+def chosen(module: nn.Module, device: torch.device) -> nn.Module:
+    """``module``, wrapped if it is a convolution that the kernel could do and something is tuned for this device."""
+    if device.type != "cuda" or type(module) is not nn.Conv2d:
+        return module
+    from sgm_engine.kernels.tables import conv as conv_table
+
+    k, d = module.kernel_size[0], module.dilation[0]
+    same = module.kernel_size in ((1, 1), (3, 3)) and module.dilation == (d, d) and module.stride == (1, 1)
+    plain = same and module.groups == 1 and module.padding_mode == "zeros" and module.padding == (k // 2 * d,) * 2
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    tuned = conv_table.table().get(torch.cuda.get_device_name(device))
+    return ChosenConv(module) if plain and not hooked and tuned else module
+
+
+def join_norms(graph: fx.Graph, modules: dict[str, nn.Module], report: Callable[[str, str], None]) -> None:
+    """In place: a norm of a ChosenConv's result, or of its sum with something, becomes a ConvNorm with it."""
+    places = {node: i for i, node in enumerate(graph.nodes)}
+    for norm in list(graph.nodes):
+        if not isinstance(_called(norm, modules), FusedNorm) or "before" in norm.kwargs:
+            continue
+        (conv, *level), residual = norm.args, norm.kwargs.get("residual")
+        if residual is not None and not _added(conv, modules):
+            conv, residual = residual, conv
+        if residual is None:  # others may read the convolution before the norm: it moves to where that was
+            joins = isinstance(_called(conv, modules), ChosenConv) and all(places[n] < places[conv] for n in level)
+        else:
+            joins = _added(conv, modules)
+        if not joins:
+            continue
+        name = f"{conv.target}_{norm.target}"
+        modules[name] = ConvNorm(modules[conv.target], modules[norm.target])
+        report("norm with the convolution before it, where the table has both", norm.target.removeprefix("module."))
+        with graph.inserting_before(conv if residual is None else norm):
+            options = norm.kwargs if residual is None else {**norm.kwargs, "residual": residual}
+            both = graph.call_module(name, (*conv.args, *level), options)
+        if residual is None:
+            with graph.inserting_after(both):
+                y, total = (graph.call_function(operator.getitem, (both, i)) for i in (0, 1))
+            norm.replace_all_uses_with(y)
+            conv.replace_all_uses_with(total, lambda user, norm=norm: user is not norm)
+        else:
+            norm.replace_all_uses_with(both)
+        graph.erase_node(norm)
+        graph.erase_node(conv)
+
+
+def _learns(module: nn.Module, *tensors: Tensor | None) -> bool:
+    """Whether a gradient is asked for, which the kernels do not have."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *module.parameters()))
+
+
+def _called(node: object, modules: dict[str, nn.Module]) -> nn.Module | None:
+    return modules.get(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else None
+
+
+def _added(conv: object, modules: dict[str, nn.Module]) -> bool:
+    """A convolution whose result becomes part of a sum and nothing else."""
+    return isinstance(_called(conv, modules), ChosenConv) and len(conv.users) == 1

@@ -1,0 +1,409 @@
+"""The native executor: layers against float64, networks against the originals, chains against the eager executor."""
+
+import copy
+import resource
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from sgm_engine import _C
+from sgm_engine.engine.engine import Engine
+from sgm_engine.executors.native.executor import NativeExecutor, NativeNetwork, refusal
+from sgm_engine.executors.native.graph import Graph
+from sgm_engine.executors.native.norm import Norm, Table, Unsupported, affine
+from sgm_engine.kernels import reference
+from sgm_engine.models import NCSN
+from sgm_engine.models.blocks import ConditionalInstanceNormPlus, InstanceNormPlus
+from sgm_engine.plans.plan import annealed_langevin
+from tests.models.test_models import GOLDEN, golden
+
+LEVELS = 3
+
+
+@pytest.fixture(params=_C.isas())
+def isa(request):
+    """Runs the test once for each instruction set of this CPU."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    """A function that sets the number of threads; undone after the test."""
+    before = _C.num_threads()
+    yield _C.set_num_threads
+    _C.set_num_threads(before)
+
+
+def relative_error(y, want):
+    return ((y.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
+
+
+def identity(channels):
+    conv = nn.Conv2d(channels, channels, 1, bias=False)
+    with torch.no_grad():
+        conv.weight.copy_(torch.eye(channels)[:, :, None, None])
+    return conv
+
+
+def run_layers(emit, x, level=None, precision="float32"):
+    """What the layers that ``emit(graph, value)`` builds make of x; its result is read through an exact identity."""
+    graph = Graph(len(x), precision)
+    out = emit(graph, graph.load(*x.shape[1:]))
+    graph.store(out, identity(out.channels))
+    graph.plan()
+    level = torch.zeros(len(x), dtype=torch.int64) if level is None else level
+    return graph.run(x, level, torch.full((len(x), out.channels, out.height, out.width), torch.nan))
+
+
+def random_norm(channels, kind):
+    norm = InstanceNormPlus(channels) if kind == "plain" else ConditionalInstanceNormPlus(channels, LEVELS)
+    for p in norm.parameters():
+        p.data.normal_(0.5, 0.5)
+    return norm
+
+
+def norm64(norm, x, level):
+    if isinstance(norm, InstanceNormPlus):
+        parts, level = (norm.gamma, norm.alpha, norm.beta), None
+    else:
+        parts = norm.embed.weight.split(norm.channels, dim=1)
+    return reference.noise_conditioned_norm(x, *(p.detach().double() for p in parts), level, "none")
+
+
+ACTIVATIONS = {"none": lambda x: x, "elu": F.elu, "relu": F.relu, "silu": F.silu}
+
+
+def conv_reference(x, conv, norm, activation, adds, pool, level):
+    """The layer in float64, and the norm of the same sums with every term positive: what rounding is relative to."""
+    h = x.double()
+    h = ACTIVATIONS[activation](h if norm is None else norm64(norm, h, level))
+    weight, bias = conv.weight.detach().double(), None if conv.bias is None else conv.bias.detach().double()
+
+    def layer(f):
+        y = F.conv2d(f(h), f(weight), None if bias is None else f(bias), padding=conv.padding, dilation=conv.dilation)
+        return (F.avg_pool2d(y, 2) if pool else y) + sum(map(f, adds))
+
+    return layer(lambda t: t), layer(torch.abs).norm()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_convolutions_of_any_shape(data):
+    """Down to one pixel, dilations beyond the image, channels that fill no vector, every prologue and epilogue."""
+    draw = data.draw
+    pool = draw(st.booleans())
+    n = draw(st.integers(1, 3))
+    height, width = draw(st.integers(2 if pool else 1, 11)), draw(st.integers(2 if pool else 1, 11))
+    c_in, c_out = draw(st.integers(2, 21)), draw(st.integers(1, 35))
+    kernel = 3 if pool else draw(st.sampled_from([1, 3, 3, 3]))
+    dilation = 1 if pool or kernel == 1 else draw(st.sampled_from([1, 1, 2, 3, 4, 13]))
+    kind, activation = draw(st.sampled_from(["absent", "plain", "by level"])), draw(st.sampled_from(list(ACTIVATIONS)))
+    addends, bias = draw(st.integers(0, 2)), draw(st.booleans())
+    precision = draw(st.sampled_from(["float32", "direct", "winograd"]))
+    torch.manual_seed(draw(st.integers(0, 9)))
+    x, level = torch.randn(n, c_in, height, width), torch.randint(LEVELS, (n,))
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2 * dilation, dilation=dilation, bias=bias)
+    norm = None if kind == "absent" else random_norm(c_in, kind)
+    scales = [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False) for _ in range(addends)]
+
+    def emit(graph, value):
+        small = graph.mean_pool(value) if pool else value
+        return graph.conv(value, conv, norm, activation, [graph.conv(small, s) for s in scales], pool)
+
+    y = run_layers(emit, x, level, precision)
+    small = F.avg_pool2d(x.double(), 2) if pool else x.double()
+    adds = [F.conv2d(small, s.weight.detach().double(), padding=1) for s in scales]
+    want, scale = conv_reference(x, conv, norm, activation, adds, pool, level)
+    # InstanceNorm++ divides by the spread of the channels' means: below 0.01 it shows how they were rounded.
+    spread = 1 if norm is None else (x.double().mean((2, 3)).var(1).min() + 1e-5).sqrt()
+    assert (y - want).norm() < 1e-6 * scale * max(1, 0.01 / spread)
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+@pytest.mark.parametrize("size", [(1, 3), (6, 10), (17, 32)])
+def test_channels_of_nearly_one_mean(isa, size, mean):
+    """Their variance is 5e-9, so that InstanceNorm++ multiplies the rounding of a mean by 300. Over 64 images."""
+    torch.manual_seed(1)
+    x = torch.randn(64, 2, *size) + mean
+    x[:, 1] += (x[:, 0] - x[:, 1]).mean((1, 2), keepdim=True) + 1e-4
+    norm = random_norm(2, "plain")
+    want = norm64(norm, x.double(), None)
+    parts = (p.detach() for p in (norm.gamma, norm.alpha, norm.beta))
+    eager = reference.noise_conditioned_norm(x, *parts, None, "none")
+    y = run_layers(lambda g, v: g.activate(v, "none", norm), x)
+    assert (y - want).norm() <= 2 * (eager - want).norm()
+
+
+@pytest.mark.parametrize("precision", ["float32", "direct", "winograd"])
+def test_every_instruction_set(isa, precision):
+    torch.manual_seed(0)
+    x, level = torch.randn(3, 19, 9, 10), torch.tensor([2, 0, 1])
+    conv, norm = nn.Conv2d(19, 37, 3, padding=2, dilation=2), random_norm(19, "by level")
+    y = run_layers(lambda graph, v: graph.conv(v, conv, norm, "elu"), x, level, precision)
+    want, scale = conv_reference(x, conv, norm, "elu", [], False, level)
+    assert (y - want).norm() < 1e-6 * scale
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 3), (14, 14)])
+def test_layers_that_are_not_convolutions(isa, size):
+    torch.manual_seed(0)
+    x, level = torch.randn(2, 5, *size), torch.tensor([1, 2])
+    norm = random_norm(5, "by level")
+    x64 = x.double()
+    cases = {
+        "activate": (lambda g, v: g.activate(v, "elu", norm, [v]), F.elu(norm64(norm, x64, level)) + x64),
+        "mean pool 5": (lambda g, v: g.pool5(v, "mean", norm), F.avg_pool2d(norm64(norm, x64, level), 5, 1, 2)),
+        "max pool 5": (lambda g, v: g.pool5(v, "max"), F.max_pool2d(x64, 5, 1, 2)),
+        "upsample": (
+            lambda g, v: g.upsample(v, 2 * size[0], 3 * size[1]),
+            F.interpolate(x64, size=(2 * size[0], 3 * size[1]), mode="bilinear", align_corners=True),
+        ),
+    }
+    if min(size) > 1:
+        cases["mean pool 2"] = (lambda g, v: g.mean_pool(v), F.avg_pool2d(x64, 2))
+    for name, (emit, want) in cases.items():
+        assert relative_error(run_layers(emit, x, level), want) < 2e-6, name
+
+
+@pytest.mark.parametrize("precision", ["direct", "winograd"])
+def test_statistics_survive_a_mean_far_from_zero(isa, precision):
+    """|mean| is 800 std, on a grid that float32 holds exactly; E[x²] − E[x]² would keep hardly a digit of the std."""
+    torch.manual_seed(0)
+    x = 4096 + torch.randint(-8, 9, (2, 6, 16, 16)) / 8.0
+    norm = random_norm(6, "plain")
+    y = run_layers(lambda g, v: g.activate(g.conv(v, identity3(6)), "none", norm), x, precision=precision)
+    # The direct sum is exact here. Winograd rounds at 4096, a relative 1e-7 · 4096 / std, before statistics are taken.
+    assert relative_error(y, norm64(norm, x.double(), None)) < (1e-6 if precision == "direct" else 5e-3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 6), (7, 5)])
+def test_layers_of_general_modules(isa, size):
+    """GroupNorm, a norm without statistics, concatenation, nearest upsampling and strided convolutions."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, *size)
+    x64 = x.double()
+    groups, norm = nn.GroupNorm(3, 9), affine(9).then(Table(lambda: torch.full((1, 9), 2.0)), Table.of(1))
+    nn.init.normal_(groups.weight), nn.init.normal_(groups.bias)
+    larger = 2 * size[0], 3 * size[1]
+    convs = [
+        nn.Conv2d(9, 21, k, s, p, d)
+        for k, s, p, d in ((1, 2, 0, 1), (3, 2, 1, 1), (5, 1, 2, 1), (3, 2, 2, 2), (7, 3, 3, 1))
+    ]
+    cases = {
+        "groups": (lambda g, v: g.activate(v, "silu", groups), F.silu(copy.deepcopy(groups).double()(x64)).detach()),
+        "affine": (lambda g, v: g.activate(v, "relu", norm), F.relu(2 * x64 + 1)),
+        "nearest": (lambda g, v: g.nearest(v, *larger, [g.nearest(v, *larger)]),
+                    2 * x64.repeat_interleave(2, 2).repeat_interleave(3, 3)),
+        "concat": (lambda g, v: g.concat(v, g.concat(g.activate(v, "elu"), v)), torch.cat([x64, F.elu(x64), x64], 1)),
+    }  # fmt: skip
+    for conv in convs:
+        want = copy.deepcopy(conv).double()(F.silu(x64)).detach()
+        cases[str(conv)] = (lambda g, v, conv=conv: g.conv(v, conv, None, "silu"), want)
+    for name, (emit, want) in cases.items():
+        assert relative_error(run_layers(emit, x), want) < 2e-6, name
+
+
+def test_tables_of_another_size_are_refused():
+    """By C++, which reads no float beyond what it is given."""
+    x = torch.randn(2, 9, 4, 4)
+    conv = nn.Conv2d(9, 9, 3, padding=1)
+    graph = Graph(2, "float32")
+    graph.store(graph.activate(graph.load(9, 4, 4), "none", Norm(9, 3, 1e-5)), conv)
+    graph.plan()
+    few = torch.ones(26)
+    for call, message in (
+        (lambda: graph.native.set_norm(0, (few.data_ptr(), 26)), "table must have 27 floats, got 26"),
+        (lambda: graph.native.set_conv(0, (few.data_ptr(), 26), (0, 0)), "weight must have 729 floats, got 26"),
+        (lambda: graph.native.set_sigmas((few.data_ptr(), 0)), "at least 1 float, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert torch.isfinite(graph.run(x, torch.zeros(2, dtype=torch.int64), torch.empty_like(x))).all()
+    with pytest.raises(
+        RuntimeError, match=r"must match the existing size|invalid for input of size"
+    ):  # γ of 1 channel is for all, one of 2 is for none
+        run_layers(lambda g, v: g.activate(v, "none", affine(9).then(Table(lambda: torch.ones(1, 2)), Table.of(0))), x)
+
+
+def identity3(channels):
+    conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    nn.init.dirac_(conv.weight)
+    return conv
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("precision", ["float32", "direct"])
+def test_golden(name, precision):
+    cls, kwargs = GOLDEN[name]
+    model, x, level, want = golden(name, cls, **kwargs)
+    network = NativeNetwork(model, len(x), *x.shape[2:], precision)
+    assert relative_error(network(x, level), want) < 5e-6
+
+
+def test_golden_on_every_instruction_set(isa):
+    cls, kwargs = GOLDEN["ncsn_28_ngf8"]
+    model, x, level, want = golden("ncsn_28_ngf8", cls, **kwargs)
+    assert relative_error(NativeNetwork(model, 3, 28, 28)(x, level), want) < 5e-6
+
+
+@pytest.mark.skipif("avx512_bf16" not in _C.isas(), reason="this CPU has no AVX512_BF16")
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_bfloat16(name):
+    cls, kwargs = GOLDEN[name]
+    model, x, level, want = golden(name, cls, **kwargs)
+    assert 1e-4 < relative_error(NativeNetwork(model, len(x), *x.shape[2:], "bfloat16")(x, level), want) < 3e-2
+
+
+def test_bfloat16_is_refused_where_the_cpu_lacks_it(isa):
+    if isa == "avx512_bf16":
+        assert refusal(tiny(), "bfloat16") is None
+        return
+    assert "AVX512_BF16" in refusal(tiny(), "bfloat16")
+    with pytest.raises(ValueError, match="AVX512_BF16"):
+        NativeNetwork(tiny(), 1, 8, 8, "bfloat16")
+
+
+def tiny(ngf=4, size=8, channels=1):
+    torch.manual_seed(0)
+    return NCSN([1.0, 0.3, 0.1], channels, ngf, divide_by_sigma=True, image_size=size).eval()
+
+
+def network64(model):
+    """model in float64; its norms are the plain formula in training mode."""
+    double = copy.deepcopy(model).double().train()
+
+    @torch.no_grad()
+    def forward(x, level):
+        return double(x.double(), level)
+
+    return forward
+
+
+def test_bits_depend_on_neither_threads_nor_neighbours(threads):
+    model = tiny(ngf=20, size=12)
+    x, level = torch.rand(11, 1, 12, 12), torch.arange(11) % 3
+    network = NativeNetwork(model, 11, 12, 12)
+    want = None
+    for n in (1, 2, 3):
+        threads(n)
+        y = network(x, level)
+        want = y if want is None else want
+        assert torch.equal(y, want)
+        for i in (0, 7):  # alone, so that with several threads a team shares one image
+            assert torch.equal(network(x[i : i + 1], level[i : i + 1])[0], want[i])
+    assert not torch.equal(network(x, (level + 1) % 3), want)
+
+
+@pytest.mark.parametrize("precision", ["float32", "direct"])
+def test_bits_do_not_depend_on_the_threads_it_was_planned_for(isa, threads, precision):
+    """More threads than images make narrower blocks of output channels, whose statistics must be merged alike."""
+    model, x = tiny(ngf=64, size=12), torch.rand(1, 1, 12, 12)
+    scores = []
+    for n in (1, 2, 8):
+        threads(n)
+        scores.append(NativeNetwork(model, 1, 12, 12, precision)(x, torch.tensor([1])))
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
+
+
+def test_sync_packs_what_changed():
+    model = tiny()
+    x, level = torch.rand(2, 1, 8, 8), torch.tensor([0, 2])
+    network = NativeNetwork(model, 2, 8, 8)
+    before = network(x, level)
+    assert network.sync() == 0
+    with torch.no_grad():
+        model.res1[0].conv1.weight.mul_(1.5)
+        model.normalizer.embed.weight.add_(0.1)
+    assert torch.equal(network(x, level), before)
+    assert network.sync() == 2
+    assert relative_error(network(x, level), network64(model)(x, level)) < 5e-6
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_chain_equals_the_eager_executor(threads, batch):
+    """The same noise: the native chain is at most twice as far from the float64 one as the eager chain is."""
+    threads(2)
+    model = tiny()
+    plan = annealed_langevin(model.sigmas, 3, step_lr=1e-3)
+    native = Engine(model, batch, executor="native").sample(5, seed=7, plan=plan)
+    eager = Engine(model, batch, executor="eager").sample(5, seed=7, plan=plan)
+    network = network64(model)
+    exact = Engine(lambda x, level: network(x, level).float(), batch, sigmas=model.sigmas, shape=model.shape)
+    want = exact.sample(5, seed=7, plan=plan).double()
+    assert relative_error(native, want) <= 2 * relative_error(eager, want) + 1e-6
+
+
+def test_chain_bits_depend_on_neither_threads_nor_batch(threads):
+    model = tiny()
+    plan = annealed_langevin(model.sigmas, 2, step_lr=1e-3)
+    results = []
+    for n, batch in ((1, 4), (2, 4), (3, 2)):
+        threads(n)
+        results.append(Engine(model, batch, executor="native").sample(5, plan=plan))
+    assert torch.equal(results[0], results[1])
+    assert relative_error(results[2], results[0].double()) < 1e-5  # another batch may choose other algorithms
+
+
+def test_idle_slots_stay_untouched_and_bad_tables_are_refused():
+    model = tiny()
+    engine = Engine(model, 3, executor="native")
+    executor, slots, tables = engine._executor, engine._slots, engine._tables
+    tables.add(annealed_langevin(model.sigmas, 2, step_lr=1e-3))
+    slots.x.fill_(0.5)
+    slots.stop[1] = 4
+    executor.run(3)
+    assert slots.row.tolist() == [0, 3, 0]
+    assert torch.all(slots.x[[0, 2]] == 0.5) and not torch.any(slots.x[1] == 0.5)
+    slots.stop[2] = 10**6
+    slots.row[2] = 10**6 - 1
+    with pytest.raises(IndexError, match="slot 2 would run rows"):
+        executor.run(1)
+    assert slots.row.tolist() == [0, 3, 10**6 - 1]
+
+
+@pytest.mark.parametrize("batch, workers", [(1, 1), (3, 1), (7, 2)])
+def test_memory_stays_flat(threads, batch, workers):
+    """Over 2,000 calls, tuned for 3 images: of fewer, of as many, of more."""
+    threads(workers)
+    network = NativeNetwork(tiny(), 3, 8, 8)
+    x, level = torch.rand(batch, 1, 8, 8), torch.arange(batch) % 3
+    for _ in range(50):
+        network(x, level)
+    stated, resident = network.graph.native.bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2000):
+        network(x, level)
+    assert network.graph.native.bytes() == stated
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 400  # KiB; 256 leaked bytes a call are 500
+
+
+def test_bad_calls():
+    model = tiny()
+    network = NativeNetwork(model, 2, 8, 8)
+    x, level = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+    for bad, message in (
+        (lambda: network(x.double(), level), "x must be float32"),
+        (lambda: network(x[:, :, :6], level), r"\[B, 1, 8, 8\]"),
+        (lambda: network(x, level[:1]), "level must be int64"),
+        (lambda: NativeNetwork(model, 2, 7, 8), "image size"),
+        (lambda: NativeNetwork(model, 2, 8, 8, "half"), "precision must be one of"),
+        (lambda: NativeNetwork(nn.Conv2d(1, 1, 3), 2, 8, 8), "Conv2d"),
+        (lambda: run_layers(lambda g, v: g.conv(v, nn.Conv2d(1, 1, 9)), x), "up to 7×7"),
+        (lambda: run_layers(lambda g, v: g.conv(v, nn.Conv2d(1, 1, 3, groups=1, padding=2)), x), "do not enlarge"),
+        (lambda: run_layers(lambda g, v: g.conv(v, nn.Conv2d(3, 3, 3, padding=1)), x), "does not follow"),
+        (lambda: run_layers(lambda g, v: g.nearest(v, 12, 9), x), "does not follow"),
+        (lambda: run_layers(lambda g, v: g.activate(v, "elu", nn.GroupNorm(2, 4)), x), "4 channels, its input 1"),
+        (lambda: run_layers(lambda g, v: g.activate(v, "elu", nn.BatchNorm2d(1)), x), "BatchNorm2d"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bad()
+    with pytest.raises(IndexError, match=r"level\[1\] must be in \[0, 3\), got 3"):
+        network(x, torch.tensor([0, 3]))
+    assert issubclass(Unsupported, ValueError)
+    assert NativeExecutor().score is None
