@@ -18,6 +18,7 @@ from sgm_engine.executors.native.executor import NativeExecutor
 from sgm_engine.executors.network import Network
 from sgm_engine.executors.slots import Job, Slots, Tables
 from sgm_engine.kernels import ops
+from sgm_engine.kernels.arguments import Update
 from sgm_engine.kernels.noise import STREAM
 from sgm_engine.models import NCSN
 from sgm_engine.plans.schedule import geometric
@@ -59,7 +60,7 @@ def test_fused_update(benchmark, shape, mask):
     update = ops.launchers("cpu").langevin_update
 
     def run(state, *inpaint):
-        update(state, score, coef, draw, *slots, None, state, False, None, None, *inpaint)
+        update(Update(state, score, coef, draw, *slots, None, state, False, None, None, *inpaint))
 
     def two_ops(state):
         impose(state)

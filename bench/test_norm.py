@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from bench.common import about, copier, paired_ratio
 from sgm_engine.kernels import cpu, ops
+from sgm_engine.kernels.arguments import Norm
 
 SHAPES = ((32, 128, 32, 32), (32, 256, 16, 16), pytest.param((32, 64, 28, 28), marks=pytest.mark.quick))
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -56,7 +57,7 @@ def test_norm_elu(benchmark, shape, layout, dtype, threads):
     workspace = torch.empty(cpu.norm_workspace_size(x))
 
     def launched():  # what a loop calls: nothing checked or allocated
-        cpu.norm(x, gamma, alpha, beta, level, "elu", None, 1e-5, y, None, workspace)
+        cpu.norm(Norm(x, gamma, alpha, beta, level, "elu", None, 1e-5, y, None, workspace))
 
     torch._dynamo.reset()
     fused = torch.compile(formula, dynamic=False)

@@ -13,6 +13,7 @@ import torch
 
 from bench.common import about, copier, paired_ratio
 from sgm_engine.kernels import ops, reference
+from sgm_engine.kernels.arguments import Update
 
 SHAPES = ((32, 128, 32, 32), (32, 256, 16, 16), pytest.param((32, 64, 28, 28), marks=pytest.mark.quick))
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -39,7 +40,7 @@ def test_update(benchmark, shape, layout, dtype, threads):
     torch.testing.assert_close(result, reference.langevin_update(x, score, coef, rows[0], z), rtol=0, atol=1e-6)
 
     def update(row):  # in place, as the engine runs it
-        launch(state, score, coef, draw, row, stop, ids, ids, bad_row, None, state, False)
+        launch(Update(state, score, coef, draw, row, stop, ids, ids, bad_row, None, state, False))
 
     launch, state = ops.launchers("cpu").langevin_update, x.clone()
     ours, quiet = (lambda row=row: update(row) for row in rows)
@@ -86,7 +87,7 @@ def test_every_row_costs_the_same(threads):
 
     def step(coef, keep):
         history = (previous, state, False, keep) if coef[0, 3] or keep.any() else (None, state, False)
-        return lambda: launch(state, score, coef, draw, row, stop, ids, ids, bad_row, *history)
+        return lambda: launch(Update(state, score, coef, draw, row, stop, ids, ids, bad_row, *history))
 
     steps = {name: step(torch.tensor([coef]), torch.tensor([keep])) for name, (coef, keep) in ROWS.items()}
     clock = time.thread_time if threads == 1 else time.perf_counter

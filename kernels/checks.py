@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sgm_engine.kernels import reference
+from sgm_engine.kernels.arguments import Update
 
 STATE = (torch.float32,)
 NETWORK = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,32 +71,33 @@ def check_noise(out: Tensor, seed: Tensor, sample_id: Tensor, draw: int, stream:
         raise ValueError(f"kind must be 'normal' or 'uniform', got {kind!r}")
 
 
-def check_known(x, draw, known, known_sigma, known_draw) -> None:
+def check_known(u: Update) -> None:
     """What inpainting adds to an update, all of it or nothing."""
-    given = {"known": known, "known_sigma": known_sigma, "known_draw": known_draw}
-    missing = [name for name, t in given.items() if t is None]
-    if len(missing) == len(given):
+    if u.known is None and u.known_sigma is None and u.known_draw is None:
         return
+    given = {name: getattr(u, name) for name in ("known", "known_sigma", "known_draw")}
+    missing = [name for name, t in given.items() if t is None]
     if missing:
         there = next(name for name, t in given.items() if t is not None)
         raise ValueError(f"{missing[0]} is None, but {there} is not: pass known, known_sigma and known_draw, or none")
-    check("known", known, x, STATE, x.shape)
-    check_vector("known_sigma", known_sigma, x, torch.float32, len(draw))
-    check_vector("known_draw", known_draw, x, torch.int32, len(draw))
+    check("known", u.known, u.x, STATE, u.x.shape)
+    check_vector("known_sigma", u.known_sigma, u.x, torch.float32, len(u.draw))
+    check_vector("known_draw", u.known_draw, u.x, torch.int32, len(u.draw))
 
 
-def check_update(x, score, coef, draw, row, seed, sample_id, previous) -> None:
+def check_update(u: Update) -> None:
+    x = u.x
     check_images("x", x, STATE)
-    check("score", score, x, NETWORK, x.shape)
-    if previous is not None:
-        check("previous", previous, x, STATE, x.shape)
-    rows = draw.shape[0] if draw.dim() == 1 else 0
-    check_vector("draw", draw, x, torch.int32, rows)
-    check("coef", coef, x, STATE, (rows, 4))
-    if not coef.is_contiguous():
-        raise ValueError(f"coef must be contiguous, got strides {list(coef.stride())}: call coef.contiguous()")
-    for name, t in (("row", row), ("seed", seed), ("sample_id", sample_id)):
-        check_vector(name, t, x, torch.int64, x.shape[0])
+    check("score", u.score, x, NETWORK, x.shape)
+    if u.previous is not None:
+        check("previous", u.previous, x, STATE, x.shape)
+    rows = u.draw.shape[0] if u.draw.dim() == 1 else 0
+    check_vector("draw", u.draw, x, torch.int32, rows)
+    check("coef", u.coef, x, STATE, (rows, 4))
+    if not u.coef.is_contiguous():
+        raise ValueError(f"coef must be contiguous, got strides {list(u.coef.stride())}: call coef.contiguous()")
+    for name in ("row", "seed", "sample_id"):
+        check_vector(name, getattr(u, name), x, torch.int64, x.shape[0])
 
 
 def check_norm(x, gamma, alpha, beta, level, activation, residual, groups, pool, before) -> None:

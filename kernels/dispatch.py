@@ -9,24 +9,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sgm_engine.kernels.arguments import Norm, NormBackward, Update
+
 
 class Launchers(NamedTuple):
-    """Unchecked functions of one device type; their tensors must be as the ops below ask, and dense.
+    """Unchecked functions of one device type; arguments.py has what they take.
 
     noise_fill(out, seed, sample_id, draw, stream, kind)
-    langevin_update(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, out, advance, keep, gain,
-        known, known_sigma, known_draw), known in the layout of out
-    norm(x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace, groups=None), and on CUDA
-        before="none", pool=False, inverse=None, slab=None after them (inverse: out is float8; slab: of given partials)
-    norm_workspace_size(x) → float32 elements
-    norm_backward(grad, x, gamma, beta, activation, eps, groups, dx, dgamma, dbeta), all NCHW
     """
 
     noise_fill: Callable[..., None]
-    langevin_update: Callable[..., None]
-    norm: Callable[..., None]
+    langevin_update: Callable[[Update], None]
+    norm: Callable[[Norm], None]
     norm_workspace_size: Callable[[Tensor], int]
-    norm_backward: Callable[..., None]
+    norm_backward: Callable[[NormBackward], None]
 
 
 @cache

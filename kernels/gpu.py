@@ -1,7 +1,6 @@
 """The launchers of a GPU: each call goes to Triton, or to the CUDA C++ library where it was measured to be faster.
 
-They take what those of triton/noise.py, update.py and norm.py take. Noise and update are the same bits
-from either; norms agree to rounding.
+Noise and update are the same bits from either; norms agree to rounding.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sgm_engine.kernels import cuda
+from sgm_engine.kernels.arguments import Norm, Update
 from sgm_engine.kernels.rounding import refuse_fusion
 from sgm_engine.kernels.tables import backend as backend_table
 from sgm_engine.kernels.tables.backend import TRITON
@@ -26,41 +26,24 @@ def noise_fill(out: Tensor, seed: Tensor, sample_id: Tensor, draw: int, stream: 
     module.noise_fill(out, seed, sample_id, draw, stream, kind)
 
 
-def langevin_update(x: Tensor, score: Tensor, *rest: object, **options: object) -> None:
-    measured = backend_table.of_device(x.device)
-    backend = measured.get(backend_table.update_case(x, score), TRITON) if measured else TRITON
+def langevin_update(u: Update) -> None:
+    measured = backend_table.of_device(u.x.device)
+    backend = measured.get(backend_table.update_case(u.x, u.score), TRITON) if measured else TRITON
     if backend == TRITON:
-        refuse_fusion(x.device)
+        refuse_fusion(u.x.device)
     module = triton_update if backend == TRITON else cuda
-    module.langevin_update(x, score, *rest, **options)
+    module.langevin_update(u)
 
 
-def norm(
-    x: Tensor,
-    gamma: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    level: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    eps: float,
-    out: Tensor,
-    sum_out: Tensor | None,
-    workspace: Tensor,
-    groups: int | None = None,
-    before: str = "none",
-    pool: bool = False,
-    **triton_only: object,
-) -> None:
-    """triton_only: inverse, slab."""
-    measured = {} if triton_only else backend_table.of_device(x.device)
-    case = backend_table.norm_case(x, residual is not None, groups, before, pool) if measured else ""
+def norm(n: Norm) -> None:
+    tritons = n.inverse is not None or n.slab is not None
+    measured = {} if tritons else backend_table.of_device(n.x.device)
+    case = backend_table.norm_case(n.x, n.residual is not None, n.groups, n.before, n.pool) if measured else ""
     backend = measured.get(case, TRITON)
-    tensors = (x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace, groups, before, pool)
     if backend == TRITON:
-        triton_norm.norm(*tensors, **triton_only)
+        triton_norm.norm(n)
     else:
-        cuda.norm(*tensors, backend.removeprefix("CUDA").strip() or "auto")
+        cuda.norm(n, backend.removeprefix("CUDA").strip() or "auto")
 
 
 def norm_workspace_size(x: Tensor) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sgm_engine.kernels import reference
+from sgm_engine.kernels.arguments import Norm, NormBackward
 from sgm_engine.kernels.checks import check_norm, dense, like
 from sgm_engine.kernels.dispatch import launchers, library, register
 
@@ -86,14 +87,11 @@ def _norm(
     launch = launchers(x.device.type)
     out = torch.empty_like(x, dtype=x.dtype if inverse is None else torch.float8_e4m3fn)
     total = None if residual is None and before == "none" else torch.empty_like(x)
-    parameters, options = (gamma, alpha, beta, level, activation, residual, eps), {}
-    if inverse is not None:
-        options["inverse"] = inverse
+    slab = None if partials is None else x.shape[2] * x.shape[3] // partials.shape[1]
     if partials is None:
         partials = torch.empty(launch.norm_workspace_size(x), dtype=torch.float32, device=x.device)
-    else:
-        options["slab"] = x.shape[2] * x.shape[3] // partials.shape[1]
-    launch.norm(x, *parameters, out, total, partials, groups, before, pool, **options)
+    parameters = (gamma, alpha, beta, level, activation, residual, eps)
+    launch.norm(Norm(x, *parameters, out, total, partials, groups, before, pool, inverse, slab))
     return out, total
 
 
@@ -105,7 +103,7 @@ def _norm_on_cpu(x, residual, parameters, eps, groups, pool, before):
         residual = None
     out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
     workspace = torch.empty(launch.norm_workspace_size(x), dtype=torch.float32)
-    launch.norm(x, *parameters, residual, eps, out, total, workspace, groups)
+    launch.norm(Norm(x, *parameters, residual, eps, out, total, workspace, groups))
     if pool:
         out = F.avg_pool2d(out, 5, stride=1, padding=2)
     return out, total if before == "none" else x
@@ -126,7 +124,8 @@ def _norm_backward(grad, x, gamma, beta, activation, eps, groups):
     """(dx, dγ, dβ) of act(γ·x̂ + β): dx like x but NCHW, dγ and dβ float32 [N, C], each sample's own part."""
     x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
     dx, dgamma, dbeta = torch.empty_like(x), *(x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
-    launchers(x.device.type).norm_backward(grad, x, gamma, beta, activation, eps, groups, dx, dgamma, dbeta)
+    arguments = NormBackward(grad, x, gamma, beta, activation, eps, groups, dx, dgamma, dbeta)
+    launchers(x.device.type).norm_backward(arguments)
     return dx, dgamma, dbeta
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sgm_engine.kernels.arguments import Update
 from sgm_engine.kernels.checks import (
     STATE,
     check,
@@ -117,50 +118,51 @@ def _fake_noise_fill_(out, seed, sample_id, draw, stream, kind):
     check_noise(out, seed, sample_id, draw, stream, kind)
 
 
-def _check_update_(
-    x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous=None, keep=None, gain=None,
-    known=None, known_sigma=None, known_draw=None,
-):  # fmt: skip
-    check_update(x, score, coef, draw, row, seed, sample_id, previous)
-    check_dense("x", x)
-    check_vector("stop", stop, x, torch.int64, x.shape[0])
-    check_vector("bad_row", bad_row, x, torch.int64, x.shape[0])
+def _check_update_(*arguments) -> Update:
+    """The update in place that the arguments of the schema ask for."""
+    *slots, previous, keep, gain, known, known_sigma, known_draw = *arguments, *[None] * (15 - len(arguments))
+    u = Update(*slots, previous, slots[0], True, keep, gain, known, known_sigma, known_draw)
+    check_update(u)
+    check_dense("x", u.x)
+    check_vector("stop", u.stop, u.x, torch.int64, u.x.shape[0])
+    check_vector("bad_row", u.bad_row, u.x, torch.int64, u.x.shape[0])
     if keep is not None:
         if previous is None:
             raise ValueError("previous is None, but keep stores into it: pass a tensor like x")
         check_dense("previous", previous)
-        check("keep", keep, x, STATE, (draw.shape[0], 2))
+        check("keep", keep, u.x, STATE, (u.draw.shape[0], 2))
         if not keep.is_contiguous():
             raise ValueError(f"keep must be contiguous, got strides {list(keep.stride())}: call keep.contiguous()")
     if gain is not None:
-        check_vector("gain", gain, x, torch.float32, x.shape[0])
-    check_known(x, draw, known, known_sigma, known_draw)
+        check_vector("gain", gain, u.x, torch.float32, u.x.shape[0])
+    check_known(u)
+    return u
 
 
-def _langevin_update_(
-    x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous=None, keep=None, gain=None,
-    known=None, known_sigma=None, known_draw=None,
-):  # fmt: skip
-    inpaint = (known, known_sigma, known_draw)
-    _check_update_(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, keep, gain, *inpaint)
-    update, slots = launchers(x.device.type).langevin_update, (row, stop, seed, sample_id, bad_row)
-    known = None if known is None else like(x, known)
-    score, previous = dense(score), dense(previous)
-    update(x, score, coef, draw, *slots, previous, x, True, keep, gain, known, known_sigma, known_draw)
+def _langevin_update_(*arguments) -> None:
+    u = _check_update_(*arguments)
+    score, previous, known = dense(u.score), dense(u.previous), None if u.known is None else like(u.x, u.known)
+    if score is not u.score or previous is not u.previous or known is not u.known:
+        u = u._replace(score=score, previous=previous, known=known)
+    launchers(u.x.device.type).langevin_update(u)
 
 
-def _langevin_update(x, score, coef, draw, row, seed, sample_id, previous=None):
-    check_update(x, score, coef, draw, row, seed, sample_id, previous)
-    x = dense(x)
-    out = torch.empty_like(x)
-    update = launchers(x.device.type).langevin_update
-    update(x, dense(score), coef, draw, row, None, seed, sample_id, None, dense(previous), out, False)
-    return out
+def _check_pure(x, score, coef, draw, row, seed, sample_id, previous=None) -> Update:
+    """The update of every slot into a new tensor."""
+    u = Update(x, score, coef, draw, row, None, seed, sample_id, None, previous, x, False)
+    check_update(u)
+    return u._replace(x=dense(x))
 
 
-def _fake_langevin_update(x, score, coef, draw, row, seed, sample_id, previous=None):
-    check_update(x, score, coef, draw, row, seed, sample_id, previous)
-    return torch.empty_like(dense(x))
+def _langevin_update(*arguments) -> Tensor:
+    u = _check_pure(*arguments)
+    u = u._replace(score=dense(u.score), previous=dense(u.previous), out=torch.empty_like(u.x))
+    launchers(u.x.device.type).langevin_update(u)
+    return u.out
+
+
+def _fake_langevin_update(*arguments) -> Tensor:
+    return torch.empty_like(_check_pure(*arguments).x)
 
 
 def _save_update(ctx, inputs, output):
@@ -191,7 +193,7 @@ register(
     "Tensor sample_id, Tensor(c!) bad_row, Tensor(d!)? previous=None, Tensor? keep=None, Tensor? gain=None, "
     "Tensor? known=None, Tensor? known_sigma=None, Tensor? known_draw=None) -> ()",
     _langevin_update_,
-    _check_update_,
+    lambda *arguments: _check_update_(*arguments) and None,
 )
 register(
     "langevin_update(Tensor x, Tensor score, Tensor coef, Tensor draw, Tensor row, Tensor seed, Tensor sample_id, "

@@ -2,6 +2,6 @@
 
 import sys
 
-from sgm_engine.cli import main
+from sgm_engine.cli.main import main
 
 sys.exit(main())

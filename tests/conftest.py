@@ -38,7 +38,7 @@ def tiny_weights(random_weights):
 @pytest.fixture
 def sgm(tmp_path, monkeypatch, capsys):
     """Runs ``sgm ARGUMENTS`` in tmp_path: its returncode, stdout, stderr. In this process: PyTorch takes seconds."""
-    from sgm_engine.cli import main
+    from sgm_engine.cli.main import main
 
     def run(*arguments):
         monkeypatch.chdir(tmp_path)

@@ -148,16 +148,14 @@ def stand_in_for_kernels():
 
         setattr(module, name, recorded(stand_in))
 
-    def norm(x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace, *rest, **options):
-        options |= dict(zip(("groups", "before", "pool"), rest, strict=False))
-        inverse = options.pop("inverse", None)
-        options.pop("slab", None)  # what was left for it is not read: the statistics are those of x
-        parameters = (gamma, alpha, beta, level, activation, None if residual is None else residual.float(), eps)
-        y = reference.noise_conditioned_norm(x.float(), *parameters, **options)
+    def norm(n):  # what was left for a slab is not read: the statistics are those of x
+        residual = None if n.residual is None else n.residual.float()
+        parameters = (*n.parameters, n.level, n.activation, residual, n.eps, n.groups, n.before, n.pool)
+        y = reference.noise_conditioned_norm(n.x.float(), *parameters)
         y, total = y if isinstance(y, tuple) else (y, None)
-        if sum_out is not None:
-            sum_out.copy_(total)
-        out.copy_(y if inverse is None else reference.quantised(y.to(x.dtype), inverse))
+        if n.sum_out is not None:
+            n.sum_out.copy_(total)
+        n.out.copy_(y if n.inverse is None else reference.quantised(y.to(n.x.dtype), n.inverse))
 
     def convolution(x, weight, bias, residual, dilation, out, partial=None, tile=triton_conv.TILES[0], scale=None):
         assert triton_conv.refusal(x, weight, tile, partial is not None, residual) is None

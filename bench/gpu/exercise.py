@@ -59,12 +59,13 @@ def _norms(module: ModuleType, dtypes, variants) -> None:
 
 
 def _backward() -> None:
+    from sgm_engine.kernels.arguments import NormBackward
     from sgm_engine.kernels.triton import norm_backward as triton_norm_backward
 
     for channels, side in SHAPES:
         x, grad = torch.randn(2, 2, channels, side, side, device=DEVICE)
         gamma, dx, parts = torch.ones(channels, device=DEVICE), torch.empty_like(x), x.new_empty(2, 2, channels)
-        triton_norm_backward.norm_backward(grad, x, gamma, None, "silu", 1e-5, 2, dx, *parts)
+        triton_norm_backward.norm_backward(NormBackward(grad, x, gamma, None, "silu", 1e-5, 2, dx, *parts))
 
 
 def _convolutions() -> None:

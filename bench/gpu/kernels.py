@@ -91,9 +91,10 @@ def slots(batch: int, rows: int) -> dict[str, torch.Tensor]:
 
 
 def update(function: Callable[..., None], x: torch.Tensor, score: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-    function(
-        x, score, *(state[k] for k in ("coef", "draw", "row", "stop", "seed", "sample_id", "bad_row")), None, x, True
-    )
+    from sgm_engine.kernels.arguments import Update
+
+    names = ("coef", "draw", "row", "stop", "seed", "sample_id", "bad_row")
+    function(Update(x, score, *(state[k] for k in names), None, x, True))
 
 
 def updates(batch: int) -> Iterator[Row]:
@@ -129,5 +130,6 @@ def timed_update(
     function: Callable[..., None], x: torch.Tensor, score: torch.Tensor, state: dict[str, torch.Tensor]
 ) -> None:
     """The update without its advance, so that any number of replays reads the one row of the table."""
+
     names = ("coef", "draw", "row", "stop", "seed", "sample_id", "bad_row")
     function(x, score, *(state[k] for k in names), None, x, False)

@@ -28,6 +28,7 @@ VARIANTS = (("CUDA cluster", "cluster"), ("CUDA portable", "portable"), ("Triton
 def case(module, batch, channels, side, dtype, layout, what="norm + ELU", variant=None):
     """(a call of module.norm on buffers of its own, its check against float64 → an error message or None)."""
     from sgm_engine.kernels import reference
+    from sgm_engine.kernels.arguments import Norm
 
     options = {"activation": "none", "residual": False, "before": "none", "pool": False, "groups": None}
     activation, residual, before, pool, groups = (options | FORMS[what][0]).values()
@@ -45,7 +46,7 @@ def case(module, batch, channels, side, dtype, layout, what="norm + ELU", varian
 
     def call() -> None:
         tensors = (x, gamma, alpha, beta, level, activation, other, 1e-5, out, total, workspace)
-        module.norm(*tensors, groups, before, pool, **extra)
+        module.norm(Norm(*tensors, groups, before, pool), **extra)
 
     def check() -> str | None:
         few = slice(0, 8)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sgm_engine.kernels.arguments import Norm, NormBackward, Update
 from sgm_engine.kernels.triton import conv as triton_conv
 from sgm_engine.kernels.triton import float8 as triton_float8
 from sgm_engine.kernels.triton import noise as triton_noise
@@ -85,7 +86,7 @@ def _update_cases() -> Iterator[tuple[str, Case]]:
     ):
         keep, known = "kept, gain" in extra, "known" in extra
         x = _tensor(BATCH, *shape, nhwc=x_nhwc)
-        launch = triton_update.describe(
+        arguments = Update(
             x,
             _tensor(BATCH, *shape, dtype=dtype, nhwc=score_nhwc),
             _tensor(9, 4),
@@ -104,6 +105,7 @@ def _update_cases() -> Iterator[tuple[str, Case]]:
             _tensor(9) if known else None,
             _tensor(9, dtype=torch.int32) if known else None,
         )
+        launch = triton_update.describe(arguments)
         quad_bytes = 16 * launch.constants["QUADS"]
         wide = not x_nhwc and shape[1] % 2 == 0  # the state; a bfloat16 quad is 8 bytes
         score_wide = wide and dtype == torch.float32 and not score_nhwc
@@ -142,7 +144,7 @@ def _norm_cases() -> Iterator[tuple[str, Case]]:
         workspace = _tensor(triton_norm.norm_workspace_size(x))
         sum_out = torch.empty_like(x) if residual else None
         stats, apply = triton_norm.describe(
-            x, gamma, alpha, beta, level, activation, other if residual else None, 1e-5, x, sum_out, workspace
+            Norm(x, gamma, alpha, beta, level, activation, other if residual else None, 1e-5, x, sum_out, workspace)
         )
         # 16 bytes a thread need an aligned row: all channels of a pixel, or all pixels of a channel.
         aligned = (shape[0] if nhwc else shape[1] * shape[2]) * dtype.itemsize % 16 == 0
@@ -157,21 +159,22 @@ def _norm_cases() -> Iterator[tuple[str, Case]]:
         x, parameter = _tensor(BATCH, *shape, dtype=torch.bfloat16, nhwc=nhwc), _tensor(shape[0])
         workspace = _tensor(triton_norm.norm_workspace_size(x))
         _, group, apply = triton_norm.describe(
-            x, parameter, None, parameter, None, "silu", None, 1e-5, x, None, workspace, groups=32
+            Norm(x, parameter, None, parameter, None, "silu", None, 1e-5, x, None, workspace, groups=32)
         )
         tile = 2 * _tile(apply)
         yield f"norm group {_words(shape, nhwc)}", Case(group)
         yield f"norm apply {_words(shape, nhwc)} groups", Case(apply, loads=tile, stores=tile)
     for dtype in (torch.float32, torch.bfloat16):
         x, parameter, part = _tensor(BATCH, 128, 32, 32, dtype=dtype), _tensor(128), _tensor(BATCH, 128)
-        (backward,) = triton_norm_backward.describe(x, x, parameter, parameter, "silu", 1e-5, 32, x, part, part)
+        arguments = NormBackward(x, x, parameter, parameter, "silu", 1e-5, 32, x, part, part)
+        (backward,) = triton_norm_backward.describe(arguments)
         yield f"norm backward 128·32·32 {_words(dtype)} groups", Case(backward)
     for shape in ((128, 32, 32), (256, 16, 16)):  # chained pooling
         x, other = (_tensor(BATCH, *shape, dtype=torch.bfloat16, nhwc=True) for _ in range(2))
         gamma, alpha, beta = _tensor(10, 3 * shape[0]).chunk(3, 1)
         workspace = _tensor(triton_norm.norm_workspace_size(x))
         arguments = (x, gamma, alpha, beta, _slots(), "none", other, 1e-5, torch.empty_like(x), torch.empty_like(x))
-        stats, pool = triton_norm.describe(*arguments, workspace, before="elu", pool=True)
+        stats, pool = triton_norm.describe(Norm(*arguments, workspace, before="elu", pool=True))
         first, tile = (2 * _tile(launch) for launch in (stats, pool))
         if shape == (128, 32, 32):
             yield f"norm stats {_words(shape, True)} residual, elu before", Case(stats, loads=2 * first, stores=first)
@@ -195,7 +198,7 @@ def _conv_cases() -> Iterator[tuple[str, Case]]:
         yield name, Case(launch, loads=written, stores=written, **where)
         parameter = _tensor(10, channels)
         arguments = (x, *[parameter] * 3, _slots(), "elu", None, 1e-5, x, None, partial)
-        (apply,) = triton_norm.describe(*arguments, slab=tile.pixels)
+        (apply,) = triton_norm.describe(Norm(*arguments, slab=tile.pixels))
         written = 2 * _tile(apply)
         if tile in triton_conv.TILES:
             yield f"norm apply after conv {_words(shape)} by {tile.pixels}", Case(apply, loads=written, stores=written)
@@ -217,7 +220,7 @@ def _float8_cases() -> Iterator[tuple[str, Case]]:
         x, parameter = _tensor(BATCH, channels, side, side, dtype=torch.bfloat16, nhwc=True), _tensor(10, channels)
         workspace = _tensor(triton_norm.norm_workspace_size(x))
         arguments = (x, *[parameter] * 3, _slots(), activation, None, 1e-5, x.to(FLOAT8), None, workspace)
-        _, apply = triton_norm.describe(*arguments, inverse=0.5)
+        _, apply = triton_norm.describe(Norm(*arguments, inverse=0.5))
         tile, name = _tile(apply), f"norm apply float8 {channels}·{side}² {activation}"
         yield name, Case(apply, loads=2 * tile, stores=tile, targets=HAVE_E4M3)
     for dtype in (torch.bfloat16, torch.float32):

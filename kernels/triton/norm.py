@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sgm_engine.kernels.arguments import Norm
 from sgm_engine.kernels.triton.float8 import quantised
 from sgm_engine.kernels.triton.launch import Launch, is_channels_last
 from sgm_engine.kernels.triton.norm_stats import activate, coefficients, group_kernel, share, stats_kernel, tile
@@ -122,28 +123,11 @@ def norm_workspace_size(x: Tensor) -> int:
     return batch * Tiling.of(channels, height * width, is_channels_last(x)).slabs * 2 * channels
 
 
-def describe(
-    x: Tensor,
-    gamma: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    level: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    eps: float,
-    out: Tensor,
-    sum_out: Tensor | None,
-    workspace: Tensor,
-    groups: int | None = None,
-    before: str = "none",
-    pool: bool = False,
-    inverse: float | None = None,
-    slab: int | None = None,
-) -> tuple[Launch, ...]:
+def describe(n: Norm) -> tuple[Launch, ...]:
     """stats unless there is a slab, group_kernel if there are groups, apply or pool."""
-    batch, channels, height, width = x.shape
-    nhwc = is_channels_last(x)
-    tiling = Tiling.of(channels, height * width, nhwc, slab=slab)
+    batch, channels, height, width = n.x.shape
+    nhwc = is_channels_last(n.x)
+    tiling = Tiling.of(channels, height * width, nhwc, slab=n.slab)
     constants = {
         "C": channels,
         "HW": height * width,
@@ -154,59 +138,29 @@ def describe(
         "SLABS": tiling.slabs,
     }
     programs, options = batch * tiling.blocks * tiling.slabs, {"num_warps": tiling.warps}
-    stats = {"x_ptr": x, "residual_ptr": residual, "sum_ptr": sum_out, "partial_ptr": workspace}
-    apply = {"x_ptr": x if sum_out is None else sum_out, "out_ptr": out, "partial_ptr": workspace}
-    for name, parameter in (("gamma", gamma), ("alpha", alpha), ("beta", beta)):
-        apply[f"{name}_ptr"] = parameter
-        apply[f"{name}_stride"] = 0 if parameter is None or parameter.dim() == 1 else parameter.stride(0)
-    apply |= {"level_ptr": level, "eps": eps}
+    stats = {"x_ptr": n.x, "residual_ptr": n.residual, "sum_ptr": n.sum_out, "partial_ptr": n.workspace}
+    apply = {"x_ptr": n.x if n.sum_out is None else n.sum_out, "out_ptr": n.out, "partial_ptr": n.workspace}
+    for name, parameter, stride in zip(("gamma", "alpha", "beta"), n.parameters, n.row_strides, strict=True):
+        apply |= {f"{name}_ptr": parameter, f"{name}_stride": stride}
+    apply |= {"level_ptr": n.level, "eps": n.eps}
     launches = []
-    if slab is None:
-        launches.append(Launch(stats_kernel, programs, stats, constants | {"BEFORE": before}, options))
-    if groups is not None:
-        shared = {name: constants[name] for name in ("C", "HW", "SLAB", "SLABS")} | {"GROUPS": groups}
-        launches.append(Launch(group_kernel, batch * groups, {"partial_ptr": workspace}, shared, options))
-    if pool:
+    if n.slab is None:
+        launches.append(Launch(stats_kernel, programs, stats, constants | {"BEFORE": n.before}, options))
+    if n.groups is not None:
+        shared = {name: constants[name] for name in ("C", "HW", "SLAB", "SLABS")} | {"GROUPS": n.groups}
+        launches.append(Launch(group_kernel, batch * n.groups, {"partial_ptr": n.workspace}, shared, options))
+    if n.pool:
         pixels = max(1, tiling.pixels // 2)  # sums and one load in flight are more values alive than one tile
-        constants = constants | {"W": width, "PIXELS": pixels, "GROUPS": groups}
+        constants = constants | {"W": width, "PIXELS": pixels, "GROUPS": n.groups}
         return *launches, Launch(pool_kernel, programs, apply, constants, options)
-    constants = constants | {"ACTIVATION": activation, "GROUPS": groups}
-    apply |= {"inverse": inverse}
-    if activation == "silu":  # its quotient keeps more values alive: with a whole tile registers spill on sm_80
+    constants = constants | {"ACTIVATION": n.activation, "GROUPS": n.groups}
+    apply |= {"inverse": n.inverse}
+    if n.activation == "silu":  # its quotient keeps more values alive: with a whole tile registers spill on sm_80
         constants["PIXELS"] = max(1, tiling.pixels // 2)
     return *launches, Launch(apply_kernel, programs, apply, constants, options)
 
 
-def norm(
-    x: Tensor,
-    gamma: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    level: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    eps: float,
-    out: Tensor,
-    sum_out: Tensor | None,
-    workspace: Tensor,
-    groups: int | None = None,
-    before: str = "none",
-    pool: bool = False,
-    inverse: float | None = None,
-    slab: int | None = None,
-) -> None:
-    """out ← act(norm(s)), s = before(x + residual), which is written to sum_out; without either, s is x.
-
-    x: float32, bfloat16 or float16 [N, C, H, W], NCHW or NHWC, dense; residual, out, sum_out: like x; out may be x or
-    sum_out, and sum_out may be x or residual. gamma, alpha, beta: float32 [C], or [L, C] with dense rows; None leaves
-    the term out. level: int64 [N], the row of [L, C]. workspace: float32, norm_workspace_size(x) elements, any content.
-    groups: divides C, statistics are then over a group's channels; alpha is None. pool: out is the 5×5 mean of norm(s),
-    stride 1, padding counted as zeros; activation is then "none" and out neither x nor sum_out. inverse: of an out in
-    float8, which is what would else be written, times inverse, rounded; not with pool. slab: x is s, and workspace
-    holds the partials of every so many of its pixels, as conv.py left them: `stats` does not run.
-    Checks and allocates nothing.
-    """
-    with torch.cuda.device_of(x):
-        tensors = (x, gamma, alpha, beta, level, activation, residual, eps, out, sum_out, workspace)
-        for launch in describe(*tensors, groups, before, pool, inverse, slab):
+def norm(n: Norm) -> None:
+    with torch.cuda.device_of(n.x):
+        for launch in describe(n):
             launch()

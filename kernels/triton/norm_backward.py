@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from sgm_engine.kernels.arguments import NormBackward
 from sgm_engine.kernels.triton.launch import Launch
 from sgm_engine.kernels.triton.norm_stats import exp
 
@@ -114,28 +114,17 @@ def backward_kernel(
             tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def describe(
-    grad: Tensor,
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    activation: str,
-    eps: float,
-    groups: int,
-    dx: Tensor,
-    dgamma: Tensor,
-    dbeta: Tensor,
-) -> tuple[Launch, ...]:
-    batch, channels, height, width = x.shape
-    arguments = {"x_ptr": x, "grad_ptr": grad, "dx_ptr": dx, "gamma_ptr": gamma, "beta_ptr": beta}
-    arguments |= {"dgamma_ptr": dgamma, "dbeta_ptr": dbeta, "eps": eps}
+def describe(n: NormBackward) -> tuple[Launch, ...]:
+    batch, channels, height, width = n.x.shape
+    arguments = {"x_ptr": n.x, "grad_ptr": n.grad, "dx_ptr": n.dx, "gamma_ptr": n.gamma, "beta_ptr": n.beta}
+    arguments |= {"dgamma_ptr": n.dgamma, "dbeta_ptr": n.dbeta, "eps": n.eps}
     tile = min(TILE, triton.next_power_of_2(height * width))
-    constants = {"C": channels, "HW": height * width, "GROUPS": groups, "ACTIVATION": activation, "TILE": tile}
-    return (Launch(backward_kernel, batch * groups, arguments, constants, {"num_warps": max(1, min(8, tile // 256))}),)
+    constants = {"C": channels, "HW": height * width, "GROUPS": n.groups, "ACTIVATION": n.activation, "TILE": tile}
+    options = {"num_warps": max(1, min(8, tile // 256))}
+    return (Launch(backward_kernel, batch * n.groups, arguments, constants, options),)
 
 
-def norm_backward(grad, x, gamma, beta, activation, eps, groups, dx, dgamma, dbeta) -> None:
-    """dx, and each sample's part of dγ and dβ [N, C] (float32); grad, x, dx: NCHW of one dtype. Checks nothing."""
-    with torch.cuda.device_of(x):
-        for launch in describe(grad, x, gamma, beta, activation, eps, groups, dx, dgamma, dbeta):
+def norm_backward(n: NormBackward) -> None:
+    with torch.cuda.device_of(n.x):
+        for launch in describe(n):
             launch()

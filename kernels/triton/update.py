@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from sgm_engine.kernels.arguments import Update
 from sgm_engine.kernels.noise import STREAM
 from sgm_engine.kernels.triton.launch import Launch, is_channels_last
 from sgm_engine.kernels.triton.noise import CONFIG, EXACT, NoiseConfig, interleave, locate, normals, share, words
@@ -122,89 +122,24 @@ def update_kernel(
         tl.atomic_min(bad_row_ptr + slot + tl.zeros_like(quad), row, mask=bad != 0, sem="relaxed")
 
 
-def describe(
-    x: Tensor,
-    score: Tensor,
-    coef: Tensor,
-    draw: Tensor,
-    row: Tensor,
-    stop: Tensor | None,
-    seed: Tensor,
-    sample_id: Tensor,
-    bad_row: Tensor | None,
-    previous: Tensor | None,
-    out: Tensor,
-    advance: bool,
-    keep: Tensor | None = None,
-    gain: Tensor | None = None,
-    known: Tensor | None = None,
-    known_sigma: Tensor | None = None,
-    known_draw: Tensor | None = None,
-    config: NoiseConfig = CONFIG,
-) -> Launch:
-    batch, channels, height, width = x.shape
-    arguments = {
-        "x_ptr": x,
-        "score_ptr": score,
-        "previous_ptr": previous,
-        "out_ptr": out,
-        "coef_ptr": coef,
-        "draw_ptr": draw,
-        "row_ptr": row,
-        "stop_ptr": stop,
-        "seed_ptr": seed,
-        "sample_id_ptr": sample_id,
-        "bad_row_ptr": bad_row,
-        "keep_ptr": keep,
-        "gain_ptr": gain,
-        "known_ptr": known,
-        "known_sigma_ptr": known_sigma,
-        "known_draw_ptr": known_draw,
-    }
+def describe(u: Update, config: NoiseConfig = CONFIG) -> Launch:
+    batch, channels, height, width = u.x.shape
+    pointers = {f"{name}_ptr": value for name, value in u._asdict().items() if name != "advance"}
     constants = {
         "C": channels,
         "HW": height * width,
-        "X_NHWC": is_channels_last(x),
-        "SCORE_NHWC": is_channels_last(score),
-        "PREVIOUS_NHWC": previous is not None and is_channels_last(previous),
-        "OUT_NHWC": is_channels_last(out),
-        "ADVANCE": advance,
+        "X_NHWC": is_channels_last(u.x),
+        "SCORE_NHWC": is_channels_last(u.score),
+        "PREVIOUS_NHWC": u.previous is not None and is_channels_last(u.previous),
+        "OUT_NHWC": is_channels_last(u.out),
+        "ADVANCE": u.advance,
         "QUADS": config.quads,
     }
     programs = batch * triton.cdiv(channels * height * width, config.elements)
-    return Launch(update_kernel, programs, arguments, constants, {"num_warps": config.warps, **EXACT})
+    return Launch(update_kernel, programs, pointers, constants, {"num_warps": config.warps, **EXACT})
 
 
-def langevin_update(
-    x: Tensor,
-    score: Tensor,
-    coef: Tensor,
-    draw: Tensor,
-    row: Tensor,
-    stop: Tensor | None,
-    seed: Tensor,
-    sample_id: Tensor,
-    bad_row: Tensor | None,
-    previous: Tensor | None,
-    out: Tensor,
-    advance: bool,
-    keep: Tensor | None = None,
-    gain: Tensor | None = None,
-    known: Tensor | None = None,
-    known_sigma: Tensor | None = None,
-    known_draw: Tensor | None = None,
-) -> None:
-    """out ← a·x + b·score + c·z + d·previous for every live slot; an idle one (row ≥ stop) is neither read nor written.
-
-    x, previous, out: float32 [B, C, H, W]; score: float32, bfloat16 or float16; each NCHW or NHWC, dense; out may be x.
-    coef: float32 [R, 4]; draw: int32 [R]; row, stop, seed, sample_id, bad_row: int64 [B]. A live slot's row must be in
-    the table; stop None: every slot is live. bad_row: lowered to the slot's row where a result is not finite.
-    advance: row goes up by 1 in every live slot. keep: float32 [R, 2], (e, f): previous ← e·x + f·score, of the old x,
-    unless both are 0. gain: float32 [B]: b·gain², c·gain.
-    known: float32 in the layout of out, NaN where not known; elsewhere out is known + known_sigma[row]·z, z of
-    draw known_draw[row] in stream "inpaint". known_sigma: float32 [R]; known_draw: int32 [R].
-    Checks and allocates nothing; pointers may be captured in a CUDA graph.
-    """
-    more = (keep, gain, known, known_sigma, known_draw)
-    with torch.cuda.device_of(x):
-        describe(x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, out, advance, *more)()
+def langevin_update(u: Update) -> None:
+    """Pointers may be captured in a CUDA graph."""
+    with torch.cuda.device_of(u.x):
+        describe(u)()

@@ -112,7 +112,7 @@ def test_torchrun_makes_the_same_bytes(tiny_weights, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "worker 0 of 2" in done.stdout and "worker 1 of 2" in done.stdout
-    from sgm_engine.cli import main
+    from sgm_engine.cli.main import main
 
     assert main(["sample", *options, "--out", f"{tmp_path}/one/", "--quiet"]) == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sgm_engine.kernels import cuda, noise, reference
+from sgm_engine.kernels.arguments import Norm, Update
 from sgm_engine.kernels.ops import NO_BAD_ROW
 from sgm_engine.kernels.tables import backend as backend_table
 
@@ -137,7 +138,7 @@ def test_update_is_the_definition(device, shape, layouts, score_dtype):
     )
     want[1] = x[1].cpu().numpy()
     cuda.langevin_update(
-        x, score, *plan(device), row, stop, state["seed"], state["sample_id"], bad_row, previous, x, True
+        Update(x, score, *plan(device), row, stop, state["seed"], state["sample_id"], bad_row, previous, x, True)
     )
     assert (bits(x) == want.view(np.uint32)).all()
     live = torch.ones(shape[0], dtype=torch.int64, device=device)
@@ -160,7 +161,7 @@ def test_history_and_gain_equal_cpp(device, shape, layouts):
         stop = torch.tensor([4, 4, 2, 4], device=where)  # slot 2 is idle
         before = previous.clone()
         slot = (state["row"], stop, state["seed"], state["sample_id"], None)
-        update(x, score, *plan(where), *slot, previous, x, True, keep.to(where), gain.to(where))
+        update(Update(x, score, *plan(where), *slot, previous, x, True, keep.to(where), gain.to(where)))
         assert [torch.equal(a, b) for a, b in zip(previous, before, strict=True)] == [0, 1, 1, 0]
         found.append((bits(x), bits(previous)))
     assert (found[0][0] == found[1][0]).all() and (found[0][1] == found[1][1]).all()
@@ -188,7 +189,7 @@ def test_known_pixels_equal_cpp(device, shape, layouts):
         slot = (state["row"], torch.full((5,), 4, device=on), state["seed"], state["sample_id"], bad_row)
         keep, gain = torch.tensor([[1, 0.3], [0, 0], [0, 0], [-0.7, 2]]), torch.tensor([0.5, 1, 2, 3, 4])
         inpaint = (known, sigma.to(on), draw.to(on))
-        update(x, score, *plan(on), *slot, previous, x, True, keep.to(on), gain.to(on), *inpaint)
+        update(Update(x, score, *plan(on), *slot, previous, x, True, keep.to(on), gain.to(on), *inpaint))
         assert bad_row.tolist() == [NO_BAD_ROW] * 3 + [0, NO_BAD_ROW]
         assert (bits(x[4])[where[4].numpy()] == bits(known[4])[where[4].numpy()]).all()
         found.append((bits(x), bits(previous)))
@@ -202,7 +203,7 @@ def test_update_out_of_place_changes_nothing_else(device, layout):
     before = x.clone(), {k: v.clone() for k, v in state.items()}
     out = poisoned(x.shape, layout, device=device)
     cuda.langevin_update(
-        x, score, *plan(device), state["row"], None, state["seed"], state["sample_id"], None, None, out, False
+        Update(x, score, *plan(device), state["row"], None, state["seed"], state["sample_id"], None, None, out, False)
     )
     want = definition(x.cpu().numpy(), score.float().cpu().numpy(), *(state[k].cpu().numpy() for k in state))
     assert (bits(out) == want.view(np.uint32)).all()
@@ -217,7 +218,9 @@ def test_update_records_the_first_bad_row(device, shape, value):
     state = {k: v.to(device) for k, v in slots(4).items()}
     row, stop = torch.tensor([2, 1, 3, 0], device=device), torch.tensor([4, 4, 4, 0], device=device)  # slot 3 is idle
     bad_row = torch.tensor([NO_BAD_ROW, NO_BAD_ROW, 1, NO_BAD_ROW], device=device)
-    cuda.langevin_update(x, score, *plan(device), row, stop, state["seed"], state["sample_id"], bad_row, None, x, True)
+    cuda.langevin_update(
+        Update(x, score, *plan(device), row, stop, state["seed"], state["sample_id"], bad_row, None, x, True)
+    )
     assert bad_row.tolist() == [2, NO_BAD_ROW, 1, NO_BAD_ROW]
     assert row.tolist() == [3, 2, 4, 0]
 
@@ -229,7 +232,9 @@ def test_update_runs_a_plan_to_its_end_and_stops(device):
     row, stop = torch.tensor([0, 2], device=device), torch.tensor([4, 4], device=device)
     seen = []
     for _ in range(6):
-        cuda.langevin_update(x, score, *plan(device), row, stop, state["seed"], state["sample_id"], None, None, x, True)
+        cuda.langevin_update(
+            Update(x, score, *plan(device), row, stop, state["seed"], state["sample_id"], None, None, x, True)
+        )
         seen.append(row.tolist())
     assert seen == [[1, 3], [2, 4], [3, 4], [4, 4], [4, 4], [4, 4]]
 
@@ -266,7 +271,7 @@ def check_norm(
     }
     views = [views[k] if k in terms else None for k in "gab"]
     tensors = (on(x), *views, on(level), activation, on(r), 1e-5, out, total, workspace)
-    cuda.norm(*tensors, groups, before, pool, variant)
+    cuda.norm(Norm(*tensors, groups, before, pool), variant)
 
     summed = x + r if residual else x
     if before != "none":
@@ -389,7 +394,7 @@ def test_norm_in_place(device, variant):
     apart = torch.full_like(x, float("nan"))
     workspace = torch.empty(cuda.norm_workspace_size(x), device=device)
     for out in (apart, x):
-        cuda.norm(x, None, None, None, None, "relu", None, 1e-5, out, None, workspace, variant=variant)
+        cuda.norm(Norm(x, None, None, None, None, "relu", None, 1e-5, out, None, workspace), variant=variant)
     assert torch.equal(apart, x)
 
 
@@ -399,7 +404,7 @@ def test_norm_propagates_nan(device):
         x[1, 3, 2, 2] = float("nan")
         out = torch.zeros_like(x)
         workspace = torch.empty(cuda.norm_workspace_size(x), device=device)
-        cuda.norm(x, None, None, None, None, activation, None, 1e-5, out, None, workspace)
+        cuda.norm(Norm(x, None, None, None, None, activation, None, 1e-5, out, None, workspace))
         assert out[1, 3].isnan().all() and not out[0].isnan().any() and not out[1, :3].isnan().any()
 
 
@@ -407,11 +412,11 @@ def test_what_the_library_refuses(device):
     x = torch.zeros(1, 12, 4, 4, dtype=torch.bfloat16, device=device).contiguous(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match=r"sgm_cuda_norm: CUDA error .* not supported"):
         workspace = torch.empty(1000, device=device)
-        cuda.norm(x, None, None, None, None, "none", None, 1e-5, x, None, workspace, variant="cluster")
+        cuda.norm(Norm(x, None, None, None, None, "none", None, 1e-5, x, None, workspace), variant="cluster")
     wide = torch.zeros(1, 13000, 1, 1, device=device)
     workspace = torch.empty(cuda.norm_workspace_size(wide), device=device)
     with pytest.raises(RuntimeError, match="invalid argument"):
-        cuda.norm(wide, None, None, None, None, "none", None, 1e-5, wide, None, workspace)
+        cuda.norm(Norm(wide, None, None, None, None, "none", None, 1e-5, wide, None, workspace))
 
 
 # -- Races: on the host, the other order of blocks and threads; on a GPU, repetition -----------------------------------
@@ -454,7 +459,8 @@ def test_backends_agree_bit_for_bit_on_a_gpu():
     score = torch.randn(8, 3, 32, 32, device="cuda", dtype=torch.bfloat16)
     rows = torch.arange(8, device="cuda") % 4, torch.full((8,), 4, device="cuda")
     for update, x in ((cuda.langevin_update, a), (triton_update.langevin_update, b)):
-        update(x, score, *plan("cuda"), rows[0].clone(), rows[1], seed, sample_id, None, score.float(), x, True)
+        slots_of = (rows[0].clone(), rows[1], seed, sample_id, None)
+        update(Update(x, score, *plan("cuda"), *slots_of, score.float(), x, True))
     assert (bits(a) == bits(b)).all()
 
 
@@ -470,7 +476,7 @@ def test_a_captured_chain_repeats_250_times_on_a_gpu():
 
     def step():
         torch.neg(x, out=score)
-        cuda.langevin_update(x, score, coef, draw, row, stop, seed, seed, bad_row, None, x, True)
+        cuda.langevin_update(Update(x, score, coef, draw, row, stop, seed, seed, bad_row, None, x, True))
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -500,8 +506,8 @@ def test_a_missing_library_is_an_answer(tmp_path):
 def test_an_empty_batch_is_nothing_to_do(device):
     empty, none = torch.empty(0, 3, 4, 4, device=device), torch.empty(0, dtype=torch.int64, device=device)
     cuda.noise_fill(empty, none, none, 0, 0, "normal")
-    cuda.langevin_update(empty, empty, *plan(device), none, none, none, none, none, None, empty, True)
-    cuda.norm(empty, None, None, None, None, "none", None, 1e-5, empty, None, empty)
+    cuda.langevin_update(Update(empty, empty, *plan(device), none, none, none, none, none, None, empty, True))
+    cuda.norm(Norm(empty, None, None, None, None, "none", None, 1e-5, empty, None, empty))
 
 
 # -- The choice of it --------------------------------------------------------------------------------------------------
@@ -521,7 +527,7 @@ def test_the_table_of_backends_leads_here(device, monkeypatch):
     x.normal_()
     out, residual = torch.empty_like(x), torch.ones_like(x)
     workspace = torch.empty(launchers.norm_workspace_size(x), device=device)
-    launchers.norm(x, None, None, None, None, "elu", residual, 1e-5, out, total, workspace)
+    launchers.norm(Norm(x, None, None, None, None, "elu", residual, 1e-5, out, total, workspace))
     want, both = reference.noise_conditioned_norm(x, activation="elu", residual=residual)
     torch.testing.assert_close(out, want)
     assert torch.equal(total, both)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from sgm_engine import _C
 from sgm_engine.kernels import cpu, ops, reference
+from sgm_engine.kernels.arguments import Norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -49,7 +50,7 @@ def launch(x, gamma=None, alpha=None, beta=None, level=None, activation="none", 
     (y, y_buffer), (total, total_buffer) = poisoned(x), poisoned(x)
     workspace = torch.full((_C.norm_workspace_size(*x.shape[:2]) + GUARD,), float("nan"))
     sum_out = None if residual is None else total
-    cpu.norm(x, gamma, alpha, beta, level, activation, residual, eps, y, sum_out, workspace, groups)
+    cpu.norm(Norm(x, gamma, alpha, beta, level, activation, residual, eps, y, sum_out, workspace, groups))
     for buffer in (y_buffer, total_buffer, workspace):
         assert buffer[-GUARD:].isnan().all(), "written past the end"
     assert y_buffer[:GUARD].isnan().all() and total_buffer[:GUARD].isnan().all(), "written before the beginning"

@@ -7,6 +7,7 @@ import torch
 
 from sgm_engine import _C
 from sgm_engine.kernels import cpu, norm_op, ops, reference
+from sgm_engine.kernels.arguments import NormBackward
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 GUARD = 32
@@ -38,7 +39,7 @@ def launch(x, dy, gamma, beta, activation, groups, launcher=cpu.norm_backward):
     dx, parts = torch.full_like(x, torch.nan), torch.full((2, x.shape[0] * x.shape[1] + GUARD), torch.nan)
     parts = parts.to(x.device)
     dgamma, dbeta = (p[: x.shape[0] * x.shape[1]].view(x.shape[:2]) for p in parts)
-    launcher(dy, x, gamma, beta, activation, 1e-5, groups, dx, dgamma, dbeta)
+    launcher(NormBackward(dy, x, gamma, beta, activation, 1e-5, groups, dx, dgamma, dbeta))
     assert parts[:, x.shape[0] * x.shape[1] :].isnan().all(), "written past the end"
     return dx, dgamma.sum(0), dbeta.sum(0)
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from sgm_engine.kernels import cpu, noise, reference
+from sgm_engine.kernels.arguments import Norm, Update
 from sgm_engine.kernels.triton import noise as triton_noise
 from sgm_engine.kernels.triton import norm as triton_norm
 from sgm_engine.kernels.triton import update as triton_update
@@ -213,7 +214,7 @@ def expected_update(x, score, previous, rows, **_):
 def test_update_is_the_definition(shape, layouts, dtype):
     x_layout, score_layout = ({"C": NCHW, "L": NHWC}[letter] for letter in layouts)
     arguments = update_arguments(shape, dtype, (x_layout, score_layout, score_layout, x_layout))
-    triton_update.langevin_update(**arguments)
+    triton_update.langevin_update(Update(**arguments))
     expected = expected_update(**arguments, rows=range(5))
     assert torch.equal(bits(arguments["out"][:4]), bits(expected[:4]))
     assert arguments["out"][4].isnan().all()  # idle: not written
@@ -232,8 +233,8 @@ def test_history_and_gain_equal_cpp(shape, layouts):
     there = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     there = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in there.items()}
     before = there["previous"].clone()
-    triton_update.langevin_update(**arguments)
-    cpu.langevin_update(**there)
+    triton_update.langevin_update(Update(**arguments))
+    cpu.langevin_update(Update(**there))
     for name in ("out", "previous"):
         assert torch.equal(bits(arguments[name][:4]), bits(there[name][:4])), name
     assert [torch.equal(a, b) for a, b in zip(there["previous"], before, strict=True)] == [0, 1, 0, 0, 1]
@@ -261,8 +262,8 @@ def test_known_pixels_equal_cpp(shape, layout, plain):
         keep, gain = np.array([[1, 0.3], [0, 0], [0, 1], [-0.7, 2], [1, 1]]), np.array([0.5, 1, 2, 3, 4])
         arguments |= {"keep": on_device(keep, torch.float32), "gain": on_device(gain, torch.float32)}
     there = {k: v.cpu().clone() if torch.is_tensor(v) else v for k, v in arguments.items()}
-    triton_update.langevin_update(**arguments)
-    cpu.langevin_update(**there)
+    triton_update.langevin_update(Update(**arguments))
+    cpu.langevin_update(Update(**there))
     for name in ("out", "row", "bad_row") + (() if plain else ("previous",)):
         found, expected = arguments[name].cpu(), there[name]
         assert torch.equal(found.nan_to_num(-9), expected.nan_to_num(-9)), name
@@ -274,8 +275,8 @@ def test_known_pixels_equal_cpp(shape, layout, plain):
 def test_update_equals_cpp(dtype):
     arguments = update_arguments((3, 16, 16), dtype, (NCHW, NHWC, NCHW, NHWC))
     there = {k: v.cpu().clone() if torch.is_tensor(v) else v for k, v in arguments.items()}
-    triton_update.langevin_update(**arguments)
-    cpu.langevin_update(**there)
+    triton_update.langevin_update(Update(**arguments))
+    cpu.langevin_update(Update(**there))
     for name in ("out", "row", "bad_row"):
         found, expected = arguments[name].cpu(), there[name]
         assert torch.equal(found.nan_to_num(-9), expected.nan_to_num(-9)), name
@@ -290,7 +291,7 @@ def test_update_in_place_of_a_chain():
         live = [i for i in range(5) if rows[i] < 5]
         new = expected_update(expected, arguments["score"], None, [min(row, 4) for row in rows])
         expected[live] = new[live].to(DEVICE)
-        triton_update.langevin_update(**arguments)
+        triton_update.langevin_update(Update(**arguments))
         assert torch.equal(bits(arguments["x"]), bits(expected)), step
         assert arguments["row"].tolist() == [min(row + 1, 5) for row in rows]
 
@@ -298,7 +299,7 @@ def test_update_in_place_of_a_chain():
 def test_pure_update_changes_nothing_else():
     arguments = update_arguments((2, 5, 5)) | {"stop": None, "bad_row": None, "advance": False}
     before = {k: v.clone() for k, v in arguments.items() if torch.is_tensor(v) and k != "out"}
-    triton_update.langevin_update(**arguments)
+    triton_update.langevin_update(Update(**arguments))
     assert torch.equal(bits(arguments["out"]), bits(expected_update(**arguments, rows=range(5))))
     assert all(torch.equal(arguments[k], v) for k, v in before.items())
 
@@ -306,7 +307,7 @@ def test_pure_update_changes_nothing_else():
 @pytest.mark.parametrize("quads", [16, 256])
 def test_a_row_advances_once_however_many_programs_share_the_slot(quads):
     arguments = update_arguments((3, 12, 12), previous=False) | {"stop": on_device([5, 5, 5, 0, 4])}
-    launch = triton_update.describe(**arguments, config=triton_noise.NoiseConfig(quads=quads))
+    launch = triton_update.describe(Update(**arguments), config=triton_noise.NoiseConfig(quads=quads))
     assert launch.programs == 5 * triton.cdiv(3 * 12 * 12, 4 * quads)
     for step in range(1, 3):
         launch()
@@ -321,14 +322,14 @@ def test_the_first_bad_row_is_kept(value, layout):
     arguments["bad_row"][2] = 4  # cannot happen in order, but the minimum is what is promised
     for slot in (2, 3, 4):
         arguments["x"][slot, 2, 8, 8] = value
-    triton_update.langevin_update(**arguments)
+    triton_update.langevin_update(Update(**arguments))
     assert arguments["bad_row"].tolist() == [NO_BAD_ROW, NO_BAD_ROW, 2, 1, NO_BAD_ROW]  # slot 4 is idle
 
 
 def test_update_of_an_empty_batch():
     arguments = update_arguments((3, 4, 4))
     batched = ("x", "score", "previous", "out", "row", "stop", "seed", "sample_id", "bad_row")
-    triton_update.langevin_update(**(arguments | {name: arguments[name][:0] for name in batched}))
+    triton_update.langevin_update(Update(**(arguments | {name: arguments[name][:0] for name in batched})))
 
 
 @needs_gpu
@@ -337,14 +338,16 @@ def test_a_captured_update_replays_the_chain():
     arguments |= {"out": arguments["x"], "row": on_device([0] * 5), "stop": on_device([5] * 5)}
     eager = {k: v.clone() if torch.is_tensor(v) else v for k, v in arguments.items()}
     eager["out"] = eager["x"]
-    triton_update.langevin_update(**(arguments | {"out": poisoned(arguments["x"]), "advance": False}))  # compiles
-    triton_update.langevin_update(**(arguments | {"stop": on_device([0] * 5)}))
+    triton_update.langevin_update(
+        Update(**(arguments | {"out": poisoned(arguments["x"]), "advance": False}))
+    )  # compiles
+    triton_update.langevin_update(Update(**(arguments | {"stop": on_device([0] * 5)})))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        triton_update.langevin_update(**arguments)
+        triton_update.langevin_update(Update(**arguments))
     for _ in range(5):
         graph.replay()
-        triton_update.langevin_update(**eager)
+        triton_update.langevin_update(Update(**eager))
     assert torch.equal(bits(arguments["x"]), bits(eager["x"]))
     assert arguments["row"].tolist() == eager["row"].tolist() == [5] * 5
 
@@ -373,7 +376,7 @@ def run_norm(
     total = None if residual is None and before == "none" else poisoned(x)
     workspace = torch.full((triton_norm.norm_workspace_size(x),), float("nan"), device=DEVICE)
     tensors = (x, gamma, alpha, beta, level, activation, residual, eps, out, total, workspace)
-    triton_norm.norm(*tensors, groups, before, pool)
+    triton_norm.norm(Norm(*tensors, groups, before, pool))
     return out if total is None else (out, total)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from sgm_engine.kernels import norm_op, reference
+from sgm_engine.kernels.arguments import Norm
 from sgm_engine.kernels.tables import conv as conv_table
 from sgm_engine.kernels.triton import conv as triton_conv
 from sgm_engine.kernels.triton import norm as triton_norm
@@ -112,7 +113,7 @@ def test_statistics_of_the_result_feed_the_norm(dtype, tma):
     for activation, groups, pool in (("elu", None, False), ("silu", 4, False), ("none", None, True)):
         found, given = torch.empty_like(y), partial.clone()
         parameters = (None, None, None, None, activation, None, 1e-5)
-        triton_norm.norm(y, *parameters, found, None, given, groups, pool=pool, slab=SMALL.pixels)
+        triton_norm.norm(Norm(y, *parameters, found, None, given, groups, pool=pool, slab=SMALL.pixels))
         rest = {"activation": activation, "groups": groups, "pool": pool}
         want, plain = (reference.noise_conditioned_norm(y.to(t), **rest) for t in (torch.float64, torch.float32))
         error, allowed = ((t.double() - want).abs().max().item() for t in (found, plain.to(dtype)))
@@ -232,8 +233,8 @@ def tuned(monkeypatch):
     if DEVICE == "cpu":  # partials go to Triton, as on a GPU
         own = norm_op.launchers("cpu")
 
-        def norm(*arguments, slab=None):
-            triton_norm.norm(*arguments, slab=slab) if slab else own.norm(*arguments[:12])
+        def norm(n):
+            triton_norm.norm(n) if n.slab else own.norm(n)
 
         monkeypatch.setattr(norm_op, "launchers", lambda device: own._replace(norm=norm))
     return shapes, ran

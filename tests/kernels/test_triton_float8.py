@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sgm_engine.kernels import reference
+from sgm_engine.kernels.arguments import Norm
 from sgm_engine.kernels.tables import conv as conv_table
 from sgm_engine.kernels.triton import conv as triton_conv
 from sgm_engine.kernels.triton import float8 as triton_float8
@@ -97,7 +98,7 @@ def test_a_norm_that_writes_float8(dtype):
         out = torch.empty_like(x, dtype=dtype if inverse is None else FLOAT8)
         total = torch.full_like(x, float("nan"))
         rest = {} if inverse is None else {"inverse": inverse}
-        triton_norm.norm(x, None, beta, beta, None, "elu", other, 1e-5, out, total, workspace, **rest)
+        triton_norm.norm(Norm(x, None, beta, beta, None, "elu", other, 1e-5, out, total, workspace, **rest))
         written.append((out, total))
     (plain, total), (rounded, total8) = written
     assert torch.equal(bits(rounded), bits(reference.quantised(plain, 200.0))) and torch.equal(total, total8)
