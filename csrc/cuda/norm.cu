@@ -1,7 +1,8 @@
 // noise_conditioned_norm in two kernels, for every target, layout, shape and alignment: `stats` reads the tensor once and writes
 // the moments of each slab of pixels; `apply` merges them, redoes the small reduction across the channels, and reads once more
 // (norm_pool.cu does that for a norm and its 5×5 mean).
-#include "norm.cuh"
+#include "norm_coefficients.cuh"
+#include "norm_tile.cuh"
 
 namespace sgm::cuda {
 namespace {

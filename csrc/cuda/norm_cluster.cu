@@ -1,7 +1,8 @@
 // noise_conditioned_norm in one pass (sm_90 and later, NHWC): a thread-block cluster holds one sample, its pixels split over the
 // blocks and packed in registers; the blocks exchange their moments through distributed shared memory. One read, one write.
 #include "cluster.cuh"
-#include "norm.cuh"
+#include "norm_coefficients.cuh"
+#include "norm_tile.cuh"
 
 namespace sgm::cuda {
 namespace {

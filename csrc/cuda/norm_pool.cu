@@ -4,7 +4,7 @@
 //
 // The norm itself is never written. The sums of columns are shared by the five pixels that they belong to; the caches serve the
 // reads of s, some eight a pixel. In float32 the mean is taken off first, so a large one costs no digits.
-#include "norm.cuh"
+#include "norm_coefficients.cuh"
 
 namespace sgm::cuda {
 namespace {
