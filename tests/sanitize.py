@@ -69,7 +69,7 @@ def check(name: str, folder: Path, isas: tuple[str, ...], networks: int, say=pri
     driver = Driver(folder / name.split()[0], sanitizer.flags, isas, main_flags=["-O0"])
     plain = driver.build()
     for isa in isas:
-        for precision in ("float32", "direct", "winograd", *(["bfloat16"] if isa == "avx512_bf16" else [])):
+        for precision in ("float32", "bfloat16", "direct", "winograd"):
             try:
                 say(run(plain, networks, precision, 3, SGM_ISA=isa, **ENVIRONMENT).strip())
             except CalledProcessError as found:

@@ -6,6 +6,6 @@
 
 namespace sgm {
 // Runs `rounds` rounds of independent multiply-adds on registers alone; returns how many operations (2 a multiply-add)
-// they were, 0 if this instruction set has no bfloat16 dot product.
+// they were. bf16: dot products of bfloat16 pairs, where there is an instruction for them, else float32.
 SGM_DECLARE_PER_ISA(int64_t, multiply_adds, (bool bf16, int64_t rounds))
 }  // namespace sgm

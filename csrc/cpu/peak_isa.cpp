@@ -34,32 +34,32 @@ inline __attribute__((always_inline)) void opaque(T& v) {
 
 int64_t multiply_adds(bool bf16, int64_t rounds) {
   Vec sum[kChains] = {};
-  if (!bf16) {
-    Vec a = Vec{} + 0.5f, b = a;
+#ifdef __AVX512BF16__
+  if (bf16) {
+    const __m512i a = _mm512_set1_epi32(0x3f003f00);
+    const __m512bh b = (__m512bh)a;
     for (int64_t i = 0; i < rounds; i++) {
 #pragma GCC unroll 24
       for (int j = 0; j < kChains; j++) {
-        opaque(a);  // a product of its own for each sum
-        sum[j] += a * b;
+        sum[j] = (Vec)_mm512_dpbf16_ps((__m512)sum[j], (__m512bh)a, b);
         opaque(sum[j]);
       }
     }
-    return rounds * kChains * kWidth * 2;
+    return rounds * kChains * kWidth * 4;
   }
-#ifdef __AVX512BF16__
-  const __m512i a = _mm512_set1_epi32(0x3f003f00);
-  const __m512bh b = (__m512bh)a;
+#else
+  (void)bf16;
+#endif
+  Vec a = Vec{} + 0.5f, b = a;
   for (int64_t i = 0; i < rounds; i++) {
 #pragma GCC unroll 24
     for (int j = 0; j < kChains; j++) {
-      sum[j] = (Vec)_mm512_dpbf16_ps((__m512)sum[j], (__m512bh)a, b);
+      opaque(a);  // a product of its own for each sum
+      sum[j] += a * b;
       opaque(sum[j]);
     }
   }
-  return rounds * kChains * kWidth * 4;
-#else
-  return 0;
-#endif
+  return rounds * kChains * kWidth * 2;
 }
 
 }  // namespace sgm::SGM_ISA

@@ -21,7 +21,10 @@ def test_facts_are_those_of_this_machine():
     assert found["packages"]["torch"] == torch.__version__
     assert found["cpu"]["instruction set"].startswith(_C.isa())
     assert found["cpu"]["threads"].startswith(str(_C.num_threads()))
-    assert found["gpu"]["device"].startswith("none: ") != torch.cuda.is_available()
+    gpu = torch.cuda.is_available()
+    assert found["gpu"]["device"].startswith("none: ") != gpu
+    assert gpu or [*found["executor"]] == ["float32", "bfloat16", "direct"]
+    assert all(said.startswith("graph" if gpu else "native") for said in found["executor"].values())
     assert set(found["ops"]) == {"noise_fill_", "langevin_update_", "noise_conditioned_norm"}
 
 

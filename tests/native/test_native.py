@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sgm_engine import _C
 from sgm_engine.engine.engine import Engine
-from sgm_engine.executors.native.executor import NativeExecutor, NativeNetwork, refusal
+from sgm_engine.executors.native.executor import NativeExecutor, NativeNetwork
 from sgm_engine.executors.native.graph import Graph
 from sgm_engine.executors.native.norm import Norm, Table, Unsupported, affine
 from sgm_engine.kernels import reference
@@ -251,23 +251,6 @@ def test_golden_on_every_instruction_set(isa):
     cls, kwargs = GOLDEN["ncsn_28_ngf8"]
     model, x, level, want = golden("ncsn_28_ngf8", cls, **kwargs)
     assert relative_error(NativeNetwork(model, 3, 28, 28)(x, level), want) < 5e-6
-
-
-@pytest.mark.skipif("avx512_bf16" not in _C.isas(), reason="this CPU has no AVX512_BF16")
-@pytest.mark.parametrize("name", GOLDEN)
-def test_golden_bfloat16(name):
-    cls, kwargs = GOLDEN[name]
-    model, x, level, want = golden(name, cls, **kwargs)
-    assert 1e-4 < relative_error(NativeNetwork(model, len(x), *x.shape[2:], "bfloat16")(x, level), want) < 3e-2
-
-
-def test_bfloat16_is_refused_where_the_cpu_lacks_it(isa):
-    if isa == "avx512_bf16":
-        assert refusal(tiny(), "bfloat16") is None
-        return
-    assert "AVX512_BF16" in refusal(tiny(), "bfloat16")
-    with pytest.raises(ValueError, match="AVX512_BF16"):
-        NativeNetwork(tiny(), 1, 8, 8, "bfloat16")
 
 
 def tiny(ngf=4, size=8, channels=1):

@@ -41,7 +41,7 @@ def test_arm(tmp_path):
     path = Driver(tmp_path, ["-O1", "-static", "-Werror"], cxx="aarch64-linux-gnu-g++").build()
     if shutil.which("qemu-aarch64-static") is None:
         pytest.skip("compiled, but there is no qemu-aarch64-static (qemu-user-static) to run it")
-    for precision in ("float32", "direct", "winograd"):
+    for precision in ("float32", "bfloat16", "direct", "winograd"):
         assert "they agree" in run("qemu-aarch64-static", path, 15, precision, 2)
 
 

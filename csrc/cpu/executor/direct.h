@@ -42,6 +42,7 @@ static Padded pad_input(const Run& run, const Layer& layer, const Conv& conv) {
 template <class Element>
 static void direct(const Run& run, const Layer& layer, const Conv& conv) {
   using T = typename Element::Type;
+  using Weight = typename Element::Weight;
   const Padded p = pad_input<Element>(run, layer, conv);
   const Tensor &in = run.tensor(layer.input), &out = run.tensor(layer.output);
   const int width = conv.vectors * kWidth, pixels = out.height * out.width;
@@ -51,7 +52,7 @@ static void direct(const Run& run, const Layer& layer, const Conv& conv) {
   int first, last;
   run.share(conv.blocks, first, last);
   for (int block = first; block < last; block++) {
-    const T* weights = (const T*)conv.weights + (int64_t)block * conv.tap_count * conv.c_step * width;
+    const Weight* weights = (const Weight*)conv.weights + (int64_t)block * conv.tap_count * conv.c_step * width;
     for (int image = 0; image < run.images; image++) {
       const T* src = (const T*)run.workspace.padded + image * p.image();
       float* const target = run.data(layer.output, image);
@@ -70,7 +71,7 @@ static void direct(const Run& run, const Layer& layer, const Conv& conv) {
           offset[taps] = ((int64_t)tap.row * p.width + tap.col) * p.channels;
           index[taps++] = t;
         }
-        kernel_function<T>(conv.vectors, end - begin)(src, rows, taps, offset, index, weights, conv.c_step, result);
+        kernel_function<Element>(conv.vectors, end - begin)(src, rows, taps, offset, index, weights, conv.c_step, result);
         for (int j = 0; j < conv.vectors; j++) {
           const int k = block * width + j * kWidth;
           if (k >= out.padded) break;

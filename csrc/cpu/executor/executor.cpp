@@ -68,9 +68,6 @@ struct Executor::Team {
 Executor::Executor(int batch, Precision precision)
     : batch_(batch), precision_(precision), backend_(SGM_PICK(executor_backend)()) {
   if (batch < 1) refuse("batch must be at least 1, got " + std::to_string(batch));
-  if (precision == Precision::bfloat16 && !backend_.bf16)
-    refuse(std::string("precision='bfloat16' needs a CPU with AVX512_BF16; the instruction set in use is ") + name(isa()) +
-           ": use precision='float32'");
 }
 
 Executor::~Executor() = default;

@@ -23,15 +23,7 @@ static void forward(const Program& program, const Workspace& workspace, const Me
     const Conv* conv = layer.conv < 0 ? nullptr : program.convs + layer.conv;
     switch (layer.op) {
       case Op::load: load_input(run, layer); break;
-      case Op::conv:
-#ifdef __AVX512BF16__
-        if (conv->bf16) {
-          convolve<Bf16>(run, layer, *conv);
-          break;
-        }
-#endif
-        convolve<Float>(run, layer, *conv);
-        break;
+      case Op::conv: conv->bf16 ? convolve<Bf16>(run, layer, *conv) : convolve<Float>(run, layer, *conv); break;
       case Op::activate: activate_layer(run, layer); break;
       case Op::mean_pool: mean_pool(run, layer); break;
       case Op::mean_pool5: pool5<false>(run, layer); break;
@@ -57,13 +49,6 @@ static void forward(const Program& program, const Workspace& workspace, const Me
 
 namespace sgm::SGM_ISA {
 
-sgm::executor::Backend executor_backend() {
-#ifdef __AVX512BF16__
-  constexpr bool bf16 = true;
-#else
-  constexpr bool bf16 = false;
-#endif
-  return {executor::kWidth, executor::kMaxVectors, bf16, executor::forward};
-}
+sgm::executor::Backend executor_backend() { return {executor::kWidth, executor::kMaxVectors, executor::forward}; }
 
 }  // namespace sgm::SGM_ISA

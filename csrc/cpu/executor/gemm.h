@@ -34,6 +34,9 @@ SGM_INLINE void accumulate(Vec (&sum)[kRows][kVectors], const float* const (&in)
   }
 }
 
+// As above for pairs of bfloat16: first the second channel of each pair, then the first, every sum rounded to float32. That is
+// the order of vdpbf16ps. A product is exact in float32, so all instruction sets give the same bits, but for denormals: only
+// vdpbf16ps takes and makes zeros in their place.
 #ifdef __AVX512BF16__
 template <int kRows, int kVectors>
 SGM_INLINE void accumulate(Vec (&sum)[kRows][kVectors], const uint16_t* const (&in)[kRows], const uint16_t* weights,
@@ -50,20 +53,41 @@ SGM_INLINE void accumulate(Vec (&sum)[kRows][kVectors], const uint16_t* const (&
     }
   }
 }
+#else
+SGM_INLINE Vec expand(const uint16_t* pairs, bool second) {
+  BitsVec bits;
+  memcpy(&bits, pairs, sizeof bits);
+  return (Vec)(second ? bits & 0xffff0000u : bits << 16);
+}
+
+template <int kRows, int kVectors>
+SGM_INLINE void accumulate(Vec (&sum)[kRows][kVectors], const float* const (&in)[kRows], const uint16_t* weights, int channels) {
+  for (int c = 0; c < channels; c += 2, weights += 2 * kVectors * kWidth) {
+    prefetch<kVectors * kWidth * 4>(weights + (int64_t)channels * kVectors * kWidth);
+    SGM_UNROLL for (int second = 1; second >= 0; second--) {
+      Vec w[kVectors];
+      SGM_UNROLL for (int j = 0; j < kVectors; j++) w[j] = expand(weights + j * 2 * kWidth, second);
+      SGM_UNROLL for (int i = 0; i < kRows; i++) {
+        const float value = in[i][c + second];
+        SGM_UNROLL for (int j = 0; j < kVectors; j++) sum[i][j] += w[j] * value;
+      }
+    }
+  }
+}
 #endif
 
 // in + rows[i] is row i; tap t reads tap_offset[t] further on, with the weights of tap tap_index[t].
-template <class T>
-using KernelFunction = void (*)(const T* in, const int64_t* rows, int taps, const int64_t* tap_offset, const int* tap_index,
-                                const T* weights, int channels, float* out);
+template <class Element>
+using KernelFunction = void (*)(const typename Element::Type* in, const int64_t* rows, int taps, const int64_t* tap_offset,
+                                const int* tap_index, const typename Element::Weight* weights, int channels, float* out);
 
-template <class T, int kRows, int kVectors>
-static void kernel(const T* in, const int64_t* rows, int taps, const int64_t* tap_offset, const int* tap_index,
-                   const T* weights, int channels, float* out) {
+template <class Element, int kRows, int kVectors>
+static void kernel(const typename Element::Type* in, const int64_t* rows, int taps, const int64_t* tap_offset,
+                   const int* tap_index, const typename Element::Weight* weights, int channels, float* out) {
   Vec sum[kRows][kVectors];
   SGM_UNROLL for (int i = 0; i < kRows; i++) SGM_UNROLL for (int j = 0; j < kVectors; j++) sum[i][j] = Vec{};
   for (int t = 0; t < taps; t++) {
-    const T* row[kRows];
+    const typename Element::Type* row[kRows];
     SGM_UNROLL for (int i = 0; i < kRows; i++) row[i] = in + tap_offset[t] + rows[i];
     accumulate<kRows, kVectors>(sum, row, weights + (int64_t)tap_index[t] * channels * kVectors * kWidth, channels);
   }
@@ -72,20 +96,19 @@ static void kernel(const T* in, const int64_t* rows, int taps, const int64_t* ta
 }
 
 // The kernel for `rows` rows of `vectors` output vectors; null where the registers do not hold them.
-template <class T>
-static KernelFunction<T> kernel_function(int vectors, int rows) {
+template <class E>
+static KernelFunction<E> kernel_function(int vectors, int rows) {
 #define SGM_ROWS(V) \
-  {nullptr, kernel<T, 1, V>, kernel<T, 2, V>, kernel<T, 3, V>, kernel<T, 4, V>, kernel<T, 5, V>, kernel<T, 6, V>}
-#define SGM_MORE_ROWS(V)                                                                                          \
-  {nullptr,           kernel<T, 1, V>, kernel<T, 2, V>, kernel<T, 3, V>,  kernel<T, 4, V>,  kernel<T, 5, V>, kernel<T, 6, V>, \
-   kernel<T, 7, V>, kernel<T, 8, V>, kernel<T, 9, V>, kernel<T, 10, V>, kernel<T, 11, V>, kernel<T, 12, V>}
-  static constexpr KernelFunction<T> one[] = SGM_MORE_ROWS(1);
+  nullptr, kernel<E, 1, V>, kernel<E, 2, V>, kernel<E, 3, V>, kernel<E, 4, V>, kernel<E, 5, V>, kernel<E, 6, V>
+#define SGM_MORE_ROWS(V) \
+  SGM_ROWS(V), kernel<E, 7, V>, kernel<E, 8, V>, kernel<E, 9, V>, kernel<E, 10, V>, kernel<E, 11, V>, kernel<E, 12, V>
+  static constexpr KernelFunction<E> one[] = {SGM_MORE_ROWS(1)};
 #if defined(__AVX512F__) || defined(__aarch64__)
-  static constexpr KernelFunction<T> two[] = SGM_MORE_ROWS(2);
-  static constexpr KernelFunction<T> four[] = SGM_ROWS(4);
+  static constexpr KernelFunction<E> two[] = {SGM_MORE_ROWS(2)};
+  static constexpr KernelFunction<E> four[] = {SGM_ROWS(4)};
   return vectors == 1 ? one[rows] : vectors == 2 ? two[rows] : four[rows];
 #else
-  static constexpr KernelFunction<T> two[] = SGM_ROWS(2);
+  static constexpr KernelFunction<E> two[] = {SGM_ROWS(2)};
   return vectors == 1 ? one[rows] : two[rows];
 #endif
 #undef SGM_ROWS

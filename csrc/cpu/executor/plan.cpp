@@ -41,7 +41,8 @@ std::vector<Tap> make_taps(const Conv& conv) {
 }  // namespace
 
 // The multiplications of both algorithms a pair of channels, with what the tiles cost beside them. Winograd reads 36
-// weights where direct reads 9: with few tiles that is most of its time.
+// weights where direct reads 9: with few tiles that is most of its time. bf16 counts as where an instruction multiplies pairs,
+// so that every instruction set chooses alike.
 bool Executor::prefers_winograd(const Conv& conv, int height, int width) const {
   if (precision_ == Precision::direct || conv.kernel != 3 || conv.stride != 1 || conv.pad_before != conv.dilation) return false;
   if (precision_ == Precision::winograd) return true;

@@ -120,9 +120,9 @@ struct Workspace {
   float* arena;
   float* moments;
   int tile_capacity;  // floats of one Winograd plane: tiles × channels stay below it
-  float* planes;      // transformed input [36][tiles][c_in], float or bf16; attention.h's matrices
+  float* planes;      // transformed input [36][tiles][c_in], float or Bf16::Type; attention.h's matrices
   float* products;    // [members][36][tiles][vectors × width]
-  float* padded;      // activated input with its border, float or bf16
+  float* padded;      // activated input with its border, float or Bf16::Type
   float* rows;        // [members] rows of one channel vector under transformation
   float* affine;      // [members][kAffineRows][capacity][channels]: a, b, pivot of the folded norm; also γ, β
   int64_t products_stride, rows_stride, affine_stride;  // floats a member
@@ -153,7 +153,6 @@ using Forward = void (*)(const Program&, const Workspace&, const Member&, const 
 struct Backend {
   int width;        // floats a vector
   int max_vectors;  // output vectors a block: 4, else 2
-  bool bf16;
   Forward forward;
 };
 

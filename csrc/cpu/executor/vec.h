@@ -31,6 +31,7 @@ constexpr int kRegisters = 16;
 
 typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t BitsVec __attribute__((vector_size(kWidth * 4)));
 typedef float UnalignedVec __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
 
 SGM_INLINE Vec load(const float* p) { return *(const UnalignedVec*)p; }
@@ -75,19 +76,27 @@ SGM_INLINE Vec activate(Vec x) {
   return x;
 }
 
-// Element types of a convolution's operands. Bf16 rounds to nearest even and is summed in pairs of channels.
+// Element types of a convolution: Type of its input, Weight of its weights. Bf16 rounds both to nearest even, NaN staying NaN.
+// Its weights lie in pairs of channels; without an instruction for pairs they are expanded in registers, and the rounded input
+// is kept as float32: weights stream from memory, the input lies in a cache.
 struct Float {
   using Type = float;
-  static constexpr int kStep = 1;
+  using Weight = float;
   SGM_INLINE void put(float* p, Vec v) { store(p, v); }
 };
-#ifdef __AVX512BF16__
 struct Bf16 {
+  using Weight = uint16_t;
+#ifdef __AVX512BF16__
   using Type = uint16_t;
-  static constexpr int kStep = 2;
   SGM_INLINE void put(uint16_t* p, Vec v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
-};
+#else
+  using Type = float;
+  SGM_INLINE void put(float* p, Vec v) {
+    const BitsVec bits = (BitsVec)v, rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    store(p, (Vec)((v == v ? rounded : bits | 0x400000u) & 0xffff0000u));
+  }
 #endif
+};
 
 // Running sum and Σ(x − mean)² of a channel vector. Sums are of x − pivot, the pivot being the mean of the image's first
 // block, with what each addition lost (Kahan 1965): neither |mean| ≫ std nor a long sum costs digits of the mean. Blocks are

@@ -99,6 +99,7 @@ static void input_planes(const Run& run, const Layer& layer, const Conv& conv, c
 template <class Element>
 static void multiply_planes(const Run& run, const Conv& conv, int block, const Chunk& chunk, int channels, float* products) {
   using T = typename Element::Type;
+  using Weight = typename Element::Weight;
   const int width = conv.vectors * kWidth, most_rows = max_rows(conv.vectors);
   const int groups = (chunk.tiles + most_rows - 1) / most_rows;  // of nearly equal size
   const int64_t no_offset = 0;
@@ -107,11 +108,11 @@ static void multiply_planes(const Run& run, const Conv& conv, int block, const C
   for (int i = 0; i < kMaxRows; i++) rows[i] = (int64_t)i * channels;
   for (int point = 0; point < kPoints; point++) {
     const T* plane = (const T*)run.workspace.planes + point * plane_stride(chunk.tiles, channels);
-    const T* weights = (const T*)conv.weights + ((int64_t)block * kPoints + point) * conv.c_step * width;
+    const Weight* weights = (const Weight*)conv.weights + ((int64_t)block * kPoints + point) * conv.c_step * width;
     float* out = products + point * product_stride(chunk.tiles, width);
     for (int g = 0, t = 0; g < groups; g++) {
       const int end = (int)((int64_t)chunk.tiles * (g + 1) / groups);
-      kernel_function<T>(conv.vectors, end - t)(plane + (int64_t)t * channels, rows, 1, &no_offset, &no_tap, weights,
+      kernel_function<Element>(conv.vectors, end - t)(plane + (int64_t)t * channels, rows, 1, &no_offset, &no_tap, weights,
                                                 conv.c_step, out + (int64_t)t * width);
       t = end;
     }

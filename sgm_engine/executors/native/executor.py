@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sgm_engine import _C
 from sgm_engine.executors.native.graph import PRECISIONS, Graph
 from sgm_engine.executors.native.norm import Unsupported
 from sgm_engine.executors.native.refinenet import lower_refinenet
@@ -54,7 +53,7 @@ class NativeNetwork:
     """``model`` as a callable (x float32 [B, C, H, W], level int64 [B]) → score float32, as x; one native call.
 
     batch: the number of images that it is tuned for; it takes any. height, width: the only image size it takes.
-    precision: "float32", "bfloat16" (convolutions; needs AVX512_BF16), "direct" or "winograd": see PRECISIONS.
+    precision: "float32", "bfloat16" (operands of convolutions), "direct" or "winograd": see PRECISIONS.
     channels, levels: of x, and how many; None takes ``model.shape`` and ``model.sigmas``.
     Weights are packed copies: ``sync`` refreshes those whose parameters changed. Raises Unsupported.
     """
@@ -126,14 +125,12 @@ def settings(model: nn.Module) -> list[tuple]:
 def refusal(
     model: object, precision: str = "float32", shape: tuple[int, int, int] | None = None, levels: int | None = None
 ) -> str | None:
-    """Why the native executor cannot run ``model`` in this precision on this CPU, or None if it can.
+    """Why the native executor cannot run ``model`` in this precision, or None if it can.
 
     shape, levels: None takes ``model.shape`` and ``model.sigmas``. A module that is no NCSN is traced and compared.
     """
     if precision not in PRECISIONS:
         return f"precision={precision!r} is not one of its own, which are float32, bfloat16 and direct"
-    if precision == "bfloat16" and _C.isa() != "avx512_bf16":
-        return f"precision='bfloat16' needs AVX512_BF16, and the instruction set in use is {_C.isa()}"
     if is_published(model):
         return None
     shape = getattr(model, "shape", None) if shape is None else shape
