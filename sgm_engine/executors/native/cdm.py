@@ -21,7 +21,7 @@ from sgm_engine.models.cdm.networks import Attention, Head, Norm, Residual, UNet
 LANES = 16  # q, k and v begin at multiples of the longest vector
 
 
-OWN = ("sgm_engine.cdm.", "torch.nn.modules.")
+OWN = ("sgm_engine.models.cdm.", "torch.nn.modules.")
 
 
 def lower_cdm(graph: Graph, model: CDM, shape: tuple[int, int, int], levels: int) -> None:
