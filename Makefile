@@ -1,9 +1,10 @@
 #: make sample    a fresh machine → a picture of samples
 #: make test      the tests
+#: make test-isa  those that depend on the CPU, held to AVX2 and to SSE2
 #: make lint      ruff
 #: make bench     the benchmarks
 #: make sanitize  the C++ under the sanitizers of addresses, undefined behaviour and threads: some minutes
-#: make setup     what the last four install, and nothing else
+#: make setup     what the last five install, and nothing else
 #: make clean     remove what make made
 #:
 #: PYTHON=python3.12   which Python     VENV=.venv   where to install     ARGS="--n 16"   more for sgm sample or pytest
@@ -20,7 +21,7 @@ BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*
 # nvcc takes minutes: without a GPU its library is left out, unless SGM_WITH_CUDA=1 asks for it.
 export SGM_WITH_CUDA ?= $(if $(shell command -v nvidia-smi 2>/dev/null),auto,0)
 
-.PHONY: help setup sample test lint bench sanitize clean
+.PHONY: help setup sample test test-isa lint bench sanitize clean
 help:
 	@sed -n 's/^#: \{0,1\}//p' Makefile
 
@@ -31,6 +32,9 @@ sample: $(VENV)/.installed
 
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-isa: $(VENV)/.dev
+	@$(BIN)/python -m tests.isa -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

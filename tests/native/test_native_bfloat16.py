@@ -73,11 +73,13 @@ def test_golden_on_every_instruction_set(isa):  # noqa: F811
 @pytest.mark.skipif("avx512_bf16" not in _C.isas(), reason="needs a CPU with AVX512_BF16")
 def test_a_network_has_the_same_bits_with_and_without_the_instruction():
     """Of AVX-512: lesser sets differ in the width of a vector, and so in the statistics of a norm."""
-    before, model = _C.isa(), tiny(ngf=20, size=12)
+    model, before = tiny(ngf=20, size=12), _C.isa()
     x, level = torch.rand(3, 1, 12, 12), torch.arange(3)
     found = []
-    for name in ("avx512", "avx512_bf16"):
-        _C.set_isa(name)
-        found.append(NativeNetwork(model, 3, 12, 12, "bfloat16")(x, level))
-    _C.set_isa(before)
+    try:
+        for name in ("avx512", "avx512_bf16"):
+            _C.set_isa(name)
+            found.append(NativeNetwork(model, 3, 12, 12, "bfloat16")(x, level))
+    finally:
+        _C.set_isa(before)
     assert torch.equal(*found)
