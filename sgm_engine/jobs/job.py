@@ -17,8 +17,9 @@ from sgm_engine.errors import Divergence
 from sgm_engine.jobs.card import model_card
 from sgm_engine.jobs.folder import Folder, ShardError
 from sgm_engine.jobs.formats import FORMATS
+from sgm_engine.jobs.identity import ModelIdentity, identity_of
 from sgm_engine.jobs.source import Drawn, EngineSource, Source
-from sgm_engine.jobs.spec import SHARD_SIZE, Geometry, JobSpec, weights_digest
+from sgm_engine.jobs.spec import SHARD_SIZE, Geometry, JobSpec
 from sgm_engine.jobs.worker import Worker
 from sgm_engine.jobs.writer import Writer
 from sgm_engine.outputs.images import check_channels
@@ -69,7 +70,8 @@ class Job:
     out: the folder. n: sample ids 0 to n − 1; or ids: SampleIds, their text ("0-63,100") or an iterable of integers.
     format: "png", "npz" (uint8, for data in [0, 1]), "webdataset", or "safetensors" (float32, as drawn).
     shard_size: sample ids in a shard. Shards do not depend on who draws them.
-    weights: what tells this model from others, by default the sha256 of its parameters and buffers.
+    weights: what tells this model from others. None: the sha256 of its parameters and buffers, and every other value
+        that decides its samples (identity.py); ValueError if one cannot be told from another.
     notes: kept in run.json, no part of what the job is; the scales of precision "float8" are added.
 
     ValueError and TypeError name the argument; JobError (a ValueError) if the folder holds something else.
@@ -92,8 +94,8 @@ class Job:
         if not isinstance(engine, Engine):
             raise TypeError(f"engine must be an Engine, got {type(engine).__name__}: Engine(model, batch=…)")
         plan, source = engine._check(plan, None), EngineSource(engine, weights)
-        weights = weights_digest(engine.model) if weights is None else weights
-        self.spec = make_spec(Geometry.of(engine), engine.shape, weights, plan, seed, n, ids, format, shard_size)
+        model = identity_of(engine.model, weights)
+        self.spec = make_spec(Geometry.of(engine), engine.shape, model, plan, seed, n, ids, format, shard_size)
         self._prepare(source, out, with_scales(notes, engine.float8))
 
     @classmethod
@@ -214,7 +216,7 @@ def with_scales(notes: Mapping[str, Any] | None, float8: Float8Config | None) ->
     return dict(notes or {}) | ({} if float8 is None else {"float8": float8.to_json()})
 
 
-def make_spec(geometry, shape, weights, plan, seed, n, ids, format, shard_size) -> JobSpec:
+def make_spec(geometry, shape, model: ModelIdentity, plan, seed, n, ids, format, shard_size) -> JobSpec:
     """The spec from a job's arguments, checked."""
     if (n is None) == (ids is None):
         raise ValueError(f"pass n (sample ids 0 to n − 1) or ids, one of them; got n={n!r} and ids={ids!r}")
@@ -228,7 +230,7 @@ def make_spec(geometry, shape, weights, plan, seed, n, ids, format, shard_size) 
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if format in ("png", "webdataset"):
         check_channels(shape[0])
-    if not isinstance(weights, str) or not weights:
-        raise TypeError(f"weights must be a text that names the model's weights, got {weights!r}")
+    if not isinstance(model.weights, str) or not model.weights:
+        raise TypeError(f"weights must be a text that names the model's weights, got {model.weights!r}")
     seed, shard_size = check_int("seed", seed, 0, MAX_SEED), check_int("shard_size", shard_size, 1)
-    return JobSpec(weights, plan, seed, ids, tuple(shape), format, shard_size, geometry)
+    return JobSpec(model.weights, plan, seed, ids, tuple(shape), format, shard_size, geometry, model.settings)

@@ -16,9 +16,10 @@ from typing import Any
 import sgm_engine
 from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import EngineError
+from sgm_engine.jobs.identity import identity_of
 from sgm_engine.jobs.job import Job, make_spec, with_scales
 from sgm_engine.jobs.source import Drawn, EngineSource
-from sgm_engine.jobs.spec import SHARD_SIZE, Geometry, JobSpec, weights_digest
+from sgm_engine.jobs.spec import SHARD_SIZE, Geometry, JobSpec
 from sgm_engine.plans.plan import Plan
 from sgm_engine.rewriting.float8.config import Float8Config
 
@@ -166,8 +167,8 @@ def ray_job(
     Everything else as in ``Job`` and ``Engine``. All actors must compute alike: one kind of GPU, one build.
     """
     options = {"batch": batch, "device": device, "precision": precision, "executor": executor, "float8": float8}
-    weights = weights_digest(model) if weights is None else weights
+    identity = identity_of(model, weights)
     source = RaySource(model, address, actors, options | {"sigmas": sigmas, "shape": shape})
     geometry, shape, plan = source.describe(plan)
-    spec = make_spec(geometry, shape, weights, plan, seed, n, ids, format, shard_size)
+    spec = make_spec(geometry, shape, identity, plan, seed, n, ids, format, shard_size)
     return Job.from_source(source, spec, out, with_scales(notes, float8))

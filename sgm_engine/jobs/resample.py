@@ -10,7 +10,8 @@ from torch import nn
 from sgm_engine.engine.engine import Engine
 from sgm_engine.jobs.folder import Folder, ShardError
 from sgm_engine.jobs.formats import FORMATS
-from sgm_engine.jobs.spec import Geometry, JobError, JobSpec, weights_digest
+from sgm_engine.jobs.identity import ModelIdentity, identity_of, weights_digest
+from sgm_engine.jobs.spec import Geometry, JobError, JobSpec
 from sgm_engine.models.conditioning import at_sigmas
 from sgm_engine.outputs.images import to_uint8
 
@@ -26,8 +27,7 @@ def resample(
     """
     folder = Folder(path)
     spec, _ = folder.load()
-    weights = weights_digest(engine.model) if weights is None else weights
-    if changes := _changes(spec, Geometry.of(engine), weights):
+    if changes := _changes(spec, Geometry.of(engine), identity_of(engine.model, weights)):
         raise JobError(f"this would not draw the samples of {folder.path}: {changes}")
     if sample_id not in spec.ids:
         raise JobError(f"sample id {sample_id} is not among the ids of {folder.path}: {spec.ids}")
@@ -53,6 +53,6 @@ def model_of(spec: JobSpec, model: nn.Module) -> nn.Module:
     return other if weights_digest(other) == spec.weights else model
 
 
-def _changes(spec: JobSpec, geometry: Geometry, weights: str) -> str:
-    now = JobSpec(weights, spec.plan, spec.seed, spec.ids, spec.shape, spec.format, spec.shard_size, geometry)
-    return spec.changes(now)
+def _changes(spec: JobSpec, geometry: Geometry, model: ModelIdentity) -> str:
+    rest = (spec.plan, spec.seed, spec.ids, spec.shape, spec.format, spec.shard_size, geometry, model.settings)
+    return spec.changes(JobSpec(model.weights, *rest))

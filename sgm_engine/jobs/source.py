@@ -11,7 +11,8 @@ import numpy as np
 
 from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import Cancelled, Divergence, EngineError
-from sgm_engine.jobs.spec import Geometry, JobError, JobSpec, changed, weights_digest
+from sgm_engine.jobs.identity import settings, weights_digest
+from sgm_engine.jobs.spec import Geometry, JobError, JobSpec, changed
 
 
 class Drawn(NamedTuple):
@@ -52,6 +53,8 @@ class EngineSource:
         versions = self.engine._network.versions()
         if not self._named and versions != self._versions and weights_digest(self.engine.model) != spec.weights:
             raise JobError("the model's weights are not those that the job was made with: make another job")
+        if not self._named and (changes := changed(spec.model, settings(self.engine.model))):
+            raise JobError(f"the model is not what the job was made with: {changes}; make another job")
 
         def feed() -> Iterator[int]:
             for shard in shards:

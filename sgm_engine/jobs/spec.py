@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import sgm_engine
@@ -53,6 +52,7 @@ class Geometry:
 class JobSpec:
     """weights: sha256 of the network's parameters. shape: (C, H, W). seed: uint64. ids: in the order of the shards.
 
+    model: whatever else of the model decides its samples, by where it is found (identity.settings).
     shard_size: sample ids a shard, the last one may have fewer. Shard k holds ids[k·shard_size : (k+1)·shard_size].
     """
 
@@ -64,6 +64,7 @@ class JobSpec:
     format: str
     shard_size: int
     geometry: Geometry
+    model: Mapping[str, str] = field(default_factory=dict)
     engine: str = sgm_engine.__version__
 
     @property
@@ -78,6 +79,7 @@ class JobSpec:
         """What two runs must share for their shards to belong together, as JSON values, from the cause to the form."""
         return {
             "weights": self.weights,
+            **({"model": dict(self.model)} if self.model else {}),
             "plan": self.plan.digest,
             "seed": str(self.seed),  # JSON readers keep 53 bits of a number
             "ids": str(self.ids),
@@ -95,7 +97,13 @@ class JobSpec:
 
     def changes(self, now: JobSpec, ignore: tuple[str, ...] = ()) -> str:
         """What differs in ``now``, in words; empty if nothing does."""
-        return changed(*({k: v for k, v in spec.identity.items() if k not in ignore} for spec in (self, now)))
+        return changed(*({k: v for k, v in spec._flat.items() if k not in ignore} for spec in (self, now)))
+
+    @property
+    def _flat(self) -> dict[str, Any]:
+        """The identity, each setting of the model by itself, whatever its name."""
+        rest = {k: v for k, v in self.identity.items() if k not in ("weights", "model")}
+        return {"weights": self.weights} | {f"the model's {name}": text for name, text in self.model.items()} | rest
 
     def to_json(self, notes: Mapping[str, Any]) -> str:
         """The text of run.json. notes: kept there, no part of the identity."""
@@ -114,6 +122,7 @@ class JobSpec:
             geometry = Geometry(**{name: job[name] for name in Geometry.__dataclass_fields__})
             own = {name: job[name] for name in ("weights", "format", "shard_size", "engine")}
             ids, shape = SampleIds.parse(job["ids"]), tuple(job["shape"])
+            own["model"] = job.get("model", {})
             spec = cls(plan=plan, seed=int(job["seed"]), ids=ids, shape=shape, geometry=geometry, **own)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a job's run.json: {type(error).__name__}: {error}") from None
@@ -123,40 +132,12 @@ class JobSpec:
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two dictionaries of the same keys, in words."""
-    names = [name for name in before if before[name] != now[name]]
-    return ", ".join(f"{name} was {_short(before[name])} and is now {_short(now[name])}" for name in names)
-
-
-def weights_digest(model: Callable) -> str:
-    """sha256 over class, configuration and every parameter and buffer (name, dtype, shape, bytes) of an nn.Module.
-
-    The same network gives the same digest from a .pth, a .safetensors or a trainer. The code of its forward is no part
-    of it. ValueError for a function or a module without parameters, which say nothing about themselves.
-    """
-    from torch import nn
-
-    if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
-        raise ValueError(
-            f"weights: a {type(model).__name__} without parameters cannot be told from another: pass weights='…', "
-            "a name or digest that changes whenever the model does"
-        )
-    digest = hashlib.sha256(type(model).__qualname__.encode())
-    if hasattr(getattr(model, "config", None), "to_json"):
-        digest.update(model.config.to_json().encode())
-    for name, tensor in sorted(chain(model.named_parameters(), model.named_buffers()), key=lambda item: item[0]):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor) -> memoryview:
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    """What differs between two dictionaries, in words."""
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    said = (f"{name} was {_short(before.get(name))} and is now {_short(now.get(name))}" for name in names)
+    return ", ".join(said)
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = "not there" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:16]}…"

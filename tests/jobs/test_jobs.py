@@ -21,10 +21,11 @@ from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import EngineError, JobBusy
 from sgm_engine.jobs.folder import Folder
 from sgm_engine.jobs.formats import FORMATS
+from sgm_engine.jobs.identity import weights_digest
 from sgm_engine.jobs.job import Job, generate
 from sgm_engine.jobs.merge import merge
 from sgm_engine.jobs.resample import resample
-from sgm_engine.jobs.spec import JobError, weights_digest
+from sgm_engine.jobs.spec import JobError
 from sgm_engine.jobs.verify import verify
 from sgm_engine.jobs.worker import Worker
 from sgm_engine.outputs.sample_ids import SampleIds
