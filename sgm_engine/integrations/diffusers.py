@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from sgm_engine.engine.engine import Engine
 from sgm_engine.engine.progress import StepInfo
 from sgm_engine.errors import Cancelled
-from sgm_engine.integrations.diffusers_scheduler import PREDICTIONS, PlanScheduler, PlanSchedulerOutput
+from sgm_engine.integrations.diffusers_scheduler import PlanScheduler, PlanSchedulerOutput
 from sgm_engine.integrations.foreign import seeds
 from sgm_engine.models.score_model import ScoreModel, as_score
 
@@ -26,13 +25,13 @@ __all__ = ["PlanPipeline", "PlanScheduler", "PlanSchedulerOutput", "score_model"
 
 
 class _UNet(nn.Module):
-    """A UNet2DModel as network(x float32, told [B]) → tensor."""
+    """A UNet2DModel as network(x float32, told [B]) → tensor. times: what told is multiplied by."""
 
     plan = {"name": "ancestral"}  # noqa: RUF012 - what Engine.sample does unless told otherwise
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: nn.Module, times: float = 1.0):
         super().__init__()
-        self.unet = unet
+        self.unet, self.times = unet, times
         self.training = unet.training
 
     @property
@@ -41,30 +40,55 @@ class _UNet(nn.Module):
         return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        return self.unet(x.to(self.unet.dtype), told, return_dict=False)[0]
+        return self.unet(x.to(self.unet.dtype), told if self.times == 1 else told * self.times, return_dict=False)[0]
 
 
-def score_model(unet: nn.Module, scheduler, num_inference_steps: int | None = None) -> ScoreModel:
+class _Negated(_UNet):
+    def forward(self, x: Tensor, told: Tensor) -> Tensor:
+        return -super().forward(x, told)
+
+
+class Clipped(nn.Module):
+    """The score of a model whose estimate of the clean image is held within ± limit."""
+
+    def __init__(self, model: ScoreModel, limit: float):
+        super().__init__()
+        self.model, self.limit = model, float(limit)
+        self.register_buffer("sigmas", model.sigmas.clone(), persistent=False)
+        self.training = model.training
+
+    shape = property(lambda self: self.model.shape)
+    plan = property(lambda self: self.model.plan)
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        variance = self.sigmas.index_select(0, level)[:, None, None, None].square()
+        clean = x + variance * self.model(x, level)
+        return (clean.clamp(-self.limit, self.limit) - x) / variance
+
+
+def score_model(unet: nn.Module, scheduler, num_inference_steps: int | None = None) -> nn.Module:
     """A UNet2DModel as f(x, level) → score of x = data + σ·noise, its parameters shared.
 
-    scheduler: a PlanScheduler, whose current levels these are; or any that has ``alphas_cumprod`` and a
-    ``prediction_type`` in its config. num_inference_steps: how many noise levels; None: a PlanScheduler's, else 50.
+    scheduler: a PlanScheduler, whose current levels these are; or one whose configuration PlanScheduler takes, which is
+    refused otherwise. num_inference_steps: how many noise levels; None: a PlanScheduler's, else 50.
     """
-    if isinstance(scheduler, PlanScheduler):
-        if num_inference_steps is not None:
-            scheduler.set_timesteps(num_inference_steps)
-        if scheduler.alphas_cumprod is None:
-            return as_score(_UNet(unet), "score", scheduler.sigmas, condition="level")
-        return as_score(_UNet(unet), scheduler.kind, None, None, scheduler.alphas_cumprod, scheduler.told)
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if getattr(scheduler, "alphas_cumprod", None) is None or PREDICTIONS.get(kind, "score") == "score":
-        raise ValueError(
-            f"scheduler must have alphas_cumprod and prediction_type epsilon, sample or v_prediction, got "
-            f"{type(scheduler).__name__} with {kind!r}: use as_score, or PlanScheduler(sigmas=[…])"
-        )
-    count = len(scheduler.alphas_cumprod)
-    steps = np.linspace(count - 1, 0, num_inference_steps or min(50, count)).round().astype(np.int64)
-    return as_score(_UNet(unet), PREDICTIONS[kind], None, None, scheduler.alphas_cumprod, steps)
+    scheduler = PlanScheduler.like(scheduler)
+    if num_inference_steps is not None:
+        scheduler.set_timesteps(num_inference_steps)
+    score = _score(unet, scheduler)
+    return Clipped(score, scheduler.config.clip_sample_range) if scheduler.config.clip_sample else score
+
+
+def _score(unet: nn.Module, scheduler: PlanScheduler) -> ScoreModel:
+    kind, sigmas = scheduler.kind, scheduler.sigmas
+    if kind == "score":
+        return as_score(_UNet(unet), "score", sigmas, condition="level")
+    if kind == "edm":
+        network = (_Negated if scheduler.config.prediction_type == "edm_negative" else _UNet)(unet)
+        return as_score(network, "edm", sigmas, sigma_data=scheduler.config.sigma_data)
+    if kind == "flow":
+        return as_score(_UNet(unet, float(len(scheduler))), "flow", sigmas)
+    return as_score(_UNet(unet), kind, None, None, scheduler.alphas_cumprod, scheduler.told)
 
 
 class PlanPipeline(DiffusionPipeline):
@@ -78,9 +102,7 @@ class PlanPipeline(DiffusionPipeline):
 
     def __init__(self, unet: nn.Module, scheduler):
         super().__init__()
-        if not isinstance(scheduler, PlanScheduler):
-            scheduler = PlanScheduler.from_config(scheduler.config)
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=PlanScheduler.like(scheduler))
         self._engine: tuple[tuple, Engine] | None = None
         self._interrupt = False
 

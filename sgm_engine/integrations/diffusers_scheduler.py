@@ -7,6 +7,7 @@ affine in (x, score), so a row of the plan is an affine row in (y, F) with the s
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from sgm_engine.integrations.diffusers_levels import Edm, Flow, Trained, translated
 from sgm_engine.integrations.foreign import seeds
 from sgm_engine.kernels import ops
 from sgm_engine.keys import as_int64
@@ -30,6 +32,9 @@ PREDICTIONS = {
     "sample": "vp_denoiser",
     "v_prediction": "v_prediction",
     "score": "score",
+    "edm": "edm",
+    "edm_negative": "edm",
+    "flow": "flow",
 }
 PLANS = {
     "annealed_langevin": lambda s, steps, size: plans.annealed_langevin(s, steps, size * s[-1] ** 2),
@@ -50,9 +55,13 @@ class PlanSchedulerOutput(BaseOutput):
 class PlanScheduler(SchedulerMixin, ConfigMixin):
     """Annealed Langevin dynamics and its relatives, over the noise levels of a DDPM or over ``sigmas``.
 
-    num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: as of DDPMScheduler, whose config
-        ``from_config`` takes. prediction_type: "epsilon", "sample" or "v_prediction"; or "score", of a network of
-        data + σ·noise that is told the level: then sigmas, descending, are its levels, and the betas are not used.
+    num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: as of DDPMScheduler. prediction_type:
+        "epsilon", "sample" or "v_prediction" of a DDPM; "score", of a network of data + σ·noise that is told the level:
+        then sigmas, descending, are its levels; "edm" (sigma_min, sigma_max, sigma_data, sigma_schedule, rho as of
+        EDMEulerScheduler; "edm_negative": with the sign that its v_prediction has); "flow" (shift as of
+        FlowMatchEulerDiscreteScheduler), whose first level is t = 1 − 10⁻⁴, since t = 1 has an infinite σ.
+    clip_sample, clip_sample_range: the estimate of the clean image is held within ± the range at every step, and the
+        noise is what then remains, as DDPMScheduler has it (DDIMScheduler with use_clipped_model_output).
     plan: "ancestral", "ddim", "consistent_annealed" or "annealed_langevin". steps_per_level: of the last two.
     step: of annealed_langevin, α/σ² (below 2; NCSN 0.2 with 100 steps a level, NCSNv2 0.062 with 5).
 
@@ -75,6 +84,14 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         plan: str = "ancestral",
         steps_per_level: int = 1,
         step: float = 0.1,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        sigma_schedule: str = "karras",
+        rho: float = 7.0,
+        shift: float = 1.0,
     ):
         if prediction_type not in PREDICTIONS:
             raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
@@ -82,35 +99,63 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
         if (prediction_type == "score") != (sigmas is not None):
             raise ValueError("sigmas are the levels of a network with prediction_type='score': pass both or neither")
-        self.kind = PREDICTIONS[prediction_type]
+        if sigma_schedule not in ("karras", "exponential"):
+            raise ValueError(f"sigma_schedule must be karras or exponential, got {sigma_schedule!r}")
+        if not clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range must be positive, got {clip_sample_range!r}")
+        self.kind, self.alphas_cumprod = PREDICTIONS[prediction_type], None
         if sigmas is not None:
-            self.alphas_cumprod, self._trained = None, check_sigmas(sigmas)[::-1].copy()
+            sigmas = check_sigmas(sigmas).tolist()
+            self.register_to_config(sigmas=sigmas)  # as JSON keeps them
+            self._levels = Trained(np.array(sigmas[::-1]), by_step=False)
+        elif self.kind == "edm":
+            self._levels = Edm(num_train_timesteps, sigma_min, sigma_max, sigma_schedule, rho)
+        elif self.kind == "flow":
+            self._levels = Flow(num_train_timesteps, shift)
         else:
             alphas = np.cumprod(1 - _betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas))
             self.alphas_cumprod = torch.from_numpy(alphas).float()
-            self._trained = np.sqrt((1 - alphas) / alphas)  # by timestep, so ascending
-        self.set_timesteps(min(50, len(self._trained)))
+            self._levels = Trained(np.sqrt((1 - alphas) / alphas), by_step=True)
+        self.set_timesteps(min(50, len(self)))
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **options):
+        """From the configuration of a scheduler of diffusers. ValueError names a class or a field that a plan cannot
+        stand for; what only chooses that scheduler's own steps (timestep_spacing, solver_order, …) is not used."""
+        if isinstance(config, Mapping):
+            config = translated(config)
+        return super().from_config(config, return_unused_kwargs, **options)
+
+    @classmethod
+    def like(cls, scheduler: object, **options) -> PlanScheduler:
+        """One for the network of another scheduler, which is returned if it is a PlanScheduler."""
+        if isinstance(scheduler, cls):
+            return scheduler
+        return cls.from_config(dict(scheduler.config) | {"_class_name": type(scheduler).__name__}, **options)
 
     def __len__(self) -> int:
-        return len(self._trained)
+        return self._levels.count
+
+    def row_at(self, sigmas: np.ndarray) -> Row:
+        """What the network's output means at sigmas [L] (score_model.Row)."""
+        row = KINDS[self.kind](sigmas, self.config.sigma_data)
+        return row._replace(q=-row.q, s=-row.s) if self.config.prediction_type == "edm_negative" else row
 
     @property
     def init_noise_sigma(self) -> float:
         """The standard deviation of the noise that a run starts from: 1, or the largest sigma of a "score" network."""
-        return 1.0 if self.alphas_cumprod is not None else float(self.sigmas[0])
+        return float(self.sigmas[0]) if self.kind == "score" else 1.0
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """That many noise levels, from the noisiest trained to the cleanest; ``timesteps`` has a value a row."""
-        count = len(self._trained)
+        count = len(self)
         if not 1 <= num_inference_steps <= count:
             raise ValueError(
                 f"num_inference_steps must be from 1 to {count}, the levels there are; got {num_inference_steps}"
             )
         self.num_inference_steps = num_inference_steps
-        rank = np.linspace(count - 1, 0, num_inference_steps).round().astype(np.int64)  # in _trained
-        told = rank if self.alphas_cumprod is not None else count - 1 - rank  # a timestep, or a level of sigmas
-        self.sigmas = check_sigmas(self._trained[rank])
-        self.row = KINDS[self.kind](self.sigmas, 0.5)
+        self.sigmas, told = self._levels.pick(num_inference_steps)
+        self.row = self.row_at(self.sigmas)
         plan = PLANS[self.config.plan](self.sigmas, self.config.steps_per_level, self.config.step)
         scale = float(np.broadcast_to(self.row.c_in, len(self.sigmas))[0])
         self.plan = dataclasses.replace(
@@ -132,9 +177,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     def index_for_timestep(self, timestep: int | Tensor) -> int:
         """The first row that is told ``timestep``."""
-        found = (self.timesteps == int(timestep)).nonzero()
+        found = (self.timesteps == timestep).nonzero()
         if not len(found):
-            raise ValueError(f"timestep {int(timestep)} is none of scheduler.timesteps: call set_timesteps first")
+            raise ValueError(f"timestep {timestep} is none of scheduler.timesteps: call set_timesteps first")
         return int(found[0])
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
@@ -169,21 +214,23 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             self._coef, self._draw = self._coef.to(device), self._draw.to(device)
         i, shape = self._step_index, sample.shape if sample.dim() == 4 else (n, 1, 1, sample[0].numel())
         x, found = (t.reshape(shape).float() for t in (sample, model_output))
+        of_x, of_found = self._clean[i]
+        if self.config.clip_sample:  # the output that says so
+            limit = self.config.clip_sample_range
+            found = ((of_x * x + of_found * found).clamp(-limit, limit) - of_x * x) / of_found
         row = torch.full((n,), i, dtype=torch.int64, device=device)
         after = ops.langevin_update(x, found, self._coef, self._draw, row, *self._seeds)
         self._step_index += 1
         after = after.reshape(sample.shape).to(model_output.dtype)
         if not return_dict:
             return (after,)
-        of_x, of_found = self._clean[i]
         clean = (of_x * x + of_found * found).reshape(sample.shape).to(model_output.dtype)
         return PlanSchedulerOutput(after, clean)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The state of clean images [B, ...] with the noise of ``timesteps`` [B]."""
-        told = timesteps.cpu().numpy()
-        sigma = self._trained[told if self.alphas_cumprod is not None else len(self._trained) - 1 - told]
-        c_in = np.broadcast_to(KINDS[self.kind](sigma, 0.5).c_in, sigma.shape)
+        sigma = self._levels.sigma_of(timesteps.cpu().numpy())
+        c_in = np.broadcast_to(self.row_at(sigma).c_in, sigma.shape)
         shape = (-1, *(1,) * (original_samples.dim() - 1))
         c_in, s = (torch.as_tensor(v.copy()).to(original_samples).reshape(shape) for v in (c_in, c_in * sigma))
         return c_in * original_samples + s * noise

@@ -224,7 +224,7 @@ def test_score_model_of_any_scheduler(unet):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (dict(prediction_type="flow"), "prediction_type must be one of"),
+        (dict(prediction_type="flows"), "prediction_type must be one of"),
         (dict(plan="heun"), "plan must be one of"),
         (dict(prediction_type="score"), "sigmas"),
         (dict(sigmas=[1.0, 0.1]), "sigmas"),
@@ -244,7 +244,7 @@ def test_bad_calls(unet):
         scheduler.step(start(), 17, start())
     with pytest.raises(ValueError, match="output_type"):
         pipeline(unet)(output_type="jpeg")
-    with pytest.raises(ValueError, match="alphas_cumprod"):
-        score_model(unet, diffusers.FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="a plan cannot stand for ScoreSdeVeScheduler"):
+        score_model(unet, diffusers.ScoreSdeVeScheduler())
     with pytest.raises(ValueError, match="may hold 'latents' only"):
         pipeline(unet)(callback_on_step_end_tensor_inputs=["prompt_embeds"])
