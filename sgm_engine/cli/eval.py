@@ -84,10 +84,10 @@ def run(args: argparse.Namespace) -> int:
         if engine:
             name = f"{plan.name}, {plan.nfe} NFE, seed {args.seed}"
             blocks = drawn(engine, plan, range(args.n), args.seed, lost, progress=sys.stderr.isatty())
-            samples = e.summarise(blocks, extractor, name)
+            samples = e.summarise(blocks, extractor, name, total=args.n)
         else:
-            samples = e.summarise(sets[0].blocks(), extractor, sets[0].name)
-        reference = e.summarise(reference_set.blocks(), extractor, reference_set.name)
+            samples = e.summarise(sets[0].blocks(), extractor, sets[0].name, total=len(sets[0]))
+        reference = e.summarise(reference_set.blocks(), extractor, reference_set.name, total=len(reference_set))
         floor_set = training.take(samples.n) if training else None
         floor = e.summarise(floor_set.blocks(), extractor, floor_set.name) if training else None
         report = e.evaluate(samples, reference, metrics, floor, args.neighbours, args.replicates)

@@ -14,13 +14,14 @@ from sgm_engine.evaluation.distances import mmd, sliced_wasserstein
 from sgm_engine.evaluation.features import Extractor
 from sgm_engine.evaluation.frechet import frechet
 from sgm_engine.evaluation.likelihood import image_bits
-from sgm_engine.evaluation.moments import GroupedMoments
+from sgm_engine.evaluation.moments import GroupedMoments, check_affordable
 from sgm_engine.evaluation.neighbours import nearest, neighbourhood
 from sgm_engine.evaluation.report import Estimate, mean_estimate
 
 FROM_LOGITS = ("score", "classes")
 METRICS = ("frechet", *FROM_LOGITS, "sliced", "mmd", "precision", "recall", "density", "coverage")
 KEPT_VECTORS, KEPT_IMAGES, MMD_VECTORS = 10_000, 1_000, 2_000
+FEW = 8  # images of a set that need not have every figure
 
 
 class Reservoir:
@@ -69,11 +70,18 @@ class Summary:
         self.n += len(images)
 
 
-def summarise(blocks: Iterable[Tensor], extractor: Extractor, name: str = "samples", seed: int = 0) -> Summary:
-    """The summary of blocks of uint8 [b, C, H, W], such as ``ImageSet.blocks()``."""
+def summarise(
+    blocks: Iterable[Tensor], extractor: Extractor, name: str = "samples", seed: int = 0, total: int | None = None
+) -> Summary:
+    """The summary of blocks of uint8 [b, C, H, W], such as ``ImageSet.blocks()``.
+
+    total: how many images there will be, if that is known: what has no room is then refused at the first block.
+    """
     summary = Summary(extractor, name, seed)
     for block in blocks:
         summary.update(block)
+        if total is not None:
+            check_affordable(summary.moments.dim, total)
     if summary.n < 2:
         raise ValueError(f"{name}: at least 2 images are needed, got {summary.n}")
     return summary
@@ -105,7 +113,10 @@ class Report:
     notes: dict[str, object] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        content = asdict(self)
+        for row in content["rows"]:  # JSON has no NaN
+            row |= {name: None for name, value in row.items() if isinstance(value, float) and np.isnan(value)}
+        return json.dumps(content, indent=2, ensure_ascii=False)
 
     def table(self) -> str:
         """Text: a line a figure."""
@@ -117,7 +128,7 @@ class Report:
         for row in self.rows:
             floor, corrected = ("" if v is None else f"{v:.4g}" for v in (row.floor, row.corrected))
             p = "" if row.p is None else f"  p = {row.p:.3g}"
-            interval = f"{row.low:.4g} … {row.high:.4g}"
+            interval = "none" if np.isnan(row.low) else f"{row.low:.4g} … {row.high:.4g}"
             lines.append(f"{row.metric:>22} {row.value:9.4g} {corrected:>9}  {interval:<20} {floor:>9}{p}".rstrip())
         return "\n".join([*lines, *(f"{name}: {_words(value)}" for name, value in self.notes.items())])
 
@@ -133,9 +144,11 @@ def evaluate(
 ) -> Report:
     """The figures of ``samples`` against ``reference``, both in the same features.
 
-    metrics: of METRICS; None takes those that the extractor allows. floor: as many training images (or any others that
-    are as good as can be), measured the same way. k: neighbours. replicates: of every bootstrap.
+    metrics: of METRICS, each of which must be had; None takes those that the extractor allows, and of at most FEW
+    images says which cannot be had, and why. floor: as many training images (or any others that are as good as can be),
+    measured the same way. k: neighbours. replicates: of every bootstrap.
     """
+    chosen = metrics is not None
     if metrics is None:
         metrics = [m for m in METRICS if reference.tally is not None or m not in FROM_LOGITS]
     if unknown := [m for m in metrics if m not in METRICS]:
@@ -143,36 +156,50 @@ def evaluate(
     if reference.tally is None and (asked := [m for m in metrics if m in FROM_LOGITS]):
         raise ValueError(f"metrics {', '.join(asked)} need features with classes, {reference.extractor.name} have none")
     names = _names(samples.extractor)
-    found = _measure(samples, reference, metrics, k, replicates, seed)
-    base = _measure(floor, reference, metrics, k, 2, seed) if floor else {}
-    rows = [Row(names.get(m, m), *found[m], floor=base[m].value if m in base else None) for m in metrics]
-    notes: dict[str, object] = {}
+    found, lost = _measure(samples, reference, metrics, k, replicates, seed)
+    if lost and chosen:
+        raise ValueError(next(iter(lost.values())))
+    base, _ = _measure(floor, reference, metrics, k, 2, seed) if floor else ({}, {})
+    rows = [Row(names.get(m, m), *found[m], floor=base[m].value if m in base else None) for m in metrics if m in found]
+    notes: dict[str, object] = {f"{names.get(m, m)} cannot be had": reason for m, reason in lost.items()}
     if samples.tally is not None:
         notes["class shares"] = [round(float(s), 4) for s in samples.tally.shares()]
         notes["class shares of the reference"] = [round(float(s), 4) for s in reference.tally.shares()]
     return Report(samples.name, samples.n, reference.name, reference.n, samples.extractor.name, rows, notes)
 
 
-def _measure(samples, reference, metrics, k, replicates, seed) -> dict[str, Estimate]:
-    found: dict[str, Estimate] = {}
-    if "frechet" in metrics:
-        found["frechet"] = frechet(samples.moments, reference.moments, interval=replicates > 2)
-    if "score" in metrics:
-        found["score"] = samples.tally.score(replicates, seed)
-    if "classes" in metrics:
-        found["classes"] = samples.tally.imbalance(reference.tally, replicates, seed)
-    if "sliced" in metrics:
-        x, y = samples.vectors.rows(), reference.vectors.rows()
-        found["sliced"] = sliced_wasserstein(x, y, replicates=replicates, seed=seed)
-    if "mmd" in metrics:
-        x, y = samples.vectors.rows(MMD_VECTORS), reference.vectors.rows(MMD_VECTORS)
-        found["mmd"] = mmd(x, y, replicates=replicates, seed=seed)
+def _measure(samples, reference, metrics, k, replicates, seed) -> tuple[dict[str, Estimate], dict[str, str]]:
+    """Figures by metric, and of those that such sets do not have the reason."""
+
+    def vectors(count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        return samples.vectors.rows(count), reference.vectors.rows(count)
+
+    def neighbours() -> dict[str, Estimate]:
+        size = min(len(rows) for rows in vectors())
+        return neighbourhood(*vectors(size), k, replicates, seed)._asdict()
+
     four = ("precision", "recall", "density", "coverage")
-    if any(m in metrics for m in four):
-        size = min(len(s.vectors.rows()) for s in (samples, reference))
-        x, y = samples.vectors.rows(size), reference.vectors.rows(size)
-        found |= neighbourhood(x, y, k, replicates, seed)._asdict()
-    return found
+    ways: dict[tuple[str, ...], Callable[[], dict[str, Estimate]]] = {
+        ("frechet",): lambda: {"frechet": frechet(samples.moments, reference.moments, interval=replicates > 2)},
+        ("score",): lambda: {"score": samples.tally.score(replicates, seed)},
+        ("classes",): lambda: {"classes": samples.tally.imbalance(reference.tally, replicates, seed)},
+        ("sliced",): lambda: {"sliced": sliced_wasserstein(*vectors(), replicates=replicates, seed=seed)},
+        ("mmd",): lambda: {"mmd": mmd(*vectors(MMD_VECTORS), replicates=replicates, seed=seed)},
+        four: neighbours,
+    }
+    found: dict[str, Estimate] = {}
+    lost: dict[str, str] = {}
+    for names, measure in ways.items():
+        wanted = [m for m in names if m in metrics]
+        if not wanted:
+            continue
+        try:
+            found |= measure()
+        except ValueError as error:
+            if min(samples.n, reference.n) > FEW:
+                raise
+            lost |= dict.fromkeys(wanted, str(error))
+    return found, lost
 
 
 def copies(samples: Summary, reference: Summary, training: Iterable[Tensor]) -> dict[str, object]:
