@@ -34,8 +34,8 @@ class Denoiser(nn.Module):
         if sigmas is None:
             raise ValueError("sigmas: the model has no .sigmas, so pass sigmas=[…], its noise levels, descending")
         self.model, self.sigmas = model, check_sigmas(sigmas)
-        self._native: tuple[tuple[int, ...], NativeNetwork] | None = None  # for one shape of x
-        self._seen: list[tuple[int, int]] = []  # of the weights that it has packed
+        # for one shape of x: that, the network, and what it has seen of the weights that it packed
+        self._native: tuple[tuple[int, ...], NativeNetwork, list[tuple[int, int]]] | None = None
 
     def forward(self, x: Tensor, sigma: float | Tensor, *args, **kwargs) -> Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1).cpu().numpy()
@@ -62,10 +62,12 @@ class Denoiser(nn.Module):
         gradient = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         if gradient or x.device.type != "cpu" or x.dtype != torch.float32 or refusal(self.model) is not None:
             return self.model(x, level)
-        if self._native is None or self._native[0] != x.shape:
-            self._native, self._seen = (x.shape, NativeNetwork(self.model, len(x), *x.shape[2:])), []
-        network, weights = self._native[1], [(p.data_ptr(), p._version) for p in self.parameters()]
-        if weights != self._seen:
+        found = self._native  # another thread may put another in its place
+        if found is None or found[0] != x.shape:
+            found = self._native = (x.shape, NativeNetwork(self.model, len(x), *x.shape[2:]), [])
+        _, network, seen = found
+        weights = [(p.data_ptr(), p._version) for p in self.parameters()]
+        if weights != seen:
             network.sync()
-            self._seen = weights
+            seen[:] = weights
         return network(x, level)
