@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from sgm_engine.checkpoints.original_config import levels_between, read_config
 from sgm_engine.checkpoints.torch_file import CheckpointError, check_file
 from sgm_engine.checkpoints.weights_file import FLOATS, FORMAT, FORMAT_VERSION, State, open_state, read_tensor
+from sgm_engine.files.writing import write_file
 from sgm_engine.models import ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
-from sgm_engine.outputs.output import sorted_header, staged
+from sgm_engine.outputs.output import sorted_header
 from sgm_engine.plans.schedule import check_sigmas
 
 __all__ = ["CheckpointError", "convert", "load_checkpoint", "read_config", "save_checkpoint"]
@@ -109,8 +110,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, dtype: torch.dtyp
         if not tensor.isfinite().all():
             raise ValueError(f"model: {name} holds NaN or Inf, so it was not saved")
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": model.config.to_json()}
-    with staged(path) as temporary:
-        temporary.write_bytes(sorted_header(save(state, metadata)))
+    write_file(path, sorted_header(save(state, metadata)))
 
 
 def convert(source: str | os.PathLike, target: str | os.PathLike, **options) -> ModelConfig:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         from sgm_engine.evaluation import evaluate as e
         from sgm_engine.evaluation.draw import conditioned, drawn
         from sgm_engine.evaluation.features import open_extractor
-        from sgm_engine.outputs.output import check_writable, staged
+        from sgm_engine.files.writing import check_writable, write_file
 
         if args.json:
             check_writable(Path(args.json))
@@ -104,8 +104,7 @@ def run(args: argparse.Namespace) -> int:
         if lost:
             report.notes["diverged and left out"] = f"{len(lost)}, such as {lost[0]}"
         if args.json:
-            with staged(Path(args.json)) as tmp:
-                tmp.write_text(report.to_json(), "utf-8")
+            write_file(Path(args.json), report.to_json())
     print(report.table())
     return DONE
 

@@ -133,8 +133,8 @@ def resample(args: argparse.Namespace) -> int:
         from sgm_engine.engine.engine import Engine
         from sgm_engine.jobs.folder import Folder
         from sgm_engine.jobs.resample import model_of, resample
-        from sgm_engine.outputs.images import png_bytes, to_uint8
-        from sgm_engine.outputs.output import Output, staged
+        from sgm_engine.outputs.images import save_png, to_uint8
+        from sgm_engine.outputs.output import Output
         from sgm_engine.rewriting.float8.config import Float8Config
 
         spec, notes = Folder(args.folder).load()
@@ -150,8 +150,7 @@ def resample(args: argparse.Namespace) -> int:
         engine = Engine(model, geometry.batch, device, precision, geometry.executor, float8=float8)
         x, compared = resample(engine, args.folder, args.id)
     if out.form == "grid":  # the picture itself, as a folder of PNG files holds it
-        with staged(out.path) as tmp:
-            tmp.write_bytes(png_bytes(to_uint8(x[None])[0]))
+        save_png(out.path, to_uint8(x[None])[0])
     else:
         out.write(x[None], [args.id])
     how = "equal to" if compared else "not compared, for it is missing or damaged there, with"

@@ -174,7 +174,8 @@ def sample(args: argparse.Namespace) -> int:
 
 def _targets(args: argparse.Namespace):
     """(sample ids, Output, path of the GIF or None), all checked."""
-    from sgm_engine.outputs.output import Output, check_writable
+    from sgm_engine.files.writing import check_writable
+    from sgm_engine.outputs.output import Output
 
     ids = range(args.n) if args.ids is None else args.ids
     out, gif = Output.parse(args.out), Path(args.gif).expanduser() if args.gif else None

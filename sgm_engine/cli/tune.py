@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         from sgm_engine.data.sets import open_images
         from sgm_engine.evaluation.evaluate import summarise
         from sgm_engine.evaluation.features import open_extractor
-        from sgm_engine.outputs.output import check_writable, staged
+        from sgm_engine.files.writing import check_writable, staged_folder
         from sgm_engine.tuning.candidates import FAMILIES, draw_candidates
         from sgm_engine.tuning.front import check_plotting
         from sgm_engine.tuning.tune import Tuner
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed,
         "seconds": round(time.perf_counter() - start), "precision": engine.numerics,
         "executor": engine.executor, "batch": engine.batch}  # fmt: skip
-    with staged(out) as tmp:
+    with staged_folder(out) as tmp:
         outcome.write(tmp)
     print(outcome.table())
     print(f"written: {out}/ with front.md, front.json, front.png and plan.json")

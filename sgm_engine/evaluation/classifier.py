@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgm_engine.data.sets import ImageSet
-from sgm_engine.outputs.output import staged
+from sgm_engine.files.writing import write_file
 
 FORMAT = "sgm-evaluation-classifier-1"
 FEATURES = 64
@@ -93,8 +93,7 @@ def save_classifier(model: Classifier, path: str | Path, about: dict[str, object
 
     config = {"shape": model.shape, "classes": model.classes}
     metadata = {"format": FORMAT, "config": json.dumps(config), "about": json.dumps(about)}
-    with staged(Path(path)) as tmp:
-        tmp.write_bytes(save(model.state_dict(), metadata))
+    write_file(path, save(model.state_dict(), metadata))
 
 
 def load_classifier(path: str | Path) -> tuple[Classifier, dict[str, object]]:

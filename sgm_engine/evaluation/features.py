@@ -72,7 +72,7 @@ def open_extractor(text: str, training: ImageSet | None = None, report: Callable
 
 def _classifier(file: Path, training: ImageSet | None, report: Callable[[str], object]) -> Extractor:
     from sgm_engine.evaluation.classifier import load_classifier, save_classifier, train_classifier
-    from sgm_engine.outputs.output import check_writable
+    from sgm_engine.files.writing import check_writable
 
     if not file.exists():
         if training is None:

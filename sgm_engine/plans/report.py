@@ -6,10 +6,12 @@ The laws are exact for Gaussian data N(μ, v): there the score is linear, and a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from sgm_engine.files.writing import staged
 from sgm_engine.plans.schedule import check_sigmas
 
 GROWTH = 100.0  # of the distance to a single data point; plans that do worse are refused
@@ -168,5 +170,6 @@ def plot(plan: Plan, path=None, sigmas=None):
         axes.legend()
         axes.grid(alpha=0.3)
     if path is not None:
-        figure.savefig(path, dpi=120)
+        with staged(path) as file:
+            figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=120)
     return figure
