@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sgm_engine.checkpoints.original_config import levels_between, read_config
 from sgm_engine.checkpoints.torch_file import CheckpointError, check_file
 from sgm_engine.checkpoints.weights_file import FLOATS, FORMAT, FORMAT_VERSION, State, open_state, read_tensor
+from sgm_engine.files.reading import short
 from sgm_engine.files.writing import write_file
 from sgm_engine.models import ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
@@ -178,7 +179,7 @@ def _infer(state: State, hints: dict[str, object]) -> ModelConfig:
         fields["plan"] = published.plan
     try:
         return ModelConfig.from_dict(fields)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"does not describe a network: {error}") from None
 
 
@@ -193,8 +194,13 @@ def _same_sigmas(stored: Tensor, given) -> tuple[float, ...]:
 
 def _fill(config: ModelConfig | CDMConfig, state: State, file_size: int) -> nn.Module:
     """The network with the state's weights, once every name, shape and size has been found to be right."""
-    with torch.device("meta"):
-        model = config.build()
+    if (least := getattr(config, "least_tensors", 0)) > len(state.shapes):
+        raise CheckpointError(f"describes a network of more than {least} tensors, and holds {len(state.shapes)}")
+    try:
+        with torch.device("meta"):
+            model = config.build()
+    except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"does not describe a network: {short(error)}") from None
     expected = model.state_dict()
     missing, extra = sorted(expected.keys() - state.shapes.keys()), sorted(state.shapes.keys() - expected.keys())
     if missing or extra:

@@ -12,16 +12,16 @@ import hashlib
 import io
 import math
 import mmap
-import os
 import pickletools
-import stat
+import reprlib
 import sys
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sgm_engine.files.reading import DAMAGE, MAX_DIMS, ZipFile, open_file
 
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 MAX_OPCODES = 1_000_000  # a checkpoint of a thousand tensors and its optimizer takes 50,000
@@ -47,13 +47,14 @@ class CheckpointError(ValueError):
 def check_file(path: Path, sha256: str | None = None) -> None:
     """CheckpointError unless path is a regular file that can be read and (if given) has this sha256, hexadecimal."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError("is not a file")
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 is not None else None
+    except IsADirectoryError:
+        raise CheckpointError("is not a file") from None
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise CheckpointError("is not a file") from None
     if sha256 is not None and digest != sha256.lower():
         raise CheckpointError(f"has sha256 {digest}, expected {sha256.lower()}: damaged, or another file")
 
@@ -87,17 +88,17 @@ class TorchFile:
     """
 
     def __init__(self, path: Path):
-        self._file = open(path, "rb")  # noqa: SIM115
+        self._file = open_file(path)
         self._bytes: mmap.mmap | None = None
         try:
             zipped = self._file.read(4) == b"PK\x03\x04"
             self._size = self._file.seek(0, io.SEEK_END)
             self._file.seek(0)
-            self._zip = zipfile.ZipFile(self._file) if zipped else None
+            self._zip = ZipFile(self._file) if zipped else None
             self.content = self._open_zip() if zipped else self._open_stream()
         except BaseException as error:
             self.close()
-            if isinstance(error, _DAMAGE) and not isinstance(error, CheckpointError):
+            if isinstance(error, DAMAGE) and not isinstance(error, CheckpointError):
                 raise CheckpointError(f"is damaged or not a torch file ({_short(error)})") from None
             raise
 
@@ -122,7 +123,7 @@ class TorchFile:
             )
         try:
             raw = self._read_record(storage)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise CheckpointError(f"is damaged ({_short(error)})") from None
         if not math.prod(shape):
             return torch.empty(shape, dtype=storage.dtype)
@@ -135,7 +136,7 @@ class TorchFile:
         programs = [name for name in names if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(programs) != 1 or len(set(names)) != len(names):
             raise CheckpointError("is a zip archive, but not one that torch.save wrote (it needs exactly one data.pkl)")
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        if any(entry.compress_type for entry in entries):
             raise CheckpointError("holds compressed entries, which can unpack to any size; torch.save writes none")
         if sum(entry.file_size for entry in entries) > self._size:
             raise CheckpointError("claims more data than the file holds")
@@ -153,15 +154,23 @@ class TorchFile:
         self._bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         if self._bytes[:1] != b"\x80" or _interpret(self._bytes) != LEGACY_MAGIC:
             raise CheckpointError("is neither a torch file nor safetensors")
-        if (version := _interpret(self._bytes)) != LEGACY_VERSION:
-            raise CheckpointError(f"has version {version!r} of the old torch layout, expected {LEGACY_VERSION}")
+        version = _interpret(self._bytes)
+        if type(version) is not int or version != LEGACY_VERSION:
+            raise CheckpointError(
+                f"has version {_short(reprlib.repr(version))} of the old torch layout, expected {LEGACY_VERSION}"
+            )
         machine = _interpret(self._bytes)
         if not isinstance(machine, dict) or machine.get("little_endian") is not (sys.byteorder == "little"):
             raise CheckpointError(f"was written on a machine of another byte order than this one ({sys.byteorder})")
         used: dict[str, Storage] = {}
         content = _interpret(self._bytes, used)
         keys = _interpret(self._bytes)
-        if not isinstance(keys, list) or set(keys) != set(used) or len(keys) != len(used):
+        if (
+            not isinstance(keys, list)
+            or any(type(key) is not str for key in keys)
+            or set(keys) != set(used)
+            or len(keys) != len(used)
+        ):
             raise CheckpointError("lists other storages than its tensors use")
         self._records: dict[str, tuple[int, int]] = {}
         position = self._bytes.tell()
@@ -191,6 +200,7 @@ def _interpret(stream, storages: dict[str, Storage] | None = None) -> object:
     stack: list = []
     marks: list[list] = []  # the stacks below each open mark
     memo: dict[int, object] = {}
+    copied = 0  # pairs of dicts that were made of lists; a list may be used again and again
     for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
         if count >= MAX_OPCODES:
             raise CheckpointError(f"describes its content in more than {MAX_OPCODES} opcodes, where thousands would do")
@@ -227,10 +237,10 @@ def _interpret(stream, storages: dict[str, Storage] | None = None) -> object:
                 _expect(stack[-1], list).extend(items)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                _expect(stack[-1], dict)[key] = value
+                _expect(stack[-1], dict)[_key(key)] = value
             case "SETITEMS":
                 items, stack = stack, marks.pop()
-                _expect(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+                _expect(stack[-1], dict).update(zip(map(_key, items[::2]), items[1::2], strict=True))
             case "GLOBAL":
                 if arg not in _STORAGES and arg not in _REBUILD:
                     raise CheckpointError(
@@ -239,7 +249,12 @@ def _interpret(stream, storages: dict[str, Storage] | None = None) -> object:
                     )
                 stack.append(_Name(arg))
             case "REDUCE":
-                args, name = stack.pop(), stack.pop()
+                args, name = _expect(stack.pop(), tuple), stack.pop()
+                copied += (
+                    sum(len(a) for a in args if type(a) in (list, tuple)) if len(args) <= MAX_DIMS else MAX_OPCODES
+                )
+                if copied >= MAX_OPCODES:
+                    raise CheckpointError("describes its content in more steps than weights do")
                 stack.append(_REBUILD[_expect(name, _Name)](*args))
             case "BUILD":  # a state_dict's version notes
                 stack.pop()
@@ -258,6 +273,13 @@ class _Name(str):
     """A name of _STORAGES or _REBUILD that the program refers to."""
 
 
+def _key(value) -> str | int:
+    """A key of a dict: nothing else, for the hash of a nested tuple has no bound in time or depth."""
+    if type(value) not in (str, int):
+        raise CheckpointError(f"has a {type(value).__name__} as a key, which weights do not need")
+    return value
+
+
 def _expect(value, kind: type):
     if type(value) is not kind:
         raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
@@ -272,22 +294,23 @@ def _storage(kind, name, key, _device, numel, view=None) -> Storage:
 
 def _tensor(storage, offset, shape, stride, *_hooks) -> StoredTensor:
     counts = (offset, *_expect(shape, tuple), *_expect(stride, tuple))
-    if len(shape) != len(stride) or any(type(n) is not int or not 0 <= n < 2**63 for n in counts):
+    if (
+        len(shape) != len(stride)
+        or len(shape) > MAX_DIMS
+        or any(type(n) is not int or not 0 <= n < 2**63 for n in counts)
+    ):
         raise CheckpointError("describes a tensor in a way that torch.save does not")
     return StoredTensor(_expect(storage, Storage), offset, shape, stride)
 
 
 _REBUILD = {
-    "collections OrderedDict": lambda pairs=(): dict(pairs),
+    "collections OrderedDict": lambda pairs=(): {_key(key): value for key, value in pairs},
     "torch._utils _rebuild_tensor": _tensor,
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_parameter": lambda data, _requires_grad, _hooks: _expect(data, StoredTensor),
     "torch Size": lambda values: _expect(values, tuple),
 }
 
-_DAMAGE = (zipfile.BadZipFile, EOFError, OverflowError, NotImplementedError, RuntimeError, UnicodeError, IndexError,
-           KeyError, TypeError, ValueError, MemoryError)  # fmt: skip
 
-
-def _short(error: BaseException) -> str:
+def _short(error: object) -> str:
     return " ".join(str(error).split())[:120] or type(error).__name__

@@ -18,6 +18,7 @@ from sgm_engine.cli.console import (
     complain,
     rate,
     say,
+    shown,
     some,
     stoppable,
 )
@@ -115,9 +116,9 @@ def verify(args: argparse.Namespace) -> int:
 
         found = verify(args.folder)
     for problem in found.problems:
-        print(problem)
+        print(shown(problem))
     for name in found.unexpected:
-        print(f"{name} is unexpected: no part of this job")
+        print(shown(f"{name} is unexpected: no part of this job"))
     for divergence in found.diverged:
         print(f"{divergence} diverged and was left out")
     print(found)
@@ -188,7 +189,7 @@ def _print(job, report) -> None:
         f"{report.samples} samples in {report.seconds:.2f} s: {rate(speed)} samples/s, {spec.plan.nfe} NFE a sample, "
         f"{rate(speed * spec.plan.nfe)} NFE/s"
     )
-    print(f"plan: {spec.plan.name}({', '.join(f'{k}={v}' for k, v in spec.plan.metadata.items())})")
+    print(shown(f"plan: {spec.plan.name}({', '.join(f'{k}={v}' for k, v in spec.plan.metadata.items())})"))
     print(f"how: {geometry.precision} on {geometry.device}, executor {geometry.executor}, batch {geometry.batch}")
     share = f", worker {report.worker.index} of {report.worker.count}" if report.worker.count > 1 else ""
     there = len(job.folder.recorded(spec))

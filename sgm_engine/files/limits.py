@@ -14,6 +14,10 @@ RATIO = 20  # what photographs and digits, deflated, do not reach
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
+class Refused(ValueError):
+    """What a gate refuses in a file: the reason is complete, the file's name may still be missing."""
+
+
 def allowance() -> int:
     """Bytes that any file may ask for, however small it is."""
     text = os.environ.get(VARIABLE) or DEFAULT
@@ -36,7 +40,7 @@ def most_text() -> int:
 def check_need(needed: int, held: int, what: str) -> None:
     """ValueError if ``what`` asks for more bytes than a file of ``held`` bytes may."""
     if needed > most_bytes(held):
-        raise ValueError(f"{what} asks for {size(needed)}, and its file has {size(held)}: {remedy(needed)}")
+        raise Refused(f"{what} asks for {size(needed)}, and its file has {size(held)}: {remedy(needed)}")
 
 
 def remedy(needed: int) -> str:

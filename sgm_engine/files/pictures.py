@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sgm_engine.files.limits import check_need
+from sgm_engine.files.limits import Refused, check_need
 from sgm_engine.files.reading import short
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def decode_picture(content: bytes) -> np.ndarray:
     are those of 8. ValueError: damaged, transparent, 16 bits, CMYK, several frames, or more pixels than a file may
     ask for (limits.py).
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
@@ -34,15 +34,17 @@ def decode_picture(content: bytes) -> np.ndarray:
                 picture.width * picture.height * BYTES_A_PIXEL, 0, f"a picture of {picture.width}×{picture.height}"
             )
             if (frames := getattr(picture, "n_frames", 1)) > 1:
-                raise ValueError(f"it holds {frames} frames, one belongs in a picture")
+                raise Refused(f"it holds {frames} frames, one belongs in a picture")
             deep = _sixteen_bits(content)
             picture.load()
             return _pixels(ImageOps.exif_transpose(picture), deep)
+    except UnidentifiedImageError:
+        raise Refused(f"it is not a readable picture of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(short(error)) from None
+        raise Refused(short(error)) from None
     except (OSError, SyntaxError, EOFError, struct.error, KeyError, IndexError, TypeError, OverflowError, MemoryError,
             NotImplementedError, RuntimeError) as error:  # fmt: skip
-        raise ValueError(f"it is no readable picture ({short(error)})") from None
+        raise Refused(f"it is not a readable picture ({short(error)})") from None
 
 
 def _sixteen_bits(content: bytes) -> bool:
@@ -54,27 +56,27 @@ def _pixels(picture: Image.Image, deep: bool) -> np.ndarray:
     if picture.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         return _eight_of_sixteen(np.asarray(picture.convert("I")))
     if deep:
-        raise ValueError("it has 16 bits a value: convert it to 8 bits first")
+        raise Refused("it has 16 bits a value: convert it to 8 bits first")
     palette = picture.mode in ("P", "PA")
     if "transparency" in picture.info or picture.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         grey = picture.mode in ("1", "L", "LA", "La")
         picture = picture.convert("LA" if grey else "RGBA")
         if picture.getextrema()[-1][0] < 255:
-            raise ValueError("it has transparent pixels: flatten it over a background first")
+            raise Refused("it has transparent pixels: flatten it over a background first")
         picture = picture.convert("L" if grey else "RGB")
     if picture.mode == "1":
         return np.asarray(picture.convert("L"))[:, :, None]
     if palette:
         return _squeezed(np.asarray(picture.convert("RGB")))
     if picture.mode not in ("L", "RGB"):
-        raise ValueError(f"it is {picture.mode}, neither grey nor RGB: convert it first")
+        raise Refused(f"it is {picture.mode}, neither grey nor RGB: convert it first")
     return np.atleast_3d(np.asarray(picture))
 
 
 def _eight_of_sixteen(values: np.ndarray) -> np.ndarray:
     eight, rest = np.divmod(values, 257)
     if rest.any() or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-        raise ValueError("it has 16 bits a value: convert it to 8 bits first")
+        raise Refused("it has 16 bits a value: convert it to 8 bits first")
     return eight.astype(np.uint8)[:, :, None]
 
 

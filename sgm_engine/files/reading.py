@@ -14,15 +14,16 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tokenize import TokenError
 from typing import BinaryIO
+from zipfile import ZipFile
 
 import numpy as np
 
-from sgm_engine.files.limits import check_need, most_bytes, most_text, remedy, size
+from sgm_engine.files.limits import Refused, check_need, most_bytes, most_text, remedy, size
 
 MAX_YAML = 1 << 16  # bytes; parsing takes a second for 100 KB
 MAX_DIMS = 8
@@ -44,7 +45,7 @@ def open_file(path: str | os.PathLike, folder: int | None = None) -> BinaryIO:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(21, "Is a directory", os.fspath(path))
         if not stat.S_ISREG(mode):
-            raise ValueError(f"{os.fspath(path)}: is not a regular file")
+            raise Refused(f"{os.fspath(path)}: is not a regular file")
         return os.fdopen(fd, "rb")
     except BaseException:
         os.close(fd)
@@ -57,7 +58,7 @@ def read_bytes(path: str | os.PathLike, limit: int | None = None, folder: int | 
         held = os.fstat(file.fileno()).st_size
         content = b"" if limit is not None and held > limit else file.read(-1 if limit is None else limit + 1)
     if limit is not None and max(held, len(content)) > limit:
-        raise ValueError(f"{os.fspath(path)}: {size(held)} are too many, at most {size(limit)} are read")
+        raise Refused(f"{os.fspath(path)}: {size(held)} are too many, at most {size(limit)} are read")
     return content
 
 
@@ -66,45 +67,45 @@ def read_text(path: str | os.PathLike, limit: int | None = None, folder: int | N
     try:
         return read_bytes(path, most_text() if limit is None else limit, folder).decode("utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{os.fspath(path)}: is no UTF-8 text") from None
+        raise Refused(f"{os.fspath(path)}: is no UTF-8 text") from None
 
 
 def parse_json(text: str | bytes) -> object:
     """The value of a JSON text; ValueError for anything else, for NaN and Infinity, and for nesting without end."""
 
     def no_constant(name: str):
-        raise ValueError(f"{name} is not a number")
+        raise Refused(f"{name} is not a number")
 
     try:
         return json.loads(text, parse_constant=no_constant)
     except RecursionError:
-        raise ValueError("it nests too deep") from None
+        raise Refused("it nests too deep") from None
 
 
-def parse_yaml(text: str, tags: Mapping[str, str] | None = None) -> object:
+def parse_yaml(text: str, tags: Iterable[str] = ()) -> object:
     """The value of a YAML text: plain data, no aliases, which can nest. tags: those to be read as a mapping."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent, index):
             if self.check_event(yaml.AliasEvent):
-                raise ValueError("it uses YAML aliases, which a configuration does not need")
+                raise Refused("it uses YAML aliases, which a configuration does not need")
             return super().compose_node(parent, index)
 
-    for tag in tags or ():
+    for tag in tags:
         Loader.add_constructor(tag, lambda loader, node: loader.construct_mapping(node, deep=True))
     if len(text) > MAX_YAML:
-        raise ValueError(f"it is too long for a configuration: {len(text)} characters, at most {MAX_YAML}")
+        raise Refused(f"it is too long for a configuration: {len(text)} characters, at most {MAX_YAML}")
     try:
         return yaml.load(text, Loader)
     except RecursionError:
-        raise ValueError("it nests too deep") from None
+        raise Refused("it nests too deep") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
-        raise ValueError(f"it is not YAML{line}: {short(getattr(error, 'problem', None) or error)}") from None
+        raise Refused(f"it is not YAML{line}: {short(getattr(error, 'problem', None) or error)}") from None
     except (TypeError, AttributeError, OverflowError, KeyError, IndexError) as error:  # a list as a key, a bad date, …
-        raise ValueError(f"it is not YAML: {short(error)}") from None
+        raise Refused(f"it is not YAML: {short(error)}") from None
 
 
 def read_gzipped(path: str | os.PathLike) -> bytes:
@@ -117,20 +118,20 @@ def read_gzipped(path: str | os.PathLike) -> bytes:
         while part := file.read(1 << 20):
             total += len(part)
             if total > most:
-                raise ValueError(f"it unpacks to more than {size(most)} from {size(len(content))}: {remedy(2 * most)}")
+                raise Refused(f"it unpacks to more than {size(most)} from {size(len(content))}: {remedy(2 * most)}")
             parts.append(part)
     return b"".join(parts)
 
 
 @contextmanager
-def open_zip(file: BinaryIO, name: object) -> Iterator[zipfile.ZipFile]:
+def open_zip(file: BinaryIO, name: object) -> Iterator[ZipFile]:
     """A zip archive to read from, one entry a name, that unpacks to no more than ``limits.most_bytes``."""
     with damage(name, "zip archive"):
         held = file.seek(0, io.SEEK_END)
-        with zipfile.ZipFile(file) as archive:
+        with ZipFile(file) as archive:
             entries = archive.infolist()
             if len({entry.filename for entry in entries}) != len(entries):
-                raise ValueError("it has two entries of one name")
+                raise Refused("it has two entries of one name")
             check_need(sum(entry.file_size for entry in entries), held, "its content")
             yield archive
 
@@ -141,12 +142,12 @@ def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
         version = np.lib.format.read_magic(file)
         reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
         if reader is None:
-            raise ValueError(f".npy format {version} is not supported")
+            raise Refused(f".npy format {version} is not supported")
         shape, fortran, dtype = reader(file)
         if dtype.hasobject or dtype.itemsize == 0:
-            raise ValueError(f"it holds {dtype}, no numbers")
+            raise Refused(f"it holds {'Python objects' if dtype.hasobject else dtype}, no numbers")
         if len(shape) > MAX_DIMS or any(n < 0 for n in shape):
-            raise ValueError(f"its shape is {short(shape)}")
+            raise Refused(f"its shape is {short(shape)}")
     return shape, fortran, dtype
 
 
@@ -157,7 +158,7 @@ def map_npy(path: str | os.PathLike) -> np.ndarray:
         start, held = file.tell(), os.fstat(file.fileno()).st_size
         needed = dtype.itemsize * int(np.prod(shape, dtype=object))
         if needed > held - start:
-            raise ValueError(f"its shape {list(shape)} takes {needed} bytes, and {held - start} are there")
+            raise Refused(f"its shape {list(shape)} takes {needed} bytes, and {held - start} are there")
         if needed == 0:
             return np.empty(shape, dtype)
         return np.memmap(file, dtype, "r", start, shape, "F" if fortran else "C")
@@ -182,7 +183,7 @@ def parse_tar(content: bytes) -> dict[str, bytes]:
         files = {}
         for member in tar:
             if not member.isreg() or member.issparse() or member.size > len(content):
-                raise ValueError(f"{member.name!r} is no plain file")
+                raise Refused(f"{member.name!r} is no plain file")
             files[member.name] = tar.extractfile(member).read()
         return files
 
@@ -196,12 +197,12 @@ def open_safetensors(path: str | os.PathLike, framework: str) -> Iterator:
         length = int.from_bytes(file.read(8), "little")
         held = os.fstat(file.fileno()).st_size
     if length > held - 8 or length > most_text():
-        raise ValueError(f"{os.fspath(path)} is damaged or no .safetensors file: its header has {length} bytes")
+        raise Refused(f"{os.fspath(path)} is damaged or no .safetensors file: its header has {length} bytes")
     try:
         with safe_open(path, framework) as opened:
             yield opened
     except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is damaged or no .safetensors file: {short(error)}") from None
+        raise Refused(f"{os.fspath(path)} is damaged or no .safetensors file: {short(error)}") from None
 
 
 @contextmanager
@@ -212,10 +213,10 @@ def damage(name: object, kind: str) -> Iterator[None]:
     except DAMAGE as error:
         if isinstance(error, OSError) and error.filename is not None:  # the disk's answer, not the content's
             raise
-        name = os.fspath(name) if isinstance(name, os.PathLike) else str(name)
-        if type(error) is ValueError and name and str(error).startswith(name):
-            raise
-        raise ValueError(f"{name} is damaged or no {kind}: {short(error)}".lstrip()) from None
+        text, name = str(error), os.fspath(name) if isinstance(name, os.PathLike) else str(name)
+        if isinstance(error, Refused):
+            raise Refused(text if not name or text.startswith(name) else f"{name}: {text}") from None
+        raise Refused(f"{name} is damaged or no {kind}: {short(error)}".lstrip()) from None
 
 
 def short(error: object) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+from zipfile import ZipFile
 
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW  # never a file that is there, never a link
 CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBADF)
@@ -81,6 +82,11 @@ def append_line(path: str | os.PathLike, line: str) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     with os.fdopen(os.open(path, flags, 0o666), "w", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+def new_zip(file: BinaryIO) -> ZipFile:
+    """An empty archive to write into."""
+    return ZipFile(file, "w")
 
 
 def flush_folder(fd: int) -> None:

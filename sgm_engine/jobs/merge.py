@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import IO
-from zipfile import ZipFile
 
 import numpy as np
 
-from sgm_engine.files.writing import check_writable, staged
+from sgm_engine.files.writing import check_writable, new_zip, staged
 from sgm_engine.jobs.folder import Folder, ShardError
 from sgm_engine.jobs.formats import FORMATS
 from sgm_engine.jobs.spec import JobError, JobSpec
@@ -80,7 +79,7 @@ def _unusable(folder: Folder, error: ShardError) -> JobError:
 def _write_npz(file: IO[bytes], ids: np.ndarray, shape: Sequence[int], samples: Iterator[np.ndarray]) -> None:
     """As np.savez writes it, to the byte."""
     c, h, w = shape
-    with ZipFile(file, "w") as archive:
+    with new_zip(file) as archive:
         with _entry(archive, "arr_0") as entry:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(ids), h, w, c)}
             np.lib.format.write_array_header_1_0(entry, header)
@@ -90,7 +89,7 @@ def _write_npz(file: IO[bytes], ids: np.ndarray, shape: Sequence[int], samples: 
             np.lib.format.write_array(entry, ids)
 
 
-def _entry(archive: ZipFile, name: str) -> IO[bytes]:
+def _entry(archive, name: str) -> IO[bytes]:
     return archive.open(f"{name}.npy", "w", force_zip64=True)
 
 

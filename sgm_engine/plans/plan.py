@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from sgm_engine.files.reading import parse_json
 from sgm_engine.plans.report import describe, plot, refuse_divergence
 from sgm_engine.plans.schedule import check_column, check_number, check_sigmas, nearest_level
 
@@ -82,6 +84,10 @@ class Plan:
             raise ValueError(f"start_scale must be >= 0, got {self.start_scale}")
         if not np.isin(self.adaptive, (0, 1)).all():
             raise ValueError(f"adaptive must be 0 or 1, got {self.adaptive[~np.isin(self.adaptive, (0, 1))][0]}")
+        if not isinstance(self.name, str) or not self.name.isprintable() or len(self.name) > 200:
+            raise ValueError(f"name must be at most 200 characters that can be printed, got {self.name!r:.60}")
+        if not isinstance(self.metadata, Mapping):
+            raise ValueError(f"metadata must be an object of names and values, got {self.metadata!r:.60}")
         self._refuse_unstored()
         refuse_divergence(self)
 
@@ -157,8 +163,8 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """The plan that ``to_json`` wrote. ValueError says why a text is refused."""
         try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
+            content = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"not a plan: invalid JSON ({error})") from None
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ValueError(f'not a plan: expected an object with "format": "{FORMAT}"')
@@ -171,7 +177,7 @@ class Plan:
             raise ValueError(f"plan fields differ: missing {missing}, unknown {unknown}")
         try:
             return cls(**content)
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ValueError(f"not a plan: {error}") from None
 
     def _as_dict(self) -> dict[str, Any]:
