@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sgm_engine.files.limits import Refused, check_need
+from sgm_engine.files.limits import Refused
 from sgm_engine.files.reading import short
 
 if TYPE_CHECKING:
