@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sgm_engine.files.limits import Refused
+from sgm_engine.files.limits import Refused, allowance, remedy, size
 from sgm_engine.files.reading import short
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ def decode_picture(content: bytes) -> np.ndarray:
 
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-            check_need(
-                picture.width * picture.height * BYTES_A_PIXEL, 0, f"a picture of {picture.width}×{picture.height}"
-            )
+            width, height = picture.size
+            if (need := width * height * BYTES_A_PIXEL) > allowance():
+                raise Refused(f"it has {width}×{height} pixels, which take {size(need)}: {remedy(need)}")
             if (frames := getattr(picture, "n_frames", 1)) > 1:
                 raise Refused(f"it holds {frames} frames, one belongs in a picture")
             deep = _sixteen_bits(content)

@@ -35,7 +35,7 @@ def test_bombs_are_not_unpacked(tmp_path, monkeypatch):
         open_images(tmp_path / "x.npz")
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(IDX + bytes(64 << 20)))
     for read in (open_images, load_images):
-        with pytest.raises(ValueError, match="unpacks to more than 8.39 MB"):
+        with pytest.raises(ValueError, match=r"unpacks to more than 8\.39 MB"):
             read(tmp_path if read is load_images else f"{tmp_path}:train")
     monkeypatch.setenv("SGM_FILE_MEMORY", "1G")
     assert len(open_images(tmp_path / "x.npz")) == 65536
@@ -78,9 +78,7 @@ def test_damage_is_one_line_that_names_the_file(tmp_path, name):
             assert str(tmp_path) in str(error) and "\n" not in str(error), error
 
 
-@pytest.mark.parametrize(
-    "header", ["{'descr': '|u1', 'fortran_order': False, 'shape': (", "(" * 3000, "lambda: 0", "é"]
-)
+@pytest.mark.parametrize("header", ["{'descr': '|u1', 'shape': (", "(" * 3000, "lambda: 0", "é"])
 def test_a_npy_header_that_is_no_python(tmp_path, header):
     text = header.encode().ljust(60) + b"\n"
     (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
