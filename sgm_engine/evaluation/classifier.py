@@ -114,7 +114,10 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict[str, object]]:
             for name, tensor in model.state_dict().items():
                 if name not in names or file.get_slice(name).get_shape() != list(tensor.shape):
                     raise ValueError(f"it has no {name} of shape {list(tensor.shape)}")
-            model.load_state_dict({name: file.get_tensor(name).float() for name in names}, assign=True)
+            state = {name: file.get_tensor(name).float() for name in names}
+            if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+                raise ValueError(f"it holds NaN or Inf in {bad[0]}")
+            model.load_state_dict(state, assign=True)
         about = {"accuracy": float(about["accuracy"])} | about
     except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path} is damaged: {short(error)}") from None

@@ -37,7 +37,7 @@ def staged(path: str | os.PathLike) -> Iterator[BinaryIO]:
     A link at ``path`` is replaced, not followed. The folder is held open, so it is one and the same throughout.
     """
     path = Path(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    folder = _open_folder(path.parent)
     tmp = temporary_name(path.name)
     try:
         with os.fdopen(os.open(tmp, NEW, 0o666, dir_fd=folder), "w+b") as file:
@@ -87,6 +87,15 @@ def append_line(path: str | os.PathLike, line: str) -> None:
 def new_zip(file: BinaryIO) -> ZipFile:
     """An empty archive to write into."""
     return ZipFile(file, "w")
+
+
+def _open_folder(path: Path) -> int:
+    """A descriptor to create files by; one that may be written but not listed serves too."""
+    flags = os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        return os.open(path, os.O_RDONLY | flags)
+    except PermissionError:
+        return os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | flags)
 
 
 def flush_folder(fd: int) -> None:

@@ -160,3 +160,10 @@ def test_what_runs_a_files_content_asks_first(tmp_path, kind, sgm):
     with pytest.raises(ValueError, match="can run any program when it is opened: pass --trust-features"):
         open_extractor(f"{kind}:{tmp_path}/x.pt2")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_classifier_that_holds_nan(tmp_path):
+    model = Classifier((1, 8, 8), 3)
+    model.out.bias.data[1] = torch.nan
+    save_classifier(model, tmp_path / "k", {"accuracy": 0.5})
+    soon(ValueError, r"k is damaged: it holds NaN or Inf in out\.bias", load_classifier, tmp_path / "k")

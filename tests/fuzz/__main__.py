@@ -23,7 +23,7 @@ PARTS = ("readers", "command")
 PATIENCE = 10.0  # seconds for a case
 
 
-def fuzz(part: str, seed: int, first: int, cases: int, stop: float) -> tuple[int, list[str]]:
+def fuzz(part: str, seed: int, first: int, cases: int, stop: float, limit: float = PATIENCE) -> tuple[int, list[str]]:
     """(cases done, findings). A process that hangs or dies is replaced, and goes on with the next case."""
     findings, case = [], first
     while case < first + cases and time.monotonic() < stop:
@@ -45,7 +45,7 @@ def fuzz(part: str, seed: int, first: int, cases: int, stop: float) -> tuple[int
                         case += 1
                     break
                 number, _, finding = line.rstrip("\n").partition(" ")
-                patience = PATIENCE
+                patience = limit
                 if finding == "begins":
                     case = int(number)
                 elif finding == "done":
