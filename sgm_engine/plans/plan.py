@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sgm_engine.files.reading import parse_json
-from sgm_engine.plans.report import describe, plot, refuse_divergence
+from sgm_engine.plans.report import check_label, describe, plot, refuse_divergence
 from sgm_engine.plans.schedule import check_column, check_number, check_sigmas, nearest_level
 
 FORMAT, VERSION = "sgm-plan", 2
@@ -82,12 +81,9 @@ class Plan:
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         if self.start_scale < 0:
             raise ValueError(f"start_scale must be >= 0, got {self.start_scale}")
-        if not np.isin(self.adaptive, (0, 1)).all():
-            raise ValueError(f"adaptive must be 0 or 1, got {self.adaptive[~np.isin(self.adaptive, (0, 1))][0]}")
-        if not isinstance(self.name, str) or not self.name.isprintable() or len(self.name) > 200:
-            raise ValueError(f"name must be at most 200 characters that can be printed, got {self.name!r:.60}")
-        if not isinstance(self.metadata, Mapping):
-            raise ValueError(f"metadata must be an object of names and values, got {self.metadata!r:.60}")
+        if len(odd := self.adaptive[~np.isin(self.adaptive, (0, 1))]):
+            raise ValueError(f"adaptive must be 0 or 1, got {odd[0]}")
+        check_label(self.name, self.metadata)
         self._refuse_unstored()
         refuse_divergence(self)
 
@@ -213,12 +209,8 @@ def annealed_langevin(
     if not isinstance(denoise, (bool, np.bool_)):
         raise TypeError(f"denoise must be True or False, got {denoise!r}")
     drift = alpha if convention == "code" else alpha / 2
-    options = {
-        "steps_per_level": int(steps_per_level),
-        "step_lr": step_lr,
-        "convention": convention,
-        "denoise": bool(denoise),
-    }
+    options = {"steps_per_level": int(steps_per_level), "step_lr": step_lr, "convention": convention}
+    options["denoise"] = bool(denoise)
     table = (level, np.ones(len(level)), drift, np.sqrt(2 * drift))
     start_law = (start, start_scale, start_shift)
     return _plan("annealed_langevin", sigmas, table, denoise, start_law, options)

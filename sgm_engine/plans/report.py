@@ -5,6 +5,7 @@ The laws are exact for Gaussian data N(μ, v): there the score is linear, and a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -147,6 +148,14 @@ def describe(plan: Plan, sigmas=None) -> str:
         rows = f"{i}" if j == i + 1 else f"{i}–{j - 1}"
         lines.append(f"{rows:>11} {plan.level[i]:>5} " + " ".join(f"{value:>10.5g}" for value in table[i, 1:]))
     return "\n".join(lines)
+
+
+def check_label(name: object, metadata: object) -> None:
+    """ValueError unless these can be printed: both come from files."""
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 200:
+        raise ValueError(f"name must be at most 200 characters that can be printed, got {name!r:.60}")
+    if not isinstance(metadata, Mapping):
+        raise ValueError(f"metadata must be an object of names and values, got {metadata!r:.60}")
 
 
 def plot(plan: Plan, path=None, sigmas=None):

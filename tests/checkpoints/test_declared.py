@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save
 
 from sgm_engine.checkpoints.checkpoint import CheckpointError, load_checkpoint
-from sgm_engine.checkpoints.torch_file import MAX_OPCODES, TorchFile
+from sgm_engine.checkpoints.torch_file import TorchFile
+from sgm_engine.checkpoints.torch_program import MAX_OPCODES
 from sgm_engine.evaluation.classifier import FORMAT, Classifier, load_classifier, save_classifier
 from sgm_engine.evaluation.features import open_extractor
 from sgm_engine.models.cdm.config import CDMConfig

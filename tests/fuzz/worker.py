@@ -29,22 +29,28 @@ def main(part: str, seed: int, first: int, count: int) -> None:
             print(f"{number} begins", file=out)
             folder = Path(name) / "case"
             folder.mkdir()
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            before = peak_memory()
             try:
                 finding = case(number, np.random.default_rng([seed, number]), folder)
             except BaseException as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 text = " ".join(str(error).split())[:200]
                 finding = f"{type(error).__name__} in {Path(where.filename).name}:{where.lineno}: {text}"
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            if peak * 1024 > MEMORY and peak > before:
-                finding = f"{finding or ''} {peak / 2**20:.2f} GB at its peak".strip()
+            peak = peak_memory()
+            if peak > MEMORY and peak > before:
+                finding = f"{finding or ''} {peak / 2**30:.2f} GB at its peak".strip()
             if finding:
                 print(f"{number} {finding}", file=out)
             print(f"{number} done", file=out)
             shutil.rmtree(folder)
-            if peak * 1024 > MEMORY:
+            if peak > MEMORY:
                 return
+
+
+def peak_memory() -> int:
+    """Bytes that this program has held at most; getrusage counts its parent's too."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 if __name__ == "__main__":
