@@ -138,16 +138,19 @@ def _checked(content: Mapping[str, Any]) -> dict[str, Any]:
     """The notes of a run.json; ValueError names what in it no job has."""
     job, notes = content["job"], content["notes"]
     for name in ("weights", "precision", "executor", "device", "torch", "engine", "format"):
-        if not isinstance(job[name], str) or not job[name] or not job[name].isprintable():
+        if not isinstance(job[name], str) or not job[name].strip() or not job[name].isprintable():
             raise ValueError(f"{name} must be a text, got {job[name]!r:.60}")
-    if job["format"] not in FORMATS or job["device"].split()[0] not in ("cpu", "cuda"):
+    if job["format"] not in FORMATS or job["device"].partition(" ")[0] not in ("cpu", "cuda"):
         raise ValueError(f"no job has format {job['format']!r:.60} and device {job['device']!r:.60}")
     shape = job["shape"] if isinstance(job["shape"], list) else []
     for name, value in (("batch", job["batch"]), ("shard_size", job["shard_size"]), *(("shape", n) for n in shape)):
         if type(value) is not int or not 1 <= value < 2**56:
             raise ValueError(f"{name} must be a positive integer, got {value!r:.60}")
-    if len(shape) != 3 or not isinstance(job["ids"], str) or not isinstance(job["seed"], str):
-        raise ValueError("shape must be [C, H, W], ids and seed texts")
+    if len(shape) != 3:
+        raise ValueError(f"shape must be [C, H, W], got {job['shape']!r:.60}")
+    texts = {"ids": job["ids"], "seed": job["seed"]} | dict(job.get("model", {}))
+    if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
+        raise ValueError(f"{wrong[0]} must be a text, got {texts[wrong[0]]!r:.60}")
     known = {"checkpoint": (str, type(None)), "config": (str, type(None)), "float8": str}
     if not isinstance(notes, dict) or any(not isinstance(notes[k], t) for k, t in known.items() if k in notes):
         raise ValueError("notes must be an object whose checkpoint, config and float8 are texts")
