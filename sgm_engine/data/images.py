@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from sgm_engine.files.limits import allowance
+from sgm_engine.files.limits import Refused, allowance
 from sgm_engine.files.pictures import SUFFIXES, decode_picture
 from sgm_engine.files.reading import MAX_DIMS, map_npy, read_bytes, read_gzipped
 from sgm_engine.keys import Key
@@ -148,7 +148,7 @@ def channels_first(x: np.ndarray, name: object) -> np.ndarray:
     first, last = x.ndim == 4 and x.shape[1] in (1, 3), x.ndim == 4 and x.shape[3] in (1, 3)
     if first == last:
         what = "could be [N, C, H, W] or [N, H, W, C]" if first else "must be [N, H, W], [N, H, W, C] or [N, C, H, W]"
-        raise ValueError(f"{name}: images {what}, C 1 or 3; got {list(x.shape)}")
+        raise Refused(f"{name}: images {what}, C 1 or 3; got {list(x.shape)}")
     return x if first else x.transpose(0, 3, 1, 2)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sgm_engine.data.images import channels_first, cifar_records, find_pictures, load_images, read_idx, read_picture
+from sgm_engine.files.limits import Refused
 from sgm_engine.files.reading import map_npy, npy_header, open_file, open_safetensors, open_zip
 from sgm_engine.outputs.images import to_uint8
 
@@ -141,13 +142,13 @@ def _npz(path: Path) -> ImageSet:
     """The array is read from within the archive as it is needed."""
     with open_file(path) as file, open_zip(file, path) as archive:
         if "arr_0.npy" not in archive.namelist():
-            raise ValueError(f"has no arr_0, only {[Path(n).stem for n in archive.namelist()][:9]}")
+            raise Refused(f"has no arr_0, only {[Path(n).stem for n in archive.namelist()][:9]}")
         size = archive.getinfo("arr_0.npy").file_size
         with archive.open("arr_0.npy") as entry:
             shape, dtype = _arr_0(entry)
             start = entry.tell()
         if (needed := dtype.itemsize * int(np.prod(shape, dtype=object))) != size - start:
-            raise ValueError(f"its arr_0 {list(shape)} takes {needed} bytes, and {size - start} are there")
+            raise Refused(f"its arr_0 {list(shape)} takes {needed} bytes, and {size - start} are there")
 
     def read(block: int) -> Iterator[np.ndarray]:
         with open_file(path) as file, open_zip(file, path) as archive, archive.open("arr_0.npy") as entry:
@@ -165,7 +166,7 @@ def _npz(path: Path) -> ImageSet:
 def _arr_0(entry) -> tuple[tuple[int, ...], np.dtype]:
     shape, fortran, dtype = npy_header(entry)
     if fortran or len(shape) < 3 or shape[0] == 0:
-        raise ValueError(f"arr_0 must be C-ordered [N, H, W, C] with N > 0, got {dtype} {list(shape)}")
+        raise Refused(f"arr_0 must be C-ordered [N, H, W, C] with N > 0, got {dtype} {list(shape)}")
     return shape, dtype
 
 
@@ -226,14 +227,14 @@ def _rounded(x: np.ndarray, name: object) -> np.ndarray:
     if np.issubdtype(x.dtype, np.floating) and x.size:
         outside = np.count_nonzero((x < -OVERSHOOT) | (x > 1 + OVERSHOOT)) / x.size
         if outside > SHARE:
-            raise ValueError(
+            raise Refused(
                 f"{name}: floating point images lie in [0, 1], and {outside:.0%} of these values do not: they go from "
                 f"{x.min():.3g} to {x.max():.3g}; scale them first"
             )
     try:
         return to_uint8(x).transpose(0, 3, 1, 2)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise Refused(f"{name}: {error}") from None
 
 
 _FILES = {".npz": _npz, ".npy": _npy, ".safetensors": _safetensors}

@@ -55,7 +55,11 @@ class HeldFolder:
 
     def has(self, name: str) -> bool:
         """Whether there is something of that name, a broken link too."""
-        return self._status(name) is not None
+        try:
+            os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
 
     def read(self, name: str, limit: int | None = None) -> bytes:
         """A regular file; OSError if it is a link or not there, ValueError for anything else."""
@@ -103,8 +107,12 @@ class HeldFolder:
 
     def remove(self, name: str) -> None:
         """Remove a file or a link; nothing if it is not there."""
-        with suppress(FileNotFoundError):
+        try:
             os.unlink(name, dir_fd=self.fd)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise self._plainly(error, name) from None
 
     def open_lock(self, name: str) -> int:
         """A descriptor of the empty file ``name``, made if it is not there, to be locked and closed."""
@@ -114,19 +122,8 @@ class HeldFolder:
         except OSError as error:
             raise self._plainly(error, name) from None
 
-    def is_at(self, name: str, fd: int) -> bool:
-        """Whether the file ``name`` is the one that the descriptor holds."""
-        there, held = self._status(name), os.fstat(fd)
-        return there is not None and os.path.samestat(there, held)
-
     def flush(self) -> None:
         flush_folder(self.fd)
-
-    def _status(self, name: str) -> os.stat_result | None:
-        try:
-            return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
 
     def _plainly(self, error: OSError, name: str) -> OSError:
         """With the whole path, and links called by their name (ELOOP; ENOTDIR of a folder that is a link)."""

@@ -24,7 +24,7 @@ import numpy as np
 from sgm_engine.errors import Divergence
 from sgm_engine.files.held import HeldFolder
 from sgm_engine.files.limits import most_text
-from sgm_engine.files.reading import parse_json
+from sgm_engine.files.reading import parse_json, short
 from sgm_engine.jobs.formats import FORMATS
 from sgm_engine.jobs.lock import alone, locked
 from sgm_engine.jobs.spec import JobError, JobSpec
@@ -58,9 +58,9 @@ class _Held(NamedTuple):
     top: HeldFolder
     work: HeldFolder
     tmp: HeldFolder
-    manifest: HeldFolder
     worker: Worker
     lock: int
+    manifest: HeldFolder | None = None  # made once the folder is this job's
 
 
 class Folder:
@@ -114,7 +114,7 @@ class Folder:
                     owner = name.split(".")[0]
                     if owner == str(worker) or not owner.endswith(f"-of-{worker.count}"):
                         tmp.remove(name)
-                self._held = _Held(top, work, tmp, tmp, worker, lock)
+                self._held = _Held(top, work, tmp, worker, lock)
                 self._create(RUN, spec.to_json(notes).encode())  # before all else: it makes this folder a job's
                 self.check(spec)  # another worker may have been first, with another job
                 self._create(CARD, card.encode())
@@ -173,7 +173,7 @@ class Folder:
         try:
             ids, samples = FORMATS[spec.format].decode(contents)
         except Exception as error:  # every library has its own; the digests were right, so somebody made them so
-            raise ShardError(shard, "foreign", f"its files are no {spec.format}: {error}") from None
+            raise ShardError(shard, "foreign", f"its files are no {spec.format}: {short(error)}") from None
         shape, dtype = ((c, h, w), np.float32) if FORMATS[spec.format].lossless else ((h, w, c), np.uint8)
         if ids.tolist() != record.ids or (record.ids and (samples.shape, samples.dtype) != ((len(ids), *shape), dtype)):
             raise ShardError(shard, "foreign", f"it holds other samples than {spec.shard_ids(shard)}")
