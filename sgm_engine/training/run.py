@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from sgm_engine.checkpoints.bundled import plan_for
 from sgm_engine.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from sgm_engine.data.images import Batches, load_images
+from sgm_engine.files.reading import read_text
+from sgm_engine.files.writing import append_line, write_file
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
-from sgm_engine.outputs.output import staged
 from sgm_engine.training.callbacks import EMA, SampleGrid, live_network
 from sgm_engine.training.config import PRECISIONS, WEIGHTS, TrainConfig
 from sgm_engine.training.module import ScoreModule
@@ -133,8 +134,7 @@ class Report(pl.Callback):
         if not np.isfinite(loss):
             raise RuntimeError(f"the loss is {loss} at step {step}: lower lr, or set clip; the last checkpoint is good")
         if trainer.is_global_zero:
-            with open(self.path, "a") as file:
-                file.write(f"{step},{loss:.4f},{seconds:.4f}\n")
+            append_line(self.path, f"{step},{loss:.4f},{seconds:.4f}")
             print(f"step {step:>7}/{trainer.max_steps}  loss {loss:.3f}  {seconds:.3f} s/step", flush=True)
 
 
@@ -192,7 +192,7 @@ def _claim(folder: Path, config: TrainConfig, images: np.ndarray) -> None:
     path, first = folder / "config.yaml", os.environ.get("RANK", "0") == "0"
     digest = hashlib.sha256(np.ascontiguousarray(images[:1000]).tobytes()).hexdigest()
     data = f"{OURS}{'×'.join(map(str, images.shape))}, sha256 of the first 1,000 {digest}"
-    ours = path.is_file() and path.read_text("utf-8").startswith(OURS)
+    ours = path.is_file() and read_text(path).startswith(OURS)
     if first and not ours and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise ValueError(f"--out {folder}: holds something else than a run of this command: name a new folder")
     if ours and newest_checkpoint(folder):
@@ -201,11 +201,10 @@ def _claim(folder: Path, config: TrainConfig, images: np.ndarray) -> None:
             old, new = getattr(before, field.name), getattr(config, field.name)
             if old != new and field.name not in MAY_CHANGE:
                 raise ValueError(f"{folder} holds a run with {field.name}={old}, not {new}: name another folder")
-        if path.read_text("utf-8").splitlines()[0] != data:
+        if read_text(path).splitlines()[0] != data:
             raise ValueError(f"{folder} holds a run on other data: name another folder")
     if first:
-        with staged(path) as temporary:
-            temporary.write_text(data + "\n" + config.to_yaml(), "utf-8")
+        write_file(path, data + "\n" + config.to_yaml())
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
