@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine.executors.native.executor import NativeNetwork, refusal
+from sgm_engine.executors.watch import same, tensors_of
 from sgm_engine.plans.schedule import check_sigmas, nearest_level
 
 
@@ -35,7 +36,7 @@ class Denoiser(nn.Module):
             raise ValueError("sigmas: the model has no .sigmas, so pass sigmas=[…], its noise levels, descending")
         self.model, self.sigmas = model, check_sigmas(sigmas)
         self._native: tuple[tuple[int, ...], NativeNetwork] | None = None  # for one shape of x
-        self._seen: list[tuple[int, int]] = []  # of the weights that it has packed
+        self._tensors: list[Tensor] = []  # that it was made of
 
     def forward(self, x: Tensor, sigma: float | Tensor, *args, **kwargs) -> Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1).cpu().numpy()
@@ -62,10 +63,9 @@ class Denoiser(nn.Module):
         gradient = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         if gradient or x.device.type != "cpu" or x.dtype != torch.float32 or refusal(self.model) is not None:
             return self.model(x, level)
-        if self._native is None or self._native[0] != x.shape:
-            self._native, self._seen = (x.shape, NativeNetwork(self.model, len(x), *x.shape[2:])), []
-        network, weights = self._native[1], [(p.data_ptr(), p._version) for p in self.parameters()]
-        if weights != self._seen:
-            network.sync()
-            self._seen = weights
+        tensors = tensors_of(self.model)
+        if self._native is None or self._native[0] != x.shape or not same(self._tensors, tensors):
+            self._native, self._tensors = (x.shape, NativeNetwork(self.model, len(x), *x.shape[2:])), tensors
+        network = self._native[1]
+        network.sync()
         return network(x, level)
