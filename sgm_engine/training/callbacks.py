@@ -16,6 +16,7 @@ from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import SampleDiverged
 from sgm_engine.outputs.images import grid, save_png, to_uint8
 from sgm_engine.plans.plan import Plan
+from sgm_engine.training.module import InOwnDtype, weights_dtype
 
 
 class EMA(WeightAveraging):
@@ -65,6 +66,7 @@ class SampleGrid(Callback):
         self.plan, self.seed, self.network = plan, seed, network
         self.folder, self.engine_options = folder and Path(folder), engine
         self.engine: Engine | None = None  # from the first grid on
+        self._drawn_from: nn.Module | None = None
         self._drawn = 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_) -> None:
@@ -75,15 +77,20 @@ class SampleGrid(Callback):
         self.draw(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.engine = None  # the average is another module in the next fit
+        self.engine = self._drawn_from = None  # the average is another module in the next fit
 
     def draw(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
         """Draw the grid of the present weights, write it, show it to TensorBoard: float32 [n, C, H, W]."""
         network = live_network(trainer, pl_module, self.network)
-        if self.engine is None or self.engine.model is not network:
+        if self.engine is None or self._drawn_from is not network:
             on_gpu = pl_module.device.type == "cuda"
-            batch = min(self.n, 128 if on_gpu else 16)
-            self.engine = Engine(network, **{"batch": batch} | self.engine_options)
+            options = {"batch": min(self.n, 128 if on_gpu else 16)} | self.engine_options
+            model = network
+            if (dtype := weights_dtype(network)) != torch.float32:  # "bf16-true": samples are in float32 all the same
+                model = InOwnDtype(network, dtype, getattr(pl_module, "sigmas", network.sigmas))
+                options = {"device": pl_module.device} | options
+            self.engine = Engine(model, **options)
+            self._drawn_from = network
         training = network.training
         network.eval()
         try:
