@@ -154,6 +154,23 @@ def test_nan_is_not_saved(begun, tmp_path):
         resumed(begun, tmp_path, lr=1e30, steps=60, save_every=6, log_every=50)
 
 
+def test_a_save_is_whole_or_absent(tmp_path, monkeypatch):
+    """It is written beside its target: no temporary folder, perhaps on another file system, has a part in it."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    files, path = keeping.WholeFiles(), tmp_path / "checkpoints" / "00000001.ckpt"
+    files.save_checkpoint({"state_dict": {"w": torch.ones(3)}, "global_step": 1}, path)
+    assert keeping.whole(path) and torch.load(path, weights_only=True)["global_step"] == 1
+
+    def dies(checkpoint, file):
+        file.write_bytes(path.read_bytes()[:50])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        files.save_checkpoint({"global_step": 2}, path.with_name("00000002.ckpt"))
+    assert [p.name for p in path.parent.iterdir()] == ["00000001.ckpt"]
+
+
 def test_not_finite_names_tensors():
     state = {"a": [torch.ones(2), {"b": torch.tensor([1.0, torch.inf])}], "n": torch.tensor([3]), "s": "text"}
     assert list(keeping.not_finite(state)) == ["a.1.b"]
