@@ -8,7 +8,6 @@ import threading
 import pytest
 import torch
 
-from sgm_engine import _C
 from sgm_engine.engine.engine import Engine
 from sgm_engine.integrations.deepinv import Denoiser
 from sgm_engine.jobs.job import Job
@@ -20,7 +19,7 @@ from tests.writers import FUSED, SIGMAS, STRUCTURAL, WRITERS, flip, one_element,
 PLAN = annealed_langevin(SIGMAS, 6, step_lr=1e-3)  # 18 steps: more than lie between two looks
 DRAWS = int(os.environ.get("SGM_DRAWS", "8"))  # of each executor and precision
 RUNS = [("native", "float32"), ("native", "direct"), ("hybrid", "float32"), ("eager", "bfloat16"), ("eager", "float32")]
-RUNS += [("native", "bfloat16")] if _C.isa() == "avx512_bf16" else []
+RUNS += [("native", "bfloat16")]
 
 
 @pytest.fixture(autouse=True)
