@@ -25,15 +25,16 @@ def digests(tensors: Iterable[Tensor]) -> list[tuple | None]:
     """
     found: list[tuple | None] = []
     memory: list[tuple[int, int]] = []
-    kept: list[Tensor] = []  # copies of what has gaps
+    held: list[Tensor] = []  # the memory stays while it is read, whatever another thread assigns meanwhile
     for t in tensors:
         if not readable(t):
             found.append(None)
             continue
-        found.append((t.dtype, t.shape, t.stride()))
-        if not (t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)):
-            t = t.detach().resolve_conj().resolve_neg().contiguous()
-            kept.append(t)
-        memory.append((t.data_ptr(), t.nbytes))
+        alias = t.detach()
+        found.append((alias.dtype, alias.shape, alias.stride()))
+        if not (alias.is_contiguous() or alias.is_contiguous(memory_format=torch.channels_last)):
+            alias = alias.resolve_conj().resolve_neg().contiguous()  # what has gaps
+        held.append(alias)
+        memory.append((alias.data_ptr(), alias.nbytes))
     words = iter(_C.digest(memory))
     return [about and (*about, next(words)) for about in found]

@@ -32,6 +32,11 @@ class EMA(WeightAveraging):
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         super().__init__(use_buffers=False, multi_avg_fn=partial(_ema_update, decay))
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if (dtype := weights_dtype(pl_module)).itemsize < 4:
+            rank_zero_warn(f"an average of {dtype} weights is too coarse to move: train with precision='bf16-mixed'")
+
 
 @torch.no_grad()
 def _ema_update(decay: float, average: list[Tensor], current: list[Tensor], n: Tensor | int) -> None:
