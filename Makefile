@@ -57,7 +57,7 @@ $(VENV)/.installed: $(BUILT_FROM) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	@$(PIP) -e '.[test,lint,integrations,train]'
+	@$(PIP) -e '.[test,lint,integrations,train,trainers]'
 	@$(PIP) --no-deps azula deepinv k-diffusion  # see pyproject.toml
 	@touch $@
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from sgm_engine.files.limits import Refused, allowance
 from sgm_engine.files.pictures import SUFFIXES, decode_picture
@@ -48,30 +49,73 @@ def load_images(path: str | Path, split: str = "train", form: str | None = None,
 
 
 class Batches(IterableDataset):
-    """Batches of ``images`` without end, as uint8 tensors [batch, C, H, W], from number ``start()`` on.
+    """Batches of ``images`` without end, as uint8 tensors [batch, C, H, W], from number ``start`` on, or ``start()``.
 
     Training sample k is image order(epoch)[k mod N], epoch = k // N. Of the global batch t, samples t·G … (t+1)·G − 1
     with G = batch·world, process ``rank`` reads the rank-th part; so a run is the same however it is divided.
+
+    rank, world: of this process; None: torch.distributed's, else those of torchrun's environment, else 0 of 1. The
+    workers of a DataLoader read every W-th batch each, which it hands out in order.
+    state_dict() says how many batches were handed out; after load_state_dict the next iteration goes on from there, in
+    a plain loop without workers. To Lightning give training.loader.ImageBatches, which goes by the trainer's count.
     """
 
-    def __init__(self, images: np.ndarray, batch: int, seed: int = 0, rank: int = 0, world: int = 1, start=lambda: 0):
+    def __init__(
+        self,
+        images: np.ndarray,
+        batch: int,
+        seed: int = 0,
+        rank: int | None = None,
+        world: int | None = None,
+        start: int | Callable[[], int] = 0,
+    ):
         if len(images) == 0:
             raise ValueError("images: there are none to train on")
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
         self.images, self.batch, self.seed = images, batch, seed
+        if (rank is None) != (world is None):
+            raise ValueError(f"rank and world: give both or neither, got rank={rank}, world={world}")
+        if rank is not None and not 0 <= rank < world:
+            raise ValueError(f"rank must lie in [0, world), got rank={rank}, world={world}")
         self.rank, self.world, self.start = rank, world, start
+        self._next: int | None = None  # the batch to hand out
         self._orders: dict[int, np.ndarray] = {}
 
     def __iter__(self) -> Iterator[Tensor]:
-        t = self.start()
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        t = (self.start() if callable(self.start) else self.start) if self._next is None else self._next
+        t += worker
         while True:
+            self._next = t + workers
             yield self.read(t)
-            t += 1
+            t += workers
+
+    def __getstate__(self) -> dict:
+        """For a worker that is started afresh: the process group stays behind."""
+        rank, world = self._place()
+        return self.__dict__ | {"rank": rank, "world": world}
+
+    def state_dict(self) -> dict[str, int]:
+        start = self.start() if callable(self.start) else self.start
+        return {"batch": start if self._next is None else self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._next = int(state["batch"])
+
+    def _place(self) -> tuple[int, int]:
+        """(rank, world) of this process."""
+        if self.rank is not None:
+            return self.rank, self.world
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
     def read(self, t: int) -> Tensor:
         """This process's part of global batch t."""
-        first = (t * self.world + self.rank) * self.batch
+        rank, world = self._place()
+        first = (t * world + rank) * self.batch
         n = len(self.images)
         index = [self._order(k // n)[k % n] for k in range(first, first + self.batch)]
         return torch.from_numpy(np.array(self.images[index]))  # a copy, writable and dense

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -83,10 +84,13 @@ class NativeNetwork:
             self._settings = settings(model)
             self._refuse_disagreement(levels, AGREEMENT.get(precision, FLOAT32_AGREEMENT))
 
-    def sync(self) -> int:
-        """Pack the weights that changed since the last time; returns how many layers' they were."""
+    def sync(self, states: Mapping[int, tuple | None] | None = None, force: bool = False) -> int:
+        """Pack the weights that changed since the last time, or all; returns how many layers' they were.
+
+        states: id → what the tensor holds (kernels/digest.py), where it has just been looked at.
+        """
         with self._lock:
-            return self.graph.sync()
+            return self.graph.sync(states, force)
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         if x.dim() != 4 or tuple(x.shape[1:]) != self.shape or x.dtype != torch.float32 or x.device.type != "cpu":
@@ -178,10 +182,11 @@ class NativeExecutor:
     def describe(self) -> str:
         return self.network.describe()
 
-    def sync_weights(self) -> None:
+    def sync_weights(self, force: bool = False) -> None:
+        states = self.source.watch.look()  # before anything is packed: a write meanwhile is seen at the next look
         if self.network.stale():
             self.bind(self.source, self.slots, self.tables)
-        self.network.sync()
+        self.network.sync(states, force)
 
     def sibling(self) -> NativeExecutor:
         return NativeExecutor()
