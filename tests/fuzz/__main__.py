@@ -28,17 +28,20 @@ def fuzz(part: str, seed: int, first: int, cases: int, stop: float, limit: float
     findings, case = [], first
     while case < first + cases and time.monotonic() < stop:
         worker = [sys.executable, "-m", "tests.fuzz.worker", part, str(seed), str(case), str(first + cases - case)]
-        process = subprocess.Popen(worker, stdout=subprocess.PIPE, text=True, bufsize=1)
+        process = subprocess.Popen(worker, stdout=subprocess.PIPE, bufsize=0)  # nothing waits in a buffer
         lines = selectors.DefaultSelector()
         lines.register(process.stdout, selectors.EVENT_READ)
         patience = 120.0  # it starts PyTorch first
         try:
             while time.monotonic() < stop:
-                if not lines.select(patience):
+                left = stop - time.monotonic()
+                if not lines.select(min(patience, max(left, 0))):
+                    if left <= patience:  # the time is up, not the patience
+                        break
                     findings.append(f"{part} {case}: no answer within {patience:.0f} s")
                     case += 1
                     break
-                line = process.stdout.readline()
+                line = process.stdout.readline().decode()
                 if not line:
                     if process.wait() and case < first + cases:
                         findings.append(f"{part} {case}: the process died with {process.returncode}")
