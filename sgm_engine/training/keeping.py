@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import lightning.pytorch as pl
 import torch
@@ -15,7 +14,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from sgm_engine.outputs.output import staged
+from sgm_engine.files.reading import open_file, open_zip
+from sgm_engine.files.writing import open_lock, remove, staged
 
 KEPT = 2
 
@@ -52,7 +52,7 @@ class Keep(Checkpoint):
     def diverged(self, trainer: pl.Trainer, loss: float) -> RuntimeError:
         """The error of a run whose loss is not finite; it names the checkpoint that is good."""
         if self._unproven is not None and trainer.is_global_zero:
-            self._unproven.unlink(missing_ok=True)
+            remove(self._unproven)
         step, good = trainer.global_step, what_is_good(self.folder)
         return RuntimeError(f"the loss is {loss} at step {step}: lower lr, or set clip; {good}")
 
@@ -103,23 +103,23 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
 def whole(path: Path) -> bool:
     """Whether every record of the archive is there, by its checksum."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as file, open_zip(file, path) as archive:
             return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, EOFError):
+    except (OSError, ValueError):
         return False
 
 
 def tidy(folder: Path) -> None:
     """Remove what a killed process left half-written, and all but the newest checkpoints. Its lock must be held."""
     for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        remove(path)
     for path in sorted(folder.glob("*.ckpt"))[:-KEPT]:
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
-def lock(folder: Path) -> TextIO:
+def lock(folder: Path) -> BinaryIO:
     """Hold the folder until the file is closed, or the process ends. ValueError if another one does."""
-    file = open(folder / ".lock", "a")  # noqa: SIM115 held, not read
+    file = open_lock(folder / ".lock")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

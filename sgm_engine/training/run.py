@@ -22,7 +22,7 @@ from sgm_engine.checkpoints.bundled import plan_for
 from sgm_engine.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from sgm_engine.data.images import Batches, load_images
 from sgm_engine.files.reading import read_text
-from sgm_engine.files.writing import append_line, write_file
+from sgm_engine.files.writing import append_line, remove, write_file
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
 from sgm_engine.training.callbacks import EMA, SampleGrid, live_network
 from sgm_engine.training.config import PRECISIONS, WEIGHTS, TrainConfig
@@ -182,7 +182,7 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
         if damaged and first:
             print(f"{', '.join(map(str, damaged))}: damaged; going on from {resume}", file=sys.stderr)
             for path in damaged:
-                path.unlink()
+                remove(path)
     except BaseException:
         if held is not None:
             held.close()

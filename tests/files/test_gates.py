@@ -21,6 +21,7 @@ ALLOWED = {  # with the reason
     ("cli/doctor.py", "shutil"): "which",
     ("jobs/formats.py", "tarfile"): "into memory",
     ("outputs/output.py", "np.savez"): "into memory",
+    ("training/keeping.py", "torch.save"): "into the gate's file",
     ("checkpoints/torch_file.py", "mmap"): "of a file that the gate has opened",
 }
 
