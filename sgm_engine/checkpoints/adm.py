@@ -6,7 +6,6 @@ file, known by its name, or are given as the flags that its training had: "--ima
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -17,6 +16,7 @@ import numpy as np
 
 from sgm_engine.checkpoints.torch_file import CheckpointError, check_file
 from sgm_engine.checkpoints.weights_file import State
+from sgm_engine.files.reading import parse_json, read_text, short
 from sgm_engine.models.preconditioning import ddpm_levels
 
 _GUIDED = {"num_head_channels": 64, "noise_schedule": "linear", "attention_resolutions": "32,16,8"}
@@ -114,14 +114,11 @@ def _flags(config: object) -> dict[str, object] | None:
         file = Path(text)
         try:
             check_file(file)
-            text = file.read_bytes()[: 1 << 20].decode()
-        except (CheckpointError, UnicodeError) as error:
-            raise CheckpointError(f"config {file}: {error}") from None
-        if text.lstrip().startswith("{"):
-            try:
-                return json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise CheckpointError(f"config {file}: is not JSON ({str(error)[:100]})") from None
+            text = read_text(file)
+            if text.lstrip().startswith("{"):
+                return dict(parse_json(text))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"config {file}: {short(error)}") from None
     words = shlex.split(text.replace("=", " "))
     if len(words) % 2 or any(not w.startswith("--") for w in words[::2]):
         raise CheckpointError(f"has flags that are not --name value pairs: {text[:80]!r}")

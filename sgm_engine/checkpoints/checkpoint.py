@@ -25,10 +25,12 @@ from sgm_engine.checkpoints.families import describe, is_elsewhere, local, open_
 from sgm_engine.checkpoints.original_config import levels_between, read_config
 from sgm_engine.checkpoints.torch_file import CheckpointError
 from sgm_engine.checkpoints.weights_file import FLOATS, FORMAT, FORMAT_VERSION, State, open_state, read_tensor
+from sgm_engine.files.reading import short
+from sgm_engine.files.writing import write_file
 from sgm_engine.models import ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.models.family import FamilyConfig
-from sgm_engine.outputs.output import is_folder, sorted_header, staged
+from sgm_engine.outputs.output import is_folder, sorted_header
 from sgm_engine.plans.schedule import check_sigmas
 
 __all__ = ["CheckpointError", "convert", "load_checkpoint", "read_config", "save_checkpoint"]
@@ -129,8 +131,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, dtype: torch.dtyp
         if not tensor.isfinite().all():
             raise ValueError(f"model: {name} holds NaN or Inf, so it was not saved")
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": model.config.to_json()}
-    with staged(path) as temporary:
-        temporary.write_bytes(sorted_header(save(state, metadata)))
+    write_file(path, sorted_header(save(state, metadata)))
 
 
 def convert(source: str | os.PathLike, target: str | os.PathLike, **options) -> ModelConfig | CDMConfig | FamilyConfig:
@@ -225,7 +226,7 @@ def _infer(state: State, hints: dict[str, object]) -> ModelConfig:
         fields["plan"] = published.plan
     try:
         return ModelConfig.from_dict(fields)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"does not describe a network: {error}") from None
 
 
@@ -240,15 +241,13 @@ def _same_sigmas(stored: Tensor, given) -> tuple[float, ...]:
 
 def _fill(config: ModelConfig | CDMConfig | FamilyConfig, state: State, file_size: int | None) -> nn.Module:
     """The network with the state's weights, once every name, shape and size has been found to be right."""
+    if (least := getattr(config, "least_tensors", 0)) > len(state.shapes):
+        raise CheckpointError(f"describes a network of more than {least} tensors, and holds {len(state.shapes)}")
     try:
         with torch.device("meta"):
             model = config.build()
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        if isinstance(config, FamilyConfig):
-            raise CheckpointError(
-                f"does not describe a {config.architecture}: {' '.join(str(error).split())}"
-            ) from None
-        raise
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
+        raise CheckpointError(f"does not describe a {config.architecture}: {short(error)}") from None
     network = model.network if isinstance(config, FamilyConfig) else model
     expected = network.state_dict()
     held = {n: s for n, s in state.shapes.items() if not (network is not model and n == "sigmas")}

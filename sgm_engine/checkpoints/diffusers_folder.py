@@ -13,6 +13,8 @@ import numpy as np
 
 from sgm_engine.checkpoints.torch_file import CheckpointError, check_file
 from sgm_engine.checkpoints.weights_file import State, open_state
+from sgm_engine.files.reading import parse_json, read_bytes, short
+from sgm_engine.files.writing import write_file
 from sgm_engine.models.preconditioning import PREDICTIONS, ddpm_levels
 from sgm_engine.models.unet2d import UNet2D
 
@@ -89,13 +91,9 @@ def read_json(path: Path) -> dict[str, object]:
     """An object with named fields; CheckpointError names the file."""
     try:
         check_file(path)
-        with open(path, "rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-        found = json.loads(raw) if len(raw) <= MAX_CONFIG_BYTES else None
-    except CheckpointError as error:
-        raise CheckpointError(f"{path.name}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not JSON ({str(error)[:100]})") from None
+        found = parse_json(read_bytes(path, MAX_CONFIG_BYTES))
+    except ValueError as error:
+        raise CheckpointError(f"{path.name}: {short(error)}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path.name} is no object with named fields")
     return found
@@ -181,8 +179,6 @@ def save_folder(model, path: Path) -> None:
     """A pipeline's folder of a loaded UNet2DModel: model_index.json, unet/ and scheduler/. ValueError for others."""
     from safetensors.torch import save
 
-    from sgm_engine.outputs.output import staged
-
     config = getattr(model, "config", None)
     if getattr(config, "architecture", None) != "UNet2D":
         held = getattr(config, "architecture", type(model).__name__)
@@ -206,8 +202,7 @@ def save_folder(model, path: Path) -> None:
     }
     for name, content in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
-        with staged(path / name) as temporary:
-            temporary.write_bytes(content)
+        write_file(path / name, content)
 
 
 def _json(fields: Mapping) -> bytes:

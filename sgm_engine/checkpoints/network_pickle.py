@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from sgm_engine.checkpoints.pickled import Key, Made, Name, interpret
-from sgm_engine.checkpoints.torch_file import _STORAGES, LEGACY_MAGIC, CheckpointError
+from sgm_engine.checkpoints.torch_file import LEGACY_MAGIC, CheckpointError
+from sgm_engine.checkpoints.torch_program import _STORAGES
 from sgm_engine.checkpoints.weights_file import State
+from sgm_engine.files.reading import open_file
 from sgm_engine.models.preconditioning import iddpm_levels
 
 REBUILD = "_reconstruct_persistent_obj"
@@ -27,7 +29,7 @@ MAX_DEPTH, MAX_MODULES = 12, 20_000
 
 def is_network_pickle(path: Path) -> bool:
     """Whether the file is a pickle that torch.save did not write."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         head = file.read(20)
     safetensors = head[4:9] == bytes(4) + b"{"
     return head[:1] == b"\x80" and not safetensors and LEGACY_MAGIC.to_bytes(10, "little") not in head
@@ -35,7 +37,7 @@ def is_network_pickle(path: Path) -> bool:
 
 def open_network(path: Path, ema: bool | None) -> tuple[State, dict]:
     """The tensors of the file's network, and the fields of its FamilyConfig."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         content = _mapping(interpret(file))
     names = [n for n in ("ema", "net") if isinstance(content.get(n), Made)]
     wanted = [n for n in names if n == "ema"] if ema else [n for n in names if n != "ema"] if ema is False else names

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sgm_engine.checkpoints.torch_file import CheckpointError, check_file
 from sgm_engine.checkpoints.weights_file import State, read_tensor
+from sgm_engine.files.reading import read_bytes
 from sgm_engine.models.preconditioning import told
 from sgm_engine.models.score_sde import NCSNpp
 
@@ -117,10 +118,7 @@ def read_config(path: Path) -> dict[str, object]:
     """The literals that a config .py assigns, by dotted name: {"model.nf": 128, …}. Nothing in it runs."""
     try:
         check_file(path)
-        raw = path.read_bytes()
-        if len(raw) > MAX_CONFIG_BYTES:
-            raise CheckpointError("is too long for a configuration")
-        tree = ast.parse(raw)
+        tree = ast.parse(read_bytes(path, MAX_CONFIG_BYTES))
         functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
         chosen = next((functions[name] for name in FUNCTIONS if name in functions), None)
         if chosen is None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sgm_engine.checkpoints.chosen_weights import Chosen, choose, is_state
 from sgm_engine.checkpoints.torch_file import CheckpointError, Storage, StoredTensor, TorchFile
+from sgm_engine.files.reading import open_file, open_safetensors, parse_json, short
 from sgm_engine.models import ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.models.family import NETWORKS, FamilyConfig
@@ -41,7 +41,7 @@ Config = ModelConfig | CDMConfig | FamilyConfig
 
 
 def open_state(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, Config | None]:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError("is a Git LFS pointer, not the weights: run `git lfs pull`")
@@ -54,7 +54,7 @@ def open_state(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, 
 
 def _open_safetensors(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, Config | None]:
     try:
-        file = opened.enter_context(safe_open(path, "pt"))
+        file = opened.enter_context(open_safetensors(path, "pt"))
         metadata = file.metadata() or {}
         slices = {name: file.get_slice(name) for name in list(file.keys())}
     except (SafetensorError, OSError, ValueError) as error:
@@ -77,10 +77,10 @@ def _open_safetensors(path: Path, ema: bool | None, opened: ExitStack) -> tuple[
         found = metadata["format"], metadata.get("format_version")
         raise CheckpointError(f"has format {found}; this release reads {(FORMAT, FORMAT_VERSION)}")
     try:
-        fields = json.loads(metadata.get("config", ""), parse_constant=_no_constant)
+        fields = parse_json(metadata.get("config", ""))
         return state, _config(fields)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"has a bad config in its metadata: {' '.join(str(error).split())[:200]}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"has a bad config in its metadata: {short(error)}") from None
 
 
 def _config(fields: object) -> Config:
@@ -88,10 +88,6 @@ def _config(fields: object) -> Config:
     if architecture in NETWORKS:
         return FamilyConfig.from_dict(fields)
     return (CDMConfig if architecture == CDMConfig.architecture else ModelConfig).from_dict(fields)
-
-
-def _no_constant(name: str):
-    raise ValueError(f"{name} is not a number")
 
 
 def _pick(file: TorchFile, ema: bool | None) -> State:

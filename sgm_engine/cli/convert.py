@@ -31,7 +31,7 @@ def register(commands) -> None:
 def convert(args: argparse.Namespace) -> int:
     with bad_input():
         from sgm_engine.checkpoints.checkpoint import load_checkpoint, save_as
-        from sgm_engine.outputs.output import check_writable
+        from sgm_engine.files.writing import check_writable
 
         if Path(args.target).suffix:
             check_writable(Path(args.target))
