@@ -7,22 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sgm_engine.plans import plan as plans
+from sgm_engine.plans.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 DEFAULT = "mnist"
-PLANS = {
-    function.__name__: function
-    for function in (
-        plans.annealed_langevin,
-        plans.consistent_annealed,
-        plans.reverse_diffusion,
-        plans.ancestral,
-        plans.ddim,
-    )
-}
 
 
 def bundled_names() -> list[str]:
@@ -48,15 +39,18 @@ def load_bundled(name: str = DEFAULT) -> tuple[nn.Module, plans.Plan]:
 def plan_for(model: nn.Module, name: str | None = None, **options) -> plans.Plan:
     """The plan that came with the weights, with ``options`` changed; another name starts from that plan's defaults.
 
-    A model without one (``model.plan`` is None) gets ``annealed_langevin`` with its defaults, those of NCSN.
+    A model without one (``model.plan`` is None) gets ``annealed_langevin`` with its defaults, those of NCSN. Whatever
+    the name, a diffusion family's chains start from the noise that it was trained for.
     ValueError names an option that the plan does not take.
     """
     recommended = dict(getattr(model, "plan", None) or {})
     own_name = recommended.pop("name", "annealed_langevin")
     name = name or own_name
-    if name not in PLANS:
-        raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {name!r}")
-    known = [p for p in inspect.signature(PLANS[name]).parameters if p != "sigmas"]
+    if name not in SAMPLERS:
+        raise ValueError(f"plan must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    known = [p for p in inspect.signature(SAMPLERS[name]).parameters if p != "sigmas"]
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"the plan {name} takes no {', '.join(unknown)}; it takes: {', '.join(known)}")
-    return PLANS[name](model.sigmas, **(recommended if name == own_name else {}) | options)
+    if name != own_name:
+        recommended = model.options_of(name, float(model.sigmas[0])) if hasattr(model, "options_of") else {}
+    return SAMPLERS[name](model.sigmas, **recommended | options)

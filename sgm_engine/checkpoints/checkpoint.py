@@ -1,4 +1,4 @@
-"""Checkpoints: the originals of NCSN and NCSNv2 read safely, our own .safetensors read and written.
+"""Checkpoints: those of NCSN, NCSNv2 and the diffusion families read safely, our own .safetensors read and written.
 
 A file is never trusted: .pth files are read as data (torch_file.py), configurations through YAML's safe loader, names,
 shapes and values are checked before the network exists. Whatever is wrong ends in CheckpointError, one line.
@@ -6,9 +6,11 @@ shapes and values are checked before the network exists. Whatever is wrong ends 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -17,14 +19,18 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from sgm_engine.checkpoints.chosen_weights import nearest
+from sgm_engine.checkpoints.diffusers_folder import save_folder
+from sgm_engine.checkpoints.families import describe, is_elsewhere, local, open_elsewhere
 from sgm_engine.checkpoints.original_config import levels_between, read_config
-from sgm_engine.checkpoints.torch_file import CheckpointError, check_file
+from sgm_engine.checkpoints.torch_file import CheckpointError
 from sgm_engine.checkpoints.weights_file import FLOATS, FORMAT, FORMAT_VERSION, State, open_state, read_tensor
 from sgm_engine.files.reading import short
 from sgm_engine.files.writing import write_file
 from sgm_engine.models import ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
-from sgm_engine.outputs.output import sorted_header
+from sgm_engine.models.family import FamilyConfig
+from sgm_engine.outputs.output import is_folder, sorted_header
 from sgm_engine.plans.schedule import check_sigmas
 
 __all__ = ["CheckpointError", "convert", "load_checkpoint", "read_config", "save_checkpoint"]
@@ -59,40 +65,53 @@ SIGMA_END = 0.01
 
 def load_checkpoint(
     path: str | os.PathLike,
-    config: ModelConfig | str | os.PathLike | None = None,
+    config: ModelConfig | str | os.PathLike | Mapping | None = None,
     *,
     sigmas=None,
     image_size: int | None = None,
     ema: bool | None = None,
     sha256: str | None = None,
+    class_labels: int | None = None,
 ) -> nn.Module:
     """The network of a checkpoint, float32, on the CPU, in evaluation mode; ``.config`` and ``.plan`` describe it.
 
-    path: our .safetensors, or an original .pth (NCSN, NCSNv2: zip or older layout, with or without ``module.``), or a
-        .pth of a plain state_dict, or of {"model": …, "ema": …}.
-    config: a ModelConfig, or the path of the config.yml beside an original. Without it the architecture follows from
-        names and shapes, and what those cannot tell from the published settings with the same number of levels.
+    path: our .safetensors; an original .pth of NCSN or NCSNv2; a checkpoint of score_sde, EDM, ADM,
+        improved-diffusion or denoising-diffusion-pytorch; a diffusers folder; Lightning's .ckpt with one of these
+            inside; or "hf:owner/name".
+    config: a ModelConfig, or the path of the config.yml beside an original, of the config .py beside one of
+        score_sde, or ADM's flags. Without it the architecture follows from names and shapes, and what those cannot
+        tell from the published settings; where there are none, the error says which argument decides.
     sigmas [L] descending, image_size in pixels: given, they win over config and published settings, not over the file;
-        our own say all three themselves, and none may be given.
+        our own say all three themselves, and none may be given. sigmas of a diffusion family: in units of data in [0,
+            1].
     ema: the averaged weights: None takes them where there are any, True insists, False refuses them.
-    sha256: hexadecimal digest that the file must have.
+    sha256: hexadecimal digest that the file must have. class_labels: the class of the samples, where there are classes.
 
     Raises CheckpointError (a ValueError): one line with the path, the reason and the remedy. Memory stays below twice
     the file plus 500 MB. Nothing in a file is ever executed.
     """
-    path = Path(path)
+    name, given = path, {"config": config, "sigmas": sigmas, "image_size": image_size}
     try:
-        check_file(path, sha256)
+        path = local(path)
         with ExitStack() as opened:
-            state, own_config = open_state(path, ema, opened)
-            given = {"config": config, "sigmas": sigmas, "image_size": image_size}
-            if own_config is not None and (extra := [name for name, value in given.items() if value is not None]):
-                raise CheckpointError(f"carries its own config: leave out {', '.join(extra)}")
-            hints = _hints(config, sigmas, image_size)
-            config = own_config or _infer(state, hints)
-            return _fill(config, state, path.stat().st_size)
+            if is_elsewhere(path, sha256):
+                state, own_config = open_elsewhere(path, ema, opened, given)
+            else:
+                state, own_config = open_state(path, ema, opened)
+                if own_config is not None and (extra := [name for name, value in given.items() if value is not None]):
+                    raise CheckpointError(f"carries its own config: leave out {', '.join(extra)}")
+                if own_config is None and state.family not in (None, "NCSN"):
+                    own_config = describe(state, path, config, image_size)
+            if own_config is None:
+                own_config = _infer(state, _hints(config, sigmas, image_size))
+                sigmas = None
+            if class_labels is not None:
+                own_config = _with_class(own_config, class_labels)
+            size = path.stat().st_size if path.is_file() else None
+            model = _fill(own_config, state, size)
+            return model if sigmas is None else model.at_sigmas(sigmas)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{name}: {error}") from None
 
 
 def save_checkpoint(model: nn.Module, path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
@@ -102,11 +121,12 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, dtype: torch.dtyp
     Raises ValueError on values that are not finite in ``dtype``, OSError where the disk refuses.
     """
     path = Path(path)
-    if not isinstance(getattr(model, "config", None), (ModelConfig, CDMConfig)):
+    if not isinstance(getattr(model, "config", None), (ModelConfig, CDMConfig, FamilyConfig)):
         raise TypeError(f"model must be one of sgm_engine.models or a CDM, got {type(model).__name__}: use safetensors")
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
-    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    network = model.network if isinstance(model.config, FamilyConfig) else model
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in network.state_dict().items()}
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise ValueError(f"model: {name} holds NaN or Inf, so it was not saved")
@@ -114,13 +134,40 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, dtype: torch.dtyp
     write_file(path, sorted_header(save(state, metadata)))
 
 
-def convert(source: str | os.PathLike, target: str | os.PathLike, **options) -> ModelConfig:
-    """load_checkpoint(source, **options), saved as our .safetensors under ``target``; returns its configuration."""
-    if Path(target).suffix != ".safetensors":
-        raise ValueError(f"target must end in .safetensors, got {target}")
+def convert(source: str | os.PathLike, target: str | os.PathLike, **options) -> ModelConfig | CDMConfig | FamilyConfig:
+    """load_checkpoint(source, **options), saved under ``target``; returns its configuration.
+
+    target: NEW.safetensors is our own format, FOLDER/ a diffusers pipeline, which can hold a UNet2DModel.
+    """
+    _check_target(target)
     model = load_checkpoint(source, **options)
-    save_checkpoint(model, target)
+    save_as(model, target)
     return model.config
+
+
+def save_as(model: nn.Module, target: str | os.PathLike) -> None:
+    """Write a loaded model: NEW.safetensors, or a diffusers FOLDER/."""
+    if _check_target(target):
+        save_folder(model, Path(target))
+    else:
+        save_checkpoint(model, target)
+
+
+def _check_target(target: str | os.PathLike) -> bool:
+    """Whether it is a folder; ValueError for a file of another format."""
+    folder = is_folder(os.fspath(target))
+    if not folder and Path(target).suffix != ".safetensors":
+        raise ValueError(f"target must end in .safetensors, or be a FOLDER/ for diffusers, got {target}")
+    return folder
+
+
+def _with_class(config, class_labels: int):
+    if not isinstance(config, FamilyConfig):
+        raise CheckpointError(f"has no classes, so class_labels {class_labels} means nothing")
+    try:
+        return dataclasses.replace(config, class_label=class_labels)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _hints(config, sigmas, image_size) -> dict[str, object]:
@@ -142,8 +189,8 @@ def _infer(state: State, hints: dict[str, object]) -> ModelConfig:
     first, norm = shapes.get("begin_conv.weight", ()), shapes.get("normalizer.embed.weight", ())
     if len(first) != 4 or not (len(norm) == 2 or "normalizer.alpha" in shapes):
         raise CheckpointError(
-            f"is not an NCSN or NCSNv2: {len(shapes)} tensors, the first {next(iter(shapes), 'none')!r}; "
-            "other networks: load them yourself and use sgm_engine.as_score"
+            f"is of no known family: {len(shapes)} tensors, first {next(iter(shapes), 'none')!r}; {nearest(shapes)}. "
+            "Other networks: load them yourself and use sgm_engine.as_score"
         )
     fields: dict[str, object] = {"ngf": first[0], "channels": first[1]}
     if len(norm) == 2:
@@ -192,29 +239,35 @@ def _same_sigmas(stored: Tensor, given) -> tuple[float, ...]:
     return tuple(stored.tolist())
 
 
-def _fill(config: ModelConfig | CDMConfig, state: State, file_size: int) -> nn.Module:
+def _fill(config: ModelConfig | CDMConfig | FamilyConfig, state: State, file_size: int | None) -> nn.Module:
     """The network with the state's weights, once every name, shape and size has been found to be right."""
     if (least := getattr(config, "least_tensors", 0)) > len(state.shapes):
         raise CheckpointError(f"describes a network of more than {least} tensors, and holds {len(state.shapes)}")
     try:
         with torch.device("meta"):
             model = config.build()
-    except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"does not describe a network: {short(error)}") from None
-    expected = model.state_dict()
-    missing, extra = sorted(expected.keys() - state.shapes.keys()), sorted(state.shapes.keys() - expected.keys())
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
+        raise CheckpointError(f"does not describe a {config.architecture}: {short(error)}") from None
+    network = model.network if isinstance(config, FamilyConfig) else model
+    expected = network.state_dict()
+    held = {n: s for n, s in state.shapes.items() if not (network is not model and n == "sigmas")}
+    missing, extra = sorted(expected.keys() - held.keys()), sorted(held.keys() - expected.keys())
     if missing or extra:
         words = [f"{verb} {_some(names)}" for verb, names in (("lacks", missing), ("has unknown", extra)) if names]
-        raise CheckpointError(f"does not fit {config.architecture}: {' and '.join(words)}")
+        fits = sum(name in held and held[name] == tuple(t.shape) for name, t in expected.items())
+        raise CheckpointError(
+            f"does not fit {config.architecture}: {' and '.join(words)}; {fits} of its {len(expected)} tensors match"
+        )
     for name, tensor in expected.items():
-        if state.shapes[name] != tuple(tensor.shape):
-            raise CheckpointError(f"has {name} of shape {list(state.shapes[name])}, where {list(tensor.shape)} belongs")
-    if sum(state.sizes.values()) > file_size:
+        if held[name] != tuple(tensor.shape):
+            raise CheckpointError(f"has {name} of shape {list(held[name])}, where {list(tensor.shape)} belongs")
+    if file_size is not None and sum(state.sizes.values()) > file_size:
         raise CheckpointError("describes more values than it holds")
     weights = {name: read_tensor(state, name) for name in expected}
     if "sigmas" in weights and not torch.equal(weights["sigmas"], model.sigmas):
         raise CheckpointError("holds other sigmas than its config")
-    model.load_state_dict(weights, assign=True)
+    network.load_state_dict(weights, assign=True)
+    model.averaged = state.averaged
     return model.eval()
 
 

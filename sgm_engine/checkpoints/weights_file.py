@@ -11,24 +11,36 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sgm_engine.checkpoints.torch_file import CheckpointError, StoredTensor, TorchFile
-from sgm_engine.files.reading import open_file, open_safetensors, parse_json
+from sgm_engine.checkpoints.chosen_weights import Chosen, choose, is_state
+from sgm_engine.checkpoints.torch_file import CheckpointError, Storage, StoredTensor, TorchFile
+from sgm_engine.files.reading import open_file, open_safetensors, parse_json, short
 from sgm_engine.models import ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
+from sgm_engine.models.family import NETWORKS, FamilyConfig
 
 FORMAT, FORMAT_VERSION = "sgm-engine", "1"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class State(NamedTuple):
-    """Tensors by name, not read yet. sizes: bytes that each claims; empty where the format itself bounds them."""
+    """Tensors by name, not read yet. sizes: bytes that each claims; empty where the format itself bounds them.
+
+    family: of chosen_weights.FAMILIES, None for others. beside: what the file holds beside the network. averaged:
+    whether these are averaged weights, None where that is not known.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
     sizes: dict[str, int]
+    family: str | None = None
+    beside: State | None = None
+    averaged: bool | None = None
 
 
-def open_state(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, ModelConfig | CDMConfig | None]:
+Config = ModelConfig | CDMConfig | FamilyConfig
+
+
+def open_state(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, Config | None]:
     with open_file(path) as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
@@ -40,18 +52,26 @@ def open_state(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, 
     return _pick(file, ema), None
 
 
-def _open_safetensors(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, ModelConfig | CDMConfig | None]:
+def _open_safetensors(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, Config | None]:
     try:
         file = opened.enter_context(open_safetensors(path, "pt"))
         metadata = file.metadata() or {}
         slices = {name: file.get_slice(name) for name in list(file.keys())}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"is not a sound safetensors file ({' '.join(str(error).split())[:120]})") from None
+    shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
+
+    def read(name: str) -> Tensor:
+        return file.get_tensor(name).clone()  # a clone: the file's own memory is mapped
+
+    if "format" not in metadata or metadata["format"] == "pt":  # what safetensors' own savers write
+        named = {n: StoredTensor(Storage(torch.float32, n, 0), 0, shape, ()) for n, shape in shapes.items()}
+        if (chosen := choose(named, ema)) is not None:
+            return _of(chosen, lambda t: read(t.storage.key), sized=False), None
     if ema:
         raise CheckpointError("holds one set of weights and no separate average: leave out ema=True")
-    shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-    state = State(shapes, lambda name: file.get_tensor(name).clone(), {})  # a clone: the file's own memory is mapped
-    if "format" not in metadata or metadata["format"] == "pt":  # what safetensors' own savers write
+    state = State(shapes, read, {})
+    if "format" not in metadata or metadata["format"] == "pt":
         return state, None
     if metadata["format"] != FORMAT or metadata.get("format_version") != FORMAT_VERSION:
         found = metadata["format"], metadata.get("format_version")
@@ -59,54 +79,45 @@ def _open_safetensors(path: Path, ema: bool | None, opened: ExitStack) -> tuple[
     try:
         fields = parse_json(metadata.get("config", ""))
         return state, _config(fields)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"has a bad config in its metadata: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"has a bad config in its metadata: {short(error)}") from None
 
 
-def _config(fields: object) -> ModelConfig | CDMConfig:
-    cdm = isinstance(fields, dict) and fields.get("architecture") == CDMConfig.architecture
-    return (CDMConfig if cdm else ModelConfig).from_dict(fields)
+def _config(fields: object) -> Config:
+    architecture = fields.get("architecture") if isinstance(fields, dict) else None
+    if architecture in NETWORKS:
+        return FamilyConfig.from_dict(fields)
+    return (CDMConfig if architecture == CDMConfig.architecture else ModelConfig).from_dict(fields)
 
 
 def _pick(file: TorchFile, ema: bool | None) -> State:
-    """The weights among what was saved, by the layout of NCSN, NCSNv2 or a common one."""
-    content, average = file.content, None
-    if isinstance(content, (list, tuple)) and content:  # [state, optimizer] or [state, optimizer, epoch, step, ema]
-        weights = content[0]
-        if len(content) >= 5 and _is_state(content[-1]):
-            average = content[-1]
-    elif isinstance(content, dict) and not _is_state(content):
-        weights = next((content[key] for key in ("model", "state_dict") if key in content), None)
-        average = content.get("ema")
-    else:
-        weights = content
-    if not _is_state(weights):
+    """The weights among what was saved: of a known family, else the first that look like a network's."""
+    content = file.content
+    if (chosen := choose(content, ema)) is not None:
+        return _of(chosen, file.read)
+    if isinstance(content, (list, tuple)) and content:
+        content = content[0]
+    elif isinstance(content, dict) and not is_state(content):
+        content = next((content[key] for key in ("model", "state_dict") if key in content), None)
+    if not is_state(content):
         raise CheckpointError("holds no weights: neither a state_dict nor a list that begins with one")
-    if ema and not _is_state(average):
+    if ema:
         raise CheckpointError("holds no averaged weights: leave out ema=True")
-    stored = _without_prefix(weights)
-    if _is_state(average) and ema is not False:
-        sigmas = {"sigmas": stored["sigmas"]} if "sigmas" in stored else {}  # NCSNv2's average leaves them out
-        stored = sigmas | _without_prefix(average)
+    return _tensors(content, file.read)
+
+
+def _of(chosen: Chosen, read: Callable[[StoredTensor], Tensor], sized: bool = True) -> State:
+    state = _tensors(chosen.tensors, read, sized)
+    beside = _tensors(chosen.beside, read, sized)
+    return state._replace(family=chosen.family, beside=beside, averaged=chosen.averaged)
+
+
+def _tensors(stored: Mapping[str, StoredTensor], read: Callable[[StoredTensor], Tensor], sized: bool = True) -> State:
     return State(
         {name: t.shape for name, t in stored.items()},
-        lambda name: file.read(stored[name]),
-        {name: t.nbytes for name, t in stored.items()},
+        lambda name: read(stored[name]),
+        {name: t.nbytes for name, t in stored.items()} if sized else {},
     )
-
-
-def _is_state(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and len(value) > 0
-        and all(isinstance(k, str) and isinstance(v, StoredTensor) for k, v in value.items())
-    )
-
-
-def _without_prefix(state: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Without the ``module.`` that nn.DataParallel puts before every name."""
-    prefix = "module." if all(name.startswith("module.") for name in state) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
 def read_tensor(state: State, name: str) -> Tensor:

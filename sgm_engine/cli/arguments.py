@@ -76,12 +76,20 @@ def sample_ids(text: str) -> SampleIds:
 def add_engine(group) -> None:
     """What model.engines reads."""
     add = group.add_argument
-    add("--checkpoint", metavar="PATH", help="weights, .safetensors or a published .pth (default: bundled)")
-    add("--config", metavar="PATH", help="the config.yml that came with a .pth")
+    add_weights(add)
     add("--batch", type=at_least(1, MAX_BATCH), metavar="N", help="samples computed together")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_precision(add)
     add("--executor", choices=EXECUTORS, default="auto")
+
+
+def add_weights(add: Callable) -> None:
+    """What model.load_model reads."""
+    add("--checkpoint", metavar="PATH",
+        help="weights: a file of any family, a diffusers folder, hf:owner/name (default: bundled, MNIST)")  # fmt: skip
+    add("--config", metavar="PATH", help="what came with them: config.yml, score_sde's config .py, ADM's flags")
+    add("--image-size", type=at_least(1), metavar="N", help="in pixels, where neither weights nor config say it")
+    add("--class-labels", type=at_least(0), metavar="N", help="the class to draw, of a network with classes")
 
 
 def add_precision(add: Callable) -> None:

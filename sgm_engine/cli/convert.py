@@ -1,4 +1,4 @@
-"""``sgm convert``: an original checkpoint → our .safetensors."""
+"""``sgm convert``: a checkpoint of any family → our .safetensors, or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import argparse
 from pathlib import Path
 
 from sgm_engine.cli.console import DONE, bad_input
+from sgm_engine.cli.model import said
 
 
 def register(commands) -> None:
-    p = commands.add_parser("convert", help="a published .pth → .safetensors")
+    p = commands.add_parser("convert", help="a checkpoint of any family → .safetensors, or a diffusers folder")
     p.description = (
-        "Turn a .pth of NCSN or NCSNv2 into a .safetensors that says what it is. Nothing in the .pth is executed."
+        "Turn a checkpoint into a .safetensors that says what it is; a UNet2DModel also into a diffusers FOLDER/. "
+        "Nothing in the source is executed."
     )
-    p.add_argument("source", metavar="OLD.pth")
+    p.add_argument("source", metavar="OLD", help="a file, a diffusers folder, or hf:owner/name")
     p.add_argument("target", metavar="NEW.safetensors")
-    p.add_argument("--config", metavar="PATH", help="the config.yml that came with it")
+    p.add_argument(
+        "--config", metavar="PATH", help="what came with it: config.yml, score_sde's config .py, ADM's flags"
+    )
     p.add_argument("--image-size", type=int, metavar="N", help="in pixels, where neither file nor config says it")
     p.add_argument("--sha256", metavar="HEX", help="digest that OLD.pth must have: finds any damage")
     p.add_argument(
@@ -26,12 +30,13 @@ def register(commands) -> None:
 
 def convert(args: argparse.Namespace) -> int:
     with bad_input():
-        from sgm_engine.checkpoints import checkpoint
+        from sgm_engine.checkpoints.checkpoint import load_checkpoint, save_as
         from sgm_engine.files.writing import check_writable
 
-        check_writable(Path(args.target))
+        if Path(args.target).suffix:
+            check_writable(Path(args.target))
         options = {"config": args.config, "image_size": args.image_size, "ema": args.ema, "sha256": args.sha256}
-        config = checkpoint.convert(args.source, args.target, **options)
-    shape = f"{config.channels}×{config.image_size}×{config.image_size}"
-    print(f"written: {args.target} ({config.architecture}, {shape}, ngf {config.ngf}, {len(config.sigmas)} levels)")
+        model = load_checkpoint(args.source, **options)
+        save_as(model, args.target)
+    print(f"written: {args.target} ({said(model)})")
     return DONE

@@ -14,19 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import sgm_engine
-from sgm_engine.cli.console import DONE
+from sgm_engine.cli.arguments import at_least
+from sgm_engine.cli.console import DONE, bad_input
+from sgm_engine.cli.model import said
 
 OPS = {"noise_fill_": "noise_fill", "langevin_update_": "langevin_update", "noise_conditioned_norm": "norm"}
 
 
 def register(commands) -> None:
-    p = commands.add_parser("doctor", help="say what is installed, what will run, and why")
-    p.description = "Say what is installed, which backend will run each op, and why."
+    p = commands.add_parser("doctor", help="say what is installed, what will run, and why; or what a checkpoint holds")
+    p.description = "Say what is installed, which backend will run each op, and why; of a checkpoint, what it holds."
+    p.add_argument("checkpoint", nargs="?", metavar="FILE", help="a checkpoint of any family: what was recognised")
+    p.add_argument("--config", metavar="PATH", help="what came with it")
+    p.add_argument("--image-size", type=at_least(1), metavar="N", help="in pixels, where neither says it")
     p.add_argument("--json", action="store_true", help="for programs")
     p.set_defaults(run=doctor)
 
 
 def doctor(args: argparse.Namespace) -> int:
+    if args.checkpoint is not None:
+        with bad_input():
+            from sgm_engine.checkpoints.checkpoint import load_checkpoint
+
+            line = said(load_checkpoint(args.checkpoint, args.config, image_size=args.image_size))
+        print(json.dumps({args.checkpoint: line}) if args.json else f"{args.checkpoint}: {line}")
+        return DONE
     found = facts()
     if args.json:
         print(json.dumps(found, indent=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ from sgm_engine.cli.console import (
     some,
     stoppable,
 )
-from sgm_engine.cli.model import chosen_model, device_of
+from sgm_engine.cli.model import chosen_model, device_of, said
 
 JOB_OPTIONS = ("format", "shard_size", "worker", "ray", "actors")
 LINE_EVERY = 60.0  # seconds between two lines of progress where stderr is no terminal
@@ -79,7 +80,7 @@ def sample(args: argparse.Namespace) -> int:
 
     with bad_input():
         worker = Worker.parse(args.worker) if args.worker else Worker() if args.ray else Worker.from_environment()
-        job = _job(args)
+        job, weights = _job(args)
     bar = not args.quiet and (sys.stderr.isatty() if args.progress is None else args.progress)
     with stoppable(job.stop) as caught:
         try:
@@ -90,7 +91,7 @@ def sample(args: argparse.Namespace) -> int:
     for problem in report.redrawn:
         say(f"{problem}: drawn again")
     if not args.quiet:
-        _print(job, report)
+        _print(job, report, weights)
     if caught:
         code, how = (TERMINATED, "terminated") if caught[0] == signal.SIGTERM else (INTERRUPTED, "interrupted")
         return complain(code, f"{how}; nothing is half-written, and the same command goes on from here")
@@ -142,7 +143,8 @@ def resample(args: argparse.Namespace) -> int:
         out = Output.parse(args.out or f"sample-{args.id}.safetensors")
         out.check()
         checkpoint = args.checkpoint or notes.get("checkpoint")
-        model = load_checkpoint(checkpoint or bundled_path(), args.config or notes.get("config"))
+        options = json.loads(notes.get("load") or "{}")
+        model = load_checkpoint(checkpoint or bundled_path(), args.config or notes.get("config"), **options)
         geometry = spec.geometry
         device = geometry.device.split()[0]
         model = model_of(spec, model)
@@ -160,14 +162,17 @@ def resample(args: argparse.Namespace) -> int:
 
 
 def _job(args: argparse.Namespace):
-    """The Job of ``sgm sample``, all arguments checked."""
+    """The Job of ``sgm sample``, all arguments checked, and what was loaded, in words."""
     from sgm_engine.engine.engine import Engine
     from sgm_engine.jobs.job import Job
     from sgm_engine.jobs.spec import SHARD_SIZE
 
     model, plan, weights, float8 = chosen_model(args)
     paths = {"checkpoint": args.checkpoint and str(weights.resolve())}
-    paths["config"] = args.config and str(Path(args.config).expanduser().resolve())
+    is_path = args.config and not args.config.startswith("--")  # ADM's flags are none
+    paths["config"] = str(Path(args.config).expanduser().resolve()) if is_path else args.config
+    given = {name: getattr(args, name) for name in ("image_size", "class_labels") if getattr(args, name) is not None}
+    paths |= {"load": json.dumps(given)} if given else {}
     options = {"n": args.n if args.ids is None else None, "ids": args.ids, "seed": args.seed, "plan": plan}
     options |= {"format": args.format or "png", "shard_size": args.shard_size or SHARD_SIZE, "notes": paths}
     if args.ray:
@@ -175,12 +180,12 @@ def _job(args: argparse.Namespace):
 
         pool = {"address": args.ray, "actors": args.actors, "device": args.device, "batch": args.batch}
         pool |= {"precision": args.precision, "executor": args.executor, "float8": float8}
-        return ray_job(model, args.out, **options, **pool)
+        return ray_job(model, args.out, **options, **pool), said(model)
     engine = Engine(model, args.batch, device_of(args.device), args.precision, args.executor, float8=float8)
-    return Job(engine, args.out, **options)
+    return Job(engine, args.out, **options), said(model)
 
 
-def _print(job, report) -> None:
+def _print(job, report, weights: str) -> None:
     spec, geometry = job.spec, job.spec.geometry
     speed = report.samples / report.seconds if report.samples else 0.0
     if report.found:
@@ -189,6 +194,7 @@ def _print(job, report) -> None:
         f"{report.samples} samples in {report.seconds:.2f} s: {rate(speed)} samples/s, {spec.plan.nfe} NFE a sample, "
         f"{rate(speed * spec.plan.nfe)} NFE/s"
     )
+    print(shown(f"weights: {weights}"))
     print(shown(f"plan: {spec.plan.name}({', '.join(f'{k}={v}' for k, v in spec.plan.metadata.items())})"))
     print(f"how: {geometry.precision} on {geometry.device}, executor {geometry.executor}, batch {geometry.batch}")
     share = f", worker {report.worker.index} of {report.worker.count}" if report.worker.count > 1 else ""

@@ -24,16 +24,35 @@ def chosen_model(args: argparse.Namespace):
 
 
 def load_model(args: argparse.Namespace):
-    """The module that --checkpoint and --config name."""
+    """The module that --checkpoint and --config name, drawing the class that --class-labels names."""
     from sgm_engine.checkpoints.checkpoint import load_checkpoint
 
-    return load_checkpoint(weights_path(args), args.config)
+    named = {"image_size": args.image_size, "class_labels": args.class_labels}
+    options = {name: value for name, value in named.items() if value is not None}
+    return load_checkpoint(weights_path(args), args.config, **options)
 
 
 def weights_path(args: argparse.Namespace) -> Path:
     from sgm_engine.checkpoints.bundled import bundled_path
+    from sgm_engine.checkpoints.families import local
 
-    return Path(args.checkpoint).expanduser() if args.checkpoint else bundled_path()
+    return local(args.checkpoint) if args.checkpoint else bundled_path()
+
+
+def said(model) -> str:
+    """What was loaded, in one line: family, preconditioning, range, shape, class, averages or not, plan."""
+    config, shape = model.config, "×".join(map(str, model.shape))
+    averaged = {True: ", averaged", False: ", not averaged", None: ""}[getattr(model, "averaged", None)]
+    if not hasattr(config, "preconditioning"):
+        ngf = f", ngf {config.ngf}" if hasattr(config, "ngf") else ""
+        return f"{config.architecture}, {shape}{ngf}, {len(model.sigmas)} levels{averaged}"
+    low, high = config.data_range
+    label = "" if not config.classes else f", class {'none' if config.class_label is None else config.class_label}"
+    return (
+        f"{config.family} ({config.architecture}), {shape}{label}{averaged}, {config.preconditioning['name']}, trained "
+        f"on [{low:g}, {high:g}], σ {config.sigma_max:.4g} → {config.sigma_min:.2g}, "
+        f"{config.plan['name']} of {config.plan['nfe']}"
+    )
 
 
 def engines(args: argparse.Namespace, model) -> Callable[[object], Engine]:

@@ -12,7 +12,8 @@ from sgm_engine.cli.arguments import PLAN_OPTIONS
 from sgm_engine.files.reading import read_text
 from sgm_engine.models.conditioning import at_sigmas
 from sgm_engine.plans.plan import Plan
-from sgm_engine.plans.samplers import plan_of_nfe
+from sgm_engine.plans.samplers import SAMPLERS, levels_of_nfe
+from sgm_engine.plans.schedule import SCHEDULES
 
 
 def chosen(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Plan]:
@@ -28,12 +29,29 @@ def chosen(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Plan]
             raise ValueError(f"argument --plan: {args.plan} and {_options(few) or '--conditioning'} exclude each other")
         if args.conditioning and not (args.sampler or args.nfe):
             raise ValueError("argument --conditioning: goes with --sampler and --nfe, or with --plan FILE.json")
-        if not (args.sampler and args.nfe):
-            raise ValueError("--sampler and --nfe belong together: --sampler heun --nfe 35")
-        ends = float(model.sigmas[0]), float(model.sigmas[-1])
-        plan = plan_of_nfe(args.sampler, args.nfe, *ends, args.schedule or "karras", **given)
+        if not args.nfe:
+            raise ValueError("--sampler needs --nfe, the evaluations a sample: --sampler heun --nfe 35")
+        name = args.sampler or good_sampler(model, args.nfe)
+        count = levels_of_nfe(name, args.nfe, given)
+        if hasattr(model, "levels") and not args.schedule:
+            sigmas = model.levels(count, own=name in ("ancestral", "ddim"))  # where the file's own sampler steps
+        else:
+            sigmas = SCHEDULES[args.schedule or "karras"](float(model.sigmas[0]), float(model.sigmas[-1]), count)
+        own = model.options_of(name, sigmas[0]) if hasattr(model, "options_of") else {}
+        plan = SAMPLERS[name](sigmas, **own | given)
         return _conditioned(model, plan, args.conditioning)
     return model, plan_for(model, args.plan, **given)
+
+
+def good_sampler(model: nn.Module, nfe: int) -> str:
+    """For --nfe alone: the sampler that the weights recommend, where it takes that many; else one of second order.
+
+    Below 20 evaluations the probability flow's DPM-Solver++(2M), from there on that of the diffusion, with noise.
+    """
+    own = (getattr(model, "plan", None) or {}).get("name")
+    if own == "heun":
+        return "heun" if nfe % 2 and nfe > 2 else "dpm_solver_2m"
+    return "sde_dpm_solver_2m" if nfe >= 20 else "dpm_solver_2m"
 
 
 def _conditioned(model: nn.Module, plan: Plan, conditioning: str | None) -> tuple[nn.Module, Plan]:

@@ -20,12 +20,13 @@ from sgm_engine.cli.arguments import (
     SAMPLERS,
     SCHEDULES,
     add_precision,
+    add_weights,
     at_least,
     plan_name,
     sample_ids,
 )
 from sgm_engine.cli.console import DIVERGED, DONE, bad_input, complain, rate, shown, some
-from sgm_engine.cli.model import chosen_model, device_of, processor
+from sgm_engine.cli.model import chosen_model, device_of, processor, said
 
 FILMED = 64  # samples in a GIF
 
@@ -65,17 +66,12 @@ def register(commands) -> None:
     add = group.add_argument
     add("--seed", type=at_least(0, MAX_SEED), default=0, metavar="N",
         help="noise depends on (seed, sample id, step) and nothing else (default: 0)")  # fmt: skip
-    add(
-        "--checkpoint",
-        metavar="PATH",
-        help="weights, .safetensors or a published .pth (default: bundled, MNIST digits)",
-    )
-    add("--config", metavar="PATH", help="the config.yml that came with a .pth")
+    add_weights(add)
 
     add = p.add_argument_group("plan", "Whatever is not given here comes with the weights.").add_argument
     add("--plan", type=plan_name, metavar="NAME", help=f"{', '.join(PLANS)}; or FILE.json, a plan that was saved")
     add("--sampler", choices=SAMPLERS, metavar="NAME", help=f"few steps, with --nfe: {', '.join(SAMPLERS)}")
-    add("--nfe", type=at_least(1), metavar="N", help="network evaluations a sample, with --sampler")
+    add("--nfe", type=at_least(1), metavar="N", help="network evaluations a sample; alone: by a good sampler")
     add(
         "--schedule", choices=SCHEDULES, metavar="NAME", help=f"of its sigmas: {', '.join(SCHEDULES)} (default: karras)"
     )
@@ -164,6 +160,7 @@ def sample(args: argparse.Namespace) -> int:
         speed, nfe = len(drawn) / seconds, plan.nfe
         print(f"{len(drawn)} samples in {seconds:.2f} s: {rate(speed)} samples/s, {nfe} NFE a sample, "
               f"{rate(speed * nfe)} NFE/s")  # fmt: skip
+        print(shown(f"weights: {said(engine.model)}"))
         print(shown(f"plan: {plan.name}({options})"))
         print(f"how: {how}")
         print(f"written: {out.path}" + (f" and {gif}" if gif else ""))

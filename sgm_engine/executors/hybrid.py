@@ -61,7 +61,7 @@ class HybridNetwork(nn.Module):
             raise Unsupported(reason)
         x = torch.zeros(1, *shape, dtype=torch.float32, device="cpu")
         level = torch.zeros(1, dtype=torch.int64, device="cpu")
-        self._model = (model,)
+        self._model, self.training = (model,), accelerated.source.training
         self._settings = settings(accelerated.source)
         try:
             with torch.no_grad():

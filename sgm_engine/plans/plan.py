@@ -17,13 +17,12 @@ import numpy as np
 
 from sgm_engine.files.reading import parse_json
 from sgm_engine.plans.report import check_label, describe, plot, refuse_divergence
-from sgm_engine.plans.schedule import check_column, check_number, check_sigmas, nearest_level
+from sgm_engine.plans.schedule import check_column, check_count, check_number, check_sigmas, nearest_level
 
 FORMAT, VERSION = "sgm-plan", 2
 COLUMNS = ("level", "sigma", "a", "b", "c", "d", "e", "f", "adaptive")
 SINCE_2 = ("e", "f", "adaptive")  # columns that version 1 does not have; all zero unless given
 STARTS = ("uniform", "normal")
-MAX_ROWS = 2**22  # of the functions below: 300 MB; a plan longer than that is a slip
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +197,7 @@ def annealed_langevin(
     Defaults are those of NCSN on images in [0, 1]; NCSNv2 (arXiv 2006.09011) on CIFAR-10 has T = 5, step_lr = 6.2e-6.
     """
     sigmas = check_sigmas(sigmas)
-    _check_count("steps_per_level", steps_per_level, len(sigmas))
+    check_count("steps_per_level", steps_per_level, len(sigmas))
     step_lr = check_number("step_lr", step_lr)
     if not 0 < step_lr < np.inf:
         raise ValueError(f"step_lr must be positive and finite, got {step_lr}")
@@ -225,7 +224,7 @@ def consistent_annealed(
     which keeps the noise in x at exactly σ'. eta 1 denoises and noises afresh; it must lie in [1−γ, 1+γ] for every γ.
     """
     sigmas = check_sigmas(sigmas)
-    _check_count("steps_per_level", steps_per_level, len(sigmas))
+    check_count("steps_per_level", steps_per_level, len(sigmas))
     level = np.repeat(np.arange(len(sigmas)), steps_per_level)[:-1]  # the last row is the denoising one
     after = np.repeat(np.arange(len(sigmas)), steps_per_level)[1:]
     sigma, gamma = sigmas[level], sigmas[after] / sigmas[level]
@@ -248,13 +247,20 @@ def reverse_diffusion(sigmas, start_scale: float | None = None, start_shift: flo
     return _plan("reverse_diffusion", sigmas, table, True, _prior(sigmas, start_scale, start_shift), {})
 
 
-def ancestral(sigmas, start_scale: float | None = None, start_shift: float = 0.0) -> Plan:
-    """Ancestral sampling of the discrete chain (arXiv 2011.13456, eq. 47), one row at each of sigmas [L]."""
-    sigmas = check_sigmas(sigmas)
+def ancestral(sigmas, start_scale: float | None = None, start_shift: float = 0.0, beta_unit: float = 0.0) -> Plan:
+    """Ancestral sampling of the discrete chain (arXiv 2011.13456, eq. 47), one row at each of sigmas [L].
+
+    beta_unit: 0 adds the noise of DDPM's posterior, β̃ ("fixed_small"); else that of its forward step, β ("fixed_large",
+    arXiv 2006.11239, section 3.2), of a chain that ends in N(0, beta_unit²), in units of x.
+    """
+    sigmas, unit = check_sigmas(sigmas), check_number("beta_unit", beta_unit)
     drop = sigmas[:-1] ** 2 - sigmas[1:] ** 2
     noise = sigmas[1:] * np.sqrt(1 - (sigmas[1:] / sigmas[:-1]) ** 2)
+    if unit:
+        noise = np.sqrt(drop * (unit**2 + sigmas[1:] ** 2) / (unit**2 + sigmas[:-1] ** 2))
     table = (np.arange(len(drop)), np.ones(len(drop)), drop, noise)
-    return _plan("ancestral", sigmas, table, True, _prior(sigmas, start_scale, start_shift), {})
+    options = {"beta_unit": unit} if unit else {}
+    return _plan("ancestral", sigmas, table, True, _prior(sigmas, start_scale, start_shift), options)
 
 
 def ddim(sigmas, eta: float = 0.0, start_scale: float | None = None, start_shift: float = 0.0) -> Plan:
@@ -287,11 +293,3 @@ def _plan(name, sigmas, table, denoise, start_law, options) -> Plan:
 def _prior(sigmas, start_scale, start_shift) -> tuple[str, float, float]:
     """shift + σ_1·N(0, 1) unless told otherwise: the law of heavily noised data around ``start_shift``."""
     return "normal", sigmas[0] if start_scale is None else start_scale, start_shift
-
-
-def _check_count(name: str, value: int, levels: int = 1) -> None:
-    """value rows for each of the levels."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-    if value * levels > MAX_ROWS:
-        raise ValueError(f"{name} must make at most {MAX_ROWS:,} evaluations a sample, got {value}: {value * levels:,}")

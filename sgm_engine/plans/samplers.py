@@ -89,7 +89,7 @@ def predictor_corrector(
     """
     sigmas = check_sigmas(sigmas)
     if corrector_steps != 0:
-        first._check_count("corrector_steps", corrector_steps, len(sigmas))
+        schedules.check_count("corrector_steps", corrector_steps, len(sigmas))
     snr = check_number("snr", snr)
     if not 0 < snr < 1:
         raise ValueError(f"snr must lie between 0 and 1, got {snr}: the corrector's b/σ² is 2·snr²")
@@ -128,11 +128,17 @@ def plan_of_nfe(name: str, nfe: int, sigma_max: float, sigma_min: float, schedul
     schedule: one of schedule.SCHEDULES, of as many sigmas as the evaluations pay for; ``options`` are the sampler's
     own. ValueError where the number cannot be had exactly, with the nearest that can.
     """
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    count = levels_of_nfe(name, nfe, options)
     if schedule not in schedules.SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(schedules.SCHEDULES)}, got {schedule!r}")
-    first._check_count("nfe", nfe)
+    return SAMPLERS[name](schedules.SCHEDULES[schedule](sigma_max, sigma_min, count), **options)
+
+
+def levels_of_nfe(name: str, nfe: int, options: dict) -> int:
+    """How many sigmas ``nfe`` evaluations of the sampler pay for; ValueError where there is no such number."""
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    schedules.check_count("nfe", nfe)
     each, fixed = _cost(name, options)
     levels, rest = divmod(nfe - fixed, each)
     if rest or levels < 2:
@@ -140,15 +146,15 @@ def plan_of_nfe(name: str, nfe: int, sigma_max: float, sigma_min: float, schedul
         near = f"{low} or {low + each}" if levels >= 2 else f"{low}"
         some = f"{each}·L{fixed:+d} evaluations, L ≥ 2" if fixed or each > 1 else "at least 2 evaluations"
         raise ValueError(f"nfe: {name} with these options takes {some}, not {nfe}; take {near}")
-    return SAMPLERS[name](schedules.SCHEDULES[schedule](sigma_max, sigma_min, levels), **options)
+    return levels
 
 
 def _cost(name: str, options: dict) -> tuple[int, int]:
     """Evaluations for L sigmas are each·L + fixed."""
     if "steps_per_level" in options:
-        first._check_count("steps_per_level", options["steps_per_level"])
+        schedules.check_count("steps_per_level", options["steps_per_level"])
     if options.get("corrector_steps", 0) != 0:
-        first._check_count("corrector_steps", options["corrector_steps"])
+        schedules.check_count("corrector_steps", options["corrector_steps"])
     if name == "annealed_langevin":
         return options.get("steps_per_level", 100), int(bool(options.get("denoise", True)))
     if name == "consistent_annealed":

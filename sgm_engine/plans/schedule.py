@@ -8,6 +8,8 @@ from math import erf, sqrt
 
 import numpy as np
 
+MAX_ROWS = 2**22  # of a plan made by a function: 300 MB; a plan longer than that is a slip
+
 
 def geometric(sigma_max: float, sigma_min: float, levels: int) -> np.ndarray:
     """``levels`` sigmas from sigma_max down to sigma_min at a constant ratio (NCSN, arXiv 1907.05600, section 4.1)."""
@@ -88,6 +90,14 @@ def check_number(name: str, value: object) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} must be a number, got {reprlib.repr(value)}") from None
+
+
+def check_count(name: str, value: int, levels: int = 1) -> None:
+    """value rows for each of the levels."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    if value * levels > MAX_ROWS:
+        raise ValueError(f"{name} must make at most {MAX_ROWS:,} evaluations a sample, got {value}: {value * levels:,}")
 
 
 def check_sigmas(sigmas) -> np.ndarray:

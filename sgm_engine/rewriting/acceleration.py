@@ -66,7 +66,7 @@ class Accelerated(nn.Module):
 
     def __init__(self, source: nn.Module):
         super().__init__()
-        self.source = source
+        self.source, self.training = source, source.training
         self.derived = nn.ModuleDict()  # PooledConv by the name of its convolution; kernels derived from shared weights
         self.report: Report | None = None
         self._built: dict[tuple, tuple[nn.Module, list]] = {}

@@ -193,6 +193,8 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
 def _initialise(network: nn.Module, weights: str | Path) -> None:
     """Copy the weights of a checkpoint of the same network; its plan may be another."""
     start = load_checkpoint(weights)
+    if type(start.config) is not type(network.config):
+        raise ValueError(f"--init {weights}: holds a {start.config.architecture}, not a {network.config.architecture}")
     theirs, ours = (dataclasses.replace(n.config, plan=None, sigmas=(1.0,)) for n in (start, network))
     same = len(start.sigmas) == len(network.sigmas) and torch.allclose(start.sigmas, network.sigmas, rtol=1e-4)
     if theirs != ours or not same:

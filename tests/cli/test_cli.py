@@ -264,9 +264,9 @@ def test_convert_makes_a_file_that_samples(sgm, tiny_weights, tmp_path):
         "data: {channels: 1, image_size: 8}\nmodel: {sigma_begin: 1, sigma_end: 0.1, num_classes: 3, ngf: 4}\n"
     )
     done = sgm("convert", "old.pth", "new.safetensors", "--config", "config.yml")
-    assert done.returncode == 0 and "written: new.safetensors (NCSN, 1×8×8, ngf 4, 3 levels)" in done.stdout, (
-        done.stderr
-    )
+    assert (
+        done.returncode == 0 and "written: new.safetensors (NCSN, 1×8×8, ngf 4, 3 levels, not averaged)" in done.stdout
+    ), done.stderr
     done = sgm("sample", "--checkpoint", "new.safetensors", "--n", 1, "--steps-per-level", 1, "--step-lr", 1e-3)
     assert done.returncode == 0, done.stderr
 
@@ -286,10 +286,10 @@ finally: print('torch' in sys.modules)"""
 
 
 def test_what_is_offered_is_what_there_is():
-    from sgm_engine.checkpoints.bundled import PLANS
     from sgm_engine.executors.choice import EXECUTORS
     from sgm_engine.executors.network import PRECISIONS
+    from sgm_engine.plans.samplers import SAMPLERS
 
-    assert tuple(PLANS) == arguments.PLANS
+    assert {*arguments.PLANS, *arguments.SAMPLERS} == {*SAMPLERS}
     assert EXECUTORS == arguments.EXECUTORS
     assert {*arguments.PRECISIONS, "float8"} == {*PRECISIONS}  # float8: `sgm sample` alone offers it
