@@ -14,10 +14,12 @@ from torch import Tensor
 from sgm_engine.checks import MAX_ID, check_int
 from sgm_engine.engine.lanes import Lanes
 from sgm_engine.engine.progress import Stats, StepInfo, progress_bar
-from sgm_engine.errors import CaptureFailed, out_of_memory
+from sgm_engine.errors import CannotRun, CaptureFailed, out_of_memory
+from sgm_engine.executors.choice import next_best
 from sgm_engine.executors.network import Network
 from sgm_engine.executors.protocol import Executor
 from sgm_engine.executors.slots import NO_BAD_ROW, Job, Slots, Tables
+from sgm_engine.executors.witness import Witness
 from sgm_engine.keys import to_device
 from sgm_engine.numerics import undisturbed
 from sgm_engine.plans.plan import Plan
@@ -47,13 +49,15 @@ class Loop:
         shape: tuple[int, int, int],
         buckets: Sequence[int],
     ):
-        """auto: the eager executor may take this one's place."""
+        """auto: another executor may take this one's place."""
         device = network.device
         # Dense in the layout that the convolutions run fastest in: PyTorch's in float32 on a CPU are NCHW's.
         nhwc = device.type == "cuda" or (network.precision != "float32" and executor.name == "eager")
         slots = Slots(batch, shape, device, torch.channels_last if nhwc else torch.contiguous_format)
         self._network, self._auto, self._tables = network, auto, Tables(device)
         self._lanes = Lanes(buckets, network, self._tables, slots, executor)
+        self._witness, self._unproven = Witness(network), True
+        self._or_next_best(self._lanes.rebind)
         self._cancel = threading.Event()
         self._stats = Stats()
 
@@ -149,8 +153,9 @@ class Loop:
     def _advance(self, most: int) -> int:
         """Run up to ``most`` steps, no further than to the first slot that finishes; says how many."""
         slots, stats = self._slots, self._stats
-        if self._network.versions() != self._seen:  # an optimizer step since: copies of the weights follow
-            self._sync()
+        network = self._network
+        if network.versions() != self._seen or network.observed.changed():  # an optimizer step: copies follow
+            self._sync(ask=False)
         steps = min(slots.steps_to_harvest(), most)
         self._executor.run(steps)
         slots.advance(steps)
@@ -168,23 +173,55 @@ class Loop:
         first = to_device([job.rows.start for job in jobs], self.device)
         return jobs, x, torch.where(bad_row == NO_BAD_ROW, bad_row, bad_row - first)
 
-    def _sync(self) -> None:
-        """Give the executor fresh weights; a model that cannot be captured goes to the eager one for good if "auto"."""
+    def _sync(self, ask: bool = True) -> None:
+        """Have the executor run the model as it is: its weights, and all else that decides what it computes.
+
+        ask: also whether its answer to one image is the module's. What cannot be is left to the next best if "auto".
+        """
+        network = self._network
         with undisturbed():
-            if self._network.replaced():
-                self._lanes.rebind()
-            self._seen = self._network.versions()
-            before = self._executor.captures
+            if network.replaced() | (network.observed.changed() is not None):
+                self._unproven = True
+                network.renew()
+                self._or_next_best(self._lanes.rebind)
+            self._seen = network.versions()
+            if self._unproven and ask:
+                network.refuse_training()
+                self._witness.refuse_draws(self._slots.batch)
+                network.observed, self._unproven = network.observed.settle(), False
+            self._or_next_best(partial(self._refresh, ask))
+
+    def _refresh(self, ask: bool) -> None:
+        before = self._executor.captures
+        self._executor.sync_weights()
+        if ask and self._witness.disagreement(self._executor) is not None:  # something that no record can see
+            self._network.renew()
+            self._lanes.rebind()
+            self._executor.sync_weights()
+            if (difference := self._witness.disagreement(self._executor)) is not None:
+                name = self._executor.name
+                raise CannotRun(f"executor={name!r} cannot run this model: it would differ by {difference:.1e}")
+        self._stats.captures += self._executor.captures - before
+
+    def _or_next_best(self, work: Callable[[], object]) -> None:
+        """work(), by the next best executor if this one cannot run the model and it was "auto", with one warning."""
+        others, error = None, None
+        while True:
             try:
-                self._executor.sync_weights()
-            except CaptureFailed as error:
+                if error is not None:
+                    self._lanes.replace(next(others))
+                work()
+                break
+            except (CaptureFailed, CannotRun) as reason:
+                error = error or reason
+                said = str(error).removesuffix("; use executor='eager'")
+                others = others or next_best(self._executor.name, self._network, said.partition("model: ")[2] or said)
                 if not self._auto:
                     raise
-                warnings.warn(f"{error}; running eager from now on", stacklevel=5)
-                self._lanes.go_eager()
-                self._executor.sync_weights()
-            else:
-                self._stats.captures += self._executor.captures - before
+            except StopIteration:
+                raise error from None
+        if error is not None:
+            warnings.warn(f"{said}; running {self.executor} from now on", stacklevel=5)
 
     def _bind(self, executor: Executor) -> None:
         self._lanes.tables = self._tables

@@ -8,14 +8,20 @@ The other way round, a deepinv denoiser as the engine's network: ``as_score(deno
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sgm_engine.executors.native.executor import NativeNetwork, refusal
+from sgm_engine.errors import out_of_memory
+from sgm_engine.executors.native.executor import NativeNetwork
+from sgm_engine.executors.witness import AGREEMENT, relative
 from sgm_engine.plans.schedule import check_sigmas, nearest_level
+from sgm_engine.rewriting.observed import Observed
+
+PROVEN = 256  # images
 
 
 class Denoiser(nn.Module):
@@ -23,9 +29,10 @@ class Denoiser(nn.Module):
 
     model: ``model(x, level int64 [B]) → score``; shared. sigmas [L]: None takes ``model.sigmas``. sigma, a number or a
     tensor [B], may lie between levels: the network is asked at the nearest, on a logarithmic scale, and one further
-    outside than half of the outermost ratio raises ValueError. An NCSN or NCSNv2 on a CPU runs on the native executor
-    where no gradient is asked for, and follows its weights, except what is written through ``.data``; everything else
-    runs as the module does.
+    outside than half of the outermost ratio raises ValueError. What the native executor can run it runs, float32 images
+    on a CPU where no gradient is asked for; everything else runs as the module does. It is looked at once for a size of
+    images, and again when the module has become another. It follows its weights, except what is written through
+    ``.data``; every PROVEN images one answer is compared with the module's.
     """
 
     def __init__(self, model: Callable[[Tensor, Tensor], Tensor], sigmas=None):
@@ -34,8 +41,7 @@ class Denoiser(nn.Module):
         if sigmas is None:
             raise ValueError("sigmas: the model has no .sigmas, so pass sigmas=[…], its noise levels, descending")
         self.model, self.sigmas = model, check_sigmas(sigmas)
-        self._native: tuple[tuple[int, ...], NativeNetwork] | None = None  # for one shape of x
-        self._seen: list[tuple[int, int]] = []  # of the weights that it has packed
+        self._fast: _Fast | None = None  # for one shape of x
 
     def forward(self, x: Tensor, sigma: float | Tensor, *args, **kwargs) -> Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1).cpu().numpy()
@@ -60,12 +66,42 @@ class Denoiser(nn.Module):
 
     def _score(self, x: Tensor, level: Tensor) -> Tensor:
         gradient = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        if gradient or x.device.type != "cpu" or x.dtype != torch.float32 or refusal(self.model) is not None:
+        if gradient or x.device.type != "cpu" or x.dtype != torch.float32:
             return self.model(x, level)
-        if self._native is None or self._native[0] != x.shape:
-            self._native, self._seen = (x.shape, NativeNetwork(self.model, len(x), *x.shape[2:])), []
-        network, weights = self._native[1], [(p.data_ptr(), p._version) for p in self.parameters()]
-        if weights != self._seen:
-            network.sync()
-            self._seen = weights
-        return network(x, level)
+        if self._fast is None or self._fast.size != x.shape[1:] or self._fast.observed.changed():
+            self._fast = _Fast(self.model, x.shape, len(self.sigmas))
+        found = self._fast(x, level)
+        if found is None:  # not the module's answer any more
+            self._fast = _Fast(self.model, x.shape, len(self.sigmas))
+            found = self._fast(x, level)
+        return self.model(x, level) if found is None else found
+
+
+class _Fast:
+    """A module on the native executor, for images of one size; None where it cannot, or does not agree any more."""
+
+    def __init__(self, model: Callable, shape: Sequence[int], levels: int):
+        self.model, self.size, self.observed = model, shape[1:], Observed(model)
+        self.due, self.seen = 0, None  # images until it is compared; weights that are packed
+        try:
+            self.network = NativeNetwork(model, shape[0], *shape[2:], channels=shape[1], levels=levels)
+        except Exception as reason:  # Unsupported, or what the user's forward raises at this size
+            if out_of_memory(reason):
+                raise
+            self.network = None
+
+    def __call__(self, x: Tensor, level: Tensor) -> Tensor | None:
+        if self.network is None:
+            return None
+        weights = [(t.data_ptr(), t._version) for t in chain(self.model.parameters(), self.model.buffers())]
+        if weights != self.seen:
+            self.network.sync()
+            self.seen = weights
+        found = self.network(x, level)
+        self.due -= len(x)
+        if self.due < 0:
+            self.due = PROVEN
+            if relative(found[:1], self.model(x[:1].clone(), level[:1])) > AGREEMENT["float32"]:
+                self.network = None
+                return None
+        return found

@@ -17,6 +17,7 @@ from torch import fx, nn
 from sgm_engine.checks import check_int
 from sgm_engine.kernels.reference import E4M3_MAX
 from sgm_engine.rewriting.acceleration import Accelerated
+from sgm_engine.rewriting.altered import altered
 from sgm_engine.rewriting.chosen_conv import ChosenConv, ConvNorm
 from sgm_engine.rewriting.float8.conv import Float8Conv
 from sgm_engine.rewriting.norms import norm_call
@@ -122,7 +123,7 @@ def qualifies(conv: nn.Module, channels: int = CHANNELS) -> bool:
     So the first and the last convolution stay bfloat16 (images have few channels, and an error there is one of x), as
     do those of one tap, which read as much as they compute.
     """
-    if type(conv) is not nn.Conv2d or conv._forward_hooks or conv._forward_pre_hooks:
+    if type(conv) is not nn.Conv2d or altered(conv):
         return False
     same = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == conv.dilation
     square = conv.dilation[0] == conv.dilation[1] and conv.padding_mode == "zeros" and conv.groups == 1
