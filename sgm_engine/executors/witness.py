@@ -62,18 +62,18 @@ class Witness:
     def _question(self, n: int) -> tuple[Tensor, Tensor]:
         """x [n, C, H, W], of which the first image is always the same, and level [n]."""
         network, random = self.network, torch.Generator("cpu").manual_seed(0)
-        x = torch.rand(n, *network.shape, generator=random, dtype=torch.float32, device="cpu")
+        x = torch.rand(n, *network.shape, generator=random, dtype=torch.float32, device="cpu") * 2 - 0.5
         level = torch.full((n,), self.turn % (network.levels or 1), dtype=torch.int64, device=network.device)
         return x.to(network.device), level
 
     def _asked(self, n: int) -> Tensor:
         """The module's answer; the caller's random numbers are as they were."""
         x, level = self._question(n)
-        before, devices = x.clone(), [x.device] if x.is_cuda else []
+        before, version, devices = x.clone(), x._version, [x.device] if x.is_cuda else []
         with torch.random.fork_rng(devices):
             torch.random.manual_seed(self.turn * 8 + n)
             found = self.network.original(x, level)
-        if not torch.equal(x, before):
+        if x._version != version or not torch.equal(x, before):
             self.network.spare_x()
         return found.float()
 

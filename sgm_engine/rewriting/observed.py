@@ -115,7 +115,7 @@ class _Walk:
             self._object(what, path)
 
     def _module(self, module: nn.Module, path: str) -> None:
-        if (only := getattr(type(module), "__observed__", None)) is not None:  # an Accelerated looks after the rest itself
+        if (only := getattr(type(module), "__observed__", None)) is not None:  # an Accelerated
             return self.todo.append((only(module), path))
         own = vars(module)
         for weights in ("_parameters", "_buffers"):  # which tensors they are; what they hold is for others to watch
