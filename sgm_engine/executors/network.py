@@ -141,6 +141,12 @@ class Network:
             if isinstance(module, Accelerated):
                 module.forget()
 
+    def copied(self) -> nn.Module:
+        """In 16 bits: run a copy of the module from now on, which shares every tensor that is not cast; returns it."""
+        self._copies, self._mode, self._copied = True, nullcontext(), []
+        self.sync()
+        return self._forward
+
     def spare_x(self) -> None:
         """The model writes to its input: give it a copy from now on, and say so."""
         if not self.spares_x:
@@ -233,4 +239,8 @@ def _casts(module: nn.Module, dtype: torch.dtype, replaced: dict[nn.Conv2d, Floa
 def _copy(module: nn.Module, casts: list[tuple[Tensor, Tensor]], replaced: dict[nn.Conv2d, Float8Conv]) -> nn.Module:
     """A copy that shares every tensor with ``module`` but those cast, and has other layers in the place of some."""
     memo: dict[int, object] = {id(t): t for t in _tensors(module)} | {id(old): new for old, new in replaced.items()}
-    return copy.deepcopy(module, memo | {id(p): buffer for p, buffer in casts})
+    other = copy.deepcopy(module, memo | {id(p): buffer for p, buffer in casts})
+    for part in other.modules():
+        if isinstance(part, Accelerated):
+            part.keep()
+    return other

@@ -68,7 +68,7 @@ class Accelerated(nn.Module):
         self.source = source
         self.derived = nn.ModuleDict()  # PooledConv by the name of its convolution; kernels derived from shared weights
         self.report: Report | None = None
-        self._built: dict[tuple, tuple[nn.Module, list, Observed]] = {}
+        self._built: dict[tuple, tuple[nn.Module, list, Observed | None]] = {}
 
     def __getattr__(self, name: str):
         try:
@@ -96,15 +96,18 @@ class Accelerated(nn.Module):
         key = tuple(x.shape[1:]), x.dtype, x.device, level.dtype, self.source.training
         network, pinned, observed = self._built.get(key) or (None, (), None)
         moved = any(holder.get(name) is not tensor for holder, name, tensor in pinned)
-        if network is None or moved or observed.changed():
+        if network is None or moved or (observed and observed.changed()):
             self._built = {k: built for k, built in self._built.items() if k[2] == x.device}  # else it was moved since
             network, pinned = self._build(x, level)
             self._built[key] = network, pinned, Observed(self.source)
         return network
 
     def __observed__(self) -> nn.Module:
-        """What decides what this computes; the rest follows from it."""
-        return self.source
+        return self.source  # the rest follows from it
+
+    def keep(self) -> None:
+        """What was traced stands, whatever becomes of the source: of a copy that somebody else watches over."""
+        self._built = {key: (*built[:2], None) for key, built in self._built.items()}
 
     def forget(self) -> None:
         """Trace again at the next call."""

@@ -152,7 +152,7 @@ def fuse_quantisation(module: nn.Module) -> int:
 
     Returns how many do. Elsewhere the layer quantises what it reads.
     """
-    networks = [network for network, _ in module._built.values()] if isinstance(module, Accelerated) else []
+    networks = [network for network, *_ in module._built.values()] if isinstance(module, Accelerated) else []
     graphs = [network for network in networks if isinstance(network, fx.GraphModule)]
     return sum(_fuse(network, dict(network.named_modules())) for network in graphs)
 
