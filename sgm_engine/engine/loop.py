@@ -55,6 +55,7 @@ class Loop:
         nhwc = device.type == "cuda" or (network.precision != "float32" and executor.name == "eager")
         slots = Slots(batch, shape, device, torch.channels_last if nhwc else torch.contiguous_format)
         self._network, self._auto, self._tables = network, auto, Tables(device)
+        network.observed  # noqa: B018 - from before anything is made of it
         self._lanes = Lanes(buckets, network, self._tables, slots, executor)
         self._witness, self._unproven = Witness(network), True
         self._or_next_best(self._lanes.rebind)
@@ -205,21 +206,22 @@ class Loop:
 
     def _or_next_best(self, work: Callable[[], object]) -> None:
         """work(), by the next best executor if this one cannot run the model and it was "auto", with one warning."""
-        others, error = None, None
+        error, other = None, None
         while True:
             try:
-                if error is not None:
-                    self._lanes.replace(next(others))
+                if other is not None:
+                    self._lanes.replace(other)
                 work()
                 break
             except (CaptureFailed, CannotRun) as reason:
-                error = error or reason
-                said = str(error).removesuffix("; use executor='eager'")
-                others = others or next_best(self._executor.name, self._network, said.partition("model: ")[2] or said)
                 if not self._auto:
                     raise
-            except StopIteration:
-                raise error from None
+                if error is None:
+                    error, said = reason, str(reason).removesuffix("; use executor='eager'")
+                    others = next_best(self._executor.name, self._network, said.partition("model: ")[2] or said)
+                other = next(others, None)
+                if other is None:
+                    raise
         if error is not None:
             warnings.warn(f"{said}; running {self.executor} from now on", stacklevel=5)
 

@@ -105,7 +105,7 @@ def _refuse_draws(model, x: Tensor, level: int) -> None:
     if isinstance(model, nn.Module) and (name := in_training(model)):
         raise ValueError(f"model: {name} is in training mode and draws or learns there: call model.eval() first")
     first, second = (checked_score(model(x[:n].float().clone(), _levels(x[:n], level)), x[:n]) for n in (1, len(x)))
-    if (difference := relative(second[:1].double(), first.double())) > REPEATED:
+    if (difference := relative(second[:1].double(), first.double())) > REPEATED["float32"]:
         raise ValueError(
             f"model must be a function of x and level, but two calls with one image differ by {difference:.1e}"
         )

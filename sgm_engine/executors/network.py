@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -73,7 +74,7 @@ class Network:
         parts = () if self.module is None else self.module.modules()
         self.accelerated = any(isinstance(m, Accelerated) for m in parts)
         self._copies = float8 is not None or (self.accelerated and device.type == "cuda" and self._half is not None)
-        self._known, self.observed = _tensors(self.module), Observed(model)
+        self._known = _tensors(self.module)
         self.spares_x = False  # the model writes to its input, and is given a copy
         self._copied: list[Tensor] = []
         self._casts: list[tuple[Tensor, Tensor]] = []  # (parameter, its 16-bit buffer)
@@ -88,9 +89,7 @@ class Network:
         with self._numerics(), self._mode:
             score = self._forward(given, level)
         if given._version != version and not self.spares_x:
-            raise ValueError(
-                f"model wrote to its input x at levels {sorted(set(level.tolist()))}: let it write to a copy"
-            )
+            raise ValueError("model wrote to its input x, the chain's own, in some calls: let it write to a copy")
         return _checked(score, x)
 
     def _numerics(self) -> AbstractContextManager[None]:
@@ -133,6 +132,11 @@ class Network:
         """ValueError if a part of the model computes something else in training mode and is in it."""
         if self.module is not None and (name := in_training(self.module)):
             raise ValueError(f"model: {name} is in training mode and draws or learns there: call model.eval() first")
+
+    @cached_property
+    def observed(self) -> Observed:
+        """All that decides what the model computes, beside what its weights hold, as it is from the first look on."""
+        return Observed(self.model)
 
     def renew(self) -> None:
         """The module is another than it was: copies and traces of it go."""
