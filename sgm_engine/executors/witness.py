@@ -27,7 +27,7 @@ class Witness:
         Notices a model that writes to its input. batch: asked about if the model takes no other number of images.
         """
         allowed = REPEATED[self.network.precision] * (10 if self.network.device.type == "cuda" else 1)
-        for sizes in ((1, 2), (batch, batch)):
+        for sizes in ((1, min(2, batch)), (batch, batch)):
             before = self.network.versions()
             try:
                 first, second = (self._asked(n) for n in sizes)

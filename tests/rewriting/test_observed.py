@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sgm_engine.models.score_model import as_score
+from sgm_engine.rewriting import observed, records
 from sgm_engine.rewriting.acceleration import accelerate
 from sgm_engine.rewriting.altered import altered
 from sgm_engine.rewriting.observed import Observed
@@ -23,6 +24,45 @@ def test_every_ingredient_is_in_the_record(name):
     try:
         MUTATIONS[name](model.model, undo, 1.5)
         assert record.changed() is not None and Observed(model).changed() is None
+    finally:
+        for back in reversed(undo):
+            back()
+
+
+NEEDS = {  # a part of the record → a change that only it sees
+    "_function": "closure",
+    "_class": "Conv2d.forward",
+    "_object": "config's config",
+    "_items": "config's list",
+    "_nothing": "hook",
+    "_names": "global",
+    "_kind": "class of a part",
+    "Entries": "float",
+    "Empty": "pre-hook",
+    "Kinds": "class of a part",
+    "State": "slot",
+    "tensor": "tensor filled",
+    "array": "array",
+    "_digest": "tensor through NumPy",
+}
+
+
+@pytest.mark.parametrize("part", NEEDS)
+def test_an_ingredient_left_out_is_missed(part, monkeypatch):
+    """The control of the test above."""
+    if part in ("Entries", "Empty", "Kinds", "State"):
+        monkeypatch.setattr(getattr(records, part), "same", lambda self: True)
+    elif part == "_digest":
+        monkeypatch.setattr(records, part, lambda t: 0)
+    elif part in ("tensor", "array"):
+        monkeypatch.setattr(observed, part, lambda what: ())
+    else:
+        monkeypatch.setattr(observed._Walk, part, lambda self, *_: None)
+    model, undo = Model(1, "closed").eval(), []
+    record = Observed(model)
+    try:
+        MUTATIONS[NEEDS[part]](model, undo, 1.5)
+        assert record.changed() is None
     finally:
         for back in reversed(undo):
             back()
