@@ -98,8 +98,9 @@ class Accelerated(nn.Module):
         moved = any(holder.get(name) is not tensor for holder, name, tensor in pinned)
         if network is None or moved or (observed and observed.changed()):
             self._built = {k: built for k, built in self._built.items() if k[2] == x.device}  # else it was moved since
+            observed = Observed(self.source)
             network, pinned = self._build(x, level)
-            self._built[key] = network, pinned, Observed(self.source)
+            self._built[key] = network, pinned, observed.settle()
         return network
 
     def __observed__(self) -> nn.Module:
