@@ -34,7 +34,7 @@ from sgm_engine.rewriting.records import (
     tensor,
 )
 
-MOST = 100_000  # records; what lies beyond them is left to whoever compares the results
+MOST = 20_000  # records; what lies beyond them is left to whoever compares the results
 # Their code is taken as it is; a name in it that is replaced is seen, one that it reads is not followed.
 TRUSTED = {"torch", "numpy", "sgm_engine", *sys.stdlib_module_names} - {"__main__"}
 # Their objects change all the time, and say nothing about a network.

@@ -61,13 +61,13 @@ def test_a_live_engine_takes_the_next_best(name):
 def test_what_native_cannot_run_from_the_start():
     model = ncsn()
     CHANGES["padding"](model)
-    with pytest.warns(UserWarning, match=r"padded by zeros.*runs it"):
+    with pytest.warns(UserWarning, match=r"padded by zeros.*; running \w+ from now on"):
         engine = Engine(model, 2)
     assert as_eager(engine) == (True, [])
     with pytest.warns(UserWarning, match=r"executor='native' cannot run this model: .*runs it"):
         odd = Engine(Model(0, "open").eval(), 2, shape=(2, 7, 9), precision="float16")
     assert odd.executor == "eager"
-    with pytest.warns(UserWarning, match="must divide by 2, got 27×29"):
+    with pytest.warns(UserWarning, match=r"must divide by 2, got 27×29; running \w+ from now on"):
         engine = Engine(ncsn(), 2, shape=(1, 27, 29))
     assert engine.executor != "native"
 

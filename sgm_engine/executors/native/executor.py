@@ -121,6 +121,10 @@ def refusal(
     """
     if precision not in PRECISIONS:
         return f"precision={precision!r} is not one of its own, which are float32, bfloat16 and direct"
+    if is_published(
+        model
+    ):  # but for a size or a padding without a layer, which ``bind`` finds: lowering takes a second
+        return None
     shape = getattr(model, "shape", None) if shape is None else shape
     if shape is None:
         return "the size of its images is not known: pass shape=(C, H, W)"
