@@ -121,6 +121,7 @@ class Loop:
                 harvest = self._harvest()
                 if harvest:
                     slots.refill(jobs)
+                    self._next_look = 0  # what begins after a write is drawn by it from its first step on
                     yield harvest
 
     def _begin(self, plan: Plan, known: tuple | None, jobs: Iterator[Job]) -> None:
@@ -154,8 +155,7 @@ class Loop:
     def _advance(self, most: int) -> int:
         """Run up to ``most`` steps, no further than to the first slot that finishes; says how many."""
         slots, stats = self._slots, self._stats
-        network = self._network
-        if network.versions() != self._seen or network.observed.changed():  # an optimizer step: copies follow
+        if self._changed() or self._network.observed.changed():  # an optimizer step since: copies follow
             self._sync(ask=False)
         steps = min(slots.steps_to_harvest(), most)
         self._executor.run(steps)
@@ -174,10 +174,22 @@ class Loop:
         first = to_device([job.rows.start for job in jobs], self.device)
         return jobs, x, torch.where(bad_row == NO_BAD_ROW, bad_row, bad_row - first)
 
-    def _sync(self, ask: bool = True) -> None:
+    def _changed(self) -> bool:
+        """Whether a weight was written since the last sync: a glance at every call, a look at all of them where
+        samples begin and every STRIDE steps."""
+        watch = self._network.watch
+        if watch.glance() != self._seen:
+            return True
+        if self._stats.steps < self._next_look:
+            return False
+        self._next_look = self._stats.steps + STRIDE
+        return watch.look() != self._held
+
+    def _sync(self, ask: bool = True, force: bool = False) -> None:
         """Have the executor run the model as it is: its weights, and all else that decides what it computes.
 
         ask: also whether its answer to one image is the module's. What cannot be is left to the next best if "auto".
+        force: rewrite copies of weights that hold what they held, too.
         """
         network = self._network
         with undisturbed():
@@ -185,16 +197,18 @@ class Loop:
                 self._unproven = True
                 network.renew()
                 self._or_next_best(self._lanes.rebind)
-            self._seen = network.versions()
+            self._seen = network.watch.glance()
+            self._next_look = self._stats.steps + STRIDE
             if self._unproven and ask:
                 network.refuse_training()
                 self._witness.refuse_draws(self._slots.batch)
                 network.observed, self._unproven = network.observed.settle(), False
-            self._or_next_best(partial(self._refresh, ask))
+            self._or_next_best(partial(self._refresh, ask, force))
+            self._held = network.watch.states
 
-    def _refresh(self, ask: bool) -> None:
+    def _refresh(self, ask: bool, force: bool) -> None:
         before = self._executor.captures
-        self._executor.sync_weights()
+        self._executor.sync_weights(**{"force": True} if force else {})
         if ask and self._witness.disagreement(self._executor) is not None:  # something that no record can see
             self._network.renew()
             self._lanes.rebind()

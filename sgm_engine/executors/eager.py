@@ -22,8 +22,8 @@ class EagerExecutor:
         self.network, self.slots, self.tables = network, slots, tables
         self.level = torch.zeros(slots.batch, dtype=torch.int64, device=slots.device)
 
-    def sync_weights(self) -> None:
-        self.network.sync()
+    def sync_weights(self, force: bool = False) -> None:
+        self.network.sync(force)
 
     def answer(self, x: Tensor, level: Tensor) -> Tensor | None:
         """What a step makes of other images; None where that is the user's own module, or a matter of its precision."""

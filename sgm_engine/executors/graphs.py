@@ -166,8 +166,8 @@ class GraphExecutor(EagerExecutor):
     def answer(self, x: Tensor, level: Tensor) -> None:
         """A graph has no answer to other images than the slots'."""
 
-    def sync_weights(self) -> None:
-        self.network.sync()
+    def sync_weights(self, force: bool = False) -> None:
+        self.network.sync(force)
         s, t = self.slots, self.tables
         known = s.known.arguments(t).values() if s.known else ()
         reads = [*self.network.tensors(), *s.tensors(), *t.tensors(), *known]

@@ -30,8 +30,11 @@ class Executor(Protocol):
     def bind(self, network: Network, slots: Slots, tables: Tables) -> None:
         """Work on these from now on. The tensors of slots stay; those of tables may be replaced between requests."""
 
-    def sync_weights(self) -> None:
-        """Make the next step see the module's current parameters; notice buffers that have moved. Slots may be live."""
+    def sync_weights(self, force: bool = False) -> None:
+        """Make the next step see the module's current parameters; notice buffers that have moved. Slots may be live.
+
+        force: make every copy of a weight anew, also those whose source looks unchanged.
+        """
 
     def answer(self, x: Tensor, level: Tensor) -> Tensor | None:
         """The score of x [B, C, H, W], whatever B, as a step would compute it; None if that is the module's own."""

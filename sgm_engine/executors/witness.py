@@ -28,14 +28,14 @@ class Witness:
         """
         allowed = REPEATED[self.network.precision] * (10 if self.network.device.type == "cuda" else 1)
         for sizes in ((1, min(2, batch)), (batch, batch)):
-            before = self.network.versions()
+            before = self.network.watch.glance()
             try:
                 first, second = (self._asked(n) for n in sizes)
             except Exception as error:  # it takes another number of images, or none: then a step says what is wrong
                 if out_of_memory(error):
                     raise
                 continue
-            moved = self.network.versions() != before  # weights that are trained meanwhile prove nothing
+            moved = self.network.watch.glance() != before  # weights that are trained meanwhile prove nothing
             if not moved and (difference := relative(second[:1], first[:1])) > allowed:
                 raise ValueError(
                     f"model must be a function of x and level, but two calls with one image differ by {difference:.1e}:"
@@ -45,7 +45,7 @@ class Witness:
 
     def disagreement(self, executor: Executor) -> float | None:
         """By how much the executor's answer to one image differs from the user's module's, if that is no rounding."""
-        before = self.network.versions()
+        before = self.network.watch.glance()
         x, level = self._question(1)
         ours = executor.answer(x, level)
         if ours is None:
@@ -58,7 +58,7 @@ class Witness:
             return None
         difference = relative(ours.float(), theirs)
         self.turn += 1
-        moved = self.network.versions() != before
+        moved = self.network.watch.glance() != before
         return difference if difference > AGREEMENT[self.network.precision] and not moved else None
 
     def _question(self, n: int) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,12 @@
 #include "cpu/executor/executor.h"
 #include "cpu/executor/internal.h"
 #include "cpu/executor/pack.h"
+#include "cpu/executor/sizes.h"
 
 namespace sgm::executor {
 namespace {
 
-bool sized(const Tensor& t, int channels, int height, int width) {
+bool sized(const Tensor& t, int64_t channels, int height, int width) {
   return t.channels == channels && t.height == height && t.width == width;
 }
 
@@ -76,33 +77,34 @@ bool shape_follows(Op op, const Tensor& in, const Tensor* second, const Tensor& 
 }  // namespace
 
 int Executor::tensor(int channels, int height, int width) {
-  if (channels < 1 || height < 1 || width < 1)
-    refuse("a tensor needs channels, height, width >= 1, got " + std::to_string(channels) + ", " + std::to_string(height) +
-           ", " + std::to_string(width));
+  const auto lock = describing("tensor");
+  check_shape("a tensor's", channels, height, width);
   tensors_.push_back({channels, static_cast<int>(round_up(channels, backend_.width)), height, width, 0, -1});
   return static_cast<int>(tensors_.size()) - 1;
 }
 
 int Executor::norm(int channels, int groups, int levels, bool per_level, bool has_alpha, double eps) {
-  if (channels < 1 || groups < 0 || (groups && channels % groups))
+  const auto lock = describing("norm");
+  within("a norm's channels", channels, 1, kMaxChannels), within("a norm's levels", levels, 1, kMaxLevels);
+  if (groups < 0 || (groups && channels % groups))
     refuse("channels must divide into groups, got " + std::to_string(channels) + " and " + std::to_string(groups));
   if (has_alpha && (channels < 2 || groups != channels))
     refuse("a norm with alpha needs channels >= 2, each its own group, got " + std::to_string(channels) + " in " +
            std::to_string(groups) + " groups");
-  if (levels < 1 || eps < 0) refuse("a norm needs levels >= 1 and eps >= 0, got " + std::to_string(levels) + " and " + std::to_string(eps));
-  const int rows = per_level ? levels : 1;
-  if (per_level) set_levels(levels);
-  norm_tables_.emplace_back(static_cast<size_t>(rows) * 3 * channels);
+  if (!(eps >= 0)) refuse("a norm's eps must be at least 0, got " + std::to_string(eps));
+  norm_tables_.resize(norms_.size());  // drops that of a norm() that failed
+  norm_tables_.emplace_back(times(per_level ? levels : 1, 3, channels));
   norms_.push_back({channels, groups, per_level ? 3 * channels : 0, has_alpha, static_cast<float>(eps), nullptr});
+  if (per_level) set_levels(levels);
   return static_cast<int>(norms_.size()) - 1;
 }
 
 int Executor::conv(int c_in, int c_out, int kernel, int dilation, int stride, int padding, bool pool) {
-  if (c_in < 1 || c_out < 1) refuse("a convolution needs c_in, c_out >= 1, got " + std::to_string(c_in) + ", " + std::to_string(c_out));
-  if (kernel < 1 || kernel * kernel > kMaxTaps) refuse("kernel must be from 1 to 7, got " + std::to_string(kernel));
-  if (dilation < 1) refuse("dilation must be at least 1, got " + std::to_string(dilation));
-  if (stride < 1) refuse("stride must be at least 1, got " + std::to_string(stride));
-  if (padding < 0 || 2 * padding > dilation * (kernel - 1))
+  static_assert(kMaxKernel * kMaxKernel == kMaxTaps);
+  const auto lock = describing("conv");
+  within("c_in", c_in, 1, kMaxChannels), within("c_out", c_out, 1, kMaxChannels);
+  within("kernel", kernel, 1, kMaxKernel), within("dilation", dilation, 1, kMaxSide), within("stride", stride, 1, kMaxSide);
+  if (padding < 0 || padding > dilation * (kernel - 1) / 2)
     refuse("padding must not make the output larger than the input, got " + std::to_string(padding));
   if (pool && (kernel != 3 || dilation != 1 || stride != 1 || padding != 1)) refuse("pool needs an undilated 3x3 convolution");
   Conv conv{};
@@ -113,15 +115,16 @@ int Executor::conv(int c_in, int c_out, int kernel, int dilation, int stride, in
 }
 
 void Executor::embedding(int channels, int height, int width, int patch, const std::vector<int>& octaves) {
-  if (channels < 1 || height < 1 || width < 1 || patch < 1 || height % patch || width % patch)
-    refuse("an embedding needs channels, height, width >= 1 and a patch that divides them, got " + std::to_string(channels) + ", " +
-           std::to_string(height) + ", " + std::to_string(width) + " and " + std::to_string(patch));
-  if (static_cast<int>(octaves.size()) > kMaxOctaves) refuse("octaves must be at most " + std::to_string(kMaxOctaves));
-  embedding_ = {channels, height, width, patch, static_cast<int>(octaves.size()), {}, nullptr};
-  for (size_t i = 0; i < octaves.size(); ++i) {
-    if (octaves[i] < 0 || octaves[i] > 30) refuse("octave n of 2^n must be from 0 to 30, got " + std::to_string(octaves[i]));
-    embedding_.octave[i] = octaves[i];
-  }
+  const auto lock = describing("embedding");
+  if (embedding_.channels) throw std::logic_error("embedding() twice");
+  check_shape("an embedding's", channels, height, width);
+  within("patch", patch, 1, std::min(height, width));
+  if (height % patch || width % patch)
+    refuse("patch must divide height and width, got " + std::to_string(patch) + " for " + std::to_string(height) + ", " + std::to_string(width));
+  within("the number of octaves", static_cast<int64_t>(octaves.size()), 0, kMaxOctaves);
+  Embedding e{channels, height, width, patch, static_cast<int>(octaves.size()), {}, nullptr};
+  for (size_t i = 0; i < octaves.size(); ++i) e.octave[i] = within("octave n of 2^n", octaves[i], 0, 30);
+  embedding_ = e;
 }
 
 // What only the layers of a gradient ask for.
@@ -131,13 +134,13 @@ void Executor::check_gradient(const Layer& l, const std::string& where) const {
     const bool known = l.activation == Activation::silu || (l.op == Op::norm_backward && l.activation == Activation::none);
     if ((l.op == Op::slope) != (norm.groups == 0) || norm.has_alpha || !known) refuse(where + "no gradient of that norm and activation");
   }
-  if (l.op == Op::slice && (l.first < 0 || l.first + tensors_[l.output].channels > tensors_[l.input].channels))
+  if (l.op == Op::slice && (l.first < 0 || int64_t{l.first} + tensors_[l.output].channels > tensors_[l.input].channels))
     refuse(where + "its input has " + std::to_string(tensors_[l.input].channels) + " channels");
   if ((l.op == Op::attention || l.op == Op::attention_backward) && tensors_[l.input].channels % (3 * backend_.width))
     refuse(where + "q, k and v need " + std::to_string(backend_.width) + " channels or multiples of it");
   const Embedding& e = embedding_;
   const auto embedded = [&](int id) {
-    return e.channels && sized(tensors_[id], e.channels * (1 + 2 * e.octaves) * e.patch * e.patch, e.height / e.patch, e.width / e.patch);
+    return e.channels && sized(tensors_[id], times(e.channels, 1 + 2 * e.octaves, e.patch, e.patch), e.height / e.patch, e.width / e.patch);
   };
   if ((l.op == Op::embed && !embedded(l.output)) || (l.op == Op::store_gradient && !(embedded(l.input) && embedded(l.second))))
     refuse(where + "it needs embedding() and a tensor of that shape");
@@ -145,7 +148,7 @@ void Executor::check_gradient(const Layer& l, const std::string& where) const {
 
 void Executor::layer(Op op, int input, int second, int output, const std::vector<int>& add, int norm, Activation activation,
                      int conv, double scale, double shift, int first) {
-  if (planned_) throw std::logic_error("layer() after plan()");
+  const auto lock = describing("layer");
   const std::string where = "layer " + std::to_string(layers_.size()) + ": ";
   const auto is_index = [](int i, size_t n) { return i >= 0 && i < static_cast<int>(n); };
   const Takes takes = what_it_takes(op);
@@ -181,8 +184,10 @@ void check_size(const char* name, int64_t size, int64_t want) {
 }  // namespace
 
 void Executor::set_conv(int index, Array weight, Array bias) {
-  const Conv& c = convs_.at(index);
-  if (!planned_ || !c.weights) throw std::logic_error("set_conv() before plan(), or of a convolution that no layer uses");
+  const auto lock = alone();
+  Conv& c = convs_.at(index);
+  if (state_ != State::planned || !weights_[index].size())
+    throw std::logic_error("set_conv() before plan(), or of a convolution that no layer uses");
   check_size("weight", weight.size, static_cast<int64_t>(c.c_out) * c.c_in * c.kernel * c.kernel);
   if (bias.data) check_size("bias", bias.size, c.c_out);
   const int columns = c.blocks * c.vectors * backend_.width;
@@ -194,28 +199,36 @@ void Executor::set_conv(int index, Array weight, Array bias) {
     if (l.conv == index) last = l.op == Op::store, padded = tensors_[l.input].padded;
   if (last) pack_last(c, padded, weight.data, weights_[index].data());
   else pack(c, c.vectors * backend_.width, weight.data, weights_[index].data());
+  c.weights = weights_[index].data(), c.bias = biases_[index].data();
 }
 
 void Executor::set_norm(int index, Array table) {
-  std::vector<float>& kept = norm_tables_.at(index);
+  const auto lock = alone();
+  Norm& norm = norms_.at(index);
+  std::vector<float>& kept = norm_tables_[index];
   check_size("table", table.size, static_cast<int64_t>(kept.size()));
   std::copy(table.data, table.data + table.size, kept.begin());
+  norm.table = kept.data();
 }
 
 void Executor::set_sigmas(Array sigmas) {
+  const auto lock = alone();
   if (sigmas.size < 1 || (!sigmas_.empty() && sigmas.size != static_cast<int64_t>(sigmas_.size())))
     refuse("sigmas must have " + (sigmas_.empty() ? "at least 1 float" : std::to_string(sigmas_.size()) + " floats") +
            ", got " + std::to_string(sigmas.size));
+  const int64_t levels = within("the number of sigmas", sigmas.size, 1, kMaxLevels);
   sigmas_.assign(sigmas.data, sigmas.data + sigmas.size);
-  set_levels(sigmas.size);
+  set_levels(levels);
 }
 
 void Executor::set_embedding(const double* table, int64_t size) {
+  const auto lock = alone();
   if (size < 5 || size % 5 || (!embedding_table_.empty() && size != static_cast<int64_t>(embedding_table_.size())))
     refuse("the table of an embedding must have 5 numbers a level, as many as before, got " + std::to_string(size));
+  const int64_t levels = within("the levels of an embedding", size / 5, 1, kMaxLevels);
   embedding_table_.assign(table, table + size);
   embedding_.table = embedding_table_.data();
-  set_levels(size / 5);
+  set_levels(levels);
 }
 
 void Executor::set_levels(int64_t levels) { levels_ = static_cast<int>(levels_ ? std::min<int64_t>(levels_, levels) : levels); }
