@@ -41,7 +41,7 @@ def check_shape(shape: object) -> tuple[int, int, int]:
 
 def check_chains(
     n: int,
-    seed: int | Sequence[int],
+    seed: int | Sequence[int] | np.ndarray,
     first_id: int,
     init: Tensor | None,
     shape: tuple[int, int, int],
@@ -50,6 +50,8 @@ def check_chains(
     """(sample id, seed, init [C, H, W] float32 on the device) of each of n samples. One seed: their ids count up from
     first_id; n seeds: each sample has id first_id."""
     n, first_id = check_int("n", n, 0), check_int("first_id", first_id, 0, MAX_ID)
+    if isinstance(seed, (np.ndarray, Tensor)) and seed.ndim == 1:
+        seed = seed.tolist()
     if isinstance(seed, Sequence) and not isinstance(seed, str):
         if len(seed) != n:
             raise ValueError(f"seed must be one integer or n = {n} of them, got {len(seed)}")

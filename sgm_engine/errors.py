@@ -32,6 +32,10 @@ class CaptureFailed(EngineError):
     """The step could not be captured as a CUDA graph."""
 
 
+class CannotRun(ValueError):
+    """An executor other than eager cannot run this model, or not any more; the message says what is in the way."""
+
+
 class JobBusy(EngineError):
     """Another process writes the shards that a job was to write."""
 

@@ -7,10 +7,11 @@ two different batches the network's own arithmetic may differ in the last bits.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -80,8 +81,12 @@ class Engine(Loop):
             network = Network(model, precision, self.device, self.shape, len(self.sigmas), float8)
             runs = make_executor(executor, network, graph)
             super().__init__(network, runs, executor == "auto", batch, self.shape, buckets)
-        self._lock, self._owner = threading.Lock(), None
+        self._lock, self._owner, self._process = threading.Lock(), None, os.getpid()
         self._turns = Turns(self.device)
+
+    def __deepcopy__(self, memo: dict) -> object:
+        """In a copy of a model that keeps its engine there is none; by itself an Engine cannot be copied."""
+        return _NotCopied() if id(self.model) in memo else self.__reduce__()
 
     def __reduce__(self):
         raise TypeError("an Engine cannot be copied or pickled: send the model, and make an Engine of it there")
@@ -177,7 +182,8 @@ class Engine(Loop):
 
         force: all of them, also those whose weights hold what they held.
         """
-        self._sync(force)
+        self._refuse_fork()
+        self._sync(force=force)
 
     def _sample(self, chains, plan, callback, progress, known) -> Tensor:
         results = Results([sample_id for sample_id, _, _ in chains], plan, self.shape, self.device)
@@ -217,13 +223,14 @@ class Engine(Loop):
             raise EngineBusy(
                 "this thread is inside a request of this engine: finish or close the stream, or use another engine"
             )
+        self._refuse_fork()
         with self._lock:
             self._owner = threading.get_ident()
             self._cancel.clear()
             try:
                 self._turns.begin()
                 with undisturbed():
-                    self._lanes.use(n)
+                    self._or_next_best(partial(self._lanes.use, n))
                 yield
             finally:
                 self._slots.clear()
@@ -231,9 +238,25 @@ class Engine(Loop):
                 self._turns.end()
                 self._owner = None
 
+    def _refuse_fork(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "this engine was made before a fork, and its threads are in the parent: start processes with spawn, or "
+                "make the engine in the child"
+            )
+
     def _check(self, plan, callback) -> Plan:
         plan = self.default_plan if plan is None else plan
         check_plan(plan, self.sigmas, self.model)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {type(callback).__name__}")
         return plan
+
+
+class _NotCopied:
+    """In the place of an engine, where the model that kept it was copied."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError("this engine stayed with the model that was copied: make an Engine of the copy")

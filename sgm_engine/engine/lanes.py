@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from sgm_engine.checks import check_int
-from sgm_engine.executors.eager import EagerExecutor
 from sgm_engine.executors.network import Network
 from sgm_engine.executors.protocol import Executor
 from sgm_engine.executors.slots import Slots, Tables
@@ -28,10 +27,9 @@ class Lanes:
     """
 
     def __init__(self, sizes: Sequence[int], network: Network, tables: Tables, first: Slots, executor: Executor):
-        """sizes: the smaller ones. first: the largest lane's slots, with its executor, bound here."""
+        """sizes: the smaller ones. first: the largest lane's slots, with its executor, bound by ``rebind``."""
         self.sizes = [*sizes, first.batch]
         self.network, self.tables = network, tables
-        executor.bind(network, first, tables)
         self.current = Lane(first, executor)
         self._made = {first.batch: self.current}
 
@@ -62,7 +60,7 @@ class Lanes:
         executor.bind(self.network, slots, self.tables)
 
     def rebind(self) -> None:
-        """The network holds other tensors."""
+        """The network is another, or holds other tensors."""
         for slots, executor in self._made.values():
             executor.bind(self.network, slots, self.tables)
 
@@ -71,9 +69,6 @@ class Lanes:
         executor.bind(self.network, self.current.slots, self.tables)
         self.current = Lane(self.current.slots, executor)
         self._made = {self.current.slots.batch: self.current}
-
-    def go_eager(self) -> None:
-        self.replace(EagerExecutor())
 
 
 def check_buckets(buckets: Sequence[int], batch: int) -> list[int]:

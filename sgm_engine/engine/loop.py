@@ -14,10 +14,12 @@ from torch import Tensor
 from sgm_engine.checks import MAX_ID, check_int
 from sgm_engine.engine.lanes import Lanes
 from sgm_engine.engine.progress import Stats, StepInfo, progress_bar
-from sgm_engine.errors import CaptureFailed, out_of_memory
+from sgm_engine.errors import CannotRun, CaptureFailed, out_of_memory
+from sgm_engine.executors.choice import next_best
 from sgm_engine.executors.network import Network
 from sgm_engine.executors.protocol import Executor
 from sgm_engine.executors.slots import NO_BAD_ROW, Job, Slots, Tables
+from sgm_engine.executors.witness import Witness
 from sgm_engine.keys import to_device
 from sgm_engine.numerics import undisturbed
 from sgm_engine.plans.plan import Plan
@@ -47,13 +49,16 @@ class Loop:
         shape: tuple[int, int, int],
         buckets: Sequence[int],
     ):
-        """auto: the eager executor may take this one's place."""
+        """auto: another executor may take this one's place."""
         device = network.device
         # Dense in the layout that the convolutions run fastest in: PyTorch's in float32 on a CPU are NCHW's.
         nhwc = device.type == "cuda" or (network.precision != "float32" and executor.name == "eager")
         slots = Slots(batch, shape, device, torch.channels_last if nhwc else torch.contiguous_format)
         self._network, self._auto, self._tables = network, auto, Tables(device)
+        network.observed  # noqa: B018 - from before anything is made of it
         self._lanes = Lanes(buckets, network, self._tables, slots, executor)
+        self._witness, self._unproven = Witness(network), True
+        self._or_next_best(self._lanes.rebind)
         self._cancel = threading.Event()
         self._stats = Stats()
 
@@ -150,8 +155,8 @@ class Loop:
     def _advance(self, most: int) -> int:
         """Run up to ``most`` steps, no further than to the first slot that finishes; says how many."""
         slots, stats = self._slots, self._stats
-        if self._changed():  # an optimizer step since: copies of the weights follow
-            self._sync()
+        if self._changed() or self._network.observed.changed():  # an optimizer step since: copies follow
+            self._sync(ask=False)
         steps = min(slots.steps_to_harvest(), most)
         self._executor.run(steps)
         slots.advance(steps)
@@ -180,25 +185,59 @@ class Loop:
         self._next_look = self._stats.steps + STRIDE
         return watch.look() != self._held
 
-    def _sync(self, force: bool = False) -> None:
-        """Give the executor fresh weights; a model that cannot be captured goes to the eager one for good if "auto"."""
+    def _sync(self, ask: bool = True, force: bool = False) -> None:
+        """Have the executor run the model as it is: its weights, and all else that decides what it computes.
+
+        ask: also whether its answer to one image is the module's. What cannot be is left to the next best if "auto".
+        force: rewrite copies of weights that hold what they held, too.
+        """
+        network = self._network
         with undisturbed():
-            if self._network.replaced():
-                self._lanes.rebind()
-            self._seen = self._network.watch.glance()
+            if network.replaced() | (network.observed.changed() is not None):
+                self._unproven = True
+                network.renew()
+                self._or_next_best(self._lanes.rebind)
+            self._seen = network.watch.glance()
             self._next_look = self._stats.steps + STRIDE
-            before = self._executor.captures
+            if self._unproven and ask:
+                network.refuse_training()
+                self._witness.refuse_draws(self._slots.batch)
+                network.observed, self._unproven = network.observed.settle(), False
+            self._or_next_best(partial(self._refresh, ask, force))
+            self._held = network.watch.states
+
+    def _refresh(self, ask: bool, force: bool) -> None:
+        before = self._executor.captures
+        self._executor.sync_weights(**{"force": True} if force else {})
+        if ask and self._witness.disagreement(self._executor) is not None:  # something that no record can see
+            self._network.renew()
+            self._lanes.rebind()
+            self._executor.sync_weights()
+            if (difference := self._witness.disagreement(self._executor)) is not None:
+                name = self._executor.name
+                raise CannotRun(f"executor={name!r} cannot run this model: it would differ by {difference:.1e}")
+        self._stats.captures += self._executor.captures - before
+
+    def _or_next_best(self, work: Callable[[], object]) -> None:
+        """work(), by the next best executor if this one cannot run the model and it was "auto", with one warning."""
+        error, other = None, None
+        while True:
             try:
-                self._executor.sync_weights(**{"force": True} if force else {})
-            except CaptureFailed as error:
+                if other is not None:
+                    self._lanes.replace(other)
+                work()
+                break
+            except (CaptureFailed, CannotRun) as reason:
                 if not self._auto:
                     raise
-                warnings.warn(f"{error}; running eager from now on", stacklevel=5)
-                self._lanes.go_eager()
-                self._executor.sync_weights()
-            else:
-                self._stats.captures += self._executor.captures - before
-            self._held = self._network.watch.states
+                if error is None:
+                    error, said = reason, str(reason).removesuffix("; use executor='eager'")
+                    others = next_best(self._executor.name, self._network, said.partition("model: ")[2] or said)
+                other = next(others, None)
+                if other is None:
+                    raise
+        if error is not None:
+            warnings.warn(f"{said}; running {self.executor} from now on", stacklevel=5)
 
     def _bind(self, executor: Executor) -> None:
         self._lanes.tables = self._tables

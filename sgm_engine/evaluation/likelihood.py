@@ -14,13 +14,17 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgm_engine.checks import MAX_ID, MAX_SEED, check_int
+from sgm_engine.executors.witness import REPEATED, relative
 from sgm_engine.kernels import ops
 from sgm_engine.kernels.noise import STREAM
 from sgm_engine.keys import as_int64
+from sgm_engine.models.score_model import checked_score
+from sgm_engine.numerics import undisturbed
 from sgm_engine.plans.schedule import check_number, check_sigmas
+from sgm_engine.rewriting.altered import in_training
 
 
 def log_likelihood(
@@ -41,8 +45,16 @@ def log_likelihood(
     probes: random sign vectors a sample, functions of (seed, first_id + its place) in the stream "user"; None takes all
         C·H·W unit vectors, which is exact and costs as many gradients. The estimate is unbiased; only the trace is
         random. prior_mean, prior_std: of a pixel at the first sigma σ_1; std None takes σ_1.
+    Computed in float32 and float64, whatever autocast or default dtype the caller has set, and in inference mode too.
     ValueError names what is wrong, FloatingPointError a score that is not finite.
     """
+    with undisturbed(), torch.enable_grad():
+        x = x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+        return _integrated(model, x, probes, seed, first_id, sigmas, prior_mean, prior_std)
+
+
+@torch.no_grad()
+def _integrated(model, x, probes, seed, first_id, sigmas, prior_mean, prior_std) -> Tensor:
     sigmas = getattr(model, "sigmas", None) if sigmas is None else sigmas
     if sigmas is None:
         raise ValueError("sigmas: the model has none of its own, so pass its noise levels, descending")
@@ -57,6 +69,8 @@ def log_likelihood(
         raise ValueError(f"prior_std must be positive and finite, got {std}")
 
     x, integral = x.detach().double(), torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    if len(x):
+        _refuse_draws(model, x, len(sigmas) - 1)
     for level in range(len(sigmas) - 1, 0, -1):
         low, high = sigmas[level], sigmas[level - 1]
         score, trace = _score_and_trace(model, x, level, directions)
@@ -64,14 +78,14 @@ def log_likelihood(
         x = x - (high - low) / 2 * (low * score + high * ahead)
         integral = integral + (high - low) / 2 * (low * trace + high * ahead_trace)
     squared = ((x - prior_mean) / std).square().flatten(1).sum(1)
-    return -squared / 2 - x[0].numel() * np.log(std * np.sqrt(2 * np.pi)) - integral
+    return -squared / 2 - x.shape[1:].numel() * np.log(std * np.sqrt(2 * np.pi)) - integral
 
 
 def _score_and_trace(model, x: Tensor, level: int, directions: Tensor) -> tuple[Tensor, Tensor]:
     """score(x) and the mean over directions [k, n, C, H, W] of vᵀ∇score·v [n], both float64."""
     with torch.enable_grad():
         point = x.float().requires_grad_()
-        score = model(point, torch.full((len(x),), level, device=x.device))
+        score = checked_score(model(point * 1, _levels(x, level)), point)  # * 1: a model may write to its input
         trace = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for i, v in enumerate(directions):
             (product,) = torch.autograd.grad(score, point, v, retain_graph=i + 1 < len(directions))
@@ -82,22 +96,37 @@ def _score_and_trace(model, x: Tensor, level: int, directions: Tensor) -> tuple[
     return score, trace
 
 
+def _levels(x: Tensor, level: int) -> Tensor:
+    return torch.full((len(x),), level, dtype=torch.int64, device=x.device)
+
+
+def _refuse_draws(model, x: Tensor, level: int) -> None:
+    """ValueError unless two calls agree: a density needs one score, and of the very image."""
+    if isinstance(model, nn.Module) and (name := in_training(model)):
+        raise ValueError(f"model: {name} is in training mode and draws or learns there: call model.eval() first")
+    first, second = (checked_score(model(x[:n].float().clone(), _levels(x[:n], level)), x[:n]) for n in (1, len(x)))
+    if (difference := relative(second[:1].double(), first.double())) > REPEATED["float32"]:
+        raise ValueError(
+            f"model must be a function of x and level, but two calls with one image differ by {difference:.1e}"
+        )
+
+
 def _signs(x: Tensor, probes: int, seed: int, first_id: int) -> Tensor:
     """float32 [probes, n, C, H, W] of −1 and 1."""
     seed = check_int("seed", seed, 0, MAX_SEED)
     first_id = check_int("first_id", first_id, 0, MAX_ID + 1 - len(x))
     ids = torch.arange(first_id, first_id + len(x), device=x.device)
     seeds = torch.full_like(ids, as_int64(seed))
-    out = torch.empty(probes, len(x), 1, 1, x[0].numel(), device=x.device)
+    out = torch.empty(probes, len(x), 1, 1, x.shape[1:].numel(), dtype=torch.float32, device=x.device)
     for draw, one in enumerate(out):
         ops.noise_fill_(one, seeds, ids, draw, STREAM["user"], "uniform")
-    return torch.where(out < 0.5, -1.0, 1.0).view(probes, *x.shape)
+    return (2 * (out >= 0.5).float() - 1).view(probes, *x.shape)
 
 
 def _unit_vectors(x: Tensor) -> Tensor:
     """float32 [D, n, C, H, W] whose mean of vᵀ∇score·v is the trace: unit vectors times √D."""
-    size = x[0].numel()
-    eye = torch.eye(size, device=x.device) * size**0.5
+    size = x.shape[1:].numel()
+    eye = torch.eye(size, dtype=torch.float32, device=x.device) * size**0.5
     return eye.view(size, 1, *x.shape[1:]).expand(size, *x.shape)
 
 

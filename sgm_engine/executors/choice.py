@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +54,16 @@ def make_executor(name: str, network: Network, graph: GraphConfig | None = None)
 
         return HybridExecutor(reason)
     return EagerExecutor()
+
+
+def next_best(name: str, network: Network, reason: str) -> Iterator[Executor]:
+    """What may run the network where executor ``name`` cannot, for ``reason``: best first."""
+    if name == "native" and network.precision == "float32" and network.module is not None:
+        from sgm_engine.executors.hybrid import HybridExecutor
+
+        yield HybridExecutor(reason)
+    if name != "eager" and network.precision != "direct":
+        yield EagerExecutor()
 
 
 def _best_on_cpu(network: Network) -> tuple[str, str | None]:

@@ -163,6 +163,9 @@ class GraphExecutor(EagerExecutor):
     def sibling(self) -> GraphExecutor:
         return GraphExecutor(self.backend, self.unroll)
 
+    def answer(self, x: Tensor, level: Tensor) -> None:
+        """A graph has no answer to other images than the slots'."""
+
     def sync_weights(self, force: bool = False) -> None:
         self.network.sync(force)
         s, t = self.slots, self.tables

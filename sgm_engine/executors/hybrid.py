@@ -11,13 +11,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sgm_engine.errors import CannotRun, out_of_memory
 from sgm_engine.executors.eager import EagerExecutor
 from sgm_engine.executors.native.norm import Unsupported
 from sgm_engine.executors.network import Network
 from sgm_engine.executors.slots import Slots, Tables
-from sgm_engine.rewriting.acceleration import Accelerated, refuse_disagreement
-from sgm_engine.rewriting.rewrite import Left, PooledConv
-from sgm_engine.rewriting.trace import settings, untraceable
+from sgm_engine.rewriting.acceleration import Accelerated
+from sgm_engine.rewriting.agreement import refuse_disagreement
+from sgm_engine.rewriting.altered import altered
+from sgm_engine.rewriting.rewrite import PooledConv
+from sgm_engine.rewriting.trace import untraceable
 
 
 class PackedConv(nn.Module):
@@ -61,8 +64,7 @@ class HybridNetwork(nn.Module):
             raise Unsupported(reason)
         x = torch.zeros(1, *shape, dtype=torch.float32, device="cpu")
         level = torch.zeros(1, dtype=torch.int64, device="cpu")
-        self._model, self.training = (model,), accelerated.source.training
-        self._settings = settings(accelerated.source)
+        self.training = accelerated.source.training  # dropout's mode is the source's
         try:
             with torch.no_grad():
                 self.graph, self.report, _ = accelerated.rewritten(x, level)
@@ -78,11 +80,6 @@ class HybridNetwork(nn.Module):
         except RuntimeError:  # a view that wants another layout
             self._layout = torch.contiguous_format
             refuse_disagreement(self, accelerated.source, x, level)
-
-    def stale(self) -> bool:
-        """Whether a number, flag or plain tensor among the module's attributes is another than when it was traced."""
-        model = self._model[0]
-        return self._settings != settings(model.source if isinstance(model, Accelerated) else model)
 
     def refresh(self, states: Mapping[int, tuple | None], force: bool = False) -> None:
         """Pack the convolutions that changed anew when they are next called. states: id → what the tensor holds."""
@@ -112,7 +109,7 @@ def hybrid_refusal(network: Network) -> str | None:
 def _packs(module: nn.Module) -> bool:
     conv = module._conv[0] if isinstance(module, PooledConv) else module
     plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return plain and conv.weight.dtype == torch.float32 and not conv._forward_hooks and not conv._forward_pre_hooks
+    return plain and conv.weight.dtype == torch.float32 and not altered(conv)
 
 
 class HybridExecutor(EagerExecutor):
@@ -134,8 +131,10 @@ class HybridExecutor(EagerExecutor):
         self.theirs = network
         try:
             self.hybrid = HybridNetwork(network.module, slots.shape)
-        except (Unsupported, Left) as reason:
-            raise ValueError(f"executor='hybrid' cannot run this model: {reason}; use executor='eager'") from reason
+        except Exception as reason:  # Unsupported, Left, or whatever the user's forward raises at this shape
+            if out_of_memory(reason):
+                raise
+            raise CannotRun(f"executor='hybrid' cannot run this model: {reason}; use executor='eager'") from reason
         super().bind(Network(self.hybrid, "float32", network.device), slots, tables)
 
     def sibling(self) -> HybridExecutor:
@@ -143,9 +142,10 @@ class HybridExecutor(EagerExecutor):
 
     def sync_weights(self, force: bool = False) -> None:
         self.theirs.sync(force)
-        if self.hybrid.stale():
-            self.bind(self.theirs, self.slots, self.tables)
         self.hybrid.refresh(self.theirs.watch.states, force)
+
+    def answer(self, x: Tensor, level: Tensor) -> Tensor:
+        return self.network(x, level)
 
     def describe(self) -> str:
         return self.hybrid.describe() + (f" (not native: {self.reason})" if self.reason else "")

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from sgm_engine.executors.watch import Watch, same, tensors_of
 from sgm_engine.numerics import float32_math
+from sgm_engine.rewriting.acceleration import Accelerated
+from sgm_engine.rewriting.agreement import as_written
+from sgm_engine.rewriting.altered import in_training
 from sgm_engine.rewriting.float8.config import Float8Config, check_float8, float8_layers, fuse_quantisation, trace_first
 from sgm_engine.rewriting.float8.conv import Float8Conv
+from sgm_engine.rewriting.observed import Observed
 
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "float8", "direct")
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.bfloat16}
 SCORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The layers that autocast runs in 16 bits, and whose weights are therefore worth casting once instead of every step.
 _CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
-# Layers that compute something else while a module is in training mode.
-_MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+# The functions that those layers call.
+_CASTING = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, F.linear}
 
 
 class Network:
@@ -29,10 +37,11 @@ class Network:
     float32: the module as it is; its parameters are read where they lie, so that changes in place count at once. On a
     GPU without TensorFloat-32, whatever PyTorch's switches say: the numerics of the publications.
     tf32: the same with TensorFloat-32 products (10 bits of mantissa), on a GPU.
-    bfloat16, float16: autocast (norms and parameters of other layers stay float32) over a copy of the module that
-    shares everything with it except the weights of convolutions and linear layers. Those are 16-bit buffers of their
-    own, in place for good; ``sync`` rewrites them from the module's current weights.
+    bfloat16, float16: autocast over the module itself (norms and parameters of other layers stay float32), which finds
+    the weights of convolutions and linear layers cast already: 16-bit buffers, in place for good; ``sync`` rewrites
+    them from the module's current weights.
     float8: bfloat16, and the convolutions that ``float8`` names in 8 bits (float8.py), quantised by ``sync`` likewise.
+    It runs a copy of the module, as an accelerated module in 16 bits on a GPU does; another module, another copy.
     direct: float32, by the one executor that has a choice (native) without Winograd.
     shape, levels: (C, H, W) of a sample and the number of levels, for executors that prepare for them.
     """
@@ -58,12 +67,15 @@ class Network:
         check_float8(float8, precision, device)
         if precision == "tf32" and device.type != "cuda":
             raise ValueError(f"precision='tf32' needs a CUDA device, got {device}: use precision='float32'")
-        self._modal = self.module is not None and any(isinstance(m, _MODAL) for m in self.module.modules())
-        self._forward = model
-        trains = self._modal and self.module.training  # refused by sync
+        self._forward, self._mode = model, nullcontext()
+        trains = self.module is not None and in_training(self.module)  # refused by sync
         if float8 is not None or (device.type == "cuda" and not trains):  # a CPU's executors may not call it at all
             trace_first(self.module, shape, device)
+        parts = () if self.module is None else self.module.modules()
+        self.accelerated = any(isinstance(m, Accelerated) for m in parts)
+        self._copies = float8 is not None or (self.accelerated and device.type == "cuda" and self._half is not None)
         self.watch = Watch(self.module)
+        self.spares_x = False  # the model writes to its input, and is given a copy
         self._copied: list[Tensor] = []
         self._casts: list[tuple[Tensor, Tensor]] = []  # (parameter, its 16-bit buffer)
         self._written: dict[int, tuple | None] = {}  # id of a parameter → what its buffer was written from
@@ -73,15 +85,13 @@ class Network:
             self._quantised = float8_layers(self.module, self.float8)  # raises what is wrong with it
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
-        with self._numerics():
-            score = self._forward(x, level)
-        if not isinstance(score, Tensor) or score.shape != x.shape:
-            got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-            raise ValueError(f"model(x, level) must return a score of x's shape {tuple(x.shape)}, got {got}")
-        if score.dtype not in SCORE_DTYPES or score.device != x.device:
-            got = f"{score.dtype} on {score.device}"
-            raise ValueError(f"model(x, level) must return float32, bfloat16 or float16 on {x.device}, got {got}")
-        return score
+        given = x.clone() if self.spares_x else x
+        version = given._version
+        with self._numerics(), self._mode:
+            score = self._forward(given, level)
+        if given._version != version and not self.spares_x:
+            raise ValueError("model wrote to its input x, the chain's own, in some calls: let it write to a copy")
+        return _checked(score, x)
 
     def _numerics(self) -> AbstractContextManager[None]:
         if self._half is not None:
@@ -95,8 +105,7 @@ class Network:
     def sync(self, force: bool = False) -> None:
         """Make the next evaluation see the module's current parameters: buffers whose source changed are rewritten in
         place, with ``force`` all of them."""
-        if self._modal and self.module.training:
-            raise ValueError("model is in training mode and holds dropout or batch norm: call model.eval() first")
+        self.refuse_training()
         states = self.watch.look()  # before anything is read: a write that comes meanwhile is seen at the next look
         for module in self.module.modules() if self.module is not None else ():
             if hasattr(module, "sync_weights"):  # kernels that a module derives from its own weights
@@ -109,7 +118,11 @@ class Network:
                 self._copied, self._written = tensors_of(self.module), {}
                 if self.float8 is not None:
                     self._quantised = float8_layers(self.module, self.float8)
-                self._forward, self._casts = _cast_copy(self.module, self._half, self._quantised)
+                self._casts = _casts(self.module, self._half, self._quantised)
+                if self._copies:
+                    self._forward = _copy(self.module, self._casts, self._quantised)
+                else:
+                    self._mode = _CastAlready(self._casts, self.device.type)
                 if self._quantised:
                     self._fused = fuse_quantisation(self._forward)
             for parameter, buffer in self._casts:
@@ -119,6 +132,40 @@ class Network:
                     self._written[id(parameter)] = state
             for conv, layer in self._quantised.items():
                 layer.load(conv)
+
+    def refuse_training(self) -> None:
+        """ValueError if a part of the model computes something else in training mode and is in it."""
+        if self.module is not None and (name := in_training(self.module)):
+            raise ValueError(f"model: {name} is in training mode and draws or learns there: call model.eval() first")
+
+    @cached_property
+    def observed(self) -> Observed:
+        """All that decides what the model computes, beside what its weights hold, as it is from the first look on."""
+        return Observed(self.model)
+
+    def renew(self) -> None:
+        """The module is another than it was: copies and traces of it go."""
+        self._copied, self.observed = [], Observed(self.model)
+        for module in self.module.modules() if self.module is not None else ():
+            if isinstance(module, Accelerated):
+                module.forget()
+
+    def copied(self) -> nn.Module:
+        """In 16 bits: run a copy of the module from now on, which shares every tensor that is not cast; returns it."""
+        self._copies, self._mode, self._copied = True, nullcontext(), []
+        self.sync()
+        return self._forward
+
+    def spare_x(self) -> None:
+        """The model writes to its input: give it a copy from now on, and say so."""
+        if not self.spares_x:
+            self.spares_x = True
+            warnings.warn("model writes to its input x, which is the chain's: it is given a copy", stacklevel=7)
+
+    def original(self, x: Tensor, level: Tensor) -> Tensor:
+        """The user's own module, without anything that was made of it, in this precision; x may be written to."""
+        with torch.no_grad(), self._numerics(), as_written():
+            return _checked(self.model(x, level), x)
 
     @property
     def numerics(self) -> str:
@@ -135,7 +182,7 @@ class Network:
 
     @property
     def forward_module(self) -> nn.Module:
-        """What an evaluation calls: after ``sync``, in 16 bits, a copy of this network's own."""
+        """What an evaluation calls: the user's module, or after ``sync`` a copy of this network's own."""
         return self._forward
 
     def contents(self) -> list[tuple]:
@@ -149,24 +196,52 @@ class Network:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the module that an evaluation reads, as aliases that keep the memory alive."""
-        return [t.detach() for t in tensors_of(self._forward if self.module is not None else None)]
+        found = tensors_of(self._forward if self.module is not None else None)
+        return [t.detach() for t in (*found, *(buffer for _, buffer in self._casts if not self._copies))]
 
 
-def _cast_copy(
-    module: nn.Module, dtype: torch.dtype, replaced: dict[nn.Conv2d, Float8Conv]
-) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-    """A copy that shares every tensor with ``module`` but the weights of _CAST layers, and those paired with theirs.
+def _checked(score: object, x: Tensor) -> Tensor:
+    if not isinstance(score, Tensor) or score.shape != x.shape:
+        got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        raise ValueError(f"model(x, level) must return a score of x's shape {tuple(x.shape)}, got {got}")
+    if score.dtype not in SCORE_DTYPES or score.device != x.device:
+        got = f"{score.dtype} on {score.device}"
+        raise ValueError(f"model(x, level) must return float32, bfloat16 or float16 on {x.device}, got {got}")
+    return score
 
-    replaced: layers in whose place the copy has others, wherever they are called.
-    """
-    memo: dict[int, object] = {id(t): t for t in tensors_of(module)} | {id(old): new for old, new in replaced.items()}
-    casts = []
+
+class _CastAlready(TorchFunctionMode):
+    """Convolutions and products under autocast find their weights cast. What it does not know autocast casts itself."""
+
+    def __init__(self, casts: list[tuple[Tensor, Tensor]], device: str):
+        super().__init__()
+        self.known, self.device = {id(p): buffer for p, buffer in casts}, device  # the network keeps the parameters
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _CASTING and torch.is_autocast_enabled(self.device):
+            args = [self.known.get(id(a), a) for a in args]
+            kwargs = {name: self.known.get(id(a), a) for name, a in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _casts(module: nn.Module, dtype: torch.dtype, replaced: dict[nn.Conv2d, Float8Conv]) -> list[tuple[Tensor, Tensor]]:
+    """(parameter, its buffer in ``dtype``) of the layers of _CAST, but for those that ``replaced`` has another for."""
+    casts = {}
     for layer in module.modules():
         if isinstance(layer, _CAST) and layer not in replaced:
             for p in layer.parameters(recurse=False):
                 layout = torch.channels_last if p.dim() == 4 else torch.preserve_format  # as x in 16 bits
                 empty = torch.empty_like(p, dtype=dtype, memory_format=layout)
-                buffer = nn.Parameter(empty, requires_grad=False)
-                memo[id(p)] = buffer
-                casts.append((p, buffer))
-    return copy.deepcopy(module, memo), casts
+                casts[id(p)] = p, nn.Parameter(empty, requires_grad=False)
+    return list(casts.values())
+
+
+def _copy(module: nn.Module, casts: list[tuple[Tensor, Tensor]], replaced: dict[nn.Conv2d, Float8Conv]) -> nn.Module:
+    """A copy that shares every tensor with ``module`` but those cast, and has other layers in the place of some."""
+    memo: dict[int, object] = {id(t): t for t in tensors_of(module)} | {id(old): new for old, new in replaced.items()}
+    other = copy.deepcopy(module, memo | {id(p): buffer for p, buffer in casts})
+    for part in other.modules():
+        if isinstance(part, Accelerated):
+            part.keep()
+    return other

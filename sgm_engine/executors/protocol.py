@@ -18,6 +18,7 @@ from sgm_engine.executors.slots import Slots, Tables
 class Executor(Protocol):
     """What an engine asks of an executor: bind, then for each request sync_weights and any number of run.
 
+    It is bound again when the module has become another.
     name: as in ``Engine(executor=…)`` · captures: graphs captured so far (0 where there is nothing to capture)
     score: the network's output [B, C, H, W] of the last step run, valid until the next ``run``; None before the first
     """
@@ -34,6 +35,9 @@ class Executor(Protocol):
 
         force: make every copy of a weight anew, also those whose source looks unchanged.
         """
+
+    def answer(self, x: Tensor, level: Tensor) -> Tensor | None:
+        """The score of x [B, C, H, W], whatever B, as a step would compute it; None if that is the module's own."""
 
     def run(self, steps: int) -> None:
         """Enqueue ``steps`` ≥ 1 steps. At most as many as the nearest live slot has left; idle slots stay untouched."""

@@ -8,15 +8,19 @@ The other way round, a deepinv denoiser as the engine's network: ``as_score(deno
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sgm_engine.executors.native.executor import NativeNetwork, refusal
-from sgm_engine.executors.watch import same, tensors_of
+from sgm_engine.errors import out_of_memory
+from sgm_engine.executors.native.executor import NativeNetwork
+from sgm_engine.executors.witness import AGREEMENT, relative
 from sgm_engine.plans.schedule import check_sigmas, nearest_level
+from sgm_engine.rewriting.observed import Observed
+
+PROVEN = 256  # images
 
 
 class Denoiser(nn.Module):
@@ -24,9 +28,10 @@ class Denoiser(nn.Module):
 
     model: ``model(x, level int64 [B]) → score``; shared. sigmas [L]: None takes ``model.sigmas``. sigma, a number or a
     tensor [B], may lie between levels: the network is asked at the nearest, on a logarithmic scale, and one further
-    outside than half of the outermost ratio raises ValueError. An NCSN or NCSNv2 on a CPU runs on the native executor
-    where no gradient is asked for, and follows its weights, except what is written through ``.data``; everything else
-    runs as the module does.
+    outside than half of the outermost ratio raises ValueError. What the native executor can run it runs, float32 images
+    on a CPU where no gradient is asked for; everything else runs as the module does. It is looked at once for a size of
+    images, and again when the module has become another. It follows its weights, except what is written through
+    ``.data``; every PROVEN images one answer is compared with the module's.
     """
 
     def __init__(self, model: Callable[[Tensor, Tensor], Tensor], sigmas=None):
@@ -35,8 +40,7 @@ class Denoiser(nn.Module):
         if sigmas is None:
             raise ValueError("sigmas: the model has no .sigmas, so pass sigmas=[…], its noise levels, descending")
         self.model, self.sigmas = model, check_sigmas(sigmas)
-        # for one shape of x: that, the network, and the tensors that it was made of
-        self._native: tuple[tuple[int, ...], NativeNetwork, list[Tensor]] | None = None
+        self._fast: _Fast | None = None  # for one shape of x
 
     def forward(self, x: Tensor, sigma: float | Tensor, *args, **kwargs) -> Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1).cpu().numpy()
@@ -61,11 +65,45 @@ class Denoiser(nn.Module):
 
     def _score(self, x: Tensor, level: Tensor) -> Tensor:
         gradient = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        if gradient or x.device.type != "cpu" or x.dtype != torch.float32 or refusal(self.model) is not None:
+        if gradient or x.device.type != "cpu" or x.dtype != torch.float32:
             return self.model(x, level)
-        found, tensors = self._native, tensors_of(self.model)  # another thread may put another in its place
-        if found is None or found[0] != x.shape or not same(found[2], tensors):
-            found = self._native = (x.shape, NativeNetwork(self.model, len(x), *x.shape[2:]), tensors)
-        network = found[1]
-        network.sync()
-        return network(x, level)
+        fast = self._fast  # another thread may put another in its place
+        if fast is None or fast.shape[1:] != x.shape[1:] or fast.observed.changed():
+            fast = self._fast = _Fast(self.model, x.shape, len(self.sigmas))
+        found = fast(x, level)
+        return self.model(x, level) if found is None else found
+
+
+class _Fast:
+    """A module on the native executor, for images of one size; None where it cannot run it."""
+
+    def __init__(self, model: Callable, shape: Sequence[int], levels: int):
+        self.model, self.shape, self.levels = model, shape, levels
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """due: images until an answer is compared."""
+        self.observed, self.due = Observed(self.model), 0
+        batch, channels, *size = self.shape
+        try:
+            self.network = NativeNetwork(self.model, batch, *size, channels=channels, levels=self.levels)
+        except Exception as reason:  # Unsupported, or what the user's forward raises at this size
+            if out_of_memory(reason):
+                raise
+            self.network = None
+
+    def __call__(self, x: Tensor, level: Tensor) -> Tensor | None:
+        for _ in range(2):
+            if self.network is None:
+                return None
+            self.network.sync()
+            found = self.network(x, level)
+            self.due -= len(x)
+            if self.due >= 0:
+                return found
+            if relative(found[:1], self.model(x[:1].clone(), level[:1])) <= AGREEMENT["float32"]:
+                self.due = PROVEN
+                return found
+            self._prepare()  # it has become another, in what no record sees
+        self.network = None
+        return None

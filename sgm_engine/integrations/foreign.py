@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -80,6 +81,7 @@ def seeds(seed: int | Sequence[int] | None, n: int, generator=None) -> int | lis
     sets. A number is drawn from each, so that the next request with the same generator gets other noise.
     """
     if seed is not None:
+        seed = seed.tolist() if isinstance(seed, (np.ndarray, np.integer, Tensor)) else seed
         return seed if isinstance(seed, int) else list(seed)
     if isinstance(generator, (list, tuple)):
         if len(generator) != n:

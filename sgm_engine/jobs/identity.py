@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sgm_engine.rewriting.trace import MODAL
+from sgm_engine.rewriting.altered import MODAL
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.dtype, np.generic)
 BY_NAME = (type, types.ModuleType, types.BuiltinFunctionType, torch.memory_format, torch.layout, type(torch.add))

@@ -37,7 +37,7 @@ class Guided(nn.Module):
         values = torch.tensor(check_sigmas(sigmas), dtype=torch.float32)
         device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
         self.register_buffer("sigmas", values if device is None else values.to(device), persistent=False)
-        self.train(getattr(model, "training", False))
+        self.training = bool(getattr(model, "training", False))  # of this module alone: its parts stay as they are
 
     @property
     def shape(self):
@@ -91,7 +91,7 @@ class ClassifierFree(nn.Module):
             raise ValueError("sigmas: the conditional model has none of its own, so pass its noise levels, descending")
         self.conditional, self.unconditional, self.weight = conditional, unconditional, check_number("weight", weight)
         self.register_buffer("sigmas", torch.tensor(check_sigmas(sigmas), dtype=torch.float32), persistent=False)
-        self.train(getattr(conditional, "training", False))
+        self.training = bool(getattr(conditional, "training", False))
 
     @property
     def shape(self):
@@ -156,7 +156,7 @@ class Preconditioned(nn.Module):
             raise ValueError(f"root must map images {list(root.shape)} to such images, got {list(got)}")
         self.model, self.root, self.shape = model, root, root.shape
         self.register_buffer("sigmas", torch.tensor(check_sigmas(sigmas), dtype=torch.float32), persistent=False)
-        self.train(getattr(model, "training", False))
+        self.training = bool(getattr(model, "training", False))  # of this module alone: its parts stay as they are
 
     def forward(self, y: Tensor, level: Tensor) -> Tensor:
         return self.root.adjoint(self.model(self.root.forward(y), level).float())

@@ -179,7 +179,7 @@ def as_score(
     options = {"kind": kind, "condition": condition, "sigma_data": sigma_data}
     score = ScoreModel(model, sigmas, row, told, options)
     device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
-    score.train(getattr(model, "training", False))
+    score.training = bool(getattr(model, "training", False))  # of this alone: the model's parts stay as they are
     return score if device is None else score.to(device)
 
 

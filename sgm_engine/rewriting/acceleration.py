@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
@@ -14,17 +13,17 @@ from torch import Tensor, fx, nn
 
 from sgm_engine.kernels.reference import ACTIVATIONS
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus, InstanceNormPlus
-from sgm_engine.numerics import float32_math
+from sgm_engine.numerics import undisturbed
+from sgm_engine.rewriting.agreement import AS_WRITTEN, refuse_disagreement, refuse_training
+from sgm_engine.rewriting.altered import hooked_everywhere
 from sgm_engine.rewriting.chosen_conv import ChosenConv, chosen, join_norms
+from sgm_engine.rewriting.observed import Observed
 from sgm_engine.rewriting.recognise import FusedNorm, recognise
 from sgm_engine.rewriting.rewrite import Left, PooledConv, Rewriter
-from sgm_engine.rewriting.trace import MODAL, trace
+from sgm_engine.rewriting.trace import trace
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OWN_NORMS = (ConditionalInstanceNormPlus, InstanceNormPlus)
-# Relative, float32, of the first call against the user's own module; a wrong rewrite is off by O(1). On a GPU cuDNN may
-# take another algorithm for the one than for the other, Winograd's for one, and 70 layers add their roundings up.
-AGREEMENT = {"cpu": 1e-5, "cuda": 1e-3}
 
 
 @dataclass
@@ -69,7 +68,7 @@ class Accelerated(nn.Module):
         self.source, self.training = source, source.training
         self.derived = nn.ModuleDict()  # PooledConv by the name of its convolution; kernels derived from shared weights
         self.report: Report | None = None
-        self._built: dict[tuple, tuple[nn.Module, list]] = {}
+        self._built: dict[tuple, tuple[nn.Module, list, Observed | None]] = {}
 
     def __getattr__(self, name: str):
         try:
@@ -88,16 +87,32 @@ class Accelerated(nn.Module):
         return other
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        if AS_WRITTEN.get() or hooked_everywhere():  # those would see other modules in a trace
+            return self.source(x, level)
         return self.traced_for(x, level)(x, level)
 
     def traced_for(self, x: Tensor, level: Tensor) -> nn.Module:
         """What a call with these runs; traced now unless it has been. Not under autocast: see ``Network.sync``."""
         key = tuple(x.shape[1:]), x.dtype, x.device, level.dtype, self.source.training
-        network, pinned = self._built.get(key) or (None, ())
-        if network is None or any(holder.get(name) is not tensor for holder, name, tensor in pinned):
+        network, pinned, observed = self._built.get(key) or (None, (), None)
+        moved = any(holder.get(name) is not tensor for holder, name, tensor in pinned)
+        if network is None or moved or (observed and observed.changed()):
             self._built = {k: built for k, built in self._built.items() if k[2] == x.device}  # else it was moved since
-            network, pinned = self._built[key] = self._build(x, level)
+            observed = Observed(self.source)
+            network, pinned = self._build(x, level)
+            self._built[key] = network, pinned, observed.settle()
         return network
+
+    def __observed__(self) -> nn.Module:
+        return self.source  # the rest follows from it
+
+    def keep(self) -> None:
+        """What was traced stands, whatever becomes of the source: of a copy that somebody else watches over."""
+        self._built = {key: (*built[:2], None) for key, built in self._built.items()}
+
+    def forget(self) -> None:
+        """Trace again at the next call."""
+        self._built = {}
 
     def train(self, mode: bool = True) -> Accelerated:
         """Changes this module's flag only; the source's mode is the user's to set."""
@@ -119,6 +134,7 @@ class Accelerated(nn.Module):
         return {name: recognise(module) for name, module in self.source.named_modules() if name}
 
     @torch.no_grad()
+    @undisturbed()
     def _build(self, x: Tensor, level: Tensor) -> tuple[nn.Module, list]:
         refuse_training(self.source)
         norms = self.norms()
@@ -129,7 +145,11 @@ class Accelerated(nn.Module):
             network, report, pinned = self._walked(norms)
             said = " ".join(str(error).split())[:120]
             report(f"left: the network between its norms ({type(error).__name__}: {said})", "forward")
-            refuse_disagreement(network, self.source, x, level)
+            try:
+                refuse_disagreement(network, self.source, x, level)
+            except Left as reason:
+                network, report = self.source, Report()
+                report(f"left: the whole network ({reason})", "forward")
         for name, why in norms.items():
             if isinstance(why, str):
                 report(f"left: {why}", name)
@@ -279,20 +299,3 @@ def _misfit(norm: FusedNorm, node: fx.Node, values: dict) -> str | None:
 def _pins(module: nn.Module) -> list:
     return [(holder, name, tensor) for m in module.modules() for holder in (m._parameters, m._buffers)
             for name, tensor in holder.items() if tensor is not None]  # fmt: skip
-
-
-def refuse_training(module: nn.Module) -> None:
-    if any(m.training and isinstance(m, MODAL) for m in module.modules()):
-        raise ValueError("module is in training mode and holds dropout or batch norm: call module.eval() first")
-
-
-def refuse_disagreement(network: nn.Module, source: nn.Module, x: Tensor, level: Tensor) -> None:
-    """Raises Left unless both make the same of random images, to rounding."""
-    random = torch.Generator(x.device).manual_seed(0)
-    x = torch.rand(2, *x.shape[1:], generator=random, device=x.device, dtype=x.dtype)
-    level = level[:1].expand(2).contiguous()
-    with float32_math("ieee") if x.is_cuda else nullcontext():  # TensorFloat-32 rounds each of them in its own way
-        ours, theirs = network(x, level).float(), source(x, level).float()
-    difference = ((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item()
-    if not difference <= AGREEMENT["cuda" if x.is_cuda else "cpu"]:
-        raise Left(f"rewritten, it would differ by {difference:.1e}")

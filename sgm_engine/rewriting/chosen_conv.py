@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
+from sgm_engine.rewriting.altered import altered
 from sgm_engine.rewriting.float8.conv import Float8Conv, launch
 from sgm_engine.rewriting.recognise import FusedNorm
 
@@ -75,7 +76,7 @@ def chosen(module: nn.Module, device: torch.device) -> nn.Module:
     k, d = module.kernel_size[0], module.dilation[0]
     same = module.kernel_size in ((1, 1), (3, 3)) and module.dilation == (d, d) and module.stride == (1, 1)
     plain = same and module.groups == 1 and module.padding_mode == "zeros" and module.padding == (k // 2 * d,) * 2
-    hooked = module._forward_hooks or module._forward_pre_hooks
+    hooked = altered(module)
     tuned = conv_table.table().get(torch.cuda.get_device_name(device))
     return ChosenConv(module) if plain and not hooked and tuned else module
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sgm_engine.kernels import ops, reference
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus, InstanceNormPlus
+from sgm_engine.rewriting.altered import altered
 
 TOLERANCE = 1e-9  # in float64
 ROLES = {
@@ -77,11 +78,9 @@ def recognise(module: nn.Module) -> FusedNorm | str | None:
     if isinstance(module, (nn.InstanceNorm2d, nn.GroupNorm)):
         return _of_torch(module)
     if type(module) is ConditionalInstanceNormPlus:
-        return _without_hooks(module) or FusedNorm(module, ROLES[3][0], module.channels, 1e-5)
+        return _altered(module) or FusedNorm(module, ROLES[3][0], module.channels, 1e-5)
     if type(module) is InstanceNormPlus:
-        return _without_hooks(module) or FusedNorm(
-            module, {role: role for role in ROLES[3][0]}, len(module.gamma), 1e-5
-        )
+        return _altered(module) or FusedNorm(module, {role: role for role in ROLES[3][0]}, len(module.gamma), 1e-5)
     parameters = dict(module.named_parameters())
     if type(module).__module__.startswith("torch.nn.") or not 1 <= len(parameters) <= 3:
         return None
@@ -92,7 +91,7 @@ def recognise(module: nn.Module) -> FusedNorm | str | None:
         return None
     if any(p.dtype != torch.float32 for p in parameters.values()):
         return "its parameters are not float32"
-    return _without_hooks(module) or _by_behaviour(module, embedding is not None)
+    return _altered(module) or _by_behaviour(module, embedding is not None)
 
 
 def _of_torch(norm: nn.InstanceNorm2d | nn.GroupNorm) -> FusedNorm | str:
@@ -107,7 +106,7 @@ def _of_torch(norm: nn.InstanceNorm2d | nn.GroupNorm) -> FusedNorm | str:
     fused = FusedNorm(norm, roles, channels, norm.eps, groups)
     if type(norm) not in (nn.InstanceNorm2d, nn.GroupNorm) and not _agrees(fused):
         return "it extends a norm of torch.nn and computes something else"
-    return _without_hooks(norm) or fused
+    return _altered(norm) or fused
 
 
 @torch.no_grad()
@@ -131,9 +130,9 @@ def _embedding(module: nn.Module) -> nn.Embedding | None:
     return owners[0] if len(owners) == 1 and type(owners[0]) is nn.Embedding else None
 
 
-def _without_hooks(module: nn.Module) -> str | None:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "it has hooks" if any(hooks) else None
+def _altered(module: nn.Module) -> str | None:
+    inside = (why for part in module.modules() if (why := altered(part)))
+    return "it has hooks" if module._backward_hooks or module._backward_pre_hooks else next(inside, None)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sgm_engine.kernels.digest import digests
+from sgm_engine.rewriting.altered import altered
 from sgm_engine.rewriting.norms import ADDS, NormRewrites, mean_window
 
 ZEROS = (torch.zeros, torch.zeros_like)
@@ -177,7 +178,7 @@ class Rewriter(NormRewrites):
         ):
             return
         plain = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-        if not plain or isinstance(conv.padding, str) or conv._forward_hooks or conv._forward_pre_hooks:
+        if not plain or isinstance(conv.padding, str) or altered(conv):
             self.report("left: a pooled convolution with stride, dilation, padding mode or hooks", source.target)
             return
         with self.graph.inserting_before(node):

@@ -16,10 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from sgm_engine.kernels.digest import digests
+from sgm_engine.rewriting.altered import altered, in_training
 
 BATCH = 7  # a size that channels, heights and widths rarely have; where they do, they are left symbolic too
-MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)  # layers that differ in training mode
 CREATORS = ("zeros", "ones", "empty", "full", "arange")  # of torch: given a proxy as a size, they do not let fx see it
 
 
@@ -156,25 +155,13 @@ def _creators_traced(tracer: _Tracer) -> Iterator[None]:
             setattr(torch, name, original)
 
 
-def settings(module: nn.Module) -> list[tuple]:
-    """What a trace of ``module`` takes as it stands: flags, numbers, strings and plain tensors among the attributes."""
-    found = []
-    for name, part in module.named_modules():
-        for key, value in vars(part).items():
-            if isinstance(value, Tensor):
-                found.append((name, key, value.data_ptr(), value._version, digests([value])))
-            elif all(isinstance(v, (bool, int, float, str, type(None))) for v in pytree.tree_leaves(value)):
-                found.append((name, key, repr(value)))
-    return found
-
-
 def untraceable(module: nn.Module) -> str | None:
     """Why a trace of ``module``, in float32 on the CPU, might compute something else than the module; None if not."""
+    if name := in_training(module):
+        return f"{name} is in training mode: call model.eval() first"
     for name, part in module.named_modules():
-        if part._forward_hooks or part._forward_pre_hooks:
-            return f"{name or 'the network'} has hooks"
-        if part.training and isinstance(part, MODAL):
-            return f"{name} is in training mode: call model.eval() first"
+        if why := altered(part):
+            return f"{name or 'the network'}: {why}"
         for key, value in vars(part).items():
             for leaf in [] if key.startswith("_") else pytree.tree_leaves(value):
                 of_torch = getattr(leaf, "__module__", "").startswith("torch")
@@ -195,4 +182,16 @@ def trace(module: nn.Module, leaves: set[nn.Module], x: Tensor, level: Tensor) -
     tracer = _Tracer(leaves, (x, level))
     with _creators_traced(tracer):
         graph = tracer.trace(_Root(module))
-    return graph, lambda name: operator.attrgetter(name)(tracer.root), tracer.values
+    root, values = tracer.root, pytree.tree_map_only(Tensor, _described, tracer.values)
+    # Their mode keeps weak references to parameters, as long as a cycle lives, and torch.utils.swap_tensors minds them.
+    describer = tracer.fake.fake_tensor_converter.meta_converter.describer
+    describer.lookup_tensor.clear()
+    describer.lookup_storage.clear()
+    tracer.values.clear()
+    tracer.fake = None
+    return graph, lambda name: operator.attrgetter(name)(root), values
+
+
+def _described(value: Tensor) -> Tensor:
+    """Shape, strides and dtype, without memory."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")

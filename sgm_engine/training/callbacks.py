@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -90,19 +92,16 @@ class SampleGrid(Callback):
         network = live_network(trainer, pl_module, self.network)
         if weights_dtype(network) != torch.float32:
             network = self._in_float32(network, getattr(pl_module, "sigmas", None))
-        if self.engine is None or self.engine.model is not network:
-            on_gpu = pl_module.device.type == "cuda"
-            batch = min(self.n, 128 if on_gpu else 16)
-            self.engine = Engine(network, **{"batch": batch} | self.engine_options)
-        training = network.training
-        network.eval()
-        try:
-            x = self.engine.sample(self.n, self.seed, self.plan)
-        except SampleDiverged as error:  # an early network may well; what is finite is worth a look
-            rank_zero_warn(f"step {trainer.global_step}: {len(error.divergences)} of {self.n} samples diverged")
-            x = error.samples
-        finally:
-            network.train(training)
+        with evaluating(network):
+            if self.engine is None or self.engine.model is not network:
+                on_gpu = pl_module.device.type == "cuda"
+                batch = min(self.n, 128 if on_gpu else 16)
+                self.engine = Engine(network, **{"batch": batch} | self.engine_options)
+            try:
+                x = self.engine.sample(self.n, self.seed, self.plan)
+            except SampleDiverged as error:  # an early network may well; what is finite is worth a look
+                rank_zero_warn(f"step {trainer.global_step}: {len(error.divergences)} of {self.n} samples diverged")
+                x = error.samples
         if len(x):
             self._write(trainer, grid(to_uint8(x)))
         return x
@@ -124,6 +123,18 @@ class SampleGrid(Callback):
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_image"):  # TensorBoard
                 logger.experiment.add_image("samples", image, trainer.global_step, dataformats="HWC")
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode inside; then each of its parts in the mode that it was in, whatever happened."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def live_network(trainer: Trainer, pl_module: LightningModule, name: str = "network") -> nn.Module:

@@ -44,8 +44,8 @@ def calibrate_float8(
     if plan is None:
         plan = consistent_annealed(engine.sigmas, steps_per_level=max(1, EVALUATIONS // len(engine.sigmas)))
     network = engine._network
-    network.sync()  # makes the copy whose layers are watched
-    watched, found = {}, convolutions(network.forward_module)
+    copied = network.copied()  # its layers are watched
+    watched, found = {}, convolutions(copied)
     for name, conv in found.items():
         if qualifies(conv, empty.channels):
             watched[name] = torch.zeros((), device=engine.device)

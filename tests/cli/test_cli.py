@@ -195,7 +195,7 @@ def test_samples_that_diverge_are_left_out_and_said(draw, tmp_path, monkeypatch)
 
         def poison(module, inputs, score):  # the second sample of the first batch, in its third step
             calls.append(score)
-            if len(calls) == 3:
+            if len(calls) == 5:  # after the two questions at the start
                 score[1] = float("nan")
 
         model.register_forward_hook(poison)

@@ -158,7 +158,7 @@ def test_counts(n, batch):
     e.sample(n, plan=PLAN)
     s = e.stats
     assert (s.steps, s.nfe, s.harvested, s.captures) == (math.ceil(n / batch) * PLAN.nfe, n * PLAN.nfe, n, 0)
-    assert calls == [batch] * s.steps
+    assert calls == [1, min(2, batch)] + [batch] * s.steps  # first one image, alone and beside another
 
 
 def test_a_stream_reads_ids_as_slots_fall_free():
@@ -327,7 +327,7 @@ def poisoned(slot, step, value, pixel=5):
 
     def model(x, level):
         score = gaussian(x, level)
-        if next(calls) == step:
+        if len(x) == 4 and next(calls) == step:  # of the steps: one or two images are a question at the start
             score[slot].view(-1)[pixel] = value
         return score
 

@@ -52,13 +52,14 @@ def test_inpainting_a_gaussian():
 
 
 class Seen:
-    """A model that keeps what it is asked."""
+    """A model that keeps the states of three slots that it is asked about."""
 
     def __init__(self):
         self.x = []
 
     def __call__(self, x, level):
-        self.x.append(x.clone())
+        if len(x) == 3:
+            self.x.append(x.clone())
         return -x
 
 

@@ -95,3 +95,47 @@ def test_what_is_refused(change, says):
 def test_a_score_that_is_not_finite():
     with pytest.raises(FloatingPointError, match="not finite at level 1"):
         log_likelihood(lambda x, level: x / 0, points(2), sigmas=[1.0, 0.1])
+
+
+def small(x=None):
+    sigmas = karras(5, 0.05, 4)
+    total = torch.tensor(sigmas**2 + 0.25).float()
+    x = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0)) if x is None else x
+    return (lambda x, level: -x / total[level][:, None, None, None]), x, sigmas
+
+
+@pytest.mark.parametrize("probes", [1, None])
+def test_whatever_the_caller_has_switched_on(probes):
+    model, x, sigmas = small()
+    want = log_likelihood(model, x, probes, sigmas=sigmas)
+    with torch.inference_mode():
+        assert log_likelihood(model, x.clone(), probes, sigmas=sigmas).equal(want)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert log_likelihood(model, x, probes, sigmas=sigmas).equal(want)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert log_likelihood(model, x, probes, sigmas=sigmas).equal(want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    writes = log_likelihood(lambda x, level: model(x.clone(), level) + 0 * x.mul_(3), x, probes, sigmas=sigmas)
+    assert writes.equal(want)
+
+
+def test_no_images():
+    model, x, sigmas = small()
+    for probes in (1, None):
+        found = log_likelihood(model, x[:0], probes, sigmas=sigmas)
+        assert found.shape == (0,) and found.dtype == torch.float64
+
+
+def test_what_is_no_score_is_named():
+    model, x, sigmas = small()
+    with pytest.raises(ValueError, match=r"tensor of x's shape .*, got tuple"):
+        log_likelihood(lambda x, level: (model(x, level), None), x, sigmas=sigmas)
+    with pytest.raises(ValueError, match="function of x and level, but two calls with one image differ"):
+        log_likelihood(lambda x, level: model(x, level) + torch.randn_like(x), x, sigmas=sigmas)
+    with pytest.raises(ValueError, match="function of x and level, but two calls with one image differ"):
+        log_likelihood(lambda x, level: model(x, level) + x.mean(), x, sigmas=sigmas)
+    dropping = torch.nn.Dropout(0.5)
+    with pytest.raises(ValueError, match="the model is in training mode"):
+        log_likelihood(dropping, x, sigmas=sigmas)

@@ -187,17 +187,16 @@ def test_a_slot_that_ends_on_the_last_row_of_the_table(net):
 # -- the network -------------------------------------------------------------------------------------------------------
 
 
-def test_bfloat16_shares_all_but_convolution_weights(net):
+def test_bfloat16_casts_convolution_weights_alone(net):
     before = copy.deepcopy(net.state_dict())
     network = Network(net, "bfloat16", CPU)
     network.sync()
-    own, shared = dict(network._forward.named_parameters()), dict(net.named_parameters())
-    for name, p in shared.items():
-        if "conv" in name.split(".")[-2] or "shortcut" in name:
-            assert own[name].dtype == torch.bfloat16 and torch.equal(own[name], p.bfloat16()), name
-        elif "embed" in name:
-            assert own[name] is p, name
-    assert sum(p is own[name] for name, p in shared.items()) == sum("embed" in name for name in shared) > 20
+    cast = {id(p): buffer for p, buffer in network._casts}
+    for name, p in net.named_parameters():
+        assert (id(p) in cast) == ("embed" not in name), name
+        if id(p) in cast:
+            assert cast[id(p)].dtype == torch.bfloat16 and torch.equal(cast[id(p)], p.bfloat16()), name
+    assert network.forward_module is net and len(cast) > 20
     assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in net.state_dict().items())
 
 

@@ -132,7 +132,8 @@ def test_k_diffusion_any_shape_and_dtype(shape, dtype):
 
     x = kd.sample_ald(model, x_at(10.0, shape).to(dtype), karras(4), disable=True, steps_per_level=1)
     assert x.shape == shape and x.dtype == dtype and x.isfinite().all()
-    assert set(seen) <= {(torch.Size(shape), dtype, (shape[0],), dtype)} and len(seen) == (5 if shape[0] else 0)
+    steps = seen[2:]  # after the two questions, of one image and of two
+    assert set(steps) <= {(torch.Size(shape), dtype, (shape[0],), dtype)} and len(steps) == (5 if shape[0] else 0)
 
 
 def test_k_diffusion_seeds():
@@ -347,7 +348,7 @@ def test_deepinv_denoiser(net):
         native = denoiser(x, sigma)
         plain = x + sigma.reshape(-1, 1, 1, 1) ** 2 * net(x, torch.tensor([0, 2, 3]))
         torch.testing.assert_close(native, plain, rtol=1e-4, atol=1e-4)
-        assert denoiser._native is not None
+        assert denoiser._fast.network is not None
         torch.testing.assert_close(denoiser(x, 0.5), denoiser(x, sigma.new_full((3,), 0.5)), rtol=0, atol=0)
     image = x.clone().requires_grad_()
     denoiser(image, 0.5).square().sum().backward()
@@ -364,6 +365,34 @@ def test_deepinv_denoiser_follows_the_weights(net):
         before = denoiser(x, 0.5)
         mine.begin_conv.weight.mul_(1.5)
         assert not torch.equal(denoiser(x, 0.5), before)
+
+
+def test_deepinv_denoiser_looks_at_a_network_once(monkeypatch):
+    """Traced for one size of images; again when the model has become another; never stale."""
+    from tests.mutations import LEVELS, SHAPE, Model
+
+    made, real = [], deepinv.NativeNetwork
+    monkeypatch.setattr(deepinv, "NativeNetwork", lambda *a, **b: made.append(1) or real(*a, **b))
+    model = Model(0, "open").eval()
+    denoiser, x = deepinv.Denoiser(model), torch.rand(2, *SHAPE)
+
+    def right():
+        want = x + LEVELS[1] ** 2 * model(x, torch.tensor([1, 1]))
+        torch.testing.assert_close(denoiser(x, LEVELS[1]), want, rtol=1e-4, atol=1e-4)
+        return len(made)
+
+    with torch.no_grad():
+        assert [right(), right(), right()] == [1, 1, 1]
+        model.config.scale = 0.0
+        assert right() == 2
+        model.last.register_forward_hook(lambda m, a, out: out * 2)
+        assert [right(), right()] == [3, 3] and denoiser._fast.network is None
+        monkeypatch.setattr(deepinv.Observed, "changed", lambda self: None)
+        model.last._forward_hooks.clear()
+        other = deepinv.Denoiser(model)
+        other(x, LEVELS[1])
+        model.gain, other._fast.due, denoiser = 3.0, 0, other  # what no record sees is found when it is compared next
+        assert [right(), right()] == [5, 5]
 
 
 @pytest.mark.parametrize("sigma", [2.0, 0.05, 0.0, float("nan"), torch.tensor([0.5, 9.0])])

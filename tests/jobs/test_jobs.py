@@ -399,9 +399,10 @@ def test_a_diverged_sample_is_recorded_and_never_written(tmp_path):
 
         def sick(x, level, at=(sample // 4) * 7 + row, slot=sample % 4, calls=calls):
             score = faults.toy_score(x, level)
-            if len(calls) == at:  # samples 0–3, then 4–7, then 8–11 fill the four slots
-                score[slot, 0, 1, 2] = float("nan")
-            calls.append(level)
+            if len(x) == 4:  # not of the one or two images that an engine asks about first
+                if len(calls) == at:  # samples 0–3, then 4–7, then 8–11 fill the four slots
+                    score[slot, 0, 1, 2] = float("nan")
+                calls.append(level)
             return score
 
         out = tmp_path / f"{sample}-{row}"
@@ -669,7 +670,7 @@ def test_a_diverged_job_ends_with_its_own_code(sgm, tiny_weights, monkeypatch, t
 
         def poison(module, inputs, score):
             calls.append(score)
-            if len(calls) == 3:
+            if len(calls) == 5:  # after the two questions at the start
                 score[1] = float("nan")
 
         model.register_forward_hook(poison)

@@ -299,7 +299,7 @@ def hooked():
     [
         (points, "a classifier that is MLP"),
         (with_term, "a head with other terms.* other"),
-        (hooked, "classifier.middle.0 has hooks"),
+        (hooked, "classifier.middle.0: it has hooks"),
         (lambda: small().double(), "classifier.begin.weight is torch.float64"),
         (lambda: small(fourier=(31,)), "octave n of 2\\^n must be from 0 to 30, got 31"),
     ],

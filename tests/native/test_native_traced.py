@@ -203,7 +203,7 @@ REFUSED = {
     "guidance": (guided, "terms holds a function"),
     "attention": (lambda: model_of(UNet, attention=True), "has no layer"),
     "control flow": (lambda: model_of(Branching), "cannot be traced"),
-    "hooks": (hooked, "one.conv1 has hooks"),
+    "hooks": (hooked, "one.conv1: it has hooks"),
     "grouped": (grouped, "groups=2.*: only square ungrouped convolutions"),
     "no convolution": (lambda: nn.Linear(3, 3), "holds no convolution"),
     "float64": (lambda: model_of(UNet).double(), "must be float32"),

@@ -17,6 +17,7 @@ from sgm_engine.executors.native.norm import Table, Unsupported
 from sgm_engine.executors.native.weights import Kernel
 from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.cdm.networks import Attention, Head, Norm, Residual, UNet, Upsample
+from sgm_engine.rewriting.altered import altered
 
 LANES = 16  # q, k and v begin at multiples of the longest vector
 
@@ -36,9 +37,9 @@ def lower_cdm(graph: Graph, model: CDM, shape: tuple[int, int, int], levels: int
     if type(head) is not Head or terms - {"weight", "bias", "mean", "variance"}:
         raise Unsupported(f"a head with other terms than a linear map and a baseline: {', '.join(sorted(terms))}")
     for name, part in model.named_modules():
-        if part._forward_hooks or part._forward_pre_hooks:
-            raise Unsupported(f"{name or 'the model'} has hooks")
-        if "forward" in vars(part) or not type(part).__module__.startswith(OWN):
+        if why := altered(part):
+            raise Unsupported(f"{name or 'the model'}: {why}")
+        if not type(part).__module__.startswith(OWN):
             raise Unsupported(f"{name or 'the model'} is {type(part).__name__}, in the place of another layer")
     for name, p in model.named_parameters():
         if p.dtype != torch.float32 or p.device.type != "cpu":

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sgm_engine.errors import CannotRun, out_of_memory
 from sgm_engine.executors.native.graph import PRECISIONS, Graph
 from sgm_engine.executors.native.norm import Unsupported
 from sgm_engine.executors.native.refinenet import lower_refinenet
@@ -15,6 +16,7 @@ from sgm_engine.executors.network import Network
 from sgm_engine.executors.slots import Slots, Tables
 from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.ncsn import RefineNet
+from sgm_engine.rewriting.altered import altered
 
 AGREEMENT = {"bfloat16": 0.1}  # of a network with its module, relative; a wrong graph is off by O(1)
 FLOAT32_AGREEMENT = 1e-4
@@ -48,8 +50,7 @@ def is_published(model: object) -> bool:
     if not isinstance(model, RefineNet):
         return False
     parts = list(model.modules())
-    own = all(type(part).__module__.startswith(OWN) and "forward" not in vars(part) for part in parts)
-    return own and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    return all(type(part).__module__.startswith(OWN) and not altered(part) for part in parts)
 
 
 class NativeNetwork:
@@ -79,9 +80,8 @@ class NativeNetwork:
         self.shape = (channels, height, width)
         lower(self.graph, model, self.shape, levels)
         self.graph.plan()
-        self.model, self._settings = model, None
+        self.model = model
         if not is_published(model):
-            self._settings = settings(model)
             self._refuse_disagreement(levels, AGREEMENT.get(precision, FLOAT32_AGREEMENT))
 
     def sync(self, states: Mapping[int, tuple | None] | None = None, force: bool = False) -> int:
@@ -104,10 +104,6 @@ class NativeNetwork:
         with self._lock:
             return self.graph.run(x, level.contiguous(), torch.empty_like(x))
 
-    def stale(self) -> bool:
-        """Whether the module has become another: an attribute that a trace takes as it stands, a hook, a layer."""
-        return not is_published(self.model) if self._settings is None else self._settings != settings(self.model)
-
     def describe(self) -> str:
         """Its convolutions by algorithm, and its memory."""
         found = [self.graph.native.algorithm(i) for i in self.graph.convs]
@@ -125,12 +121,6 @@ class NativeNetwork:
             raise Unsupported(f"lowered, it would differ by {difference:.1e}")
 
 
-def settings(model: nn.Module) -> list[tuple]:
-    from sgm_engine.rewriting.trace import settings  # torch.fx, which NCSN does not need
-
-    return settings(model)
-
-
 def refusal(
     model: object, precision: str = "float32", shape: tuple[int, int, int] | None = None, levels: int | None = None
 ) -> str | None:
@@ -140,14 +130,18 @@ def refusal(
     """
     if precision not in PRECISIONS:
         return f"precision={precision!r} is not one of its own, which are float32, bfloat16 and direct"
-    if is_published(model):
+    if is_published(
+        model
+    ):  # but for a size or a padding without a layer, which ``bind`` finds: lowering takes a second
         return None
     shape = getattr(model, "shape", None) if shape is None else shape
     if shape is None:
         return "the size of its images is not known: pass shape=(C, H, W)"
     try:
         NativeNetwork(model, 1, *shape[1:], precision, shape[0], levels)
-    except ValueError as error:
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         return str(error)
     return None
 
@@ -174,8 +168,10 @@ class NativeExecutor:
             self.network = NativeNetwork(
                 network.model, slots.batch, height, width, network.precision, channels, network.levels
             )
-        except Unsupported as reason:
-            raise ValueError(f"executor='native' cannot run this model: {reason}; use executor='eager'") from reason
+        except Exception as reason:
+            if out_of_memory(reason):
+                raise
+            raise CannotRun(f"executor='native' cannot run this model: {reason}; use executor='eager'") from reason
         self.source = network
         self.score = torch.zeros_like(slots.x, memory_format=torch.contiguous_format)
 
@@ -184,9 +180,11 @@ class NativeExecutor:
 
     def sync_weights(self, force: bool = False) -> None:
         states = self.source.watch.look()  # before anything is packed: a write meanwhile is seen at the next look
-        if self.network.stale():
-            self.bind(self.source, self.slots, self.tables)
         self.network.sync(states, force)
+
+    def answer(self, x: Tensor, level: Tensor) -> Tensor:
+        """The network's score of other images than the slots', as ``Network`` is called."""
+        return self.network(x, level)
 
     def sibling(self) -> NativeExecutor:
         return NativeExecutor()

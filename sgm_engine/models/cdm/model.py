@@ -121,7 +121,8 @@ class CDM(nn.Module):
             )
         chosen = self.level_class.cpu().numpy()[level]
         other = CDM(self.classifier, self.classes, self.shape, self.scale, self.shift, self.prior, chosen, self.plan)
-        return other.to(self.sigmas.device).train(self.training)
+        other.training = self.training  # of this alone: the classifier's parts stay as they are
+        return other.to(self.sigmas.device)
 
 
 def _column(v: Tensor, like: Tensor) -> Tensor:

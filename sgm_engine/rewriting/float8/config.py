@@ -18,6 +18,7 @@ from sgm_engine.checks import check_int
 from sgm_engine.files.reading import parse_json
 from sgm_engine.kernels.reference import E4M3_MAX
 from sgm_engine.rewriting.acceleration import Accelerated
+from sgm_engine.rewriting.altered import altered
 from sgm_engine.rewriting.chosen_conv import ChosenConv, ConvNorm
 from sgm_engine.rewriting.float8.conv import Float8Conv
 from sgm_engine.rewriting.norms import norm_call
@@ -123,7 +124,7 @@ def qualifies(conv: nn.Module, channels: int = CHANNELS) -> bool:
     So the first and the last convolution stay bfloat16 (images have few channels, and an error there is one of x), as
     do those of one tap, which read as much as they compute.
     """
-    if type(conv) is not nn.Conv2d or conv._forward_hooks or conv._forward_pre_hooks:
+    if type(conv) is not nn.Conv2d or altered(conv):
         return False
     same = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == conv.dilation
     square = conv.dilation[0] == conv.dilation[1] and conv.padding_mode == "zeros" and conv.groups == 1
@@ -152,7 +153,7 @@ def fuse_quantisation(module: nn.Module) -> int:
 
     Returns how many do. Elsewhere the layer quantises what it reads.
     """
-    networks = [network for network, _ in module._built.values()] if isinstance(module, Accelerated) else []
+    networks = [network for network, *_ in module._built.values()] if isinstance(module, Accelerated) else []
     graphs = [network for network in networks if isinstance(network, fx.GraphModule)]
     return sum(_fuse(network, dict(network.named_modules())) for network in graphs)
 
