@@ -4,10 +4,10 @@
     python -m tests.fuzz readers --cases 20000        one part
     python -m tests.fuzz --seed 7 --seconds 3600      an hour, another seed
 
-Parts: readers, command, and native (native.py: the C++ and the ops under sanitizers). A case of the first two is decided
-by (seed, its number) alone, so ``--seed S --first K --cases 1`` draws case K again. Fails on a crash, on 10 s without an
-answer, on more than 1 GB, on an error that is no line for a user, and on an accepted file whose content is not what the
-file says.
+Parts: readers, command, and native (native.py: the C++ and the ops under sanitizers). A case of the first two is
+decided by (seed, its number) alone, so ``--seed S --first K --cases 1`` draws case K again. Fails on a crash, on 10 s
+without an answer, on more than 1 GB, on an error that is no line for a user, and on an accepted file whose content is
+not what the file says.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def test_a_save_is_whole_or_absent(tmp_path, monkeypatch):
     assert keeping.whole(path) and torch.load(path, weights_only=True)["global_step"] == 1
 
     def dies(checkpoint, file):
-        file.write_bytes(path.read_bytes()[:50])
+        file.write(path.read_bytes()[:50])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", dies)
