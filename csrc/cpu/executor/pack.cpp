@@ -54,11 +54,12 @@ void pack(const Conv& conv, int columns, const float* weight, float* packed) {
   for (int block = 0; block < conv.blocks; ++block)
     for (int c = 0; c < conv.c_step; ++c)
       for (int column = 0; column < columns; ++column) {
-        const int k = block * columns + column;
-        if (k >= conv.c_out || c >= conv.c_in) {
+        const int k = block * columns + column, of_group = conv.c_in / conv.groups;
+        const int own = conv.first[block] + c - k / (conv.c_out / conv.groups) * of_group;  // channel of its group
+        if (k >= conv.c_out || own < 0 || own >= of_group) {
           for (int t = 0; t < taps; ++t) values[t] = 0;
         } else {
-          const float* w = weight + (static_cast<int64_t>(k) * conv.c_in + c) * source_taps;
+          const float* w = weight + (static_cast<int64_t>(k) * of_group + own) * source_taps;
           if (conv.winograd) transform_winograd(w, values);
           else if (conv.pool) widen_for_pool(w, values);
           else
@@ -72,6 +73,12 @@ void pack(const Conv& conv, int columns, const float* weight, float* packed) {
           else packed[(tap * conv.c_step + c) * columns + column] = value;
         }
       }
+}
+
+void pack_depthwise(const Conv& conv, int padded, const float* weight, float* packed) {
+  for (int t = 0; t < conv.tap_count; ++t)
+    for (int c = 0; c < padded; ++c)
+      packed[static_cast<int64_t>(t) * padded + c] = c < conv.c_in ? weight[static_cast<int64_t>(c) * conv.tap_count + t] : 0.f;
 }
 
 void pack_last(const Conv& conv, int padded, const float* weight, float* packed) {
