@@ -95,10 +95,10 @@ struct Network : Subject {
   // A convolution of `in` that leaves something of it: ordinary, of uneven borders, strided, grouped, depthwise or transposed.
   ConvShape random_conv(const Image& in) {
     const int kernels[] = {1, 3, 3, 3, 3, 4, 5, 7}, dilations[] = {1, 1, 2, 4, 9};
-    ConvShape s{in.channels, random.from(2, 37), kernels[random.below(8)]};
+    ConvShape s{in.channels, random.below(2) ? in.channels : random.from(2, 37), kernels[random.below(8)]};
     s.levels = random.below(3) ? 0 : kLevels;
     s.dilation = s.kernel == 1 ? 1 : dilations[random.below(5)];
-    s.pool = in.height % 2 == 0 && in.width % 2 == 0 && in.height > 2 && in.width > 2 && random.below(5) == 0;
+    s.pool = in.height % 2 == 0 && in.width % 2 == 0 && in.height > 2 && in.width > 2 && random.below(4) == 0;
     if (s.pool) s.kernel = 3, s.dilation = 1;
     if (s.pool || (s.kernel == 3 && random.below(4))) {
       std::fill_n(s.pad, 4, s.dilation);
@@ -143,7 +143,7 @@ struct Network : Subject {
   }
 
   void add_layer() {
-    const int at = random.below(3) ? static_cast<int>(ids.size()) - 1 : random.below(static_cast<int>(ids.size()));
+    const int at = random.below(5) ? static_cast<int>(ids.size()) - 1 : random.below(static_cast<int>(ids.size()));
     const Image in = shape(at);
     Activation activation = random_activation();
     std::vector<Image> y;
@@ -179,8 +179,8 @@ struct Network : Subject {
         for (int i = 0; i < images; ++i) y.push_back(reference::concat(values[at][i], values[other][i]));
         break;
       }
-      case 5: return add_heads();
-      case 6:
+      case 5: case 6: return add_heads();
+      case 7:
         op = Op::channel_norm, norm = add_norm(at, 4);
         for (int i = 0; i < images; ++i) {
           y.push_back(reference::normalise_pixels(values[at][i], tables.back().norm64, level[i]));

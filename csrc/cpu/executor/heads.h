@@ -54,7 +54,7 @@ struct QueryBlock {
   QueryBlock(const HeadLayout& at, const float* image, int head, float* scratch)
       : at(at), image(image), head(head), queries(scratch), part(queries + at.heads.size * kLanes), sums(part + at.heads.size * kLanes) {}
 
-  void read(int first, int rows) const {
+  void read_queries(int first, int rows) const {
     const float scale = at.heads.scale * 1.44269504f;
     for (int i = 0; i < kLanes; i++) {
       const float* q = image + (int64_t)(first + least(i, rows - 1)) * at.in.padded + head * at.heads.size;
@@ -127,7 +127,7 @@ struct QueryBlock {
   // The weighted means of `rows` queries, at out and `stride` floats further on each.
   void run(int first, int rows, const float* greatest, float* out, int stride) const {
     const int size = at.heads.size * kLanes;
-    read(first, rows);
+    read_queries(first, rows);
     Vec high[kVectors] = {}, total[kVectors] = {};
     if (!is_small(greatest)) find_highest(high);
     memset(sums, 0, size * sizeof(float));

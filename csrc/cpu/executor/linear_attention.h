@@ -26,7 +26,7 @@ struct LinearHead {
   }
 
   // context = scale·softmax(k)·vᵀ, the softmax over the pixels.
-  void meet() const {
+  void make_context() const {
     const int n = columns();
     for (int i = 0; i < at.keys; i++) copy(at.row(image, 0, head, i), keys() + (int64_t)i * n), copy(at.row(image, 1, head, i), values() + (int64_t)i * n);
     float* const share = queries();  // of each channel: scale over the sum of its weights
@@ -89,7 +89,7 @@ static void linear_attention(const Run& run, const Layer& layer) {
     float* const y = run.data(layer.output, image);
     for (int head = first; head < last; head++) {
       const LinearHead one{at, run.data(layer.input, image), head, scratch};
-      one.meet();
+      one.make_context();
       for (int row = 0; row < pixels; row += LinearHead::kLanes) one.answer(row, least(LinearHead::kLanes, pixels - row), y, out.padded);
     }
     if (first < last && last == heads.count)

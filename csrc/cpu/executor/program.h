@@ -13,7 +13,8 @@ namespace sgm::executor {
 constexpr int kMaxOctaves = 16;
 constexpr int kMaxTaps = 49;
 
-// Activations are float32 [n][height][width][padded], padded = channels rounded up to a vector; the padding is zero.
+// Activations are float32 [n][height][width][padded], padded = channels rounded up to a vector; the padding is finite, and no
+// weight meets it.
 struct Tensor {
   int channels, padded, height, width;
   int64_t offset;   // floats an image, into the arena
