@@ -150,7 +150,7 @@ struct Network : Subject {
     Op op = Op::conv;
     int norm = -1, conv = -1, second = -1;
     const bool even = in.height % 2 == 0 && in.width % 2 == 0;
-    switch (random.below(16)) {
+    switch (random.below(17)) {
       case 0:
         op = Op::activate, norm = add_norm(at);
         for (int i = 0; i < images; ++i) y.push_back(prologue(at, i, norm, activation));
@@ -180,7 +180,7 @@ struct Network : Subject {
         break;
       }
       case 5: case 6: return add_heads();
-      case 7:
+      case 7: case 8:
         op = Op::channel_norm, norm = add_norm(at, 4);
         for (int i = 0; i < images; ++i) {
           y.push_back(reference::normalise_pixels(values[at][i], tables.back().norm64, level[i]));

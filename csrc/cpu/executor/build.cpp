@@ -23,7 +23,7 @@ bool conv_fits(const Conv& c, const Tensor& in, const Tensor* out) {
   };
   const int64_t height = size(in.height, kTop, kBottom), width = size(in.width, kLeft, kRight);
   if (c.c_in != in.channels) return false;
-  if (!out) return c.stride == 1 && c.up == 1 && c.groups == 1 && height > 0 && width > 0;
+  if (!out) return c.stride == 1 && c.up == 1 && c.groups == 1 && !c.pool && height > 0 && width > 0;
   return out->channels == c.c_out && out->height == height && out->width == width;
 }
 
