@@ -4,7 +4,8 @@
 #: make lint      ruff
 #: make bench     the benchmarks
 #: make sanitize  the C++ under the sanitizers of addresses, undefined behaviour and threads: some minutes
-#: make setup     what the last five install, and nothing else
+#: make fuzz      damaged files, odd command lines and random calls; ARGS="--seed 7 --seconds 3600" for an hour of others
+#: make setup     what the last six install, and nothing else
 #: make clean     remove what make made
 #:
 #: PYTHON=python3.12   which Python     VENV=.venv   where to install     ARGS="--n 16"   more for sgm sample or pytest
@@ -21,7 +22,7 @@ BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*
 # nvcc takes minutes: without a GPU its library is left out, unless SGM_WITH_CUDA=1 asks for it.
 export SGM_WITH_CUDA ?= $(if $(shell command -v nvidia-smi 2>/dev/null),auto,0)
 
-.PHONY: help setup sample test test-isa lint bench sanitize clean
+.PHONY: help setup sample test test-isa lint bench sanitize fuzz clean
 help:
 	@sed -n 's/^#: \{0,1\}//p' Makefile
 
@@ -46,6 +47,9 @@ bench: $(VENV)/.dev
 sanitize: $(VENV)/.dev
 	@$(BIN)/python -m tests.sanitize
 
+fuzz: $(VENV)/.dev
+	@$(BIN)/python -m tests.fuzz $(ARGS)
+
 # Editable, so that a change in Python needs no new install and a change in csrc/ rebuilds.
 $(VENV)/.installed: $(BUILT_FROM) | $(BIN)/python
 	@echo "Installing sgm-engine into $(VENV): once, some minutes, most of them for PyTorch."
@@ -53,7 +57,7 @@ $(VENV)/.installed: $(BUILT_FROM) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	@$(PIP) -e '.[test,lint,integrations,train]'
+	@$(PIP) -e '.[test,lint,integrations,train,trainers]'
 	@$(PIP) --no-deps azula deepinv k-diffusion  # see pyproject.toml
 	@touch $@
 

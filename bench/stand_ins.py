@@ -15,13 +15,22 @@ import types
 import pytest
 
 
+class _Named(type):
+    """A class whose every attribute is its own name: transformers reads some where torchvision can be imported."""
+
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
 class _Empty(types.ModuleType):
     __path__ = ()
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {})
+        return _Named(name, (), {})
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -37,13 +37,13 @@ class TwoOps:
     """How known pixels were imposed before each update: x ← known + σ·z where the mask is set."""
 
     def __init__(self, known, mask, sigma, draw, row, seed, sample_id):
-        self.known, self.mask, self.draw = known.nan_to_num(nan=0.0), mask, draw
-        self.coef = torch.stack([torch.ones_like(sigma), 0 * sigma, sigma, 0 * sigma], 1).contiguous()
-        self.slots = row, seed, sample_id ^ (STREAM["inpaint"] << 32)
+        self.known, self.mask, self.z = known.nan_to_num(nan=0.0), mask, torch.empty_like(known)
+        self.sigma, self.draw, self.row, self.ids = sigma, draw, row, (seed, sample_id)
 
     def __call__(self, x):
-        noisy = ops.langevin_update(self.known, self.known, self.coef, self.draw, *self.slots)
-        torch.where(self.mask, noisy, x, out=x)
+        row = int(self.row[0])  # of every slot
+        ops.noise_fill_(self.z, *self.ids, int(self.draw[row]), STREAM["inpaint"], "normal")
+        torch.where(self.mask, self.known + self.sigma[row] * self.z, x, out=x)
 
 
 @pytest.mark.parametrize("mask", MASKS)

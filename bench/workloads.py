@@ -58,9 +58,8 @@ def _noise(shape: tuple[int, ...]) -> Call:
 def _chain(batch: int, levels: int, executor: str) -> Call:
     import torch
 
-    from sgm_engine.engine.engine import Engine
-    from sgm_engine.models.ncsn import NCSN
-    from sgm_engine.plans.plan import annealed_langevin
+    from sgm_engine import Engine, annealed_langevin
+    from sgm_engine.models import NCSN
 
     torch.manual_seed(0)
     model = NCSN(torch.logspace(0, -2, levels), channels=1, ngf=32).eval()

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/digest.h"
 #include "cpu/norm.h"
 #include "cpu/peak.h"
 #include "cpu/pool.h"
@@ -94,6 +95,15 @@ PYBIND11_MODULE(_C, m) {
         "float32 elements that norm's workspace has.", py::arg("samples"), py::arg("channels"));
   m.def("philox", &philox, nogil, "uint32 counters [4, n] and keys [2, n] to words [4, n].", py::arg("counter"), py::arg("key"),
         py::arg("words"), py::arg("n"));
+
+  m.def("digest", [](const std::vector<std::pair<Address, int64_t>>& memory) {
+    std::vector<sgm::Bytes> bytes;
+    for (const auto& [address, size] : memory) bytes.push_back({at<void>(address), size});
+    std::vector<uint64_t> found(bytes.size());
+    py::gil_scoped_release no_gil;
+    sgm::digest(bytes.data(), static_cast<int64_t>(bytes.size()), found.data());
+    return found;
+  }, "csrc/cpu/digest.h: 64 bits for each (address, bytes).", py::arg("memory"));
 
   bind_executor(m);
   bind_norm_backward(m);

@@ -57,8 +57,11 @@ struct Update {
   const int32_t* known_draw;  // [rows], uint32 bits
 };
 
+// Throws std::invalid_argument unless 0 <= id < 2^56: higher bits would be those of the stream.
+void check_sample_id(int64_t index, int64_t id);
+
 // Throws std::out_of_range if a live slot's row is not in [0, rows), std::invalid_argument if its d, e or f asks for a
-// previous that is null; nothing is written then.
+// previous that is null or its sample id is none; nothing is written then.
 void langevin_update(const Update& update);
 void advance_rows(int64_t batch, int64_t* row, const int64_t* stop);  // live slots: row += 1
 void noise_fill(const NoiseFill& fill);

@@ -6,13 +6,13 @@ python examples/20_lightning.py mnist/     (the folder of MNIST's IDX files; nee
 import sys
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader
 
 from sgm_engine import Engine, annealed_langevin, geometric
-from sgm_engine.data.images import Batches, load_images
+from sgm_engine.data.images import load_images
 from sgm_engine.images import grid, save_png, to_uint8
 from sgm_engine.models import NCSN
 from sgm_engine.training.callbacks import EMA, SampleGrid
+from sgm_engine.training.loader import ImageBatches
 from sgm_engine.training.module import ScoreModule
 
 images = load_images(sys.argv[1])  # uint8 [60000, 1, 28, 28]
@@ -23,7 +23,7 @@ plan = annealed_langevin(network.sigmas, 5, 4e-5, start="normal", start_scale=3.
 module = ScoreModule(network, objective="denoising", lr=2e-3, betas=(0.9, 0.99), warmup=50, decay=0.5, steps=600)
 grids = SampleGrid(every=100, n=36, plan=plan, folder="grids")
 trainer = pl.Trainer(max_steps=600, max_epochs=-1, gradient_clip_val=1000.0, callbacks=[EMA(0.99), grids])
-trainer.fit(module, DataLoader(Batches(images, batch=32), batch_size=None))
+trainer.fit(module, ImageBatches(images, batch=32))
 
 x = Engine(module.network.eval(), batch=36).sample(36, plan=plan)  # the weights are the average's now
 save_png("trained.png", grid(to_uint8(x)))

@@ -13,6 +13,7 @@ NETWORK = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check(name: str, t: Tensor, like: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+    check_given(name, t)
     if t.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must be {wanted}, got {t.dtype}: convert it with {name}.to(…)")
@@ -22,6 +23,11 @@ def check(name: str, t: Tensor, like: Tensor, dtypes: tuple[torch.dtype, ...], s
         raise ValueError(f"{name} must be on {like.device} like the other tensors, got {t.device}")
 
 
+def check_given(name: str, t: Tensor | None) -> None:
+    if t is None:  # which torch.library lets through for any Tensor
+        raise TypeError(f"{name} must be a tensor, got None")
+
+
 def check_vector(name: str, t: Tensor, like: Tensor, dtype: torch.dtype, n: int) -> None:
     check(name, t, like, (dtype,), (n,))
     if not t.is_contiguous():
@@ -29,6 +35,7 @@ def check_vector(name: str, t: Tensor, like: Tensor, dtype: torch.dtype, n: int)
 
 
 def check_images(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    check_given(name, x)
     if x.dim() != 4:
         raise ValueError(f"{name} must have shape [batch, channels, height, width], got {list(x.shape)}")
     check(name, x, x, dtypes, x.shape)
@@ -91,6 +98,7 @@ def check_update(u: Update) -> None:
     check("score", u.score, x, NETWORK, x.shape)
     if u.previous is not None:
         check("previous", u.previous, x, STATE, x.shape)
+    check_given("draw", u.draw)
     rows = u.draw.shape[0] if u.draw.dim() == 1 else 0
     check_vector("draw", u.draw, x, torch.int32, rows)
     check("coef", u.coef, x, STATE, (rows, 4))
@@ -98,6 +106,15 @@ def check_update(u: Update) -> None:
         raise ValueError(f"coef must be contiguous, got strides {list(u.coef.stride())}: call coef.contiguous()")
     for name in ("row", "seed", "sample_id"):
         check_vector(name, getattr(u, name), x, torch.int64, x.shape[0])
+
+
+def check_norm_backward(grad, x, gamma, beta, activation, groups) -> None:
+    check_images("x", x, NETWORK)
+    for name, p in (("gamma", gamma), ("beta", beta)):
+        if p is not None and p.dim() != 1:
+            raise ValueError(f"{name} must have shape [{x.shape[1]}], got {list(p.shape)}")
+    check_norm(x, gamma, None, beta, None, activation, None, groups, False, "none")
+    check("grad", grad, x, NETWORK, x.shape)
 
 
 def check_norm(x, gamma, alpha, beta, level, activation, residual, groups, pool, before) -> None:

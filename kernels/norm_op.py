@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sgm_engine.kernels import reference
 from sgm_engine.kernels.arguments import Norm, NormBackward
-from sgm_engine.kernels.checks import check_norm, dense, like
+from sgm_engine.kernels.checks import check_norm, check_norm_backward, dense, like
 from sgm_engine.kernels.dispatch import launchers, library, register
 
 
@@ -122,6 +122,7 @@ def _save_norm(ctx, inputs, output):
 
 def _norm_backward(grad, x, gamma, beta, activation, eps, groups):
     """(dx, dγ, dβ) of act(γ·x̂ + β): dx like x but NCHW, dγ and dβ float32 [N, C], each sample's own part."""
+    check_norm_backward(grad, x, gamma, beta, activation, groups)
     x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
     dx, dgamma, dbeta = torch.empty_like(x), *(x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
     arguments = NormBackward(grad, x, gamma, beta, activation, eps, groups, dx, dgamma, dbeta)
@@ -130,6 +131,7 @@ def _norm_backward(grad, x, gamma, beta, activation, eps, groups):
 
 
 def _fake_norm_backward(grad, x, gamma, beta, activation, eps, groups):
+    check_norm_backward(grad, x, gamma, beta, activation, groups)
     parts = [x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2)]
     return torch.empty_like(x, memory_format=torch.contiguous_format), *parts
 

@@ -23,6 +23,7 @@ from sgm_engine.kernels.checks import (
     like,
 )
 from sgm_engine.kernels.dispatch import launchers, library, register
+from sgm_engine.kernels.in_place import check_apart, check_no_gradient, mark_written
 from sgm_engine.kernels.norm_op import inference_norm, noise_conditioned_norm
 
 __all__ = [
@@ -45,7 +46,7 @@ def noise_fill_(out: Tensor, seed: Tensor, sample_id: Tensor, draw: int, stream:
     """Fill out [B, C, H, W] (float32, NCHW or NHWC dense) with the noise of docs/noise.md.
 
     seed: int64 [B], any bits. sample_id: int64 [B], in [0, 2^56). draw: 0 ≤ draw < 2^32. stream: a tag of
-    ``noise.STREAM``. kind: "normal" or "uniform" (on [0, 1)).
+    ``noise.STREAM``. kind: "normal" or "uniform" (on [0, 1)). Ids are checked on the CPU only.
     """
     torch.ops.sgm_engine.noise_fill_(out, seed, sample_id, draw, stream, kind)
 
@@ -73,15 +74,14 @@ def langevin_update_(
     is NCHW or NHWC on its own. coef: float32 [R, 4], (a, b, c, d) of each row of the plan; draw: int32 [R], the bits of
     the uint32 draw of z. row, stop, seed, sample_id, bad_row: int64 [B]. bad_row (start it at NO_BAD_ROW) is lowered to
     the row that gave a result that is not finite. An idle slot (row >= stop) is left as it is. Rounded as csrc/update.h
-    says; z is the noise of stream "sample". Rows are checked on the CPU only: on a GPU that would wait for it.
+    says; z is the noise of stream "sample". Rows and ids of live slots are checked on the CPU only: on a GPU that would
+    wait for it. score, and previous without keep, may be x itself; nothing else may share memory with what is written.
     keep: float32 [R, 2], (e, f) of each row; unless both are 0, previous is then written: e·x + f·score, of the x that
     was. gain: float32 [B]; b is then (b·gain)·gain, c is c·gain.
     known (inpainting): float32 like x, NaN where a pixel is not known. Elsewhere x becomes what the next row's network
     is to see, known + σ·z: known_sigma float32 [R], that σ, 0 after a plan's last row, which leaves known itself;
     known_draw int32 [R], the draw of z, whose stream is "inpaint".
     """
-    if torch.is_grad_enabled() and (x.requires_grad or score.requires_grad):
-        raise RuntimeError("langevin_update_ has no gradient: call it under torch.no_grad(), or use langevin_update")
     torch.ops.sgm_engine.langevin_update_(
         x, score, coef, draw, row, stop, seed, sample_id, bad_row, previous, keep, gain, known, known_sigma, known_draw
     )
@@ -109,9 +109,11 @@ def langevin_update(
 
 def _noise_fill_(out, seed, sample_id, draw, stream, kind):
     check_noise(out, seed, sample_id, draw, stream, kind)
-    if out.device.type == "cpu" and (((sample_id >> 56) != 0).any()):
-        raise ValueError(f"sample_id must be in [0, 2^56), got {sample_id.tolist()}")
+    tensors = {"out": out, "seed": seed, "sample_id": sample_id}
+    check_no_gradient("noise_fill_", tensors)
+    check_apart(tensors, ("out",))
     launchers(out.device.type).noise_fill(out, seed, sample_id, draw, stream, kind)
+    mark_written(out)
 
 
 def _fake_noise_fill_(out, seed, sample_id, draw, stream, kind):
@@ -144,7 +146,13 @@ def _langevin_update_(*arguments) -> None:
     score, previous, known = dense(u.score), dense(u.previous), None if u.known is None else like(u.x, u.known)
     if score is not u.score or previous is not u.previous or known is not u.known:
         u = u._replace(score=score, previous=previous, known=known)
+    tensors = u._asdict()
+    del tensors["out"], tensors["advance"]
+    check_no_gradient("langevin_update_", tensors, ", or use langevin_update")
+    written = ("x", "row", "bad_row") if u.keep is None else ("x", "row", "bad_row", "previous")
+    check_apart(tensors, written, aligned=("score", "previous"))
     launchers(u.x.device.type).langevin_update(u)
+    mark_written(*(tensors[name] for name in written))
 
 
 def _check_pure(x, score, coef, draw, row, seed, sample_id, previous=None) -> Update:
@@ -167,6 +175,8 @@ def _fake_langevin_update(*arguments) -> Tensor:
 
 def _save_update(ctx, inputs, output):
     _, score, coef, _, row, *_ = inputs
+    if coef.requires_grad:
+        raise RuntimeError("langevin_update has no gradient in coef: pass coef.detach()")
     ctx.save_for_backward(coef, row)
     ctx.score_dtype = score.dtype
 

@@ -43,7 +43,8 @@ class Key:
             raise ValueError(f"the key holds {len(self.sample_id)} sample ids, but the batch has {len(like)} samples")
         if like.numel() == 0:
             return torch.empty_like(like)
-        out = torch.empty(len(like), 1, 1, like[0].numel(), device=like.device)  # elements count in [C, H, W] order
+        # Elements count in [C, H, W] order; float32 whatever the default is, which a trainer in other precisions sets.
+        out = torch.empty(len(like), 1, 1, like[0].numel(), dtype=torch.float32, device=like.device)
         sample_id = self.sample_id.to(like.device)
         seed = torch.full_like(sample_id, as_int64(self.seed))
         ops.noise_fill_(out, seed, sample_id, self.draw + draw, STREAM["train"], kind)

@@ -1,4 +1,4 @@
-"""Builds tests/native/driver.cpp over csrc/cpu without Python: as it is, or from a copy of the sources with an edit."""
+"""Builds a program of tests/native over csrc/cpu without Python: as it is, or with an edit in a copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from setup import CSRC, ISAS, contraction
 
-MAIN = Path(__file__).parent / "native" / "driver.cpp"
+NATIVE = Path(__file__).parent / "native"
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized")
 NOT_LINKED = ("binding", "norm")  # Python's part, and the op that is no part of the executor
 
@@ -19,7 +19,7 @@ NOT_LINKED = ("binding", "norm")  # Python's part, and the op that is no part of
 class Driver:
     """Drivers built by one compiler with one set of flags in ``folder``.
 
-    isas: of setup.ISAS. main_flags: for driver.cpp alone, after ``flags``.
+    isas: of setup.ISAS. main_flags: for a program's own file alone, after ``flags``.
     """
 
     def __init__(
@@ -33,10 +33,12 @@ class Driver:
         self.folder, self.cxx, self.isas = folder, cxx, {isa: ISAS[isa] for isa in isas}
         only = ["-DSGM_GENERIC_ONLY"] if set(isas) == {"generic"} else []
         self.flags = ["-std=c++17", "-g", "-pthread", *WARNINGS, *only, *flags]
-        self.main_flags = list(main_flags)
+        self.main_flags, self.built = list(main_flags), False
 
-    def build(self, name: str = "plain", edited: Mapping[str, str] = {}) -> Path:
-        """The driver's path. edited: file of csrc → its text instead; build the plain one first, it shares the rest.
+    def build(self, name: str = "plain", edited: Mapping[str, str] = {}, program: str = "driver") -> Path:
+        """The path of tests/native/``program``.cpp, built. edited: file of csrc → its text instead.
+
+        Build the plain one first: others share with it what they do not change.
 
         Raises CalledProcessError with the compiler's words in stderr.
         """
@@ -51,7 +53,8 @@ class Driver:
 
         def compiled(job: tuple[Path, list[str], str]) -> Path:
             file, flags, stem = job
-            if edited and not headers_too and str(file.relative_to(source)) not in edited:
+            same = not headers_too and str(file.relative_to(source)) not in edited
+            if same and (edited or self.built):
                 return plain / f"{stem}.o"
             run(self.cxx, *self.flags, *flags, f"-I{source}", "-c", file, "-o", folder / f"{stem}.o")
             return folder / f"{stem}.o"
@@ -66,13 +69,14 @@ class Driver:
                     jobs.append((file, [contraction(file), *flags, f"-DSGM_ISA={isa}"], f"{stem}.{isa}"))
             else:
                 jobs.append((file, [contraction(file)], stem))
-        main = plain / "main.o"
-        if not edited:
-            run(self.cxx, *self.flags, *self.main_flags, f"-I{CSRC}", "-c", MAIN, "-o", main)
+        main = plain / f"main.{program}.o"
+        if not main.exists():
+            run(self.cxx, *self.flags, *self.main_flags, f"-I{CSRC}", "-c", NATIVE / f"{program}.cpp", "-o", main)
         with ThreadPoolExecutor(cores()) as pool:
             objects = list(pool.map(compiled, jobs))
-        run(self.cxx, *self.flags, main, *objects, "-o", folder / "driver")
-        return folder / "driver"
+        self.built = True
+        run(self.cxx, *self.flags, main, *objects, "-o", folder / program)
+        return folder / program
 
 
 def changed(file: str, old: str, new: str) -> dict[str, str]:

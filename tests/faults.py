@@ -191,8 +191,8 @@ def race(barrier, weights, out) -> None:
         """The lock, taken when everybody is there and kept until everybody has tried."""
         barrier.wait()
         try:
-            with lock.locked(*args):
-                yield
+            with lock.locked(*args) as held:
+                yield held
                 barrier.wait()
         except JobBusy:
             barrier.wait()

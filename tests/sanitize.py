@@ -1,8 +1,9 @@
 """The C++ of csrc/cpu under the compiler's sanitizers: ``python -m tests.sanitize``, every instruction set of this CPU.
 
 tests/native/driver.cpp runs random networks, chains, teams and concurrent callers, built with AddressSanitizer and
-UndefinedBehaviorSanitizer, then with ThreadSanitizer. Both must stay silent; and each must find what is planted for it.
-tests/native/test_native_driver.py does the same with one instruction set and fewer networks.
+UndefinedBehaviorSanitizer, then with ThreadSanitizer. The first also watch hostile.cpp, which describes networks with
+wrong numbers, and faults.cpp, where allocations and starts of threads fail. All must be silent, and each must find what
+is planted for it. tests/native/test_native_driver.py does the same with one instruction set and fewer networks.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import NamedTuple
 
 from tests.driver import Driver, changed, run
 
-EXECUTOR = "cpu/executor/executor.cpp"
+EXECUTOR, BUILD = "cpu/executor/executor.cpp", "cpu/executor/build.cpp"
 
 
 class Sanitizer(NamedTuple):
     flags: tuple[str, ...]
-    planted: dict[str, tuple[str, str, str]]  # words of the report that must come → arguments of ``changed``
+    planted: dict[str, tuple[str, ...]]  # words of the report that must come → program, arguments of ``changed``
+    programs: tuple[str, ...] = ()  # beside the driver
 
 
 SANITIZERS = {
@@ -29,26 +31,44 @@ SANITIZERS = {
         ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
         {
             "heap-buffer-overflow": (
+                "driver",
                 "cpu/executor/plan.cpp",
-                "Buffer(taps * channels * columns",
-                "Buffer((taps - 1) * channels * columns",
+                "Buffer(times(taps, channels, columns)",
+                "Buffer(times(taps - 1, channels, columns)",
             ),
             "misaligned address": (
+                "driver",
                 EXECUTOR,
                 "w.rows = team->allocate(aligned_rows * size)",
                 "w.rows = (float*)((char*)team->allocate(aligned_rows * size) + 1)",
             ),
+            "stack-buffer-overflow": ("hostile", EXECUTOR, "if (row < 0 || end > chain.rows)", "if (row < 0)"),
+            "made again": (
+                "faults",
+                BUILD,
+                "  norm_tables_.resize(norms_.size());  // drops that of a norm() that failed\n",
+                "",
+            ),
+            "place": (
+                "faults",
+                "cpu/pool.cpp",
+                "  pool->start(threads_);\n  s.pool = pool.release();",
+                "  s.pool = pool.release();\n  s.pool->start(threads_);",
+            ),
         },
+        ("hostile", "faults"),
     ),
     "threads": Sanitizer(
         ("-O1", "-fsanitize=thread"),
         {
             "data race": (
+                "driver",
                 EXECUTOR,
                 "generation.store(generation + 1, std::memory_order_release)",
                 "generation.store(generation + 1, std::memory_order_relaxed)",
             ),
             "ThreadSanitizer: data race": (
+                "driver",
                 "cpu/pool.cpp",
                 "running_.fetch_sub(1, std::memory_order_release)",
                 "running_.fetch_sub(1, std::memory_order_relaxed)",
@@ -67,19 +87,22 @@ def check(name: str, folder: Path, isas: tuple[str, ...], networks: int, say=pri
     """Raises AssertionError if the sanitizer reports something, or misses what is planted."""
     sanitizer = SANITIZERS[name]
     driver = Driver(folder / name.split()[0], sanitizer.flags, isas, main_flags=["-O0"])
-    plain = driver.build()
+    arguments = {"driver": (networks, "float32", 3), "hostile": (6 * networks,), "faults": (2, 4)}
     for isa in isas:
-        for precision in ("float32", "bfloat16", "direct", "winograd"):
+        runs = [("driver", networks, precision, 3) for precision in ("float32", "bfloat16", "direct", "winograd")]
+        runs += [(program, *arguments[program]) for program in sanitizer.programs]
+        for program, *rest in runs:
             try:
-                say(run(plain, networks, precision, 3, SGM_ISA=isa, **ENVIRONMENT).strip())
+                say(run(driver.build(program=program), *rest, SGM_ISA=isa, **ENVIRONMENT).strip())
             except CalledProcessError as found:
-                raise AssertionError(f"{name}, {isa}, {precision}:\n{found.stderr[-6000:]}") from None
-    for i, (words, edit) in enumerate(sanitizer.planted.items()):
+                raise AssertionError(f"{name}, {isa}, {program} {rest}:\n{found.stderr[-6000:]}") from None
+    for i, (words, (program, *edit)) in enumerate(sanitizer.planted.items()):
         try:
-            run(driver.build(f"planted{i}", changed(*edit)), networks, "float32", 3, SGM_ISA=isas[0], **ENVIRONMENT)
+            path = driver.build(f"planted{i}", changed(*edit), program)
+            run(path, *arguments[program], SGM_ISA=isas[0], **ENVIRONMENT)
         except CalledProcessError as found:
             assert words in found.stderr, f"{name}: not what was planted:\n{found.stderr[-6000:]}"
-            say(f"planted in {edit[0]}: found ({words})")
+            say(f"planted in {edit[0]}: {program} finds it ({words})")
         else:
             raise AssertionError(f"{name}: what was planted in {edit[0]} was not found")
 

@@ -5,9 +5,11 @@
 
 #include <condition_variable>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -46,8 +48,14 @@ class Pool {
  public:
   ~Pool() { stop(); }
 
-  void start(int threads) {  // the caller is one of them
-    for (int worker = 1; worker < threads; ++worker) threads_.emplace_back([this, worker] { loop(worker); });
+  void start(int threads) {  // the caller is one of them; on an error, the destructor ends those that have started
+    threads_.reserve(threads);
+    try {
+      for (int worker = 1; worker < threads; ++worker) threads_.emplace_back([this, worker] { loop(worker); });
+    } catch (const std::system_error& error) {
+      throw std::runtime_error("cannot start thread " + std::to_string(threads_.size() + 2) + " of " + std::to_string(threads) + " (" +
+                               error.code().message() + "): set SGM_NUM_THREADS to fewer, or raise the limit of processes or memory");
+    }
   }
 
   void stop() {
@@ -123,30 +131,31 @@ State& state() {
   return *s;
 }
 
-void refuse_fork(const State& s) {
-  const pid_t owner = s.owner.load(std::memory_order_relaxed);
+}  // namespace
+
+bool in_worker() { return inside; }
+
+void refuse_fork() {
+  const pid_t owner = state().owner.load(std::memory_order_relaxed);
   if (owner != 0 && owner != getpid())
     throw std::runtime_error("sgm_engine was used before fork(), so its threads are missing in this process (pid " +
                              std::to_string(getpid()) + "): start worker processes with the 'spawn' method, for example "
                              "multiprocessing.set_start_method('spawn')");
 }
 
-}  // namespace
-
-bool in_worker() { return inside; }
-
 int num_threads() {
   State& s = state();
   int n = s.threads.load(std::memory_order_relaxed);
-  if (n == 0) s.threads.store(n = default_threads(), std::memory_order_relaxed);
-  return n;
+  if (n != 0) return n;
+  const int own = default_threads();
+  return s.threads.compare_exchange_strong(n, own) ? own : n;
 }
 
 void set_num_threads(int n) {
   if (n < 1 || n > 4096) throw std::invalid_argument("n must be from 1 to 4096, got " + std::to_string(n));
   if (inside) throw std::logic_error("set_num_threads inside the pool");
+  refuse_fork();
   State& s = state();
-  refuse_fork(s);
   std::lock_guard<std::mutex> lock(s.mutex);
   delete s.pool;
   s.pool = nullptr;
@@ -154,20 +163,23 @@ void set_num_threads(int n) {
   s.threads.store(n, std::memory_order_relaxed);
 }
 
-void run_workers(int workers, void (*body)(void*, int), void* context) {
-  if (inside) throw std::logic_error("run_workers inside the pool");
+Hold::Hold() {
+  if (inside) throw std::logic_error("Hold inside the pool");
+  refuse_fork();
   State& s = state();
-  refuse_fork(s);
-  std::lock_guard<std::mutex> lock(s.mutex);
-  const int threads = num_threads();
-  if (workers > threads)
-    throw std::invalid_argument("workers must be at most num_threads() = " + std::to_string(threads) + ", got " + std::to_string(workers));
-  if (!s.pool) {
-    s.pool = new Pool;
-    s.owner.store(getpid(), std::memory_order_relaxed);
-    s.pool->start(threads);
-  }
-  s.pool->run(workers, body, context);
+  lock_ = std::unique_lock<std::mutex>(s.mutex);
+  threads_ = num_threads();
+  if (s.pool) return;
+  auto pool = std::make_unique<Pool>();
+  pool->start(threads_);
+  s.pool = pool.release();
+  s.owner.store(getpid(), std::memory_order_relaxed);
+}
+
+void Hold::run(int workers, void (*body)(void*, int), void* context) {
+  if (workers > threads_)
+    throw std::invalid_argument("workers must be at most num_threads() = " + std::to_string(threads_) + ", got " + std::to_string(workers));
+  state().pool->run(workers, body, context);
 }
 
 }  // namespace sgm

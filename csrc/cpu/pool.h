@@ -3,18 +3,34 @@
 
 #include <atomic>
 #include <cstdint>
+#include <mutex>
 
 namespace sgm {
 
 int num_threads();           // $SGM_NUM_THREADS, else the CPUs of this process's affinity mask
 void set_num_threads(int n); // throws std::invalid_argument unless n >= 1
 
-// Calls body(context, worker) once for each worker in [0, workers), all at the same time; worker 0 is the caller.
-// workers <= num_threads(). The body must not throw. One call at a time has the pool, others wait; a call from inside a
-// body throws std::logic_error, and a call in a forked child std::runtime_error.
-void run_workers(int workers, void (*body)(void* context, int worker), void* context);
+// The pool, for as long as this lives: other threads wait, and the number of threads stays what it is.
+//
+// Throws std::runtime_error if a thread cannot be started, after which there is no pool and the next Hold tries again, and
+// in a forked child; std::logic_error from inside a body.
+class Hold {
+ public:
+  Hold();
+  int threads() const { return threads_; }
+  // Calls body(context, worker) once for each worker in [0, workers), all at the same time; worker 0 is the caller.
+  // workers <= threads(). The body must not throw.
+  void run(int workers, void (*body)(void* context, int worker), void* context);
 
-// True inside a body of run_workers.
+ private:
+  std::unique_lock<std::mutex> lock_;
+  int threads_;
+};
+
+// Throws std::runtime_error in a child that was forked after the pool had started.
+void refuse_fork();
+
+// True inside a body of Hold::run.
 bool in_worker();
 
 // f(begin, end) over consecutive pieces of [0, n), `grain` long but for the last, each handed to whichever thread is
@@ -22,8 +38,7 @@ bool in_worker();
 template <class F>
 void parallel_for(int64_t n, int64_t grain, F f) {
   const int64_t pieces = (n + grain - 1) / grain;
-  const int workers = static_cast<int>(pieces < num_threads() ? pieces : num_threads());
-  if (workers <= 1 || in_worker()) {
+  if (pieces <= 1 || num_threads() == 1 || in_worker()) {
     if (n > 0) f(int64_t{0}, n);
     return;
   }
@@ -32,7 +47,8 @@ void parallel_for(int64_t n, int64_t grain, F f) {
     int64_t n, grain;
     std::atomic<int64_t> next;
   } job{f, n, grain, {0}};
-  run_workers(workers, [](void* context, int) {
+  Hold pool;
+  pool.run(static_cast<int>(pieces < pool.threads() ? pieces : pool.threads()), [](void* context, int) {
     Job& j = *static_cast<Job*>(context);
     for (int64_t begin; (begin = j.next.fetch_add(j.grain, std::memory_order_relaxed)) < j.n;)
       j.f(begin, begin + j.grain < j.n ? begin + j.grain : j.n);

@@ -11,9 +11,14 @@ namespace sgm {
 int64_t update_pieces(const Update& u) { return cut(u).per_sample; }
 int64_t noise_pieces(const NoiseFill& f) { return cut(f).per_sample; }
 
+void check_sample_id(int64_t index, int64_t id) {
+  if (id < 0 || id >> 56) throw std::invalid_argument("sample_id must be in [0, 2^56), got " + std::to_string(id) + " at " + std::to_string(index));
+}
+
 void langevin_update(const Update& u) {
   for (int64_t b = 0; b < u.shape.batch; ++b) {
     if (u.stop && u.row[b] >= u.stop[b]) continue;
+    check_sample_id(b, u.sample_id[b]);
     if (u.row[b] < 0 || u.row[b] >= u.rows)
       throw std::out_of_range("row[" + std::to_string(b) + "] is " + std::to_string(u.row[b]) + ", but the table has rows 0 to " +
                               std::to_string(u.rows - 1) + ": lower stop or lengthen the table");
@@ -32,6 +37,7 @@ void advance_rows(int64_t batch, int64_t* row, const int64_t* stop) {
 }
 
 void noise_fill(const NoiseFill& f) {
+  for (int64_t b = 0; b < f.shape.batch; ++b) check_sample_id(b, f.sample_id[b]);
   const auto range = SGM_PICK(noise_range);
   const Cut c = cut(f);
   parallel_for(f.shape.batch * c.per_sample, c.grain, [&](int64_t begin, int64_t end) { range(f, begin, end); });

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from sgm_engine.files.writing import write_file
 from sgm_engine.keys import Key
 from sgm_engine.models.cdm.classes import NoiseClasses, ddpm
 from sgm_engine.models.cdm.model import CDM
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         gaps = torch.tensor([measures(model) for model in runs]) - torch.tensor(truth)
         lines.append(f"| {name} | " + " | ".join(map(_range, gaps.unbind(1))) + " |")
         print(f"{lines[-1]}  ({time.process_time() - start:.0f} s)", flush=True)
-    (args.out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
+    write_file(args.out / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from sgm_engine.checkpoints.original_config import levels_between, read_config
 from sgm_engine.checkpoints.torch_file import CheckpointError, check_file
 from sgm_engine.checkpoints.weights_file import FLOATS, FORMAT, FORMAT_VERSION, State, open_state, read_tensor
+from sgm_engine.files.reading import short
+from sgm_engine.files.writing import write_file
 from sgm_engine.models import ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
-from sgm_engine.outputs.output import sorted_header, staged
+from sgm_engine.outputs.output import sorted_header
 from sgm_engine.plans.schedule import check_sigmas
 
 __all__ = ["CheckpointError", "convert", "load_checkpoint", "read_config", "save_checkpoint"]
@@ -109,8 +111,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, dtype: torch.dtyp
         if not tensor.isfinite().all():
             raise ValueError(f"model: {name} holds NaN or Inf, so it was not saved")
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": model.config.to_json()}
-    with staged(path) as temporary:
-        temporary.write_bytes(sorted_header(save(state, metadata)))
+    write_file(path, sorted_header(save(state, metadata)))
 
 
 def convert(source: str | os.PathLike, target: str | os.PathLike, **options) -> ModelConfig:
@@ -178,7 +179,7 @@ def _infer(state: State, hints: dict[str, object]) -> ModelConfig:
         fields["plan"] = published.plan
     try:
         return ModelConfig.from_dict(fields)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"does not describe a network: {error}") from None
 
 
@@ -193,8 +194,13 @@ def _same_sigmas(stored: Tensor, given) -> tuple[float, ...]:
 
 def _fill(config: ModelConfig | CDMConfig, state: State, file_size: int) -> nn.Module:
     """The network with the state's weights, once every name, shape and size has been found to be right."""
-    with torch.device("meta"):
-        model = config.build()
+    if (least := getattr(config, "least_tensors", 0)) > len(state.shapes):
+        raise CheckpointError(f"describes a network of more than {least} tensors, and holds {len(state.shapes)}")
+    try:
+        with torch.device("meta"):
+            model = config.build()
+    except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"does not describe a network: {short(error)}") from None
     expected = model.state_dict()
     missing, extra = sorted(expected.keys() - state.shapes.keys()), sorted(state.shapes.keys() - expected.keys())
     if missing or extra:

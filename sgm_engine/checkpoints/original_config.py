@@ -8,11 +8,9 @@ import re
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from sgm_engine.checkpoints.torch_file import CheckpointError, check_file
-
-MAX_CONFIG_BYTES = 1 << 20
+from sgm_engine.files.reading import MAX_YAML, parse_yaml, read_text, short
 
 
 def levels_between(begin: float, end: float, levels: int, distribution: str = "geometric") -> tuple[float, ...]:
@@ -24,18 +22,7 @@ def levels_between(begin: float, end: float, levels: int, distribution: str = "g
     return tuple(values.astype(np.float32).tolist())
 
 
-class _ConfigLoader(yaml.SafeLoader):
-    """Plain YAML, and argparse.Namespace (what the originals dump) as a dict. No aliases: they can nest."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise CheckpointError("uses YAML aliases, which a configuration does not need")
-        return super().compose_node(parent, index)
-
-
-_ConfigLoader.add_constructor(
-    "tag:yaml.org,2002:python/object:argparse.Namespace", lambda loader, node: loader.construct_mapping(node, deep=True)
-)
+NAMESPACE = "tag:yaml.org,2002:python/object:argparse.Namespace"  # what the originals dump: read as a mapping
 
 
 def read_config(path: str | os.PathLike) -> dict[str, object]:
@@ -47,18 +34,12 @@ def read_config(path: str | os.PathLike) -> dict[str, object]:
     path = Path(path)
     try:
         check_file(path)
-        with open(path, "rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-        if len(raw) > MAX_CONFIG_BYTES:
-            raise CheckpointError("is too long for a configuration")
-        return _config_fields(yaml.load(raw, _ConfigLoader))
+        return _config_fields(parse_yaml(read_text(path, MAX_YAML), [NAMESPACE]))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except (yaml.YAMLError, UnicodeError, ValueError, TypeError, RecursionError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" in line {where.line + 1}" if where else ""
-        what = getattr(error, "problem", None) or str(error) or type(error).__name__
-        raise CheckpointError(f"{path}: is not a configuration{line}: {' '.join(what.split())[:160]}") from None
+    except (ValueError, TypeError, OverflowError) as error:
+        text = str(error).removeprefix(f"{path}: ")
+        raise CheckpointError(f"{path}: is not a configuration: {short(text)}") from None
 
 
 UNSUPPORTED = {

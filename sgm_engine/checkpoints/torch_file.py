@@ -1,8 +1,8 @@
 """A .pth file read as data. There is no unpickler here, so nothing in a file can run.
 
-torch.save writes a pickle program that rebuilds the object, and the storages beside it. The thirty opcodes that such a
-program needs are interpreted below on plain dicts, lists and ``StoredTensor`` records; the names that it may refer to
-are a fixed table. Anything else ends in CheckpointError. Both layouts: zip (torch ≥ 1.6) and the stream before it.
+torch.save writes a pickle program that rebuilds the object, and the storages beside it. The thirty opcodes of such a
+program are interpreted (torch_program.py) on plain dicts, lists, ``StoredTensor`` records; the names that it may refer
+to are a fixed table. Anything else ends in CheckpointError. Both layouts: zip (torch ≥ 1.6) and the stream before it.
 Sizes are checked against the bytes that are there before a tensor is made, so memory is bounded by the file.
 """
 
@@ -12,71 +12,32 @@ import hashlib
 import io
 import math
 import mmap
-import os
-import pickletools
-import stat
+import reprlib
 import sys
-import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sgm_engine.checkpoints.torch_program import CheckpointError, Storage, StoredTensor, interpret
+from sgm_engine.files.reading import DAMAGE, ZipFile, open_file, short
+
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
-MAX_OPCODES = 1_000_000  # a checkpoint of a thousand tensors and its optimizer takes 50,000
-
-_STORAGES = {
-    "torch FloatStorage": torch.float32,
-    "torch DoubleStorage": torch.float64,
-    "torch HalfStorage": torch.float16,
-    "torch BFloat16Storage": torch.bfloat16,
-    "torch LongStorage": torch.int64,
-    "torch IntStorage": torch.int32,
-    "torch ShortStorage": torch.int16,
-    "torch CharStorage": torch.int8,
-    "torch ByteStorage": torch.uint8,
-    "torch BoolStorage": torch.bool,
-}
-
-
-class CheckpointError(ValueError):
-    """A file that will not be loaded: one line that says which, why, and what to do."""
 
 
 def check_file(path: Path, sha256: str | None = None) -> None:
     """CheckpointError unless path is a regular file that can be read and (if given) has this sha256, hexadecimal."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError("is not a file")
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 is not None else None
+    except IsADirectoryError:
+        raise CheckpointError("is not a file") from None
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise CheckpointError("is not a file") from None
     if sha256 is not None and digest != sha256.lower():
         raise CheckpointError(f"has sha256 {digest}, expected {sha256.lower()}: damaged, or another file")
-
-
-class Storage(NamedTuple):
-    """``numel`` values of ``dtype`` under the name ``key``, not read yet."""
-
-    dtype: torch.dtype
-    key: str
-    numel: int
-
-
-class StoredTensor(NamedTuple):
-    """A tensor described, not read yet; offset and stride count elements of its storage."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.storage.dtype.itemsize
 
 
 class TorchFile:
@@ -87,18 +48,18 @@ class TorchFile:
     """
 
     def __init__(self, path: Path):
-        self._file = open(path, "rb")  # noqa: SIM115
+        self._file = open_file(path)
         self._bytes: mmap.mmap | None = None
         try:
             zipped = self._file.read(4) == b"PK\x03\x04"
             self._size = self._file.seek(0, io.SEEK_END)
             self._file.seek(0)
-            self._zip = zipfile.ZipFile(self._file) if zipped else None
+            self._zip = ZipFile(self._file) if zipped else None
             self.content = self._open_zip() if zipped else self._open_stream()
         except BaseException as error:
             self.close()
-            if isinstance(error, _DAMAGE) and not isinstance(error, CheckpointError):
-                raise CheckpointError(f"is damaged or not a torch file ({_short(error)})") from None
+            if isinstance(error, DAMAGE) and not isinstance(error, CheckpointError):
+                raise CheckpointError(f"is damaged or not a torch file ({short(error)})") from None
             raise
 
     def __enter__(self) -> TorchFile:
@@ -122,8 +83,8 @@ class TorchFile:
             )
         try:
             raw = self._read_record(storage)
-        except _DAMAGE as error:
-            raise CheckpointError(f"is damaged ({_short(error)})") from None
+        except DAMAGE as error:
+            raise CheckpointError(f"is damaged ({short(error)})") from None
         if not math.prod(shape):
             return torch.empty(shape, dtype=storage.dtype)
         values = torch.frombuffer(bytearray(raw), dtype=storage.dtype)
@@ -135,7 +96,7 @@ class TorchFile:
         programs = [name for name in names if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(programs) != 1 or len(set(names)) != len(names):
             raise CheckpointError("is a zip archive, but not one that torch.save wrote (it needs exactly one data.pkl)")
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        if any(entry.compress_type for entry in entries):
             raise CheckpointError("holds compressed entries, which can unpack to any size; torch.save writes none")
         if sum(entry.file_size for entry in entries) > self._size:
             raise CheckpointError("claims more data than the file holds")
@@ -144,24 +105,28 @@ class TorchFile:
         order = self._prefix + "byteorder"
         if order in self._entries and self._zip.read(order) != sys.byteorder.encode():
             raise CheckpointError(f"was written on a machine of another byte order than this one ({sys.byteorder})")
-        return _interpret(io.BytesIO(self._zip.read(programs[0])))
+        return interpret(io.BytesIO(self._zip.read(programs[0])))
 
     def _open_stream(self) -> object:
         """Pickles of magic number, version, machine facts, object, storage keys; then each storage: count, values."""
         if not self._size:
             raise CheckpointError("is empty")
         self._bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        if self._bytes[:1] != b"\x80" or _interpret(self._bytes) != LEGACY_MAGIC:
+        if self._bytes[:1] != b"\x80" or interpret(self._bytes) != LEGACY_MAGIC:
             raise CheckpointError("is neither a torch file nor safetensors")
-        if (version := _interpret(self._bytes)) != LEGACY_VERSION:
-            raise CheckpointError(f"has version {version!r} of the old torch layout, expected {LEGACY_VERSION}")
-        machine = _interpret(self._bytes)
+        version = interpret(self._bytes)
+        if type(version) is not int or version != LEGACY_VERSION:
+            raise CheckpointError(
+                f"has version {short(reprlib.repr(version))} of the old torch layout, expected {LEGACY_VERSION}"
+            )
+        machine = interpret(self._bytes)
         if not isinstance(machine, dict) or machine.get("little_endian") is not (sys.byteorder == "little"):
             raise CheckpointError(f"was written on a machine of another byte order than this one ({sys.byteorder})")
         used: dict[str, Storage] = {}
-        content = _interpret(self._bytes, used)
-        keys = _interpret(self._bytes)
-        if not isinstance(keys, list) or set(keys) != set(used) or len(keys) != len(used):
+        content = interpret(self._bytes, used)
+        keys = interpret(self._bytes)
+        named = isinstance(keys, list) and all(type(key) is str for key in keys)
+        if not named or set(keys) != set(used) or len(keys) != len(used):
             raise CheckpointError("lists other storages than its tensors use")
         self._records: dict[str, tuple[int, int]] = {}
         position = self._bytes.tell()
@@ -184,110 +149,3 @@ class TorchFile:
             held = "no such entry" if entry is None else f"{entry.file_size} bytes"
             raise CheckpointError(f"claims {needed} bytes of storage {storage.key} where it holds {held}")
         return self._zip.read(entry)  # checks the entry's CRC-32
-
-
-def _interpret(stream, storages: dict[str, Storage] | None = None) -> object:
-    """The value of the pickle program at ``stream``, which is left behind it. storages collects what it refers to."""
-    stack: list = []
-    marks: list[list] = []  # the stacks below each open mark
-    memo: dict[int, object] = {}
-    for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
-        if count >= MAX_OPCODES:
-            raise CheckpointError(f"describes its content in more than {MAX_OPCODES} opcodes, where thousands would do")
-        match opcode.name:
-            case "PROTO":
-                pass
-            case "STOP":
-                (value,) = stack
-                return value
-            case "MARK":
-                marks.append(stack)
-                stack = []
-            case "BINPUT" | "LONG_BINPUT":
-                memo[arg] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[arg])
-            case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
-                stack.append(arg)
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
-            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
-                stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[opcode.name]())
-            case "TUPLE":
-                items, stack = tuple(stack), marks.pop()
-                stack.append(items)
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                n = int(opcode.name[-1])
-                stack[-n:] = [tuple(stack[-n:])]
-            case "APPEND":
-                item = stack.pop()
-                _expect(stack[-1], list).append(item)
-            case "APPENDS":
-                items, stack = stack, marks.pop()
-                _expect(stack[-1], list).extend(items)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _expect(stack[-1], dict)[key] = value
-            case "SETITEMS":
-                items, stack = stack, marks.pop()
-                _expect(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
-            case "GLOBAL":
-                if arg not in _STORAGES and arg not in _REBUILD:
-                    raise CheckpointError(
-                        f"refers to {'.'.join(arg.split())[:80]}, which weights do not need; nothing was run. "
-                        "If you trust its origin, save only the tensors (a state_dict) again, best as .safetensors"
-                    )
-                stack.append(_Name(arg))
-            case "REDUCE":
-                args, name = stack.pop(), stack.pop()
-                stack.append(_REBUILD[_expect(name, _Name)](*args))
-            case "BUILD":  # a state_dict's version notes
-                stack.pop()
-                _expect(stack[-1], dict)
-            case "BINPERSID":
-                storage = _storage(*stack.pop())
-                if storages is not None and storages.setdefault(storage.key, storage) != storage:
-                    raise CheckpointError(f"describes storage {storage.key} in two ways")
-                stack.append(storage)
-            case other:
-                raise CheckpointError(f"uses the pickle opcode {other}, which weights do not need; nothing was run")
-    raise EOFError("the pickle has no end")
-
-
-class _Name(str):
-    """A name of _STORAGES or _REBUILD that the program refers to."""
-
-
-def _expect(value, kind: type):
-    if type(value) is not kind:
-        raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
-    return value
-
-
-def _storage(kind, name, key, _device, numel, view=None) -> Storage:
-    if kind != "storage" or view is not None or type(numel) is not int or numel < 0:
-        raise CheckpointError("describes a storage in a way that torch.save does not")
-    return Storage(_STORAGES[_expect(name, _Name)], _expect(key, str), numel)
-
-
-def _tensor(storage, offset, shape, stride, *_hooks) -> StoredTensor:
-    counts = (offset, *_expect(shape, tuple), *_expect(stride, tuple))
-    if len(shape) != len(stride) or any(type(n) is not int or not 0 <= n < 2**63 for n in counts):
-        raise CheckpointError("describes a tensor in a way that torch.save does not")
-    return StoredTensor(_expect(storage, Storage), offset, shape, stride)
-
-
-_REBUILD = {
-    "collections OrderedDict": lambda pairs=(): dict(pairs),
-    "torch._utils _rebuild_tensor": _tensor,
-    "torch._utils _rebuild_tensor_v2": _tensor,
-    "torch._utils _rebuild_parameter": lambda data, _requires_grad, _hooks: _expect(data, StoredTensor),
-    "torch Size": lambda values: _expect(values, tuple),
-}
-
-_DAMAGE = (zipfile.BadZipFile, EOFError, OverflowError, NotImplementedError, RuntimeError, UnicodeError, IndexError,
-           KeyError, TypeError, ValueError, MemoryError)  # fmt: skip
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sgm_engine.checkpoints.torch_file import CheckpointError, StoredTensor, TorchFile
+from sgm_engine.files.reading import open_file, open_safetensors, parse_json
 from sgm_engine.models import ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
 
@@ -29,7 +29,7 @@ class State(NamedTuple):
 
 
 def open_state(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, ModelConfig | CDMConfig | None]:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError("is a Git LFS pointer, not the weights: run `git lfs pull`")
@@ -42,7 +42,7 @@ def open_state(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, 
 
 def _open_safetensors(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, ModelConfig | CDMConfig | None]:
     try:
-        file = opened.enter_context(safe_open(path, "pt"))
+        file = opened.enter_context(open_safetensors(path, "pt"))
         metadata = file.metadata() or {}
         slices = {name: file.get_slice(name) for name in list(file.keys())}
     except (SafetensorError, OSError, ValueError) as error:
@@ -57,19 +57,15 @@ def _open_safetensors(path: Path, ema: bool | None, opened: ExitStack) -> tuple[
         found = metadata["format"], metadata.get("format_version")
         raise CheckpointError(f"has format {found}; this release reads {(FORMAT, FORMAT_VERSION)}")
     try:
-        fields = json.loads(metadata.get("config", ""), parse_constant=_no_constant)
+        fields = parse_json(metadata.get("config", ""))
         return state, _config(fields)
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"has a bad config in its metadata: {error}") from None
 
 
 def _config(fields: object) -> ModelConfig | CDMConfig:
     cdm = isinstance(fields, dict) and fields.get("architecture") == CDMConfig.architecture
     return (CDMConfig if cdm else ModelConfig).from_dict(fields)
-
-
-def _no_constant(name: str):
-    raise ValueError(f"{name} is not a number")
 
 
 def _pick(file: TorchFile, ema: bool | None) -> State:

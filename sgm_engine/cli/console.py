@@ -21,7 +21,12 @@ class Terminated(KeyboardInterrupt):
 
 def say(what: object) -> None:
     """One line on stderr, whatever is in it."""
-    print(f"sgm: {' '.join(str(what).split())}", file=sys.stderr, flush=True)
+    print(f"sgm: {shown(' '.join(str(what).split()))}", file=sys.stderr, flush=True)
+
+
+def shown(text: object) -> str:
+    """What comes from a file, for a terminal: characters that would steer it are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def complain(code: int, error: object) -> int:

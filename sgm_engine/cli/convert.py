@@ -27,7 +27,7 @@ def register(commands) -> None:
 def convert(args: argparse.Namespace) -> int:
     with bad_input():
         from sgm_engine.checkpoints import checkpoint
-        from sgm_engine.outputs.output import check_writable
+        from sgm_engine.files.writing import check_writable
 
         check_writable(Path(args.target))
         options = {"config": args.config, "image_size": args.image_size, "ema": args.ema, "sha256": args.sha256}

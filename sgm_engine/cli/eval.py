@@ -18,7 +18,7 @@ examples:
   sgm eval digits.npz --reference DATA:test --training DATA:train --features classifier:digits-classifier.safetensors
   sgm eval --n 1000 --plan fast.json --reference DATA:test …        draws them itself, from the bundled weights
   sgm eval fast.npz --against slow.npz --reference DATA:test …      and the difference of the two, with its interval
-  sgm eval part-*.npz --reference images/ --features torchscript:features.pt --json report.json
+  sgm eval part-*.npz --reference images/ --features torchscript:mine.pt --trust-features --json report.json
 
 What images may be: folder:train, folder:test (MNIST's IDX or CIFAR-10's binary files), .npz, .npy, .safetensors, a
 folder of pictures. docs/evaluation.md explains every figure.
@@ -37,6 +37,8 @@ def register(commands) -> None:
     add("--features", default="pixels", metavar="KIND:FILE",
         help="classifier:FILE (trained on --training if FILE is new), torchscript:FILE, export:FILE (.pt2), "
         "inception:FILE, or pixels (default)")  # fmt: skip
+    add("--trust-features", action="store_true",
+        help="open torchscript:, export: and inception: FILEs, which run what is in them")  # fmt: skip
     add("--metrics", metavar="A,B",
         help="of frechet, score, classes, sliced, mmd, precision, recall, density, coverage, copies, nll "
         "(default: what the features and --training allow)")  # fmt: skip
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         from sgm_engine.evaluation import evaluate as e
         from sgm_engine.evaluation.draw import conditioned, drawn
         from sgm_engine.evaluation.features import open_extractor
-        from sgm_engine.outputs.output import check_writable, staged
+        from sgm_engine.files.writing import check_writable, write_file
 
         if args.json:
             check_writable(Path(args.json))
@@ -78,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"images must have one shape: {', '.join(f'{n} {s}' for n, s in shapes.items())}")
         if "nll" in extra and not callable(getattr(engine and engine.model, "log_prob", None)):
             raise ValueError("metrics nll: needs a model with log_prob(x); score networks have none")
-        extractor = open_extractor(args.features, training, lambda line: print(line, file=sys.stderr))
+        report_line = lambda line: print(line, file=sys.stderr)  # noqa: E731
+        extractor = open_extractor(args.features, training, report_line, args.trust_features)
 
         lost: list = []
         if engine:
@@ -104,8 +107,7 @@ def run(args: argparse.Namespace) -> int:
         if lost:
             report.notes["diverged and left out"] = f"{len(lost)}, such as {lost[0]}"
         if args.json:
-            with staged(Path(args.json)) as tmp:
-                tmp.write_text(report.to_json(), "utf-8")
+            write_file(Path(args.json), report.to_json())
     print(report.table())
     return DONE
 

@@ -45,8 +45,5 @@ class Film:
 
     def save(self, path: Path, sample_ids: Sequence[int]) -> None:
         """A GIF of those of sample_ids that were filmed, one grid a frame, complete or not at all."""
-        from sgm_engine.outputs.output import staged
-
         places = [self._place[i] for i in sample_ids if i in self._place]
-        with staged(path) as tmp:
-            images.save_gif(tmp, [images.grid(frame[places]) for frame in self._pixels])
+        images.save_gif(path, [images.grid(frame[places]) for frame in self._pixels])

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from sgm_engine.cli.console import say
+from sgm_engine.files.reading import read_text
+from sgm_engine.files.writing import check_writable, write_file
 from sgm_engine.jobs.folder import RUN, Folder
 from sgm_engine.jobs.worker import Worker
-from sgm_engine.outputs.output import check_writable, staged
 from sgm_engine.rewriting.float8.config import Float8Config, lacking
 from sgm_engine.tuning.float8_calibration import calibrate_float8
 
@@ -52,8 +53,7 @@ def _make(model: nn.Module, device: str, path: Path | None, quiet: bool) -> Floa
         say(f"float8: taking scales from 16 samples in bfloat16{'' if path else '; --float8 FILE keeps them'}")
     scales = calibrate_float8(model, device=device)
     if path is not None:
-        with staged(path) as tmp:
-            tmp.write_text(scales.to_json() + "\n", "utf-8")
+        write_file(path, scales.to_json() + "\n")
         if not quiet:
             say(f"float8: scales written to {path}")
     return scales
@@ -66,7 +66,7 @@ def _worker(args: argparse.Namespace) -> Worker:
 def _read(path: Path) -> Float8Config | None:
     """None: there is no such file yet."""
     try:
-        return Float8Config.from_json(path.read_text("utf-8"))
+        return Float8Config.from_json(read_text(path))
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -18,6 +18,7 @@ from sgm_engine.cli.console import (
     complain,
     rate,
     say,
+    shown,
     some,
     stoppable,
 )
@@ -115,9 +116,9 @@ def verify(args: argparse.Namespace) -> int:
 
         found = verify(args.folder)
     for problem in found.problems:
-        print(problem)
+        print(shown(problem))
     for name in found.unexpected:
-        print(f"{name} is unexpected: no part of this job")
+        print(shown(f"{name} is unexpected: no part of this job"))
     for divergence in found.diverged:
         print(f"{divergence} diverged and was left out")
     print(found)
@@ -133,8 +134,8 @@ def resample(args: argparse.Namespace) -> int:
         from sgm_engine.engine.engine import Engine
         from sgm_engine.jobs.folder import Folder
         from sgm_engine.jobs.resample import model_of, resample
-        from sgm_engine.outputs.images import png_bytes, to_uint8
-        from sgm_engine.outputs.output import Output, staged
+        from sgm_engine.outputs.images import save_png, to_uint8
+        from sgm_engine.outputs.output import Output
         from sgm_engine.rewriting.float8.config import Float8Config
 
         spec, notes = Folder(args.folder).load()
@@ -150,8 +151,7 @@ def resample(args: argparse.Namespace) -> int:
         engine = Engine(model, geometry.batch, device, precision, geometry.executor, float8=float8)
         x, compared = resample(engine, args.folder, args.id)
     if out.form == "grid":  # the picture itself, as a folder of PNG files holds it
-        with staged(out.path) as tmp:
-            tmp.write_bytes(png_bytes(to_uint8(x[None])[0]))
+        save_png(out.path, to_uint8(x[None])[0])
     else:
         out.write(x[None], [args.id])
     how = "equal to" if compared else "not compared, for it is missing or damaged there, with"
@@ -189,7 +189,7 @@ def _print(job, report) -> None:
         f"{report.samples} samples in {report.seconds:.2f} s: {rate(speed)} samples/s, {spec.plan.nfe} NFE a sample, "
         f"{rate(speed * spec.plan.nfe)} NFE/s"
     )
-    print(f"plan: {spec.plan.name}({', '.join(f'{k}={v}' for k, v in spec.plan.metadata.items())})")
+    print(shown(f"plan: {spec.plan.name}({', '.join(f'{k}={v}' for k, v in spec.plan.metadata.items())})"))
     print(f"how: {geometry.precision} on {geometry.device}, executor {geometry.executor}, batch {geometry.batch}")
     share = f", worker {report.worker.index} of {report.worker.count}" if report.worker.count > 1 else ""
     there = len(job.folder.recorded(spec))

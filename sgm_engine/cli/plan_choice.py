@@ -9,6 +9,7 @@ from torch import nn
 
 from sgm_engine.checkpoints.bundled import plan_for
 from sgm_engine.cli.arguments import PLAN_OPTIONS
+from sgm_engine.files.reading import read_text
 from sgm_engine.models.conditioning import at_sigmas
 from sgm_engine.plans.plan import Plan
 from sgm_engine.plans.samplers import plan_of_nfe
@@ -47,7 +48,7 @@ def _conditioned(model: nn.Module, plan: Plan, conditioning: str | None) -> tupl
 def read_plan(path: str) -> Plan:
     """The plan in a file; ValueError says what is wrong with which."""
     try:
-        return Plan.from_json(Path(path).expanduser().read_text("utf-8"))
+        return Plan.from_json(read_text(Path(path).expanduser()))
     except OSError as error:
         raise ValueError(f"argument --plan: {path} cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -24,7 +24,7 @@ from sgm_engine.cli.arguments import (
     plan_name,
     sample_ids,
 )
-from sgm_engine.cli.console import DIVERGED, DONE, bad_input, complain, rate, some
+from sgm_engine.cli.console import DIVERGED, DONE, bad_input, complain, rate, shown, some
 from sgm_engine.cli.model import chosen_model, device_of, processor
 
 FILMED = 64  # samples in a GIF
@@ -164,7 +164,7 @@ def sample(args: argparse.Namespace) -> int:
         speed, nfe = len(drawn) / seconds, plan.nfe
         print(f"{len(drawn)} samples in {seconds:.2f} s: {rate(speed)} samples/s, {nfe} NFE a sample, "
               f"{rate(speed * nfe)} NFE/s")  # fmt: skip
-        print(f"plan: {plan.name}({options})")
+        print(shown(f"plan: {plan.name}({options})"))
         print(f"how: {how}")
         print(f"written: {out.path}" + (f" and {gif}" if gif else ""))
     if diverged:
@@ -174,7 +174,8 @@ def sample(args: argparse.Namespace) -> int:
 
 def _targets(args: argparse.Namespace):
     """(sample ids, Output, path of the GIF or None), all checked."""
-    from sgm_engine.outputs.output import Output, check_writable
+    from sgm_engine.files.writing import check_writable
+    from sgm_engine.outputs.output import Output
 
     ids = range(args.n) if args.ids is None else args.ids
     out, gif = Output.parse(args.out), Path(args.gif).expanduser() if args.gif else None

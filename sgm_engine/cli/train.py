@@ -43,11 +43,12 @@ def register(commands) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
+    from sgm_engine.files.reading import read_text
     from sgm_engine.training.config import FOLDER, TrainConfig, config_names
 
     if args.list:
         for name in config_names():
-            first = (FOLDER / f"{name}.yaml").read_text("utf-8").partition("\n")[0]
+            first = read_text(FOLDER / f"{name}.yaml").partition("\n")[0]
             print(f"{name:16} {first.removeprefix('# ')}")
         return 0
     if args.advise:
@@ -106,7 +107,7 @@ def _quiet() -> None:
 
 
 def _changes(pairs: list[str]) -> dict[str, object]:
-    import yaml
+    from sgm_engine.files.reading import parse_yaml
 
     changes = {}
     for pair in pairs:
@@ -114,7 +115,7 @@ def _changes(pairs: list[str]) -> dict[str, object]:
         if not equals or not name:
             raise ValueError(f"--set takes NAME=VALUE, got {pair!r}")
         try:
-            changes[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"--set {name}: {text!r} is no YAML value") from None
+            changes[name] = parse_yaml(text)
+        except ValueError:
+            raise ValueError(f"--set {name}: {text[:60]!r} is no YAML value") from None
     return changes

@@ -16,7 +16,7 @@ MEASURES = ("frechet", "sliced", "mmd")
 EXAMPLES = """\
 examples:
   sgm tune --budget 50 --reference DATA:test --training DATA:train --features classifier:digits-classifier.safetensors
-  sgm tune --seconds 0.2 --checkpoint mine.safetensors --reference images/ --features torchscript:features.pt
+  sgm tune --seconds 0.2 --checkpoint mine.safetensors --reference images/ --features classifier:mine.safetensors
   sgm tune --budget 50 --baseline annealed_langevin …               and how the chosen plan compares with that one
 
 writes into --out: front.md and front.png (NFE against quality, on held-out seeds), front.json, and plan.json, which
@@ -38,6 +38,7 @@ def register(commands) -> None:
     add("--reference", required=True, metavar="IMAGES", help="what samples should look like; forms as in `sgm eval`")
     add("--training", metavar="IMAGES", help="what the model was trained on: gives the floor, trains a new classifier")
     add("--features", default="pixels", metavar="KIND:FILE", help="as in `sgm eval` (default: pixels)")
+    add("--trust-features", action="store_true", help="as in `sgm eval`: run what is in that FILE")
     add("--measure", choices=MEASURES, default="frechet", help="what makes samples good (default: frechet)")
     add("--baseline", metavar="PLAN|SAMPLES", help="a plan to beat, or samples of one drawn with --held-out-seed")
     add = p.add_argument_group("search").add_argument
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         from sgm_engine.data.sets import open_images
         from sgm_engine.evaluation.evaluate import summarise
         from sgm_engine.evaluation.features import open_extractor
-        from sgm_engine.outputs.output import check_writable, staged
+        from sgm_engine.files.writing import check_writable, staged_folder
         from sgm_engine.tuning.candidates import FAMILIES, draw_candidates
         from sgm_engine.tuning.front import check_plotting
         from sgm_engine.tuning.tune import Tuner
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             if s is not None and tuple(s.shape) != engine.shape:
                 raise ValueError(f"{s.name} holds images {tuple(s.shape)}, the model draws {engine.shape}")
         baseline = _baseline(args, model)
-        extractor = open_extractor(args.features, training, say)
+        extractor = open_extractor(args.features, training, say, args.trust_features)
         budget = args.budget or _evaluations(args.seconds, engine, say)
         families = args.families.split(",") if args.families else tuple(FAMILIES)
         recommended = getattr(model, "plan", None) or {}
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed,
         "seconds": round(time.perf_counter() - start), "precision": engine.numerics,
         "executor": engine.executor, "batch": engine.batch}  # fmt: skip
-    with staged(out) as tmp:
+    with staged_folder(out) as tmp:
         outcome.write(tmp)
     print(outcome.table())
     print(f"written: {out}/ with front.md, front.json, front.png and plan.json")

@@ -4,30 +4,29 @@
     x.npz                    `arr_0` uint8 [N, H, W, C], what `sgm sample` and FID tools write
     x.npy                    uint8 or floating point in [0, 1]: [N, H, W], [N, H, W, C] or [N, C, H, W], C being 1 or 3
     x.safetensors            `samples` float [N, C, H, W], as `sgm sample` writes
-    folder/                  PNG, JPEG, BMP or WebP files of one size; or parts of a set, .npz or .safetensors
+    folder/                  PNG, JPEG, BMP or WebP files of one size, at any depth; or parts, .npz or .safetensors
 
 Floating point is clamped to [0, 1] and rounded to 8 bits, as in the files that `sgm sample` writes: a set scores the
-same in every form.
+same in every form. Values of 0 to 255, or of −1 to 1, are refused. What pictures may be: files/pictures.py.
 """
 
 from __future__ import annotations
 
-import gzip
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sgm_engine.data.images import load_images, read_idx
+from sgm_engine.data.images import channels_first, cifar_records, find_pictures, load_images, read_idx, read_picture
+from sgm_engine.files.limits import Refused
+from sgm_engine.files.reading import map_npy, npy_header, open_file, open_safetensors, open_zip
 from sgm_engine.outputs.images import to_uint8
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 PARTS = (".npz", ".safetensors")
+OVERSHOOT, SHARE = 0.25, 0.01  # floats further outside [0, 1], and how many of them are no samples' noise
 SPLITS = {"train": "train", "test": "t10k"}  # and the first part of the names of MNIST's label files
 
 
@@ -76,7 +75,7 @@ def from_array(x: Tensor | np.ndarray, name: str = "array", labels: Tensor | Non
     x = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
     if x.ndim != 4 or len(x) == 0:
         raise ValueError(f"{name}: images must be [N, C, H, W] with N > 0, got shape {list(x.shape)}")
-    return ImageSet(name, x.shape[1:], len(x), lambda size: _slices(x, size), labels)
+    return ImageSet(name, x.shape[1:], len(x), lambda size: _slices(x, size, name), labels)
 
 
 def open_images(*paths: str | Path) -> ImageSet:
@@ -98,10 +97,7 @@ def _open(text: str) -> ImageSet:
         raise ValueError(f"{text}: a split is for folders of MNIST or CIFAR-10, {path} is a file")
     if path.suffix not in _FILES:
         raise ValueError(f"cannot read images from {path}: use {', '.join(_FILES)} or a folder")
-    try:
-        return _FILES[path.suffix](path)
-    except (SafetensorError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is damaged or no {path.suffix} file: {error}") from None
+    return _FILES[path.suffix](path)
 
 
 def _open_folder(path: Path, split: str | None) -> ImageSet:
@@ -111,7 +107,7 @@ def _open_folder(path: Path, split: str | None) -> ImageSet:
         return _cifar(path, split or "train")
     if split:
         raise ValueError(f"{path}:{split}: neither MNIST's IDX files nor CIFAR-10's *_batch*.bin are there")
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
+    files = find_pictures(path)
     parts = sorted(p for p in path.iterdir() if p.suffix in PARTS)
     if bool(files) == bool(parts):
         has = "both pictures and" if files else "neither pictures nor"
@@ -133,86 +129,71 @@ def _cifar(folder: Path, split: str) -> ImageSet:
     files = sorted(folder.glob("data_batch*.bin*" if split == "train" else "test_batch*.bin*"))
     if not files:
         raise FileNotFoundError(f"{folder}: there is no {split} split of CIFAR-10's binary version")
-    raw = b"".join((gzip.open if file.suffix == ".gz" else open)(file, "rb").read() for file in files)
-    if len(raw) % 3073:
-        raise ValueError(f"{folder}: {len(raw)} bytes are no whole number of 3,073-byte records; a file is truncated")
-    records = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
+    records = np.concatenate([cifar_records(file) for file in files])
     labels = torch.from_numpy(records[:, 0].astype(np.int64))
     return from_array(records[:, 1:].reshape(-1, 3, 32, 32), f"{folder}:{split}", labels)
 
 
 def _npy(path: Path) -> ImageSet:
-    try:
-        x = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: is no array of images ({error})") from None
-    return from_array(_channels_first(x, path), str(path))
+    return from_array(channels_first(map_npy(path), path), str(path))
 
 
 def _npz(path: Path) -> ImageSet:
     """The array is read from within the archive as it is needed."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: not an .npz file")
-    with zipfile.ZipFile(path) as archive:
+    with open_file(path) as file, open_zip(file, path) as archive:
         if "arr_0.npy" not in archive.namelist():
-            raise ValueError(f"{path}: has no arr_0, only {[Path(n).stem for n in archive.namelist()]}")
-        with archive.open("arr_0.npy") as file:
-            shape, dtype = _npy_header(file, path)
+            raise Refused(f"has no arr_0, only {[Path(n).stem for n in archive.namelist()][:9]}")
+        size = archive.getinfo("arr_0.npy").file_size
+        with archive.open("arr_0.npy") as entry:
+            shape, dtype = _arr_0(entry)
+            start = entry.tell()
+        if (needed := dtype.itemsize * int(np.prod(shape, dtype=object))) != size - start:
+            raise Refused(f"its arr_0 {list(shape)} takes {needed} bytes, and {size - start} are there")
 
-    def read(size: int) -> Iterator[np.ndarray]:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            _npy_header(file, path)
-            for start in range(0, shape[0], size):
-                count = min(size, shape[0] - start)
-                raw = file.read(count * int(np.prod(shape[1:])) * dtype.itemsize)
-                yield from _slices(_channels_first(np.frombuffer(raw, dtype).reshape(count, *shape[1:]), path), size)
+    def read(block: int) -> Iterator[np.ndarray]:
+        with open_file(path) as file, open_zip(file, path) as archive, archive.open("arr_0.npy") as entry:
+            _arr_0(entry)
+            for first in range(0, shape[0], block):
+                count = min(block, shape[0] - first)
+                raw = entry.read(count * int(np.prod(shape[1:])) * dtype.itemsize)
+                x = channels_first(np.frombuffer(raw, dtype).reshape(count, *shape[1:]), path)
+                yield from _slices(x, block, path)
 
-    probe = _channels_first(np.empty((0, *shape[1:]), dtype), path)
+    probe = channels_first(np.broadcast_to(np.empty((), dtype), shape), path)
     return ImageSet(str(path), probe.shape[1:], shape[0], read)
 
 
-def _npy_header(file, path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(file)
-    reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if reader is None:
-        raise ValueError(f"{path}: .npy format {version} is not supported")
-    shape, fortran, dtype = reader(file)
-    if fortran or dtype.hasobject or len(shape) < 3 or shape[0] == 0:
-        raise ValueError(f"{path}: arr_0 must be C-ordered [N, H, W, C] with N > 0, got {dtype} {list(shape)}")
+def _arr_0(entry) -> tuple[tuple[int, ...], np.dtype]:
+    shape, fortran, dtype = npy_header(entry)
+    if fortran or len(shape) < 3 or shape[0] == 0:
+        raise Refused(f"arr_0 must be C-ordered [N, H, W, C] with N > 0, got {dtype} {list(shape)}")
     return shape, dtype
 
 
 def _safetensors(path: Path) -> ImageSet:
-    with safe_open(path, "np") as file:
+    with open_safetensors(path, "np") as file:
         names = list(file.keys())
         if "samples" not in names:
-            raise ValueError(f"{path}: has no tensor 'samples', only {names}")
+            raise ValueError(f"{path}: has no tensor 'samples', only {names[:9]}")
         shape = file.get_slice("samples").get_shape()
-    if len(shape) != 4 or shape[0] == 0:
+    if len(shape) != 4 or shape[0] == 0 or 0 in shape[1:]:
         raise ValueError(f"{path}: samples must be [N, C, H, W] with N > 0, got {shape}")
 
     def read(size: int) -> Iterator[np.ndarray]:
-        with safe_open(path, "np") as file:
+        with open_safetensors(path, "np") as file:
             samples = file.get_slice("samples")
             for start in range(0, shape[0], size):
-                yield from _slices(samples[start : min(start + size, shape[0])], size)
+                yield from _slices(samples[start : min(start + size, shape[0])], size, path)
 
     return ImageSet(str(path), tuple(shape[1:]), shape[0], read)
 
 
 def _pictures(folder: Path, files: list[Path]) -> ImageSet:
-    from PIL import Image
-
-    def decode(file: Path) -> np.ndarray:
-        with Image.open(file) as image:
-            pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-        return np.atleast_3d(pixels).transpose(2, 0, 1)
-
-    shape = decode(files[0]).shape
+    shape = read_picture(files[0]).shape
 
     def read(size: int) -> Iterator[np.ndarray]:
         for start in range(0, len(files), size):
-            images = [decode(file) for file in files[start : start + size]]
+            images = [read_picture(file, shape[0]) for file in files[start : start + size]]
             for file, image in zip(files[start:], images, strict=False):
                 if image.shape != shape:
                     raise ValueError(
@@ -235,20 +216,25 @@ def _join(sets: list[ImageSet], name: str) -> ImageSet:
     return ImageSet(name, sets[0].shape, sum(map(len, sets)), read)
 
 
-def _channels_first(x: np.ndarray, path: Path) -> np.ndarray:
-    if x.ndim == 3:
-        return x[:, None]
-    if x.ndim == 4 and x.shape[3] in (1, 3):
-        return x.transpose(0, 3, 1, 2)
-    if x.ndim == 4 and x.shape[1] in (1, 3):
-        return x
-    raise ValueError(f"{path}: images must be [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3; got {list(x.shape)}")
-
-
-def _slices(x: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def _slices(x: np.ndarray, size: int, name: object) -> Iterator[np.ndarray]:
     for start in range(0, len(x), size):
         block = np.asarray(x[start : start + size])
-        yield block if block.dtype == np.uint8 else to_uint8(block).transpose(0, 3, 1, 2)
+        yield block if block.dtype == np.uint8 else _rounded(block, name)
+
+
+def _rounded(x: np.ndarray, name: object) -> np.ndarray:
+    """Floating point [b, C, H, W] in [0, 1], but for the noise of samples → uint8. ValueError names the set."""
+    if np.issubdtype(x.dtype, np.floating) and x.size:
+        outside = np.count_nonzero((x < -OVERSHOOT) | (x > 1 + OVERSHOOT)) / x.size
+        if outside > SHARE:
+            raise Refused(
+                f"{name}: floating point images lie in [0, 1], and {outside:.0%} of these values do not: they go from "
+                f"{x.min():.3g} to {x.max():.3g}; scale them first"
+            )
+    try:
+        return to_uint8(x).transpose(0, 3, 1, 2)
+    except ValueError as error:
+        raise Refused(f"{name}: {error}") from None
 
 
 _FILES = {".npz": _npz, ".npy": _npy, ".safetensors": _safetensors}

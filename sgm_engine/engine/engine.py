@@ -35,8 +35,9 @@ class Engine(Loop):
     """``Engine(model).sample(64)`` → float32 [64, C, H, W].
 
     model: ``model(x [B, C, H, W] float32, level [B] int64) → score``; an nn.Module is shared, never copied or changed,
-        except that ``device`` moves it there (module.to). A running request follows changes of its parameters in place,
-        an optimizer's for one, within 16 steps; parameters replaced or written through ``.data`` wait for the next.
+        except that ``device`` moves it there (module.to). A running request follows changes of its parameters, written
+        in place by whatever means or replaced, within 16 steps; docs/training.md has what that costs, and what a GPU's
+        copies in 16 bits leave to the next request.
     batch: slots computed together; the compute batch is always this, so a request of fewer samples is no cheaper.
         None: 16 on a CPU, 128 on a GPU. Out of memory, it is halved, with a warning.
     buckets: smaller batches. A call of sample or inpaint for n samples runs in the smallest that holds n: cheaper, and
@@ -171,9 +172,12 @@ class Engine(Loop):
         """Stop the running request, from a callback or another thread, within a few steps. Nothing runs: no effect."""
         self._cancel.set()
 
-    def sync_weights(self) -> None:
-        """Refresh copies of the weights in the middle of a request (every request starts with fresh ones)."""
-        self._sync()
+    def sync_weights(self, force: bool = False) -> None:
+        """Refresh copies of the weights in the middle of a request (every request starts with fresh ones).
+
+        force: all of them, also those whose weights hold what they held.
+        """
+        self._sync(force)
 
     def _sample(self, chains, plan, callback, progress, known) -> Tensor:
         results = Results([sample_id for sample_id, _, _ in chains], plan, self.shape, self.device)

@@ -116,6 +116,7 @@ class Loop:
                 harvest = self._harvest()
                 if harvest:
                     slots.refill(jobs)
+                    self._next_look = 0  # what begins after a write is drawn by it from its first step on
                     yield harvest
 
     def _begin(self, plan: Plan, known: tuple | None, jobs: Iterator[Job]) -> None:
@@ -149,7 +150,7 @@ class Loop:
     def _advance(self, most: int) -> int:
         """Run up to ``most`` steps, no further than to the first slot that finishes; says how many."""
         slots, stats = self._slots, self._stats
-        if self._network.versions() != self._seen:  # an optimizer step since: copies of the weights follow
+        if self._changed():  # an optimizer step since: copies of the weights follow
             self._sync()
         steps = min(slots.steps_to_harvest(), most)
         self._executor.run(steps)
@@ -168,15 +169,27 @@ class Loop:
         first = to_device([job.rows.start for job in jobs], self.device)
         return jobs, x, torch.where(bad_row == NO_BAD_ROW, bad_row, bad_row - first)
 
-    def _sync(self) -> None:
+    def _changed(self) -> bool:
+        """Whether a weight was written since the last sync: a glance at every call, a look at all of them where
+        samples begin and every STRIDE steps."""
+        watch = self._network.watch
+        if watch.glance() != self._seen:
+            return True
+        if self._stats.steps < self._next_look:
+            return False
+        self._next_look = self._stats.steps + STRIDE
+        return watch.look() != self._held
+
+    def _sync(self, force: bool = False) -> None:
         """Give the executor fresh weights; a model that cannot be captured goes to the eager one for good if "auto"."""
         with undisturbed():
             if self._network.replaced():
                 self._lanes.rebind()
-            self._seen = self._network.versions()
+            self._seen = self._network.watch.glance()
+            self._next_look = self._stats.steps + STRIDE
             before = self._executor.captures
             try:
-                self._executor.sync_weights()
+                self._executor.sync_weights(**{"force": True} if force else {})
             except CaptureFailed as error:
                 if not self._auto:
                     raise
@@ -185,6 +198,7 @@ class Loop:
                 self._executor.sync_weights()
             else:
                 self._stats.captures += self._executor.captures - before
+            self._held = self._network.watch.states
 
     def _bind(self, executor: Executor) -> None:
         self._lanes.tables = self._tables

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgm_engine.data.sets import ImageSet
-from sgm_engine.outputs.output import staged
+from sgm_engine.files.reading import open_safetensors, parse_json, short
+from sgm_engine.files.writing import write_file
 
 FORMAT = "sgm-evaluation-classifier-1"
 FEATURES = 64
@@ -93,22 +94,33 @@ def save_classifier(model: Classifier, path: str | Path, about: dict[str, object
 
     config = {"shape": model.shape, "classes": model.classes}
     metadata = {"format": FORMAT, "config": json.dumps(config), "about": json.dumps(about)}
-    with staged(Path(path)) as tmp:
-        tmp.write_bytes(save(model.state_dict(), metadata))
+    write_file(path, save(model.state_dict(), metadata))
 
 
 def load_classifier(path: str | Path) -> tuple[Classifier, dict[str, object]]:
     """What ``save_classifier`` wrote; ValueError says why a file is none."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, "pt") as file:
+        with open_safetensors(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path} holds no classifier of this version ({FORMAT}): delete it to train a new one")
-            config = json.loads(metadata["config"])
-            model = Classifier(tuple(config["shape"]), config["classes"])
-            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    return model.eval().requires_grad_(False), json.loads(metadata["about"])
+            config, about = parse_json(metadata["config"]), parse_json(metadata["about"])
+            sizes = [*config["shape"], config["classes"]]
+            if len(sizes) != 4 or any(type(n) is not int or not 1 <= n < 2**20 for n in sizes):
+                raise ValueError(f"no classifier has shape and classes {short(sizes)}")
+            names = set(file.keys())
+            with torch.device("meta"):  # nothing is allocated before the file is known to hold it
+                model = Classifier(tuple(config["shape"]), config["classes"])
+            for name, tensor in model.state_dict().items():
+                if name not in names or file.get_slice(name).get_shape() != list(tensor.shape):
+                    raise ValueError(f"it has no {name} of shape {list(tensor.shape)}")
+            state = {name: file.get_tensor(name).float() for name in names}
+            if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+                raise ValueError(f"it holds NaN or Inf in {bad[0]}")
+            model.load_state_dict(state, assign=True)
+        about = {"accuracy": float(about["accuracy"])} | about
+    except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged: {short(error)}") from None
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path} is damaged: {error}") from None
+    return model.eval().requires_grad_(False), about

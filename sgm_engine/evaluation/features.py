@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sgm_engine.data.sets import ImageSet
+from sgm_engine.files.reading import read_bytes
 
 FORMS = "pixels, classifier:FILE, torchscript:FILE, export:FILE, inception:FILE"
 
@@ -50,11 +51,14 @@ def pixels() -> Extractor:
     return Extractor("pixels", lambda images: _unit(images).flatten(1))
 
 
-def open_extractor(text: str, training: ImageSet | None = None, report: Callable[[str], object] = print) -> Extractor:
+def open_extractor(
+    text: str, training: ImageSet | None = None, report: Callable[[str], object] = print, trust: bool = False
+) -> Extractor:
     """The extractor that ``text`` names:
 
     pixels · classifier:FILE, the evaluation's own; FILE is made from the labelled ``training`` images if it does not
     exist · torchscript:FILE · export:FILE (.pt2) · inception:FILE, torch-fidelity's Inception-v3 with these weights.
+    The last three run what is in FILE, and are refused unless ``trust``.
     A user's network takes float32 [b, C, H, W] in [0, 1] and returns features [b, D], or (features, logits).
     """
     kind, colon, path = text.partition(":")
@@ -67,12 +71,17 @@ def open_extractor(text: str, training: ImageSet | None = None, report: Callable
         return _classifier(file, training, report)
     if not file.is_file():
         raise FileNotFoundError(f"features {text}: there is no file {file}")
+    if not trust:
+        raise ValueError(
+            f"features {kind}:{file}: such a file can run any program when it is opened: pass --trust-features "
+            "(trust=True) if you know who made it"
+        )
     return _KINDS[kind](file)
 
 
 def _classifier(file: Path, training: ImageSet | None, report: Callable[[str], object]) -> Extractor:
     from sgm_engine.evaluation.classifier import load_classifier, save_classifier, train_classifier
-    from sgm_engine.outputs.output import check_writable
+    from sgm_engine.files.writing import check_writable
 
     if not file.exists():
         if training is None:
@@ -129,7 +138,7 @@ def _unit(images: Tensor) -> Tensor:
 
 
 def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(read_bytes(file)).hexdigest()[:12]
 
 
 _KINDS = {"classifier": _classifier, "torchscript": _torchscript, "export": _export, "inception": _inception}

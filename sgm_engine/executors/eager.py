@@ -22,8 +22,8 @@ class EagerExecutor:
         self.network, self.slots, self.tables = network, slots, tables
         self.level = torch.zeros(slots.batch, dtype=torch.int64, device=slots.device)
 
-    def sync_weights(self) -> None:
-        self.network.sync()
+    def sync_weights(self, force: bool = False) -> None:
+        self.network.sync(force)
 
     def sibling(self) -> EagerExecutor:
         return EagerExecutor()

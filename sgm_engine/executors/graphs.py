@@ -163,8 +163,8 @@ class GraphExecutor(EagerExecutor):
     def sibling(self) -> GraphExecutor:
         return GraphExecutor(self.backend, self.unroll)
 
-    def sync_weights(self) -> None:
-        self.network.sync()
+    def sync_weights(self, force: bool = False) -> None:
+        self.network.sync(force)
         s, t = self.slots, self.tables
         known = s.known.arguments(t).values() if s.known else ()
         reads = [*self.network.tensors(), *s.tensors(), *t.tensors(), *known]

@@ -6,6 +6,8 @@ oneDNN wants, packed once instead of at every call, and activations stay channel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ from sgm_engine.rewriting.trace import settings, untraceable
 
 
 class PackedConv(nn.Module):
-    """A convolution, or one with its 2×2 mean, by oneDNN with packed weights [opaque]; ``sync_weights`` packs anew."""
+    """A convolution, or one with its 2×2 mean, by oneDNN with packed weights [opaque]; ``refresh`` packs anew."""
 
     def __init__(self, source: nn.Conv2d | PooledConv):
         super().__init__()
@@ -30,14 +32,14 @@ class PackedConv(nn.Module):
         self._packed: dict[tuple, Tensor] = {}  # by input size
         self._seen: tuple | None = None
 
-    def sync_weights(self) -> None:
-        if isinstance(self._source[0], PooledConv):
-            self._source[0].sync()
-        weight = self._conv[0].weight
-        seen = weight.data_ptr(), weight._version, weight.detach().sum(dtype=torch.float64).item()
-        if seen != self._seen:
+    def refresh(self, states: Mapping[int, tuple | None], force: bool) -> None:
+        """Drop what was packed if the weight is another, or ``force``. states: id → what the tensor holds."""
+        state = states.get(id(self._conv[0].weight))
+        if force or state is None or state != self._seen:
+            if isinstance(self._source[0], PooledConv):
+                self._source[0].sync()
             self._packed.clear()
-            self._seen = seen
+            self._seen = state
 
     def forward(self, x: Tensor) -> Tensor:
         conv, shape = self._conv[0], tuple(x.shape)
@@ -81,6 +83,12 @@ class HybridNetwork(nn.Module):
         """Whether a number, flag or plain tensor among the module's attributes is another than when it was traced."""
         model = self._model[0]
         return self._settings != settings(model.source if isinstance(model, Accelerated) else model)
+
+    def refresh(self, states: Mapping[int, tuple | None], force: bool = False) -> None:
+        """Pack the convolutions that changed anew when they are next called. states: id → what the tensor holds."""
+        for module in self.graph.children():
+            if isinstance(module, PackedConv):
+                module.refresh(states, force)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         return self.graph(x.contiguous(memory_format=self._layout), level).contiguous()
@@ -133,11 +141,11 @@ class HybridExecutor(EagerExecutor):
     def sibling(self) -> HybridExecutor:
         return HybridExecutor(self.reason)
 
-    def sync_weights(self) -> None:
-        self.theirs.sync()
+    def sync_weights(self, force: bool = False) -> None:
+        self.theirs.sync(force)
         if self.hybrid.stale():
             self.bind(self.theirs, self.slots, self.tables)
-        self.network.sync()
+        self.hybrid.refresh(self.theirs.watch.states, force)
 
     def describe(self) -> str:
         return self.hybrid.describe() + (f" (not native: {self.reason})" if self.reason else "")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
+from sgm_engine.executors.watch import Watch, same, tensors_of
 from sgm_engine.numerics import float32_math
 from sgm_engine.rewriting.float8.config import Float8Config, check_float8, float8_layers, fuse_quantisation, trace_first
 from sgm_engine.rewriting.float8.conv import Float8Conv
@@ -63,9 +63,10 @@ class Network:
         trains = self._modal and self.module.training  # refused by sync
         if float8 is not None or (device.type == "cuda" and not trains):  # a CPU's executors may not call it at all
             trace_first(self.module, shape, device)
-        self._known = _tensors(self.module)
+        self.watch = Watch(self.module)
         self._copied: list[Tensor] = []
         self._casts: list[tuple[Tensor, Tensor]] = []  # (parameter, its 16-bit buffer)
+        self._written: dict[int, tuple | None] = {}  # id of a parameter → what its buffer was written from
         self.float8, self._fused = float8, 0  # norms that write float8
         self._quantised: dict[nn.Conv2d, Float8Conv] = {}  # convolution → the layer in its place
         if float8 is not None:
@@ -91,27 +92,31 @@ class Network:
             stack.enter_context(float32_math("tf32" if self.precision == "tf32" else "ieee"))
         return stack
 
-    def sync(self) -> None:
-        """Make the next evaluation see the module's current parameters. Buffers are rewritten in place."""
+    def sync(self, force: bool = False) -> None:
+        """Make the next evaluation see the module's current parameters: buffers whose source changed are rewritten in
+        place, with ``force`` all of them."""
         if self._modal and self.module.training:
             raise ValueError("model is in training mode and holds dropout or batch norm: call model.eval() first")
+        states = self.watch.look()  # before anything is read: a write that comes meanwhile is seen at the next look
         for module in self.module.modules() if self.module is not None else ():
             if hasattr(module, "sync_weights"):  # kernels that a module derives from its own weights
                 module.sync_weights()
         if self._half is None:
             return
         with torch.no_grad():
-            now = _tensors(self.module)
-            if not _same(self._copied, now):
+            if not same(self._copied, tensors_of(self.module)):
                 trace_first(self.module, self.shape, self.device)
-                self._copied = _tensors(self.module)
+                self._copied, self._written = tensors_of(self.module), {}
                 if self.float8 is not None:
                     self._quantised = float8_layers(self.module, self.float8)
                 self._forward, self._casts = _cast_copy(self.module, self._half, self._quantised)
                 if self._quantised:
                     self._fused = fuse_quantisation(self._forward)
             for parameter, buffer in self._casts:
-                buffer.copy_(parameter)
+                state = states.get(id(parameter))
+                if force or state is None or self._written.get(id(parameter)) != state:
+                    buffer.copy_(parameter)
+                    self._written[id(parameter)] = state
             for conv, layer in self._quantised.items():
                 layer.load(conv)
 
@@ -133,26 +138,18 @@ class Network:
         """What an evaluation calls: after ``sync``, in 16 bits, a copy of this network's own."""
         return self._forward
 
-    def versions(self) -> list[int]:
-        """A number for each parameter and buffer, which changes in place raise; writes through ``.data`` do not."""
-        return [t._version for t in self._known]
+    def contents(self) -> list[tuple]:
+        """What each parameter and buffer holds; where the CPU cannot read it, address, version and steps."""
+        held = zip(self.watch.tensors, self.watch.look().values(), strict=True)
+        return [state or (t.data_ptr(), t._version, self.watch.steps) for t, state in held]
 
     def replaced(self) -> bool:
         """Whether the module has other Parameter or buffer objects than when this was last asked."""
-        before, self._known = self._known, _tensors(self.module)
-        return not _same(before, self._known)
+        return self.watch.follow()
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the module that an evaluation reads, as aliases that keep the memory alive."""
-        return [t.detach() for t in _tensors(self._forward if self.module is not None else None)]
-
-
-def _tensors(module: nn.Module | None) -> list[Tensor]:
-    return [] if module is None else list(chain(module.parameters(), module.buffers()))
-
-
-def _same(left: list[Tensor], right: list[Tensor]) -> bool:
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+        return [t.detach() for t in tensors_of(self._forward if self.module is not None else None)]
 
 
 def _cast_copy(
@@ -162,7 +159,7 @@ def _cast_copy(
 
     replaced: layers in whose place the copy has others, wherever they are called.
     """
-    memo: dict[int, object] = {id(t): t for t in _tensors(module)} | {id(old): new for old, new in replaced.items()}
+    memo: dict[int, object] = {id(t): t for t in tensors_of(module)} | {id(old): new for old, new in replaced.items()}
     casts = []
     for layer in module.modules():
         if isinstance(layer, _CAST) and layer not in replaced:

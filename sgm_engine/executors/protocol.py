@@ -29,8 +29,11 @@ class Executor(Protocol):
     def bind(self, network: Network, slots: Slots, tables: Tables) -> None:
         """Work on these from now on. The tensors of slots stay; those of tables may be replaced between requests."""
 
-    def sync_weights(self) -> None:
-        """Make the next step see the module's current parameters; notice buffers that have moved. Slots may be live."""
+    def sync_weights(self, force: bool = False) -> None:
+        """Make the next step see the module's current parameters; notice buffers that have moved. Slots may be live.
+
+        force: make every copy of a weight anew, also those whose source looks unchanged.
+        """
 
     def run(self, steps: int) -> None:
         """Enqueue ``steps`` ≥ 1 steps. At most as many as the nearest live slot has left; idle slots stay untouched."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine.executors.native.executor import NativeNetwork, refusal
+from sgm_engine.executors.watch import same, tensors_of
 from sgm_engine.plans.schedule import check_sigmas, nearest_level
 
 
@@ -34,8 +35,8 @@ class Denoiser(nn.Module):
         if sigmas is None:
             raise ValueError("sigmas: the model has no .sigmas, so pass sigmas=[…], its noise levels, descending")
         self.model, self.sigmas = model, check_sigmas(sigmas)
-        self._native: tuple[tuple[int, ...], NativeNetwork] | None = None  # for one shape of x
-        self._seen: list[tuple[int, int]] = []  # of the weights that it has packed
+        # for one shape of x: that, the network, and the tensors that it was made of
+        self._native: tuple[tuple[int, ...], NativeNetwork, list[Tensor]] | None = None
 
     def forward(self, x: Tensor, sigma: float | Tensor, *args, **kwargs) -> Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1).cpu().numpy()
@@ -62,10 +63,9 @@ class Denoiser(nn.Module):
         gradient = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         if gradient or x.device.type != "cpu" or x.dtype != torch.float32 or refusal(self.model) is not None:
             return self.model(x, level)
-        if self._native is None or self._native[0] != x.shape:
-            self._native, self._seen = (x.shape, NativeNetwork(self.model, len(x), *x.shape[2:])), []
-        network, weights = self._native[1], [(p.data_ptr(), p._version) for p in self.parameters()]
-        if weights != self._seen:
-            network.sync()
-            self._seen = weights
+        found, tensors = self._native, tensors_of(self.model)  # another thread may put another in its place
+        if found is None or found[0] != x.shape or not same(found[2], tensors):
+            found = self._native = (x.shape, NativeNetwork(self.model, len(x), *x.shape[2:]), tensors)
+        network = found[1]
+        network.sync()
         return network(x, level)

@@ -9,33 +9,39 @@ manifest/000000.json the record of shard 0, written after its files: run hash, i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from itertools import count
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sgm_engine.errors import Divergence
+from sgm_engine.files.held import HeldFolder
+from sgm_engine.files.limits import most_text
+from sgm_engine.files.reading import parse_json, short
 from sgm_engine.jobs.formats import FORMATS
-from sgm_engine.jobs.lock import locked
+from sgm_engine.jobs.lock import alone, locked
 from sgm_engine.jobs.spec import JobError, JobSpec
 from sgm_engine.jobs.worker import Worker
-from sgm_engine.outputs.output import flush
 
 RUN, CARD, MANIFEST, WORK = "run.json", "README.md", "manifest", ".sgm"
+MANY = 1 << 20  # ids of one shard that are compared with its files' sizes before they are listed
 
 
 class ShardError(JobError):
-    """What is wrong with a shard. kind: "missing", "corrupt" or "foreign" (it belongs to another job or place)."""
+    """What is wrong with a shard, or with ``count`` shards from that on. kind: "missing", "corrupt" or "foreign" (it
+    belongs to another job or place)."""
 
-    def __init__(self, shard: int, kind: str, why: str):
-        super().__init__(f"shard {shard} is {kind}: {why}")
-        self.shard, self.kind, self.why = shard, kind, why
+    def __init__(self, shard: int, kind: str, why: str, count: int = 1):
+        which = f"shard {shard} is" if count == 1 else f"shards {shard} to {shard + count - 1} are"
+        super().__init__(f"{which} {kind}: {why}")
+        self.shard, self.kind, self.why, self.count = shard, kind, why, count
 
 
 class Record(NamedTuple):
@@ -46,32 +52,49 @@ class Record(NamedTuple):
     files: dict[str, tuple[int, str]]
 
 
+class _Held(NamedTuple):
+    """What a writer holds open: the folders, and the lock of its share."""
+
+    top: HeldFolder
+    work: HeldFolder
+    tmp: HeldFolder
+    worker: Worker
+    lock: int
+    manifest: HeldFolder | None = None  # made once the folder is this job's
+
+
 class Folder:
+    """All that is in it is reached by descriptors, and links in it are refused: JobError."""
+
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path).expanduser()
-        self.manifest = self.path / MANIFEST
-        self._tmp, self._locks = self.path / WORK / "tmp", self.path / WORK / "locks"
-        self._prefix, self._numbers = "", count()
+        self._held: _Held | None = None
 
     def load(self) -> tuple[JobSpec, dict[str, Any]]:
         """The job that lies here and the notes of its run.json. JobError: none, or a damaged one."""
         try:
-            return JobSpec.from_json((self.path / RUN).read_text("utf-8"))
+            return JobSpec.from_json(self._top().read(RUN, most_text()))
         except (FileNotFoundError, NotADirectoryError):
             raise JobError(f"{self.path} holds no job: there is no {RUN}") from None
         except ValueError as error:
             raise JobError(f"{self.path / RUN}: {error}") from None
+        except OSError as error:
+            raise _no_link(error) from None
 
     def check(self, spec: JobSpec) -> None:
         """JobError unless this is a place for ``spec``: no folder yet, an empty one, or one with this very job."""
-        if (self.path / RUN).exists():
-            then, _ = self.load()
-            if changes := then.changes(spec):
-                raise JobError(f"{self.path} holds another job: {changes}. Ask for the same, or name another folder")
-        elif self.path.exists():
+        if self.path.exists():
             if not self.path.is_dir():
                 raise JobError(f"{self.path} is a file: name a folder")
-            others = {entry.name for entry in self.path.iterdir()} - {WORK}
+            top = self._top()
+            if top.has(RUN):
+                then, _ = self.load()
+                if changes := then.changes(spec):
+                    what = f"{self.path} holds another job: {changes}"
+                    raise JobError(f"{what}. Ask for the same, or name another folder")
+                self.recorded(spec)  # a folder that cannot be listed is named before anything is drawn
+                return
+            others = set(top.names()) - {WORK}
             if others and RUN not in others:  # it may have appeared just now
                 raise JobError(f"output folder {self.path} is not empty and holds no job: name a new one")
         elif not self.path.parent.is_dir():
@@ -81,50 +104,60 @@ class Folder:
     def writing(self, spec: JobSpec, worker: Worker, notes: Mapping[str, Any], card: str) -> Iterator[None]:
         """Hold the share of ``worker``: JobBusy if somebody else does. The job's own files are there inside."""
         self.check(spec)
-        for folder in (self.path, self._tmp, self._locks):
-            folder.mkdir(parents=folder is not self.path, exist_ok=True)
-        with locked(self._locks, worker):
-            self._prefix = f"{worker}."
-            for leftover in self._tmp.iterdir():  # of a process that was killed: nobody else has this share now
-                owner = leftover.name.split(".")[0]
-                if owner == str(worker) or not owner.endswith(f"-of-{worker.count}"):
-                    leftover.unlink(missing_ok=True)
-            self._create(RUN, spec.to_json(notes).encode())  # before all else: it makes this folder a job's
-            self.check(spec)  # another worker may have been first, with another job
-            self._create(CARD, card.encode())
-            self.manifest.mkdir(exist_ok=True)
-            flush(self.path)
-            flush(self.path.parent)
-            yield
+        self.path.mkdir(exist_ok=True)
+        try:
+            top = self._top()
+            work = top.folder(WORK, create=True)
+            tmp, locks = work.folder("tmp", create=True), work.folder("locks", create=True)
+            with locked(self.path, locks, worker) as lock:
+                for name in tmp.names():  # of a process that was killed: nobody else has this share now
+                    owner = name.split(".")[0]
+                    if owner == str(worker) or not owner.endswith(f"-of-{worker.count}"):
+                        tmp.remove(name)
+                self._held = _Held(top, work, tmp, worker, lock)
+                self._create(RUN, spec.to_json(notes).encode())  # before all else: it makes this folder a job's
+                self.check(spec)  # another worker may have been first, with another job
+                self._create(CARD, card.encode())
+                self._held = self._held._replace(manifest=top.folder(MANIFEST, create=True))
+                top.flush()
+                _flush(self.path.parent)
+                yield
+        except OSError as error:
+            raise _no_link(error) from None
+        finally:
+            self._held = None
 
     def publish(self, spec: JobSpec, shard: int, files: Mapping[str, bytes], diverged: Iterable[Divergence]) -> None:
         """Files first, then the record that vouches for them: a kill in between costs a shard, never a lie."""
         digests = {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in files.items()}
         record = {"run": spec.run, "shard": shard, "ids": str(spec.shard_ids(shard)), "files": digests}
         record["diverged"] = [d._asdict() for d in diverged]
-        self._write(self.path, files)
-        self._write(self.manifest, {self._record(shard).name: json.dumps(record, indent=1).encode()})
+        self._write(self._held.top, files)
+        self._write(self._held.manifest, {_record(shard): json.dumps(record, indent=1).encode()})
 
     def recorded(self, spec: JobSpec) -> set[int]:
         """The shards that have a record, good or bad: a listing, nothing is read."""
-        names = [entry.name for entry in self.manifest.iterdir()] if self.manifest.is_dir() else []
-        found = {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal()}
+        found = {int(name[:-5]) for name in self._records() if name.endswith(".json") and name[:-5].isdecimal()}
         return {shard for shard in found if shard < spec.shards}
 
     def record(self, spec: JobSpec, shard: int) -> Record:
         """What was written of a shard; ShardError if there is no record, or none of this shard of this job."""
-        path, name = self._record(shard), f"{MANIFEST}/{self._record(shard).name}"
+        name = f"{MANIFEST}/{_record(shard)}"
         try:
-            content, all_ids = json.loads(path.read_bytes()), spec.shard_ids(shard)
+            content, all_ids = parse_json(self._manifest().read(_record(shard), most_text())), spec.shard_ids(shard)
             belongs = (content["run"], content["shard"], content["ids"]) == (spec.run, shard, str(all_ids))
-            diverged = [Divergence(**d) for d in content["diverged"]]
-            files = {file: (digest["bytes"], digest["sha256"]) for file, digest in content["files"].items()}
-        except FileNotFoundError:
+            diverged = [_divergence(d) for d in content["diverged"]]
+            files = {file: _digest(**digest) for file, digest in content["files"].items()}
+        except (FileNotFoundError, NotADirectoryError):
             raise ShardError(shard, "missing", f"{name} is not there") from None
+        except OSError as error:
+            raise _of_shard(error, shard, name) from None
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ShardError(shard, "corrupt", f"{name} is no record") from None
         if not belongs:
             raise ShardError(shard, "foreign", f"{name} is of another job or another shard")
+        if len(all_ids) > MANY and len(all_ids) - len(diverged) > sum(map(self._top().size, files)):
+            raise ShardError(shard, "corrupt", f"its files have fewer bytes than {name} has ids")
         bad = {d.sample_id for d in diverged}
         ids = [i for i in all_ids if i not in bad]
         if list(files) != FORMATS[spec.format].names(shard, ids):
@@ -134,20 +167,27 @@ class Folder:
     def read(self, spec: JobSpec, shard: int) -> tuple[Record, np.ndarray]:
         """A shard's record and samples. ShardError unless the files are, byte for byte, those that were written."""
         record = self.record(spec, shard)
-        contents = {name: self._read_file(shard, name, *digest) for name, digest in record.files.items()}
+        c, h, w = spec.shape
+        most = (1 << 20) + len(record.ids) * (8 * c * h * w + 4096)  # whatever the format
+        contents = {name: self._read_file(shard, name, most, *digest) for name, digest in record.files.items()}
         try:
             ids, samples = FORMATS[spec.format].decode(contents)
         except Exception as error:  # every library has its own; the digests were right, so somebody made them so
-            raise ShardError(shard, "foreign", f"its files are no {spec.format}: {error}") from None
-        if ids.tolist() != record.ids:
+            raise ShardError(shard, "foreign", f"its files are no {spec.format}: {short(error)}") from None
+        shape, dtype = ((c, h, w), np.float32) if FORMATS[spec.format].lossless else ((h, w, c), np.uint8)
+        if ids.tolist() != record.ids or (record.ids and (samples.shape, samples.dtype) != ((len(ids), *shape), dtype)):
             raise ShardError(shard, "foreign", f"it holds other samples than {spec.shard_ids(shard)}")
         return record, samples
 
-    def _read_file(self, shard: int, name: str, size: int, digest: str) -> bytes:
+    def _read_file(self, shard: int, name: str, most: int, size: int, digest: str) -> bytes:
         try:
-            content = (self.path / name).read_bytes()
+            content = self._top().read(name, most)
         except FileNotFoundError:
             raise ShardError(shard, "missing", f"{name} is not there") from None
+        except OSError as error:
+            raise _of_shard(error, shard, name) from None
+        except ValueError as error:  # a FIFO, a device, or longer than its samples can be
+            raise ShardError(shard, "foreign", str(error)) from None
         if len(content) != size:
             raise ShardError(shard, "corrupt", f"{name} has {len(content)} bytes, its record says {size}")
         if _sha256(content) != digest:
@@ -157,43 +197,93 @@ class Folder:
     def unexpected(self, spec: JobSpec) -> list[str]:
         """Names in the folder that are no part of the job. Files of a shard that was cut off are part of it."""
         form, known = FORMATS[spec.format], {RUN, CARD, MANIFEST, WORK}
-        records = {f"{shard:06d}.json" for shard in range(spec.shards)}
-        strangers = [f"{MANIFEST}/{e.name}" for e in self.manifest.iterdir() if e.name not in records]
-        names = (entry.name for entry in self.path.iterdir() if entry.name not in known)
+        known_records = {_record(shard) for shard in self.recorded(spec)}
+        strangers = [f"{MANIFEST}/{name}" for name in self._records() if name not in known_records]
+        names = (name for name in self._top().names() if name not in known)
         return sorted(strangers + [name for name in names if not form.owns(name, spec.shards, spec.ids)])
 
-    def _record(self, shard: int) -> Path:
-        return self.manifest / f"{shard:06d}.json"
+    def _top(self) -> HeldFolder:
+        return self._held.top if self._held else HeldFolder(self.path)
+
+    def _manifest(self) -> HeldFolder:
+        return self._top().folder(MANIFEST)
+
+    def _records(self) -> list[str]:
+        """The names in the manifest; none where there is no manifest."""
+        try:
+            return self._manifest().names()
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise _no_link(error) from None
 
     def _create(self, name: str, content: bytes) -> None:
         """Write a file that is not there yet, whoever else tries the same."""
-        target = self.path / name
-        if target.exists():
-            return
-        with self._staged({name: content}) as (tmp,), suppress(FileExistsError):
-            os.link(tmp, target)
-            flush(self.path)
+        top, work, tmp = self._held[:3]
+        if not top.has(name):
+            with self._staged({name: content}) as (new,):
+                tmp.link_new(new, top, name, lambda: alone(work, "create"))
+                top.flush()
 
-    def _write(self, folder: Path, files: Mapping[str, bytes]) -> None:
+    def _write(self, folder: HeldFolder, files: Mapping[str, bytes]) -> None:
         with self._staged(files) as staged:
             for tmp, name in zip(staged, files, strict=True):
-                os.replace(tmp, folder / name)
-            flush(folder)
+                self._held.tmp.move(tmp, folder, name)
+            folder.flush()
 
     @contextmanager
-    def _staged(self, files: Mapping[str, bytes]) -> Iterator[list[Path]]:
+    def _staged(self, files: Mapping[str, bytes]) -> Iterator[list[str]]:
         """The contents in temporary files, on the disk; what is not renamed inside is removed at the end."""
-        staged = []
+        held, staged = self._held, []
         try:
+            self._check_held()
             for content in files.values():
-                staged.append(self._tmp / f"{self._prefix}{os.getpid()}.{next(self._numbers)}")
-                staged[-1].write_bytes(content)
-            for tmp in staged:
-                flush(tmp)
+                staged.append(f"{held.worker}.{secrets.token_hex(8)}")
+                held.tmp.write(staged[-1], content)
+            self._check_held()  # this process may have been stopped meanwhile
             yield staged
         finally:
             for tmp in staged:
-                tmp.unlink(missing_ok=True)
+                held.tmp.remove(tmp)
+
+    def _check_held(self) -> None:
+        """JobError unless the lock at the job's path is still the one that this process holds."""
+        try:
+            there = os.stat(self.path / WORK / "locks" / str(self._held.worker), follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            there = None
+        if there is None or not os.path.samestat(there, os.fstat(self._held.lock)):
+            raise JobError(f"{self.path} was removed or replaced while this job wrote in it: nothing more is written")
+
+
+def _record(shard: int) -> str:
+    return f"{shard:06d}.json"
+
+
+def _divergence(fields: dict[str, Any]) -> Divergence:
+    d = Divergence(**fields)
+    if any(type(v) is not int for v in d[:3]) or type(d.sigma) not in (int, float):
+        raise ValueError("a divergence is three integers and a number")
+    return d
+
+
+def _digest(bytes: int, sha256: str) -> tuple[int, str]:
+    if type(bytes) is not int or not isinstance(sha256, str):
+        raise ValueError("a digest is a number of bytes and a sha256")
+    return bytes, sha256
+
+
+def _no_link(error: OSError) -> Exception:
+    """A JobError where a link is in the way; the error itself otherwise."""
+    return JobError(f"{error.filename} {error.strerror}") if error.errno == errno.ELOOP else error
+
+
+def _of_shard(error: OSError, shard: int, name: str) -> Exception:
+    return ShardError(shard, "foreign", f"{name} {error.strerror}") if error.errno == errno.ELOOP else error
+
+
+def _flush(folder: Path) -> None:
+    HeldFolder(folder).flush()
 
 
 def _sha256(content: bytes) -> str:

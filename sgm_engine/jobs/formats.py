@@ -16,6 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
+from sgm_engine.files.pictures import decode_picture
+from sgm_engine.files.reading import parse_npz, parse_tar
 from sgm_engine.outputs import images
 from sgm_engine.outputs.output import npz_bytes, safetensors_bytes
 from sgm_engine.outputs.sample_ids import SampleIds
@@ -63,8 +65,8 @@ class Npz(_OneFile):
 
     def decode(self, contents: Contents) -> tuple[np.ndarray, np.ndarray]:
         (content,) = contents.values()
-        with np.load(io.BytesIO(content), allow_pickle=False) as data:
-            return data["sample_id"], data["arr_0"]
+        arrays = parse_npz(content)
+        return arrays["sample_id"], arrays["arr_0"]
 
 
 class Safetensors(_OneFile):
@@ -97,7 +99,7 @@ class Png:
 
     def decode(self, contents: Contents) -> tuple[np.ndarray, np.ndarray]:
         ids = [int(name.removesuffix(".png")) for name in contents]
-        pictures = [images.read_png(content) for content in contents.values()]
+        pictures = [decode_picture(content) for content in contents.values()]
         return np.array(ids, np.int64), np.stack(pictures) if pictures else np.zeros((0, 0, 0, 0), np.uint8)
 
 
@@ -117,9 +119,7 @@ class WebDataset(_OneFile):
 
     def decode(self, contents: Contents) -> tuple[np.ndarray, np.ndarray]:
         (content,) = contents.values()
-        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            pictures = {m.name: tar.extractfile(m).read() for m in tar if m.name.endswith(".png")}
-        return Png().decode(pictures)
+        return Png().decode({name: c for name, c in parse_tar(content).items() if name.endswith(".png")})
 
 
 FORMATS: dict[str, Format] = {f.name: f for f in (Png(), Npz(), Safetensors(), WebDataset())}

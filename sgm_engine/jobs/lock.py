@@ -10,35 +10,44 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sgm_engine.errors import JobBusy
+from sgm_engine.files.held import HeldFolder
 from sgm_engine.jobs.worker import Worker
 
 TAKEN = (errno.EAGAIN, errno.EACCES)
 
 
 @contextmanager
-def locked(folder: Path, worker: Worker) -> Iterator[None]:
-    """Hold the share of ``worker``; JobBusy if somebody else does, or shares the shards out among another count.
+def locked(job: Path, folder: HeldFolder, worker: Worker) -> Iterator[int]:
+    """Hold the share of ``worker`` of the job at ``job``; yields the descriptor of its lock. JobBusy if somebody else
+    holds it, or shares the shards out among another count.
 
     folder: holds one file a share. Workers of one count have disjoint shares; those of two counts overlap. Each takes
     its own lock before it looks for others, so of two that overlap at least one notices.
     """
-    job, own = folder.parent.parent, _open(folder / str(worker))
+    own = folder.open_lock(str(worker))
     try:
         if not _take(own, fcntl.LOCK_EX):
             raise JobBusy(f"another process writes the shards of worker {worker} in {job}: let it finish")
-        for path in folder.iterdir():
-            if not path.name.endswith(f"-of-{worker.count}") and _held(path):
+        for name in folder.names():
+            if not name.endswith(f"-of-{worker.count}") and _held(folder, name):
                 raise JobBusy(
-                    f"worker {path.name} is writing in {job}, which overlaps with {worker}: "
+                    f"worker {name} is writing in {job}, which overlaps with {worker}: "
                     "let it finish, or start as many workers as there were"
                 )
-        yield
+        yield own
     finally:
         os.close(own)
 
 
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+@contextmanager
+def alone(folder: HeldFolder, name: str) -> Iterator[None]:
+    """One process at a time, waited for: that which holds the file ``name``."""
+    fd = folder.open_lock(name)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _take(fd: int, mode: int) -> bool:
@@ -52,8 +61,8 @@ def _take(fd: int, mode: int) -> bool:
     return True
 
 
-def _held(path: Path) -> bool:
-    fd = _open(path)
+def _held(folder: HeldFolder, name: str) -> bool:
+    fd = folder.open_lock(name)
     try:
         return not _take(fd, fcntl.LOCK_SH)
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import IO
 
 import numpy as np
 
+from sgm_engine.files.writing import check_writable, new_zip, staged
 from sgm_engine.jobs.folder import Folder, ShardError
 from sgm_engine.jobs.formats import FORMATS
 from sgm_engine.jobs.spec import JobError, JobSpec
 from sgm_engine.outputs.images import to_uint8
-from sgm_engine.outputs.output import check_writable, staged
 from sgm_engine.outputs.sample_ids import SampleIds
 
 Part = tuple[Folder, JobSpec]
@@ -39,7 +38,7 @@ def merge(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -> int:
     if out.suffix == ".safetensors" and not FORMATS[spec.format].lossless:
         raise JobError(f"{parts[0][0].path} holds 8 bits a value ({spec.format}), no floats: merge it into an .npz")
     ids = np.fromiter(chain.from_iterable(_ids(*part) for part in parts), np.int64)
-    with staged(out) as tmp, open(tmp, "wb") as file:
+    with staged(out) as file:
         _WRITERS[out.suffix](file, ids, spec.shape, _samples(parts))
     return len(ids)
 
@@ -80,7 +79,7 @@ def _unusable(folder: Folder, error: ShardError) -> JobError:
 def _write_npz(file: IO[bytes], ids: np.ndarray, shape: Sequence[int], samples: Iterator[np.ndarray]) -> None:
     """As np.savez writes it, to the byte."""
     c, h, w = shape
-    with zipfile.ZipFile(file, "w") as archive:
+    with new_zip(file) as archive:
         with _entry(archive, "arr_0") as entry:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(ids), h, w, c)}
             np.lib.format.write_array_header_1_0(entry, header)
@@ -90,7 +89,7 @@ def _write_npz(file: IO[bytes], ids: np.ndarray, shape: Sequence[int], samples: 
             np.lib.format.write_array(entry, ids)
 
 
-def _entry(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+def _entry(archive, name: str) -> IO[bytes]:
     return archive.open(f"{name}.npy", "w", force_zip64=True)
 
 

@@ -40,7 +40,7 @@ class EngineSource:
     def __init__(self, engine: Engine, weights: str | None = None):
         """weights: what the job's user calls them; None: their digest, taken now."""
         self.engine, self._named = engine, weights is not None
-        self._versions = engine._network.versions()
+        self._contents = engine._network.contents()
 
     def cancel(self) -> None:
         self.engine.cancel()
@@ -50,8 +50,8 @@ class EngineSource:
     ) -> Iterator[Drawn]:
         open_shards: deque[_Open] = deque()
         finished: deque[Drawn] = deque()
-        versions = self.engine._network.versions()
-        if not self._named and versions != self._versions and weights_digest(self.engine.model) != spec.weights:
+        contents = self.engine._network.contents()
+        if not self._named and contents != self._contents and weights_digest(self.engine.model) != spec.weights:
             raise JobError("the model's weights are not those that the job was made with: make another job")
         if not self._named and (changes := changed(spec.model, settings(self.engine.model))):
             raise JobError(f"the model is not what the job was made with: {changes}; make another job")
@@ -79,17 +79,17 @@ class EngineSource:
             for sample_id, x in stream:
                 add(sample_id, x)
                 while finished:
-                    self._check(spec, versions)
+                    self._check(spec, contents)
                     settle()  # a shard shorter than the batch can be complete as soon as the one before it
                     yield finished.popleft()
-        self._check(spec, versions)
+        self._check(spec, contents)
         for drawn in finished:  # shards whose last sample diverged
             settle()
             yield drawn
 
-    def _check(self, spec: JobSpec, versions: list[int]) -> None:
+    def _check(self, spec: JobSpec, contents: list[tuple]) -> None:
         """EngineError if samples may have been drawn by other weights, or in another way, than the job says."""
-        if self.engine._network.versions() != versions:
+        if self.engine._network.contents() != contents:
             raise EngineError("the model's weights changed while a job drew from it: give the job a copy of the model")
         if changes := changed(vars(spec.geometry), vars(Geometry.of(self.engine))):
             raise EngineError(f"these samples are not computed as the job's are: {changes}. Start it with what is now")

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import sgm_engine
+from sgm_engine.files.reading import parse_json
 from sgm_engine.outputs.sample_ids import SampleIds
 from sgm_engine.plans.plan import Plan
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from sgm_engine.engine.engine import Engine
 
 FORMAT, VERSION = "sgm-job", 1
+FORMATS = ("png", "npz", "safetensors", "webdataset")  # of shards: formats.py
 SHARD_SIZE = 256
 
 
@@ -112,23 +114,47 @@ class JobSpec:
         return json.dumps(content | {"plan": json.loads(self.plan.to_json())}, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> tuple[JobSpec, dict[str, Any]]:
+    def from_json(cls, text: str | bytes) -> tuple[JobSpec, dict[str, Any]]:
         """The spec and the notes of a run.json. ValueError: not one, or changed by hand."""
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             if content["format"] != FORMAT or content["version"] != VERSION:
                 raise ValueError(f"it is {content['format']!r} version {content['version']!r}, not {FORMAT} {VERSION}")
+            notes = _checked(content)
             job, plan = content["job"], Plan.from_json(json.dumps(content["plan"]))
             geometry = Geometry(**{name: job[name] for name in Geometry.__dataclass_fields__})
             own = {name: job[name] for name in ("weights", "format", "shard_size", "engine")}
             ids, shape = SampleIds.parse(job["ids"]), tuple(job["shape"])
             own["model"] = job.get("model", {})
             spec = cls(plan=plan, seed=int(job["seed"]), ids=ids, shape=shape, geometry=geometry, **own)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"not a job's run.json: {type(error).__name__}: {error}") from None
         if spec.identity != job or spec.run != content.get("run"):
             raise ValueError("its run hash does not fit its content: it was changed or damaged")
-        return spec, content["notes"]
+        return spec, notes
+
+
+def _checked(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The notes of a run.json; ValueError names what in it no job has."""
+    job, notes = content["job"], content["notes"]
+    for name in ("weights", "precision", "executor", "device", "torch", "engine", "format"):
+        if not isinstance(job[name], str) or not job[name].strip() or not job[name].isprintable():
+            raise ValueError(f"{name} must be a text, got {job[name]!r:.60}")
+    if job["format"] not in FORMATS or job["device"].partition(" ")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"no job has format {job['format']!r:.60} and device {job['device']!r:.60}")
+    shape = job["shape"] if isinstance(job["shape"], list) else []
+    for name, value in (("batch", job["batch"]), ("shard_size", job["shard_size"]), *(("shape", n) for n in shape)):
+        if type(value) is not int or not 1 <= value < 2**56:
+            raise ValueError(f"{name} must be a positive integer, got {value!r:.60}")
+    if len(shape) != 3:
+        raise ValueError(f"shape must be [C, H, W], got {job['shape']!r:.60}")
+    texts = {"ids": job["ids"], "seed": job["seed"]} | dict(job.get("model", {}))
+    if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
+        raise ValueError(f"{wrong[0]} must be a text, got {texts[wrong[0]]!r:.60}")
+    known = {"checkpoint": (str, type(None)), "config": (str, type(None)), "float8": str}
+    if not isinstance(notes, dict) or any(not isinstance(notes[k], t) for k, t in known.items() if k in notes):
+        raise ValueError("notes must be an object whose checkpoint, config and float8 are texts")
+    return notes
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 from sgm_engine.errors import Divergence
-from sgm_engine.jobs.folder import Folder, ShardError
+from sgm_engine.jobs.folder import MANIFEST, Folder, ShardError
 from sgm_engine.jobs.spec import JobSpec
 
 
@@ -27,8 +27,8 @@ class Verification:
         return not self.problems and not self.unexpected
 
     def __str__(self) -> str:
-        kinds = [problem.kind for problem in self.problems]
-        counts = [f"{kinds.count(kind)} {kind}" for kind in ("missing", "corrupt", "foreign")]
+        kinds = ("missing", "corrupt", "foreign")
+        counts = [f"{sum(p.count for p in self.problems if p.kind == kind)} {kind}" for kind in kinds]
         counts += [f"{len(self.unexpected)} unexpected", f"{len(self.diverged)} diverged"]
         return (
             f"{self.samples} of {len(self.spec.ids)} samples in {self.good} of {self.spec.shards} shards are good; "
@@ -41,7 +41,10 @@ def verify(path: str | os.PathLike) -> Verification:
     folder = Folder(path)
     spec, _ = folder.load()
     found = Verification(spec)
-    for shard in range(spec.shards):
+    after = 0  # the shard behind the last one that has a record
+    for shard in sorted(folder.recorded(spec)):
+        found.problems += _without_record(after, shard)
+        after = shard + 1
         try:
             record, _ = folder.read(spec, shard)
         except ShardError as error:
@@ -50,5 +53,15 @@ def verify(path: str | os.PathLike) -> Verification:
         found.good += 1
         found.samples += len(record.ids)
         found.diverged += record.diverged
+    found.problems += _without_record(after, spec.shards)
     found.unexpected = folder.unexpected(spec)
     return found
+
+
+def _without_record(first: int, stop: int) -> list[ShardError]:
+    """One problem for all shards in a row: a run.json may ask for more of them than there are bytes anywhere."""
+    if first >= stop:
+        return []
+    names = f"{MANIFEST}/{first:06d}.json" + (f" to {stop - 1:06d}.json" if stop - first > 1 else "")
+    there = "is not there" if stop - first == 1 else "are not there"
+    return [ShardError(first, "missing", f"{names} {there}", stop - first)]

@@ -1,4 +1,4 @@
-"""Samples as bytes and files: pictures, arrays, ranges of ids. Imports nothing of ours."""
+"""Samples as bytes and files: pictures, arrays, ranges of ids. Imports files."""
 
 from sgm_engine.lazy import lazily
 
@@ -8,15 +8,11 @@ __getattr__, __dir__, __all__ = lazily(
         "images": (
             "grid",
             "png_bytes",
-            "read_png",
             "save_gif",
             "save_png",
             "to_uint8",
         ),
-        "output": (
-            "Output",
-            "staged",
-        ),
+        "output": ("Output",),
         "sample_ids": ("SampleIds",),
     },
 )

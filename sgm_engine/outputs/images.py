@@ -1,4 +1,4 @@
-"""Pictures from samples: the conversion to bytes, grids, PNG and GIF. NumPy and Pillow only."""
+"""Pictures from samples: the conversion to bytes, grids, PNG and GIF."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from sgm_engine.files.writing import write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,23 +55,14 @@ def grid(images: np.ndarray, columns: int | None = None, pad: int = 2, backgroun
 
 def save_png(path: str | Path, image: np.ndarray) -> None:
     """image uint8 [H, W, C], C = 1 (grey) or 3 (RGB), written as PNG whatever the suffix of path."""
-    _pillow_image(image).save(path, format="PNG")
+    write_file(path, png_bytes(image))
 
 
 def png_bytes(image: np.ndarray) -> bytes:
     """image uint8 [H, W, C], C = 1 or 3, as the bytes of a PNG file; the same for the same image."""
     buffer = io.BytesIO()
-    save_png(buffer, image)
+    _pillow_image(image).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def read_png(content: bytes) -> np.ndarray:
-    """The uint8 [H, W, C] of a PNG file's bytes, grey or RGB."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content)) as picture:
-        pixels = np.asarray(picture)
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
 def save_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float = 4.0, hold: float = 1.5) -> None:
@@ -79,7 +72,9 @@ def save_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float = 4.
     first, *rest = [_pillow_image(frame) for frame in frames]
     each = max(20, round(1000 * seconds / len(frames)))  # milliseconds; viewers slow down anything under 20
     durations = [each] * (len(frames) - 1) + [round(1000 * hold)]
-    first.save(path, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
+    buffer = io.BytesIO()
+    first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
+    write_file(path, buffer.getvalue())
 
 
 def _check_images(images: np.ndarray) -> None:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from sgm_engine.files.writing import check_writable, write_file
 from sgm_engine.outputs import images
 
 _FORMS = {".png": "grid", ".npz": "npz", ".safetensors": "safetensors"}
@@ -57,8 +57,7 @@ class Output:
         ids = np.asarray(sample_ids, np.int64)
         if len(ids) != len(samples):
             raise ValueError(f"write: {len(samples)} samples came with {len(ids)} sample ids")
-        with staged(self.path) as tmp:
-            _WRITERS[self.form](tmp, samples, ids, about or {})
+        write_file(self.path, _CONTENT[self.form](samples, ids, about or {}))
 
 
 def npz_bytes(samples, ids: np.ndarray) -> bytes:
@@ -85,59 +84,12 @@ def sorted_header(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
-def check_writable(path: Path, folder: bool = False) -> None:
-    """OSError if a file, or folder, cannot be created or replaced. Tries it: permission bits tell root nothing."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.is_dir() and not folder:
-        raise IsADirectoryError(f"cannot write {path}: it is a folder, name a file")
-    probe = _beside(path)
-    try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"cannot write in {path.parent}: {error.strerror}") from error
+def _grid(samples, ids: np.ndarray, about: Mapping[str, str]) -> bytes:
+    return images.png_bytes(images.grid(images.to_uint8(samples)))
 
 
-@contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """Yields a name beside ``path`` to create a file under; renamed to ``path`` at the end, else removed."""
-    tmp = _beside(path)
-    try:
-        yield tmp
-        flush(tmp)
-        os.replace(tmp, path)
-        flush(path.parent)
-    except BaseException as error:  # Ctrl-C too: half a result is not left behind
-        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
-            error.filename = str(path)
-        tmp.unlink(missing_ok=True)
-        raise
+def _npz(samples, ids: np.ndarray, about: Mapping[str, str]) -> bytes:
+    return npz_bytes(samples, ids)
 
 
-def _beside(path: Path) -> Path:
-    return path.parent / f".{path.name}.{os.getpid()}.tmp"
-
-
-def flush(path: Path) -> None:
-    """Wait until the file, or the names in the folder, are on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write_grid(tmp: Path, samples, ids: np.ndarray, about: Mapping[str, str]) -> None:
-    images.save_png(tmp, images.grid(images.to_uint8(samples)))
-
-
-def _write_npz(tmp: Path, samples, ids: np.ndarray, about: Mapping[str, str]) -> None:
-    tmp.write_bytes(npz_bytes(samples, ids))
-
-
-def _write_safetensors(tmp: Path, samples, ids: np.ndarray, about: Mapping[str, str]) -> None:
-    tmp.write_bytes(safetensors_bytes(samples, ids, about))
-
-
-_WRITERS = {"grid": _write_grid, "npz": _write_npz, "safetensors": _write_safetensors}
+_CONTENT = {"grid": _grid, "npz": _npz, "safetensors": safetensors_bytes}

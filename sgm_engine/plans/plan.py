@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from sgm_engine.plans.report import describe, plot, refuse_divergence
+from sgm_engine.files.reading import parse_json
+from sgm_engine.plans.report import check_label, describe, plot, refuse_divergence
 from sgm_engine.plans.schedule import check_column, check_number, check_sigmas, nearest_level
 
 FORMAT, VERSION = "sgm-plan", 2
@@ -80,8 +81,9 @@ class Plan:
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         if self.start_scale < 0:
             raise ValueError(f"start_scale must be >= 0, got {self.start_scale}")
-        if not np.isin(self.adaptive, (0, 1)).all():
-            raise ValueError(f"adaptive must be 0 or 1, got {self.adaptive[~np.isin(self.adaptive, (0, 1))][0]}")
+        if len(odd := self.adaptive[~np.isin(self.adaptive, (0, 1))]):
+            raise ValueError(f"adaptive must be 0 or 1, got {odd[0]}")
+        check_label(self.name, self.metadata)
         self._refuse_unstored()
         refuse_divergence(self)
 
@@ -157,8 +159,8 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """The plan that ``to_json`` wrote. ValueError says why a text is refused."""
         try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
+            content = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"not a plan: invalid JSON ({error})") from None
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ValueError(f'not a plan: expected an object with "format": "{FORMAT}"')
@@ -171,7 +173,7 @@ class Plan:
             raise ValueError(f"plan fields differ: missing {missing}, unknown {unknown}")
         try:
             return cls(**content)
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ValueError(f"not a plan: {error}") from None
 
     def _as_dict(self) -> dict[str, Any]:
@@ -207,12 +209,8 @@ def annealed_langevin(
     if not isinstance(denoise, (bool, np.bool_)):
         raise TypeError(f"denoise must be True or False, got {denoise!r}")
     drift = alpha if convention == "code" else alpha / 2
-    options = {
-        "steps_per_level": int(steps_per_level),
-        "step_lr": step_lr,
-        "convention": convention,
-        "denoise": bool(denoise),
-    }
+    options = {"steps_per_level": int(steps_per_level), "step_lr": step_lr, "convention": convention}
+    options["denoise"] = bool(denoise)
     table = (level, np.ones(len(level)), drift, np.sqrt(2 * drift))
     start_law = (start, start_scale, start_shift)
     return _plan("annealed_langevin", sigmas, table, denoise, start_law, options)

@@ -5,11 +5,14 @@ The laws are exact for Gaussian data N(μ, v): there the score is linear, and a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from sgm_engine.files.writing import staged
 from sgm_engine.plans.schedule import check_sigmas
 
 GROWTH = 100.0  # of the distance to a single data point; plans that do worse are refused
@@ -147,6 +150,14 @@ def describe(plan: Plan, sigmas=None) -> str:
     return "\n".join(lines)
 
 
+def check_label(name: object, metadata: object) -> None:
+    """ValueError unless these can be printed: both come from files."""
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 200:
+        raise ValueError(f"name must be at most 200 characters that can be printed, got {name!r:.60}")
+    if not isinstance(metadata, Mapping):
+        raise ValueError(f"metadata must be an object of names and values, got {metadata!r:.60}")
+
+
 def plot(plan: Plan, path=None, sigmas=None):
     try:
         from matplotlib.figure import Figure
@@ -168,5 +179,6 @@ def plot(plan: Plan, path=None, sigmas=None):
         axes.legend()
         axes.grid(alpha=0.3)
     if path is not None:
-        figure.savefig(path, dpi=120)
+        with staged(path) as file:
+            figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=120)
     return figure

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from sgm_engine.kernels.digest import digests
 from sgm_engine.rewriting.norms import ADDS, NormRewrites, mean_window
 
 ZEROS = (torch.zeros, torch.zeros_like)
@@ -45,7 +46,7 @@ class PooledConv(nn.Module):
 
     def _version(self) -> tuple:
         weight = self._conv[0].weight
-        return weight._version, weight.data_ptr(), weight.dtype, self.kernel.data_ptr()
+        return weight._version, weight.data_ptr(), weight.dtype, self.kernel.data_ptr(), digests([weight])
 
     def stale(self) -> bool:
         return self._seen is not None and self._seen != self._version()

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from sgm_engine.kernels.digest import digests
+
 BATCH = 7  # a size that channels, heights and widths rarely have; where they do, they are left symbolic too
 MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)  # layers that differ in training mode
 CREATORS = ("zeros", "ones", "empty", "full", "arange")  # of torch: given a proxy as a size, they do not let fx see it
@@ -160,7 +162,7 @@ def settings(module: nn.Module) -> list[tuple]:
     for name, part in module.named_modules():
         for key, value in vars(part).items():
             if isinstance(value, Tensor):
-                found.append((name, key, value.data_ptr(), value._version))
+                found.append((name, key, value.data_ptr(), value._version, digests([value])))
             elif all(isinstance(v, (bool, int, float, str, type(None))) for v in pytree.tree_leaves(value)):
                 found.append((name, key, repr(value)))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import SampleDiverged
 from sgm_engine.outputs.images import grid, save_png, to_uint8
 from sgm_engine.plans.plan import Plan
+from sgm_engine.training.module import weights_dtype
 
 
 class EMA(WeightAveraging):
@@ -29,6 +31,11 @@ class EMA(WeightAveraging):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         super().__init__(use_buffers=False, multi_avg_fn=partial(_ema_update, decay))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if (dtype := weights_dtype(pl_module)).itemsize < 4:
+            rank_zero_warn(f"an average of {dtype} weights is too coarse to move: train with precision='bf16-mixed'")
 
 
 @torch.no_grad()
@@ -65,6 +72,7 @@ class SampleGrid(Callback):
         self.plan, self.seed, self.network = plan, seed, network
         self.folder, self.engine_options = folder and Path(folder), engine
         self.engine: Engine | None = None  # from the first grid on
+        self._copy: nn.Module | None = None
         self._drawn = 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_) -> None:
@@ -75,11 +83,13 @@ class SampleGrid(Callback):
         self.draw(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.engine = None  # the average is another module in the next fit
+        self.engine = self._copy = None  # the average is another module in the next fit
 
     def draw(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
         """Draw the grid of the present weights, write it, show it to TensorBoard: float32 [n, C, H, W]."""
         network = live_network(trainer, pl_module, self.network)
+        if weights_dtype(network) != torch.float32:
+            network = self._in_float32(network, getattr(pl_module, "sigmas", None))
         if self.engine is None or self.engine.model is not network:
             on_gpu = pl_module.device.type == "cuda"
             batch = min(self.n, 128 if on_gpu else 16)
@@ -96,6 +106,16 @@ class SampleGrid(Callback):
         if len(x):
             self._write(trainer, grid(to_uint8(x)))
         return x
+
+    @torch.no_grad()
+    def _in_float32(self, network: nn.Module, sigmas: Tensor | None) -> nn.Module:
+        """A copy of a network that trains in other precisions ("bf16-true"), brought up to date at every grid."""
+        if self._copy is None:
+            self._copy = copy.deepcopy(network).float()
+        self._copy.load_state_dict(network.state_dict())
+        if sigmas is not None and isinstance(getattr(self._copy, "sigmas", None), Tensor):
+            self._copy.sigmas.copy_(sigmas)  # the network's own were rounded with its weights
+        return self._copy
 
     def _write(self, trainer: Trainer, image) -> None:
         folder = self.folder or Path(trainer.default_root_dir) / "samples"

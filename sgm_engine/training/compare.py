@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine.checks import check_int
+from sgm_engine.files.writing import staged, write_file
 from sgm_engine.keys import Key
 from sgm_engine.plans.schedule import geometric
 from sgm_engine.training import multisample, objectives
@@ -144,9 +145,10 @@ def main(argv: list[str] | None = None) -> None:
     evaluations = f"{args.steps * BATCH:,} network evaluations, {SEEDS} seeds"
     table = [f"Relative gap to the true score after {evaluations}: mean (least–most)", "", "| trained on | gap |"]
     table += ["|---|---|", *(f"| {name} | {_range(g)} |" for name, g in gaps.items())]
-    (args.out / "table.md").write_text("\n".join([*facts(), "", *table]) + "\n", "utf-8")
+    text = "\n".join([*facts(), "", *table]) + "\n"
+    write_file(args.out / "table.md", text)
     _plot(gaps, evaluations, args.out / "plot.png")
-    print((args.out / "table.md").read_text("utf-8"))
+    print(text)
 
 
 def _range(values: list[float]) -> str:
@@ -165,7 +167,8 @@ def _plot(gaps: dict[str, list[float]], evaluations: str, path: Path) -> None:
     axes.set(yticks=range(len(gaps)), yticklabels=list(gaps), xlim=(0, 1.15 * max(map(max, gaps.values()))))
     axes.set(xlabel="relative gap to the true score (0 is perfect)", title=evaluations)
     axes.invert_yaxis()
-    figure.savefig(path, dpi=120)
+    with staged(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from sgm_engine.files.reading import MAX_YAML, parse_yaml, read_text
 from sgm_engine.models import ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
+from sgm_engine.models.config import MAX_LEVELS
 from sgm_engine.plans.schedule import geometric
 from sgm_engine.training.objectives import OBJECTIVES
 
@@ -75,6 +77,7 @@ class TrainConfig:
             self._need(name, getattr(self, name) >= 0, "at least 0")
         for name in ("ema", "beta1", "beta2"):
             self._need(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._need("levels", 1 <= self.levels <= MAX_LEVELS, f"between 1 and {MAX_LEVELS}")
         self._need("decay", 0 <= self.decay <= 1, "in [0, 1]")
         self._need("lr", self.lr > 0, "positive")
         self._need("weights", self.weights in WEIGHTS, f"one of {', '.join(WEIGHTS)}")
@@ -129,17 +132,15 @@ class TrainConfig:
     @classmethod
     def read(cls, name: str | Path, changes: Mapping[str, Any] | None = None) -> TrainConfig:
         """A file, or one of ``config_names()``, with ``changes`` to its fields. YAML, as data only."""
-        import yaml
-
         path = Path(name).expanduser()
         if not path.is_file():
             path = FOLDER / f"{name}.yaml"
         if not path.is_file():
             raise FileNotFoundError(f"config {str(name)!r}: no such file, and none of {', '.join(config_names())}")
         try:
-            fields = yaml.safe_load(path.read_text("utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+            fields = parse_yaml(read_text(path, MAX_YAML))
+        except ValueError as error:
+            raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
         if not isinstance(fields, dict):
             raise ValueError(f"{path}: must be a list of names and values, got {type(fields).__name__}")
         fields |= changes or {}

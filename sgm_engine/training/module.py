@@ -58,6 +58,7 @@ class ScoreModule(LightningModule):
         if decay and steps is None:
             raise ValueError(f"decay={decay} needs steps, the length of the run")
         self.network = network
+        self.sigmas = torch.as_tensor(getattr(network, "sigmas", ())).detach().to("cpu", torch.float32)
         self.objective = OBJECTIVES[objective] if isinstance(objective, str) else objective
         self.lr, self.betas, self.adam_eps = lr, betas, adam_eps
         self.warmup, self.decay, self.steps = check_int("warmup", warmup, 0), decay, steps
@@ -84,7 +85,12 @@ class ScoreModule(LightningModule):
         x = self.prepare(x, key)
         count = level_count(self.network)
         u = key.after(LEVEL).uniform(x.new_empty(len(x), 1, dtype=torch.float32))[:, 0]
-        return self.objective(self.network, x, (u * count).long().clamp(max=count - 1), key.after(OBJECTIVE))
+        return self.objective(self._called(), x, (u * count).long().clamp(max=count - 1), key.after(OBJECTIVE))
+
+    def _called(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The network as an objective calls it: x and score stay float32 where its weights are not ("bf16-true")."""
+        dtype = weights_dtype(self.network)
+        return self.network if dtype == torch.float32 else InOwnDtype(self.network, dtype, self.sigmas.to(self.device))
 
     def prepare(self, x: Tensor, key: Key) -> Tensor:
         """uint8 → float32 in [0, 1), dequantised; then flips, if asked for."""
@@ -102,7 +108,7 @@ class ScoreModule(LightningModule):
         key = Key(self.seed, index, VALIDATION)
         x = dequantise(x, key.after(DEQUANTISATION).uniform(x.float())) if x.dtype == torch.uint8 else x
         with torch.enable_grad():  # implicit and sliced score matching differentiate in x
-            loss = self.objective(self.network, x, index % level_count(self.network), key.after(OBJECTIVE)).detach()
+            loss = self.objective(self._called(), x, index % level_count(self.network), key.after(OBJECTIVE)).detach()
         self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(x))
 
     def configure_optimizers(self):
@@ -110,11 +116,42 @@ class ScoreModule(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, self.learning_rate)
         return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """A resumed run takes this module's lr, warmup and decay, not those that its checkpoint was written with."""
+        for config in self.trainer.lr_scheduler_configs:
+            schedule = config.scheduler
+            if getattr(schedule, "lr_lambdas", None) != [self.learning_rate]:
+                continue  # somebody else's
+            schedule.base_lrs = [self.lr]
+            rate = self.lr * self.learning_rate(schedule.last_epoch)
+            schedule._last_lr = [rate]
+            schedule.optimizer.param_groups[0].update(initial_lr=self.lr, lr=rate)
+
     def learning_rate(self, step: int) -> float:
         """The factor of ``lr`` at optimizer step ``step`` = 0, 1, …"""
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         fall = min(1.0, (self.steps - step) / (self.decay * self.steps)) if self.decay else 1.0
         return min(rise, max(0.0, fall))
+
+
+class InOwnDtype:
+    """``network`` called with x in float32, as noise and loss are; it computes in ``dtype``, its weights'.
+
+    sigmas: in full, where the network's own were rounded with its weights.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype, sigmas: Tensor):
+        self.network, self.dtype, self.sigmas = network, dtype, sigmas
+
+    def __getattr__(self, name: str):
+        return getattr(self.network, name)
+
+    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
+        return self.network(x.to(self.dtype), level).to(x.dtype)
+
+
+def weights_dtype(network: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in network.parameters()), torch.float32)
 
 
 def level_count(network: nn.Module) -> int:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,10 +21,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from sgm_engine.checkpoints.bundled import plan_for
 from sgm_engine.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from sgm_engine.data.images import Batches, load_images
+from sgm_engine.files.reading import read_text
+from sgm_engine.files.writing import append_line, write_file
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
-from sgm_engine.outputs.output import staged
 from sgm_engine.training.callbacks import EMA, SampleGrid, live_network
 from sgm_engine.training.config import PRECISIONS, WEIGHTS, TrainConfig
+from sgm_engine.training.keeping import Keep, WholeFiles, lock, newest_checkpoint
 from sgm_engine.training.module import ScoreModule
 from sgm_engine.training.objectives import OBJECTIVES
 
@@ -43,9 +46,17 @@ class Job:
     module: ScoreModule
     folder: Path
     resume: Path | None
+    lock: TextIO | None  # this process's hold on the folder; the first process of a group has it
 
     def fit(self, accelerator: str = "auto", tensorboard: bool = False) -> None:
-        """Train to the end, and write model.safetensors."""
+        """Train to the end, and write model.safetensors. The folder is free for another process after it."""
+        try:
+            self._fit(accelerator, tensorboard)
+        finally:
+            if self.lock is not None:
+                self.lock.close()
+
+    def _fit(self, accelerator: str, tensorboard: bool) -> None:
         c = self.config
         world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
         if c.batch % world:
@@ -66,6 +77,7 @@ class Job:
             log_every_n_steps=c.log_every,
             logger=self._loggers(tensorboard),
             callbacks=self._callbacks(),
+            plugins=[WholeFiles()],
             default_root_dir=self.folder,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -90,19 +102,8 @@ class Job:
         callbacks: list[pl.Callback] = [EMA(c.ema)] if c.ema else []
         if c.sample_every:
             callbacks.append(SampleGrid(c.sample_every, folder=self.folder / "samples"))
-        callbacks.append(Report(self.folder, c.log_every))
-        callbacks.append(
-            ModelCheckpoint(
-                self.folder / "checkpoints",
-                "{step:08d}",
-                monitor="step",
-                mode="max",
-                save_top_k=2,
-                every_n_train_steps=c.save_every or c.steps,
-                auto_insert_metric_name=False,
-            )
-        )
-        return callbacks
+        keep = Keep(self.folder / "checkpoints", c.save_every or c.steps)
+        return [*callbacks, Report(self.folder, c.log_every, keep), keep]
 
     def _loggers(self, tensorboard: bool) -> list:
         loggers = [CSVLogger(self.folder, "csv", flush_logs_every_n_steps=1)]
@@ -112,8 +113,8 @@ class Job:
 class Report(pl.Callback):
     """A line and a row of metrics.csv every ``every`` steps; stops a run whose loss is no longer finite."""
 
-    def __init__(self, folder: Path, every: int):
-        self.path, self.every = folder / "metrics.csv", every
+    def __init__(self, folder: Path, every: int, keep: Keep):
+        self.path, self.every, self.keep = folder / "metrics.csv", every, keep
         self._total, self._count, self._began = 0.0, 0, 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -131,10 +132,9 @@ class Report(pl.Callback):
         seconds = (time.perf_counter() - self._began) / self._count
         self._total, self._count, self._began = 0.0, 0, time.perf_counter()
         if not np.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss} at step {step}: lower lr, or set clip; the last checkpoint is good")
+            raise self.keep.diverged(trainer, loss)
         if trainer.is_global_zero:
-            with open(self.path, "a") as file:
-                file.write(f"{step},{loss:.4f},{seconds:.4f}\n")
+            append_line(self.path, f"{step},{loss:.4f},{seconds:.4f}")
             print(f"step {step:>7}/{trainer.max_steps}  loss {loss:.3f}  {seconds:.3f} s/step", flush=True)
 
 
@@ -172,8 +172,22 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
         config.seed,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, config, images)
-    return Job(config, images, held_out, module, folder, newest_checkpoint(folder))
+    first = os.environ.get("RANK", "0") == "0"
+    held = lock(folder) if first else None
+    try:
+        _claim(folder, config, images, first)
+        resume, damaged = newest_checkpoint(folder / "checkpoints")
+        if damaged and resume is None:
+            raise ValueError(f"{damaged[0]}: is damaged, and there is no whole checkpoint: name another folder")
+        if damaged and first:
+            print(f"{', '.join(map(str, damaged))}: damaged; going on from {resume}", file=sys.stderr)
+            for path in damaged:
+                path.unlink()
+    except BaseException:
+        if held is not None:
+            held.close()
+        raise
+    return Job(config, images, held_out, module, folder, resume, held)
 
 
 def _initialise(network: nn.Module, weights: str | Path) -> None:
@@ -187,29 +201,24 @@ def _initialise(network: nn.Module, weights: str | Path) -> None:
     network.load_state_dict(state, strict=False)
 
 
-def _claim(folder: Path, config: TrainConfig, images: np.ndarray) -> None:
+def _claim(folder: Path, config: TrainConfig, images: np.ndarray, first: bool) -> None:
     """Write config.yaml; refuse a folder with another run (other samples, data or network) or with something else."""
-    path, first = folder / "config.yaml", os.environ.get("RANK", "0") == "0"
+    path = folder / "config.yaml"
     digest = hashlib.sha256(np.ascontiguousarray(images[:1000]).tobytes()).hexdigest()
     data = f"{OURS}{'×'.join(map(str, images.shape))}, sha256 of the first 1,000 {digest}"
-    ours = path.is_file() and path.read_text("utf-8").startswith(OURS)
+    ours = path.is_file() and read_text(path).startswith(OURS)
     if first and not ours and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise ValueError(f"--out {folder}: holds something else than a run of this command: name a new folder")
-    if ours and newest_checkpoint(folder):
+    if ours and any((folder / "checkpoints").glob("*.ckpt")):
         before = TrainConfig.read(path)
         for field in dataclasses.fields(config):
             old, new = getattr(before, field.name), getattr(config, field.name)
             if old != new and field.name not in MAY_CHANGE:
                 raise ValueError(f"{folder} holds a run with {field.name}={old}, not {new}: name another folder")
-        if path.read_text("utf-8").splitlines()[0] != data:
+        if read_text(path).splitlines()[0] != data:
             raise ValueError(f"{folder} holds a run on other data: name another folder")
     if first:
-        with staged(path) as temporary:
-            temporary.write_text(data + "\n" + config.to_yaml(), "utf-8")
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    return max((folder / "checkpoints").glob("*.ckpt"), default=None)
+        write_file(path, data + "\n" + config.to_yaml())
 
 
 def compile_norms(network: nn.Module) -> None:

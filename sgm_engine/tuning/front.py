@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sgm_engine.evaluation.report import Estimate
+from sgm_engine.files.writing import staged, write_file
 from sgm_engine.plans.plan import Plan
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito: told apart by colour-blind readers
@@ -89,14 +90,14 @@ class Outcome:
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
         axes.grid(alpha=0.25)
-        figure.savefig(path, format="png", dpi=120)
+        with staged(path) as file:
+            figure.savefig(file, format="png", dpi=120)
 
     def write(self, folder: Path) -> None:
-        """front.md, front.json, front.png and plan.json, the chosen one, in a new folder."""
-        folder.mkdir()
-        (folder / "front.md").write_text(self.table(), "utf-8")
-        (folder / "front.json").write_text(self.to_json(), "utf-8")
-        (folder / "plan.json").write_text(self.chosen.plan.to_json() + "\n", "utf-8")
+        """front.md, front.json, front.png and plan.json, the chosen one, in a folder that is there."""
+        write_file(folder / "front.md", self.table())
+        write_file(folder / "front.json", self.to_json())
+        write_file(folder / "plan.json", self.chosen.plan.to_json() + "\n")
         self.plot(folder / "front.png")
 
 

@@ -17,6 +17,7 @@ from sgm_engine.evaluation.evaluate import MMD_VECTORS, Summary, summarise
 from sgm_engine.evaluation.features import Extractor
 from sgm_engine.evaluation.frechet import frechet, frechet_difference, frechet_distance
 from sgm_engine.evaluation.report import Estimate
+from sgm_engine.files.reading import open_safetensors
 from sgm_engine.plans.plan import Plan
 from sgm_engine.tuning.front import Outcome, Point, label
 from sgm_engine.tuning.search import Trial, front, halve
@@ -133,12 +134,10 @@ class Tuner:
 
 def plan_of_samples(path: Path) -> Plan:
     """The plan that a .safetensors of samples (or the first one of a folder) was drawn by."""
-    from safetensors import safe_open
-
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or files[0].suffix != ".safetensors":
         raise ValueError(f"{path}: only .safetensors samples say which plan drew them")
-    with safe_open(files[0], "np") as file:
+    with open_safetensors(files[0], "np") as file:
         text = (file.metadata() or {}).get("plan")
     if text is None:
         raise ValueError(f"{files[0]} does not say which plan drew its samples")

@@ -244,12 +244,10 @@ def test_output_that_nobody_reads(tmp_path, redirection, code):
 
 
 def test_a_full_disk_is_one_line(draw, tmp_path, monkeypatch):
-    from sgm_engine.outputs import output
-
     def full(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(output, "flush", full)
+    monkeypatch.setattr(os, "fsync", full)
     fails(draw("--n", 2, "--out", "s.npz"), 1, "No space left on device: 's.npz'")
     assert os.listdir(tmp_path) == []
 

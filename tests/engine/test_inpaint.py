@@ -22,7 +22,6 @@ from tests.kernels.test_update import same_bits
 
 SIGMAS = geometric(1, 0.1, 5)
 SHAPE = (1, 4, 4)
-TAG = noise.STREAM["inpaint"] << 32
 
 
 def pairs(sigmas, rho=0.8):
@@ -93,9 +92,9 @@ def by_two_ops(model, known, where, seed, plan, redraw):
     draw, previous = torch.arange(1, plan.nfe + 1, dtype=torch.int32), torch.zeros_like(x)
     for row, sigma in enumerate(plan.sigma):
         first = row if redraw == "step" else int(np.flatnonzero(np.diff(plan.sigma[: row + 1], prepend=0))[-1])
-        noisy = ops.langevin_update(
-            known, known, torch.tensor([[1, 0, sigma, 0]]).float(), draw[first : first + 1], 0 * ids, seeds, ids ^ TAG
-        )
+        z = torch.empty_like(known)
+        ops.noise_fill_(z, seeds, ids, first + 1, noise.STREAM["inpaint"], "normal")
+        noisy = known + torch.tensor(sigma).float() * z
         x = torch.where(where, noisy, x)
         score = model(x, torch.full((n,), int(plan.level[row])))
         gain = 1 / score.square().mean((1, 2, 3)).sqrt() if plan.adaptive[row] else torch.ones(n)

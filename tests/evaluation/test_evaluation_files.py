@@ -90,8 +90,9 @@ def test_files_join_in_the_order_given(tmp_path):
 
 
 def test_floats_are_clamped_and_rounded_as_written_files_are():
-    x = np.array([-0.5, 0.0, 0.4999 / 255, 0.5001 / 255, 1.0, 7.0], np.float32).reshape(6, 1, 1, 1)
-    assert from_array(x).all().flatten().tolist() == [0, 0, 0, 1, 255, 255]
+    x = np.zeros((600, 1, 1, 1), np.float32)  # a few samples may lie far outside
+    x[:6, 0, 0, 0] = [-0.5, 0.0, 0.4999 / 255, 0.5001 / 255, 1.0, 7.0]
+    assert from_array(x).all().flatten().tolist() == [0, 0, 0, 1, 255, 255] + [0] * 594
 
 
 def test_mnist_and_cifar_folders_with_labels(tmp_path, mnist):
@@ -135,12 +136,12 @@ def test_unreadable_images_are_named(tmp_path, mnist):
         ("other.npz", "no arr_0, only ['x']"),
         ("flat.npy", "got [5, 5]"),
         ("nan.npy", "2 of 2 samples hold NaN"),
-        ("objects.npy", "objects.npy: is no array of images (Array can't be memory-mapped: Python objects"),
-        ("text.npz", "not an .npz"),
+        ("objects.npy", "objects.npy: it holds Python objects"),
+        ("text.npz", "text.npz is damaged or no zip archive"),
         ("text.safetensors", "text.safetensors is damaged or no .safetensors file"),
         ("empty", "neither pictures nor parts"),
         ("sizes", "b.png is (1, 5, 5)"),
-        ("torn", "5000 bytes are no whole number"),
+        ("torn", "5000 bytes, not a multiple"),
         ("empty:train", "neither MNIST's IDX"),
         ("flat.npy:test", "a split is for folders"),
         ("other.npz/", "other.npz"),
@@ -206,19 +207,19 @@ class One(torch.nn.Module):
 def test_users_modules_are_extractors(tmp_path):
     block = torch.from_numpy(IMAGES)
     torch.jit.script(Two()).save(tmp_path / "two.pt")
-    found = open_extractor(f"torchscript:{tmp_path}/two.pt")(block)
+    found = open_extractor(f"torchscript:{tmp_path}/two.pt", trust=True)(block)
     np.testing.assert_allclose(found.vectors, IMAGES.mean((2, 3)) / 255, rtol=1e-6)
     np.testing.assert_allclose(found.logits, IMAGES[:, :, 0, 0] / 255 * 2, rtol=1e-6)
     batch = torch.export.Dim("batch")
     program = torch.export.export(One(), (torch.rand(3, 3, 6, 5),), dynamic_shapes=({0: batch},))
     torch.export.save(program, tmp_path / "one.pt2")
-    found = open_extractor(f"export:{tmp_path}/one.pt2")(block)
+    found = open_extractor(f"export:{tmp_path}/one.pt2", trust=True)(block)
     np.testing.assert_allclose(found.vectors, IMAGES.max((2, 3)) / 255, rtol=1e-6)
     assert found.logits is None
     for kind, file in (("torchscript", "one.pt2"), ("export", "two.pt")):
         (tmp_path / "bad").write_bytes(b"garbage")
         with pytest.raises(ValueError, match="is no"):
-            open_extractor(f"{kind}:{tmp_path}/bad")
+            open_extractor(f"{kind}:{tmp_path}/bad", trust=True)
         assert file
 
 
@@ -239,7 +240,7 @@ def test_inception_is_asked_as_torch_fidelity_wants_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     (tmp_path / "w.pth").write_bytes(b"weights")
-    extractor = open_extractor(f"inception:{tmp_path}/w.pth")
+    extractor = open_extractor(f"inception:{tmp_path}/w.pth", trust=True)
     found = extractor(torch.from_numpy(IMAGES))
     assert extractor.inception and found.vectors.shape == (11, 2048) and found.logits.shape == (11, 1008)
     assert asked == {"name": "inception-v3-compat", "features": ["2048", "logits_unbiased"],

@@ -9,7 +9,6 @@ import torch
 from sgm_engine.kernels import noise, ops, reference
 from tests.kernels.test_update import COEF, DRAW, KEEP, LAYOUTS, Case, isa, same_bits  # noqa: F401 - isa is a fixture
 
-TAG = noise.STREAM["inpaint"] << 32
 KNOWN_SIGMA = torch.tensor([0.7, 0.2, 3.0, 0, 1e-3])  # 0: after a plan's last row
 KNOWN_DRAW = torch.tensor([2, -1, 0, 4, 1], dtype=torch.int32)
 SHAPES = [(5, 3, 32, 32), (5, 1, 28, 28), (5, 3, 5, 7), (5, 20, 9, 4), (5, 1, 1, 1)]
@@ -28,9 +27,13 @@ def some_known(shape) -> torch.Tensor:
 
 def imposed(x, known, row, seed, sample_id) -> torch.Tensor:
     """x after the row, with known pixels as they were imposed before that was part of the update: by two ops more."""
-    coef = torch.tensor([[1, 0, sigma, 0] for sigma in KNOWN_SIGMA])
-    plain = known.nan_to_num(nan=0.0)
-    noisy = ops.langevin_update(plain, plain, coef, KNOWN_DRAW, row, seed, sample_id ^ TAG)
+    noisy, z = known.contiguous(), torch.empty_like(known, memory_format=torch.contiguous_format)
+    for b, r in enumerate(row.tolist()):
+        one = slice(b, b + 1)
+        draw = int(KNOWN_DRAW[r]) % 2**32
+        ops.noise_fill_(z[one], seed[one], sample_id[one], draw, noise.STREAM["inpaint"], "normal")
+    sigma = KNOWN_SIGMA[row][:, None, None, None]
+    noisy = torch.where(sigma == 0, noisy, noisy + sigma * z)
     return torch.where(known.isnan(), x, noisy)
 
 

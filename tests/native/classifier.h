@@ -15,7 +15,7 @@ struct Classifier : Subject {
   using Map = std::function<Image(const Image&)>;
   std::vector<std::function<int(int)>> back;  // gradient of a layer's output → of its input, a tensor each
   std::vector<Map> forward;                   // what the layers compute of one image
-  std::vector<std::function<void()>> pack;
+  std::vector<std::function<void()>> packs;
   int at = 0;         // the last tensor
   Image now{1, 1, 1};  // its shape
 
@@ -51,7 +51,7 @@ struct Classifier : Subject {
     executor.plan();
     executor.set_embedding(table.data(), static_cast<int64_t>(table.size()));
     executor.set_norm(norm, array(rows));
-    for (const auto& f : pack) f();
+    pack();
 
     for (int i = 0; i < images; ++i) {
       level.push_back(random.below(kLevels));
@@ -78,6 +78,10 @@ struct Classifier : Subject {
         score[i].v[j] = t[2] * slope + t[3] * own.v[j] + t[4];
       }
     }
+  }
+
+  void pack() {
+    for (const auto& f : packs) f();
   }
 
   int tensor(const Image& shape) { return executor.tensor(shape.channels, shape.height, shape.width); }
@@ -115,7 +119,7 @@ struct Classifier : Subject {
     const int other = executor.conv({c_out, c_in, kernel, 1, 1, 1, 1, {pad, pad, pad, pad}});
     now = Image(c_out, (in.height + stride - 1) / stride, (in.width + stride - 1) / stride);
     at = emit(Op::conv, from, -1, now, residual ? std::vector<int>{from} : std::vector<int>{}, norm, activation, conv);
-    pack.push_back([=] {
+    packs.push_back([=] {
       executor.set_conv(conv, array(w), array(bias)), executor.set_conv(other, array(turned), {nullptr, 0});
       if (normed) executor.set_norm(norm, array(n.table));
     });

@@ -1,10 +1,10 @@
 // Random networks through csrc/cpu/executor against double precision, without Python: for sanitizers, for emulators of
 // other processors and for planted defects (tests/driver.py).
 //
-//   driver NETWORKS [PRECISION [THREADS]]    0: all agree, 1: one does not
+//   driver NETWORKS [PRECISION [THREADS [FIRST]]]    0: all agree, 1: one does not
 //
-// Every network runs alone and inside a chain, on one thread and on THREADS, which must give the same bits, and beside a
-// second caller. Once they have run, run() and run_steps() may take no memory.
+// Every network, of seeds FIRST, FIRST + 1, …, runs alone and inside a chain, on one thread and on THREADS, which must give
+// the same bits, beside a caller of another network and beside one of its own that packs its weights again. Once they have run, run() and run_steps() may take no memory.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -15,6 +15,7 @@
 #include "network.h"
 #include "cpu/pool.h"
 #include "isa.h"
+#include "network.h"
 
 #ifdef SGM_PLANTED  // tests/native/test_native_driver.py builds csrc with factors at this many places
 namespace sgm {
@@ -56,17 +57,19 @@ const char* failure(unsigned seed, Precision precision, int threads) {
   sgm::set_num_threads(threads);
   network.run();
   if (takes_memory(network)) return "takes memory in a call on several threads";
-  std::vector<float> beside;
-  std::thread caller([&] { beside = other.run(); });
+  std::vector<float> beside, few;
+  std::thread caller([&] { beside = other.run(), network.pack(), few = network.first(1); });
   const bool as_alone = same(network.run(), alone) && same(network.chain(), chain);
   caller.join();
-  return as_alone && same(beside, alone) ? nullptr : "has other bits on several threads";
+  const std::vector<float> one(alone.begin(), alone.begin() + static_cast<int64_t>(few.size()));
+  return as_alone && same(beside, alone) && same(few, one) ? nullptr : "has other bits on several threads";
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   const int networks = argc > 1 ? std::atoi(argv[1]) : 20, threads = argc > 3 ? std::atoi(argv[3]) : 3;
+  const int start = argc > 4 ? std::atoi(argv[4]) : 0;
   const std::string wanted = argc > 2 ? argv[2] : "float32";
   const char* names[] = {"float32", "bfloat16", "direct", "winograd"};
   int precision = 0;
@@ -76,7 +79,7 @@ int main(int argc, char** argv) {
   for (float& factor : sgm::planted) factor = 1;
   if (const char* place = std::getenv("SGM_PLANT")) sgm::planted[std::atoi(place)] = 1 + 1e-4f;
 #endif
-  for (int i = 0; i < networks; ++i)
+  for (int i = start; i < start + networks; ++i)
     for (const bool gradient : {false, true}) {
       const auto fails = gradient ? failure<classifier::Classifier> : failure<network::Network>;
       if (const char* why = fails(static_cast<unsigned>(i), static_cast<Precision>(precision), threads))

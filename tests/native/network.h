@@ -53,6 +53,10 @@ struct Network : Subject {
     executor.layer(Op::store, ids[last], -1, -1, {}, stores);
     for (int i = 0; i < images; ++i) score.push_back(convolved(prologue(last, i, norm, activation), i));
     executor.plan();
+    pack();
+  }
+
+  void pack() {
     for (const Weights& w : weights) executor.set_conv(w.conv, array(w.weight), array(w.bias));
     for (const Table& t : tables) executor.set_norm(t.norm, array(t.norm64.table));
     for (size_t i = 0; i < heads.size(); ++i) executor.set_heads(static_cast<int>(i), array(heads[i].tokens));

@@ -1,5 +1,7 @@
 """output.py: every form, complete or not at all."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -77,7 +79,7 @@ def test_a_fault_while_writing_leaves_what_was_there(tmp_path, name, fault, monk
         assert list(tmp_path.glob(".s*.tmp"))
         raise fault
 
-    monkeypatch.setattr(output, "flush", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(type(fault)):
         target.write(SAMPLES, IDS)
     assert [file.name for file in tmp_path.iterdir()] == [name]

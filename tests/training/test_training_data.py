@@ -56,7 +56,7 @@ def test_folder_of_pictures(tmp_path):
 BAD = {
     "not an IDX": ("train-images-idx3-ubyte", b"\0\0\x0d\x03" + b"\0" * 20, "not an IDX file"),
     "truncated": ("train-images-idx3-ubyte", idx(GREY[:, 0])[:-1], "truncated or damaged"),
-    "truncated gzip": ("train-images-idx3-ubyte.gz", gzip.compress(idx(GREY[:, 0]))[:-9], "truncated or damaged"),
+    "truncated gzip": ("train-images-idx3-ubyte.gz", gzip.compress(idx(GREY[:, 0]))[:-9], "damaged or no gzip"),
     "cifar": ("data_batch_1.bin", b"\0" * 3074, "not a multiple of 3,073"),
     "picture": ("a.png", b"not a picture", "not a readable picture"),
     "nothing": ("readme.txt", b"", "no pictures there"),

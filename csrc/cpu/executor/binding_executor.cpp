@@ -24,6 +24,8 @@ Executor::Array array(Given given) { return {pointer<const float>(given.first), 
 }  // namespace
 
 void bind_executor(py::module_& m) {
+  // Every method: one that waited for the executor with the GIL held would wait for a run that asks for the GIL (signals).
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
   py::enum_<Precision>(m, "Precision", py::module_local())
       .value("float32", Precision::float32)
       .value("bfloat16", Precision::bfloat16)
@@ -69,36 +71,36 @@ void bind_executor(py::module_& m) {
       .value("channel_norm", Op::channel_norm);
   py::class_<Executor>(m, "NativeExecutor", py::module_local(), "A whole network in one native call (csrc/cpu/executor/executor.h).")
       .def(py::init<int, Precision>(), py::arg("batch"), py::arg("precision"))
-      .def("tensor", &Executor::tensor, py::arg("channels"), py::arg("height"), py::arg("width"))
+      .def("tensor", &Executor::tensor, py::arg("channels"), py::arg("height"), py::arg("width"), nogil)
       .def("norm", [](Executor& e, int channels, int groups, int levels, bool has_alpha, double eps, bool by_pixel, bool centred, double floor,
                       double after) {
         return e.norm({channels, groups, levels, has_alpha, eps, by_pixel, centred, floor, after});
       }, py::arg("channels"), py::arg("groups"), py::arg("levels"), py::arg("has_alpha"), py::arg("eps"), py::arg("by_pixel") = false,
-           py::arg("centred") = true, py::arg("floor") = 0., py::arg("after") = 0.)
+           py::arg("centred") = true, py::arg("floor") = 0., py::arg("after") = 0., nogil)
       .def("conv", [](Executor& e, int c_in, int c_out, int kernel, int dilation, int stride, int up, int groups, std::array<int, 4> padding,
                       Border border, bool pool, int levels) {
         return e.conv({c_in, c_out, kernel, dilation, stride, up, groups, {padding[0], padding[1], padding[2], padding[3]}, border, pool, levels});
       }, py::arg("c_in"), py::arg("c_out"), py::arg("kernel"), py::arg("dilation"), py::arg("stride"), py::arg("up"), py::arg("groups"),
-           py::arg("padding"), py::arg("border"), py::arg("pool"), py::arg("levels"))
-      .def("heads", &Executor::heads, py::arg("count"), py::arg("size"), py::arg("scale"), py::arg("memory"))
+           py::arg("padding"), py::arg("border"), py::arg("pool"), py::arg("levels"), nogil)
+      .def("heads", &Executor::heads, py::arg("count"), py::arg("size"), py::arg("scale"), py::arg("memory"), nogil)
       .def("layer", [](Executor& e, Op op, int input, int second, int output, const std::vector<Addend>& add, int norm, int conv, int heads,
                        Activation activation, double slope, double scale, double shift, int first) {
         e.layer(op, input, second, output, add, {norm, conv, heads, activation, slope, scale, shift, first});
       }, py::arg("op"), py::arg("input"), py::arg("second"), py::arg("output"), py::arg("add"), py::arg("norm"), py::arg("conv"),
-           py::arg("heads"), py::arg("activation"), py::arg("slope"), py::arg("scale"), py::arg("shift"), py::arg("first"))
-      .def("embedding", &Executor::embedding, py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"), py::arg("octaves"))
-      .def("plan", &Executor::plan)
+           py::arg("heads"), py::arg("activation"), py::arg("slope"), py::arg("scale"), py::arg("shift"), py::arg("first"), nogil)
+      .def("embedding", &Executor::embedding, py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"), py::arg("octaves"), nogil)
+      .def("plan", &Executor::plan, nogil)
       .def("set_conv", [](Executor& e, int conv, Given weight, Given bias) {
         e.set_conv(conv, array(weight), array(bias));
-      }, py::arg("conv"), py::arg("weight"), py::arg("bias"), py::call_guard<py::gil_scoped_release>())
-      .def("set_norm", [](Executor& e, int norm, Given table) { e.set_norm(norm, array(table)); }, py::arg("norm"), py::arg("table"))
-      .def("set_heads", [](Executor& e, int heads, Given tokens) { e.set_heads(heads, array(tokens)); }, py::arg("heads"), py::arg("tokens"))
-      .def("set_sigmas", [](Executor& e, Given sigmas) { e.set_sigmas(array(sigmas)); }, py::arg("sigmas"))
+      }, py::arg("conv"), py::arg("weight"), py::arg("bias"), nogil)
+      .def("set_norm", [](Executor& e, int norm, Given table) { e.set_norm(norm, array(table)); }, py::arg("norm"), py::arg("table"), nogil)
+      .def("set_heads", [](Executor& e, int heads, Given tokens) { e.set_heads(heads, array(tokens)); }, py::arg("heads"), py::arg("tokens"), nogil)
+      .def("set_sigmas", [](Executor& e, Given sigmas) { e.set_sigmas(array(sigmas)); }, py::arg("sigmas"), nogil)
       .def("set_embedding", [](Executor& e, Given table) { e.set_embedding(pointer<const double>(table.first), table.second); },
-           py::arg("table"))
+           py::arg("table"), nogil)
       .def("run", [](Executor& e, uintptr_t x, uintptr_t level, uintptr_t score, int images) {
         e.run(pointer<const float>(x), pointer<const int64_t>(level), pointer<float>(score), images);
-      }, py::arg("x"), py::arg("level"), py::arg("score"), py::arg("images"), py::call_guard<py::gil_scoped_release>())
+      }, py::arg("x"), py::arg("level"), py::arg("score"), py::arg("images"), nogil)
       .def("run_steps", [](Executor& e, int slots, uintptr_t x, bool nhwc, uintptr_t score, uintptr_t coef, uintptr_t draw,
                            uintptr_t level, int64_t rows, uintptr_t row, uintptr_t stop, uintptr_t seed, uintptr_t sample_id,
                            uintptr_t bad_row, int64_t steps, uintptr_t previous, uintptr_t keep, uintptr_t gain, uintptr_t adaptive,
@@ -127,6 +129,6 @@ void bind_executor(py::module_& m) {
            py::arg("rows"), py::arg("row"), py::arg("stop"), py::arg("seed"), py::arg("sample_id"), py::arg("bad_row"), py::arg("steps"),
            py::arg("previous") = 0, py::arg("keep") = 0, py::arg("gain") = 0, py::arg("adaptive") = 0, py::arg("known") = 0,
            py::arg("known_sigma") = 0, py::arg("known_draw") = 0)
-      .def("bytes", &Executor::bytes, "Weights, tables and scratch memory.")
-      .def("algorithm", &Executor::algorithm, py::arg("conv"));
+      .def("bytes", &Executor::bytes, "Weights, tables and scratch memory.", nogil)
+      .def("algorithm", &Executor::algorithm, py::arg("conv"), nogil);
 }

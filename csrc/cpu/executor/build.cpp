@@ -7,11 +7,12 @@
 #include "cpu/executor/executor.h"
 #include "cpu/executor/internal.h"
 #include "cpu/executor/pack.h"
+#include "cpu/executor/sizes.h"
 
 namespace sgm::executor {
 namespace {
 
-bool sized(const Tensor& t, int channels, int height, int width) {
+bool sized(const Tensor& t, int64_t channels, int height, int width) {
   return t.channels == channels && t.height == height && t.width == width;
 }
 
@@ -86,77 +87,75 @@ bool shape_follows(Op op, const Tensor& in, const Tensor* second, const Tensor& 
 }  // namespace
 
 int Executor::tensor(int channels, int height, int width) {
-  if (channels < 1 || height < 1 || width < 1)
-    refuse("a tensor needs channels, height, width >= 1, got " + std::to_string(channels) + ", " + std::to_string(height) +
-           ", " + std::to_string(width));
+  const auto lock = describing("tensor");
+  check_shape("a tensor's", channels, height, width);
   tensors_.push_back({channels, static_cast<int>(round_up(channels, backend_.width)), height, width, 0, -1});
   return static_cast<int>(tensors_.size()) - 1;
 }
 
 int Executor::norm(const NormShape& n) {
-  if (n.channels < 1 || n.groups < 0 || (n.groups && n.channels % n.groups))
+  const auto lock = describing("norm");
+  within("a norm's channels", n.channels, 1, kMaxChannels), within("a norm's levels", n.levels, 0, kMaxLevels);
+  if (n.groups < 0 || (n.groups && n.channels % n.groups))
     refuse("channels must divide into groups, got " + std::to_string(n.channels) + " and " + std::to_string(n.groups));
   if (n.has_alpha && (n.channels < 2 || n.groups != n.channels))
     refuse("a norm with alpha needs channels >= 2, each its own group, got " + std::to_string(n.channels) + " in " +
            std::to_string(n.groups) + " groups");
   if (n.by_pixel && (n.groups < 1 || n.has_alpha)) refuse("a norm by pixel needs groups >= 1 and no alpha");
-  if (n.levels < 0 || !(n.eps >= 0) || !(n.floor >= 0) || !(n.after >= 0))
-    refuse("a norm needs levels, eps, floor, after >= 0, got " + std::to_string(n.levels) + ", " + std::to_string(n.eps) + ", " +
-           std::to_string(n.floor) + ", " + std::to_string(n.after));
-  if (n.levels) set_levels(n.levels);
-  norm_tables_.emplace_back(static_cast<size_t>(std::max(n.levels, 1)) * 3 * n.channels);
+  if (!(n.eps >= 0) || !(n.floor >= 0) || !(n.after >= 0))
+    refuse("a norm's eps, floor and after must be at least 0, got " + std::to_string(n.eps) + ", " + std::to_string(n.floor) + ", " +
+           std::to_string(n.after));
+  norm_tables_.resize(norms_.size());  // drops that of a norm() that failed
+  norm_tables_.emplace_back(times(std::max(n.levels, 1), 3, n.channels));
   norms_.push_back({n.channels, n.groups, n.levels ? int64_t{3} * n.channels : 0, n.has_alpha, static_cast<float>(n.eps), nullptr,
                     n.by_pixel, n.centred, static_cast<float>(n.floor), static_cast<float>(n.after)});
+  if (n.levels) set_levels(n.levels);
   return static_cast<int>(norms_.size()) - 1;
 }
 
 int Executor::conv(const ConvShape& s) {
-  constexpr int kMost = 1 << 15;  // of a stride, a dilation or a padding: their sums stay far inside an int
-  const auto between = [](const char* name, int value, int low, int high) {
-    if (value < low || value > high)
-      refuse(std::string(name) + " must be from " + std::to_string(low) + " to " + std::to_string(high) + ", got " + std::to_string(value));
-  };
-  if (s.c_in < 1 || s.c_out < 1)
-    refuse("a convolution needs c_in, c_out >= 1, got " + std::to_string(s.c_in) + ", " + std::to_string(s.c_out));
-  between("kernel", s.kernel, 1, 7);
-  between("dilation", s.dilation, 1, kMost), between("stride", s.stride, 1, kMost), between("up", s.up, 1, 7);
-  for (const int pad : s.pad) between("padding", pad, 0, kMost);
+  static_assert(kMaxKernel * kMaxKernel == kMaxTaps);
+  const auto lock = describing("conv");
+  within("c_in", s.c_in, 1, kMaxChannels), within("c_out", s.c_out, 1, kMaxChannels);
+  within("kernel", s.kernel, 1, kMaxKernel), within("dilation", s.dilation, 1, kMaxSide), within("stride", s.stride, 1, kMaxSide);
+  within("up", s.up, 1, kMaxKernel), within("levels", s.levels, 0, kMaxLevels);
+  for (const int pad : s.pad) within("padding", pad, 0, kMaxSide);
   if (s.groups < 1 || s.c_in % s.groups || s.c_out % s.groups)
     refuse("groups must divide c_in and c_out, got " + std::to_string(s.groups) + ", " + std::to_string(s.c_in) + ", " + std::to_string(s.c_out));
   if (s.up > 1 && (s.stride != 1 || s.border != Border::zeros)) refuse("up > 1 needs stride 1 and a border of zeros");
-  if (s.levels < 0) refuse("levels must be at least 0, got " + std::to_string(s.levels));
   const bool plain = s.kernel == 3 && s.dilation == 1 && s.stride == 1 && s.up == 1 && s.groups == 1;
   if (s.pool && !(plain && std::all_of(s.pad, s.pad + 4, [](int pad) { return pad == 1; })))
     refuse("pool needs an ordinary 3x3 convolution with padding 1");
-  if (s.levels) set_levels(s.levels);
   Conv conv{};
   conv.c_in = s.c_in, conv.c_out = s.c_out, conv.kernel = s.kernel, conv.dilation = s.dilation, conv.stride = s.stride;
   conv.up = s.up, conv.groups = s.groups, conv.border = s.border, conv.pool = s.pool, conv.bias_row = s.levels;
   std::copy(s.pad, s.pad + 4, conv.pad);
   convs_.push_back(conv);
+  if (s.levels) set_levels(s.levels);
   return static_cast<int>(convs_.size()) - 1;
 }
 
 int Executor::heads(int count, int size, double scale, int memory) {
-  constexpr int kMost = 1 << 20;
-  if (count < 1 || size < 1 || memory < 0 || count > kMost || size > kMost || memory > kMost || !std::isfinite(scale))
-    refuse("attention needs heads and a head size from 1, memory from 0, each up to " + std::to_string(kMost) + ", and a finite scale, got " +
-           std::to_string(count) + ", " + std::to_string(size) + ", " + std::to_string(memory) + ", " + std::to_string(scale));
+  const auto lock = describing("heads");
+  within("heads", count, 1, kMaxChannels), within("a head's size", size, 1, kMaxChannels), within("memory", memory, 0, kMaxSide);
+  if (!std::isfinite(scale)) refuse("attention needs a finite scale, got " + std::to_string(scale));
+  tokens_.resize(heads_.size());  // drops those of a heads() that failed
+  tokens_.emplace_back(times(2, count, memory, size));
   heads_.push_back({count, size, static_cast<float>(scale), memory, nullptr});
-  tokens_.emplace_back(int64_t{2} * count * memory * size);
   return static_cast<int>(heads_.size()) - 1;
 }
 
 void Executor::embedding(int channels, int height, int width, int patch, const std::vector<int>& octaves) {
-  if (channels < 1 || height < 1 || width < 1 || patch < 1 || height % patch || width % patch)
-    refuse("an embedding needs channels, height, width >= 1 and a patch that divides them, got " + std::to_string(channels) + ", " +
-           std::to_string(height) + ", " + std::to_string(width) + " and " + std::to_string(patch));
-  if (static_cast<int>(octaves.size()) > kMaxOctaves) refuse("octaves must be at most " + std::to_string(kMaxOctaves));
-  embedding_ = {channels, height, width, patch, static_cast<int>(octaves.size()), {}, nullptr};
-  for (size_t i = 0; i < octaves.size(); ++i) {
-    if (octaves[i] < 0 || octaves[i] > 30) refuse("octave n of 2^n must be from 0 to 30, got " + std::to_string(octaves[i]));
-    embedding_.octave[i] = octaves[i];
-  }
+  const auto lock = describing("embedding");
+  if (embedding_.channels) throw std::logic_error("embedding() twice");
+  check_shape("an embedding's", channels, height, width);
+  within("patch", patch, 1, std::min(height, width));
+  if (height % patch || width % patch)
+    refuse("patch must divide height and width, got " + std::to_string(patch) + " for " + std::to_string(height) + ", " + std::to_string(width));
+  within("the number of octaves", static_cast<int64_t>(octaves.size()), 0, kMaxOctaves);
+  Embedding e{channels, height, width, patch, static_cast<int>(octaves.size()), {}, nullptr};
+  for (size_t i = 0; i < octaves.size(); ++i) e.octave[i] = within("octave n of 2^n", octaves[i], 0, 30);
+  embedding_ = e;
 }
 
 // What only the layers of a gradient ask for.
@@ -166,13 +165,13 @@ void Executor::check_gradient(const Layer& l, const std::string& where) const {
     const bool known = l.activation == Activation::silu || (l.op == Op::norm_backward && l.activation == Activation::none);
     if ((l.op == Op::slope) != (norm.groups == 0) || norm.has_alpha || !known) refuse(where + "no gradient of that norm and activation");
   }
-  if (l.op == Op::slice && (l.first < 0 || l.first + tensors_[l.output].channels > tensors_[l.input].channels))
+  if (l.op == Op::slice && (l.first < 0 || int64_t{l.first} + tensors_[l.output].channels > tensors_[l.input].channels))
     refuse(where + "its input has " + std::to_string(tensors_[l.input].channels) + " channels");
   if (l.op == Op::attention_backward && tensors_[l.input].channels % (3 * backend_.width))
     refuse(where + "q, k and v need " + std::to_string(backend_.width) + " channels or multiples of it");
   const Embedding& e = embedding_;
   const auto embedded = [&](int id) {
-    return e.channels && sized(tensors_[id], e.channels * (1 + 2 * e.octaves) * e.patch * e.patch, e.height / e.patch, e.width / e.patch);
+    return e.channels && sized(tensors_[id], times(e.channels, 1 + 2 * e.octaves, e.patch, e.patch), e.height / e.patch, e.width / e.patch);
   };
   if ((l.op == Op::embed && !embedded(l.output)) || (l.op == Op::store_gradient && !(embedded(l.input) && embedded(l.second))))
     refuse(where + "it needs embedding() and a tensor of that shape");
@@ -191,7 +190,7 @@ void Executor::check_detail(const Layer& l, const std::string& where) const {
 }
 
 void Executor::layer(Op op, int input, int second, int output, const std::vector<Addend>& add, const Details& d) {
-  if (planned_) throw std::logic_error("layer() after plan()");
+  const auto lock = describing("layer");
   const std::string where = "layer " + std::to_string(layers_.size()) + ": ";
   const auto is_index = [](int i, size_t n) { return i >= 0 && i < static_cast<int>(n); };
   const Takes takes = what_it_takes(op);
@@ -231,8 +230,10 @@ void check_size(const char* name, int64_t size, int64_t want) {
 }  // namespace
 
 void Executor::set_conv(int index, Array weight, Array bias) {
-  const Conv& c = convs_.at(index);
-  if (!planned_ || !c.weights) throw std::logic_error("set_conv() before plan(), or of a convolution that no layer uses");
+  const auto lock = alone();
+  Conv& c = convs_.at(index);
+  if (state_ != State::planned || !weights_[index].size())
+    throw std::logic_error("set_conv() before plan(), or of a convolution that no layer uses");
   check_size("weight", weight.size, static_cast<int64_t>(c.c_out) * (c.c_in / c.groups) * c.kernel * c.kernel);
   Buffer& kept = biases_[index];
   const int64_t rows = c.bias_row ? kept.size() / c.bias_row : 1;
@@ -247,34 +248,44 @@ void Executor::set_conv(int index, Array weight, Array bias) {
   if (last) pack_last(c, padded, weight.data, weights_[index].data());
   else if (c.depthwise) pack_depthwise(c, padded, weight.data, weights_[index].data());
   else pack(c, c.vectors * backend_.width, weight.data, weights_[index].data());
+  c.weights = weights_[index].data(), c.bias = biases_[index].data();
 }
 
 void Executor::set_heads(int index, Array tokens) {
+  const auto lock = alone();
   Buffer& kept = tokens_.at(index);
   check_size("tokens", tokens.size, kept.size());
   std::copy(tokens.data, tokens.data + tokens.size, kept.data());
+  heads_[index].tokens = kept.data();
 }
 
 void Executor::set_norm(int index, Array table) {
-  std::vector<float>& kept = norm_tables_.at(index);
+  const auto lock = alone();
+  Norm& norm = norms_.at(index);
+  std::vector<float>& kept = norm_tables_[index];
   check_size("table", table.size, static_cast<int64_t>(kept.size()));
   std::copy(table.data, table.data + table.size, kept.begin());
+  norm.table = kept.data();
 }
 
 void Executor::set_sigmas(Array sigmas) {
+  const auto lock = alone();
   if (sigmas.size < 1 || (!sigmas_.empty() && sigmas.size != static_cast<int64_t>(sigmas_.size())))
     refuse("sigmas must have " + (sigmas_.empty() ? "at least 1 float" : std::to_string(sigmas_.size()) + " floats") +
            ", got " + std::to_string(sigmas.size));
+  const int64_t levels = within("the number of sigmas", sigmas.size, 1, kMaxLevels);
   sigmas_.assign(sigmas.data, sigmas.data + sigmas.size);
-  set_levels(sigmas.size);
+  set_levels(levels);
 }
 
 void Executor::set_embedding(const double* table, int64_t size) {
+  const auto lock = alone();
   if (size < 5 || size % 5 || (!embedding_table_.empty() && size != static_cast<int64_t>(embedding_table_.size())))
     refuse("the table of an embedding must have 5 numbers a level, as many as before, got " + std::to_string(size));
+  const int64_t levels = within("the levels of an embedding", size / 5, 1, kMaxLevels);
   embedding_table_.assign(table, table + size);
   embedding_.table = embedding_table_.data();
-  set_levels(size / 5);
+  set_levels(levels);
 }
 
 void Executor::set_levels(int64_t levels) { levels_ = static_cast<int>(levels_ ? std::min<int64_t>(levels_, levels) : levels); }

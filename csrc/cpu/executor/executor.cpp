@@ -4,12 +4,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <climits>
 #include <cmath>
 #include <new>
 #include <stdexcept>
 #include <thread>
 
 #include "cpu/executor/internal.h"
+#include "cpu/executor/sizes.h"
 #include "cpu/pool.h"
 #include "update.h"
 
@@ -67,10 +69,36 @@ struct Executor::Team {
 
 Executor::Executor(int batch, Precision precision)
     : batch_(batch), precision_(precision), backend_(SGM_PICK(executor_backend)()) {
-  if (batch < 1) refuse("batch must be at least 1, got " + std::to_string(batch));
+  within("batch", batch, 1, INT_MAX);
 }
 
 Executor::~Executor() = default;
+
+std::unique_lock<std::mutex> Executor::alone() const {
+  std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+  if (!lock) refuse_fork(), lock.lock();  // in a forked child, who holds it may be gone
+  return lock;
+}
+
+std::unique_lock<std::mutex> Executor::describing(const char* method) {
+  auto lock = alone();
+  if (state_ != State::open) throw std::logic_error(std::string(method) + "() after plan()");
+  return lock;
+}
+
+std::unique_lock<std::mutex> Executor::running() {
+  auto lock = alone();
+  if (state_ != State::planned) throw std::logic_error("run before plan(), or after one that failed");
+  if (complete_) return lock;
+  if (embedding_.channels && !embedding_.table) throw std::logic_error("run before set_embedding()");
+  for (const Layer& l : layers_) {
+    if (l.conv >= 0 && !convs_[l.conv].weights) throw std::logic_error("run before set_conv() of convolution " + std::to_string(l.conv));
+    if (l.heads >= 0 && heads_[l.heads].memory && !heads_[l.heads].tokens) throw std::logic_error("run before set_heads() of heads " + std::to_string(l.heads));
+    if (l.norm >= 0 && !norms_[l.norm].table) throw std::logic_error("run before set_norm() of norm " + std::to_string(l.norm));
+  }
+  complete_ = true;
+  return lock;
+}
 
 void Executor::check_level(int64_t level, const char* name, int64_t index) const {
   if (levels_ && (level < 0 || level >= levels_))
@@ -86,11 +114,14 @@ void Executor::check_chain(const Chain& chain, int64_t steps) const {
     if (convs_[last.conv].c_out != x.channels || score.height != x.height || score.width != x.width) refuse("the score must have the shape of x");
   }
   for (int b = 0; b < chain.slots; ++b) {
-    const int64_t end = std::min(chain.stop[b], chain.row[b] + steps);
-    if (chain.row[b] < end && (chain.row[b] < 0 || end > chain.rows))
-      throw std::out_of_range("slot " + std::to_string(b) + " would run rows " + std::to_string(chain.row[b]) + " to " +
-                              std::to_string(end - 1) + ", but the table has rows 0 to " + std::to_string(chain.rows - 1));
-    for (int64_t r = chain.row[b]; r < end; ++r) {
+    const int64_t row = chain.row[b], stop = chain.stop[b];
+    if (row >= stop || steps < 1) continue;
+    const int64_t end = row < 0 ? row + 1 : row + std::min(steps, stop - row);
+    if (row < 0 || end > chain.rows)
+      throw std::out_of_range("slot " + std::to_string(b) + " would run rows " + std::to_string(row) + " to " + std::to_string(end - 1) +
+                              ", but the table has rows 0 to " + std::to_string(chain.rows - 1));
+    check_sample_id(b, chain.sample_id[b]);
+    for (int64_t r = row; r < end; ++r) {
       check_level(chain.level[r], "level", r);
       if (!chain.previous && chain.coef[4 * r + 3] != 0) refuse("coef[" + std::to_string(r) + "] has d != 0, but previous is absent");
     }
@@ -108,13 +139,11 @@ Tensor Executor::sample() const {
   return {embedding_.channels, 0, embedding_.height, embedding_.width, 0, -1};
 }
 
-void Executor::prepare_teams(int images) {
-  const int threads = num_threads();
+void Executor::prepare_teams(int images, int threads) {
   const int teams = std::min(threads, images), size = threads / teams;
-  const int capacity = std::min((std::max(images, batch_) + teams - 1) / teams, kMicroBatch);
+  const int capacity = static_cast<int>(std::min<int64_t>((int64_t{std::max(images, batch_)} + teams - 1) / teams, kMicroBatch));
   if (static_cast<int>(teams_.size()) >= teams && team_size_ == size && team_capacity_ >= capacity) return;
   teams_.clear();
-  team_size_ = size, team_capacity_ = capacity;
   int64_t planes = matrices_size_, products = scores_size_, rows = 0, affine = 0;
   for (const Layer& layer : layers_) {
     if (layer.input < 0) continue;
@@ -127,42 +156,44 @@ void Executor::prepare_teams(int images) {
       int strip = 0;
       for (int i = 0; i < c.strip_count; ++i) strip = std::max(strip, c.strips[i].tiles);
       const int64_t tiles = std::min(std::max(kTileFloats / in.padded, strip), capacity * c.tiles);
-      planes = std::max(planes, kPoints * (tiles * in.padded + 32));
-      products = std::max(products, kPoints * (tiles * c.vectors * backend_.width + 16));
+      planes = std::max(planes, times(kPoints, times(tiles, in.padded) + 32));
+      products = std::max(products, times(kPoints, times(tiles, c.vectors, backend_.width) + 16));
     } else {
       const int64_t height = in.height + c.rim[kTop] + c.rim[kBottom], width = in.width + c.rim[kLeft] + c.rim[kRight];
-      planes = std::max(planes, capacity * height * width * in.padded);
+      planes = std::max(planes, times(capacity, height, width, in.padded));
     }
   }
   const int64_t aligned_rows = round_up(rows, 16) + 16, aligned_products = round_up(products, 16) + 16;
-  const int64_t affine_floats = kAffineRows * capacity * affine;
+  const int64_t affine_floats = times(kAffineRows, capacity, affine);
+  std::vector<std::unique_ptr<Team>> made;
   for (int i = 0; i < teams; ++i) {
     auto team = std::make_unique<Team>(size);
     Workspace& w = team->workspace;
     w.capacity = capacity, w.tile_capacity = kTileFloats;
-    w.arena = team->allocate(arena_size_ * capacity);
-    w.moments = team->allocate(moments_size_ * capacity);
+    w.arena = team->allocate(times(arena_size_, capacity));
+    w.moments = team->allocate(times(moments_size_, capacity));
     w.planes = w.padded = team->allocate(planes);
     w.products = team->allocate(aligned_products * size), w.products_stride = aligned_products;
     w.rows = team->allocate(aligned_rows * size), w.rows_stride = aligned_rows;
     w.affine = team->allocate(affine_floats * size), w.affine_stride = affine_floats;
-    teams_.push_back(std::move(team));
+    made.push_back(std::move(team));
   }
+  teams_ = std::move(made), team_size_ = size, team_capacity_ = capacity;
 }
 
 // Splits the samples over teams and each team's share into micro-batches: body(team, member, first, last) for each.
 template <class Body>
 void Executor::run_teams(int samples, const Body& body) {
-  if (!planned_) throw std::logic_error("run before plan()");
-  if (embedding_.channels && !embedding_.table) throw std::logic_error("run before set_embedding()");
   if (samples < 1) return;
-  prepare_teams(samples);
+  within("images", samples, 1, INT_MAX - kMicroBatch);
+  Hold pool;
+  prepare_teams(samples, pool.threads());
   struct Job {
     Executor& executor;
     const Body& body;
     int samples, teams;
-  } job{*this, body, samples, std::min(num_threads(), samples)};
-  run_workers(job.teams * team_size_, [](void* context, int worker) {
+  } job{*this, body, samples, std::min(pool.threads(), samples)};
+  pool.run(job.teams * team_size_, [](void* context, int worker) {
     const Job& j = *static_cast<Job*>(context);
     const int size = j.executor.team_size_, index = worker / size;
     Team& team = *j.executor.teams_[index];
@@ -173,6 +204,7 @@ void Executor::run_teams(int samples, const Body& body) {
 }
 
 void Executor::run(const float* x, const int64_t* level, float* score, int images) {
+  const auto lock = running();
   for (int i = 0; i < images; ++i) check_level(level[i], "level", i);
   const Program program = this->program();
   run_teams(images, [&](Team& team, const Member& member, int first, int last) {
@@ -196,6 +228,7 @@ float inverse_rms(const float* score, int64_t n) {
 }  // namespace
 
 void Executor::run_steps(const Chain& chain, int64_t steps, const std::function<bool()>& stop_requested) {
+  const auto lock = running();
   check_chain(chain, steps);
   const Program program = this->program();
   const Tensor sample = this->sample();
@@ -244,6 +277,7 @@ void Executor::run_steps(const Chain& chain, int64_t steps, const std::function<
 }
 
 int64_t Executor::bytes() const {
+  const auto lock = alone();
   int64_t floats = 0;
   for (const Buffer& b : weights_) floats += b.size();
   for (const Buffer& b : biases_) floats += b.size();
@@ -255,6 +289,7 @@ int64_t Executor::bytes() const {
 }
 
 std::string Executor::algorithm(int index) const {
+  const auto lock = alone();
   const Conv& c = convs_.at(index);
   return std::string(c.winograd ? "winograd" : c.depthwise ? "depthwise" : "direct") + (c.bf16 ? " bfloat16" : " float32");
 }

@@ -5,10 +5,13 @@
 //   set_conv(), set_norm(), set_sigmas() …         copy and pack parameters; call again after they changed
 //   run()                                          x, level → score
 //
-// Nothing is allocated by run() once it has run with the current number of threads.
+// Nothing is allocated by run() once it has run with the current number of threads. Every method may be called from any
+// thread: one call at a time has the executor, others wait. After an error the next call is right, but for a plan() that
+// failed: its executor does nothing.
 #pragma once
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string>
 #include <utility>
@@ -124,6 +127,11 @@ class Executor {
 
  private:
   struct Team;
+  enum class State { open, failed, planned };
+  std::unique_lock<std::mutex> alone() const;
+  std::unique_lock<std::mutex> describing(const char* method);  // throws std::logic_error unless the state is open
+  std::unique_lock<std::mutex> running();                       // throws std::logic_error unless all is planned and set
+  void check_ends() const;
   void check_gradient(const Layer& layer, const std::string& where) const;
   void check_detail(const Layer& layer, const std::string& where) const;
   void plan_conv(const Layer& layer, bool loaded);
@@ -136,14 +144,16 @@ class Executor {
   Tensor sample() const;
   template <class Body>
   void run_teams(int samples, const Body& body);
-  void prepare_teams(int images);
+  void prepare_teams(int images, int threads);
   bool prefers_winograd(const Conv& conv, int height, int width) const;
 
   const int batch_;
   const Precision precision_;
   const Backend backend_;
   int levels_ = 0;  // 0: no layer depends on the level
-  bool planned_ = false;
+  State state_ = State::open;
+  bool complete_ = false;     // every weight is set
+  mutable std::mutex mutex_;  // taken before the pool's
 
   std::vector<Tensor> tensors_;
   std::vector<Layer> layers_;

@@ -2,6 +2,9 @@
 
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
+
+#include "cpu/pool.h"
 
 namespace sgm::executor {
 namespace {
@@ -28,51 +31,70 @@ struct WeightTransform {
   }
 };
 
-void transform_winograd(const float* w, double* out) {  // [3][3] → [6][6] = G w Gᵀ
+constexpr int kColumns = 64;  // the most output channels of a block: 4 vectors of 16
+
+using Row = double[kColumns];  // one number for each output channel of a block
+
+void transform_winograd(const Row* w, int columns, Row* out) {  // [3][3] → [6][6] = G w Gᵀ
   static const WeightTransform transform;
   const auto& g = transform.g;
-  double half[6][3];
+  Row half[6][3];
   for (int i = 0; i < 6; ++i)
-    for (int c = 0; c < 3; ++c) half[i][c] = g[i][0] * w[c] + g[i][1] * w[3 + c] + g[i][2] * w[6 + c];
+    for (int c = 0; c < 3; ++c)
+      for (int k = 0; k < columns; ++k) half[i][c][k] = g[i][0] * w[c][k] + g[i][1] * w[3 + c][k] + g[i][2] * w[6 + c][k];
   for (int i = 0; i < 6; ++i)
-    for (int j = 0; j < 6; ++j) out[6 * i + j] = half[i][0] * g[j][0] + half[i][1] * g[j][1] + half[i][2] * g[j][2];
+    for (int j = 0; j < 6; ++j)
+      for (int k = 0; k < columns; ++k)
+        out[6 * i + j][k] = half[i][0][k] * g[j][0] + half[i][1][k] * g[j][1] + half[i][2][k] * g[j][2];
 }
 
-void widen_for_pool(const float* w, double* out) {  // [3][3] → [4][4]: the mean of its four shifts
-  for (int i = 0; i < 16; ++i) out[i] = 0;
+void widen_for_pool(const Row* w, int columns, Row* out) {  // [3][3] → [4][4]: the mean of its four shifts
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < columns; ++k) out[i][k] = 0;
   for (int shift = 0; shift < 4; ++shift)
     for (int r = 0; r < 3; ++r)
-      for (int c = 0; c < 3; ++c) out[(r + shift / 2) * 4 + c + shift % 2] += 0.25 * w[3 * r + c];
+      for (int c = 0; c < 3; ++c)
+        for (int k = 0; k < columns; ++k) out[(r + shift / 2) * 4 + c + shift % 2][k] += 0.25 * w[3 * r + c][k];
+}
+
+// The kernel from channel c of those that a block sums to output channel k; null: zeros.
+const float* source(const Conv& conv, const float* weight, int block, int k, int c) {
+  const int of_group = conv.c_in / conv.groups, own = conv.first[block] + c - k / (conv.c_out / conv.groups) * of_group;
+  if (k >= conv.c_out || own < 0 || own >= of_group) return nullptr;
+  return weight + (static_cast<int64_t>(k) * of_group + own) * conv.kernel * conv.kernel;
+}
+
+// The kernels of input channel c to every output channel of a block.
+void pack_block(const Conv& conv, int columns, const float* weight, float* packed, int block, int c) {
+  const int source_taps = conv.kernel * conv.kernel, taps = conv.winograd ? kPoints : conv.tap_count;
+  Row given[kMaxTaps], made[kPoints];  // a widened kernel has 16 taps, fewer than kPoints
+  for (int column = 0; column < columns; ++column) {
+    const float* w = source(conv, weight, block, block * columns + column, c);
+    for (int t = 0; t < source_taps; ++t) given[t][column] = w ? w[t] : 0;
+  }
+  const Row* values = conv.winograd || conv.pool ? made : given;
+  if (conv.winograd) transform_winograd(given, columns, made);
+  else if (conv.pool) widen_for_pool(given, columns, made);
+  for (int t = 0; t < taps; ++t) {
+    const int64_t tap = static_cast<int64_t>(block) * taps + t;
+    if (conv.bf16) {
+      uint16_t* out = reinterpret_cast<uint16_t*>(packed) + (tap * (conv.c_step / 2) + c / 2) * columns * 2 + c % 2;
+      for (int k = 0; k < columns; ++k) out[2 * k] = to_bf16(static_cast<float>(values[t][k]));
+    } else {
+      float* out = packed + (tap * conv.c_step + c) * columns;
+      for (int k = 0; k < columns; ++k) out[k] = static_cast<float>(values[t][k]);
+    }
+  }
 }
 
 }  // namespace
 
 void pack(const Conv& conv, int columns, const float* weight, float* packed) {
-  const int source_taps = conv.kernel * conv.kernel, taps = conv.winograd ? kPoints : conv.tap_count;
-  static_assert(kMaxTaps >= kPoints);
-  double values[kMaxTaps];
-  for (int block = 0; block < conv.blocks; ++block)
-    for (int c = 0; c < conv.c_step; ++c)
-      for (int column = 0; column < columns; ++column) {
-        const int k = block * columns + column, of_group = conv.c_in / conv.groups;
-        const int own = conv.first[block] + c - k / (conv.c_out / conv.groups) * of_group;  // channel of its group
-        if (k >= conv.c_out || own < 0 || own >= of_group) {
-          for (int t = 0; t < taps; ++t) values[t] = 0;
-        } else {
-          const float* w = weight + (static_cast<int64_t>(k) * of_group + own) * source_taps;
-          if (conv.winograd) transform_winograd(w, values);
-          else if (conv.pool) widen_for_pool(w, values);
-          else
-            for (int t = 0; t < taps; ++t) values[t] = w[t];
-        }
-        for (int t = 0; t < taps; ++t) {
-          const int64_t tap = static_cast<int64_t>(block) * taps + t;
-          const float value = static_cast<float>(values[t]);
-          if (conv.bf16)
-            reinterpret_cast<uint16_t*>(packed)[((tap * (conv.c_step / 2) + c / 2) * columns + column) * 2 + c % 2] = to_bf16(value);
-          else packed[(tap * conv.c_step + c) * columns + column] = value;
-        }
-      }
+  if (columns > kColumns) throw std::logic_error("pack: a block of more than 64 output channels");
+  parallel_for(static_cast<int64_t>(conv.blocks) * conv.c_step, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      pack_block(conv, columns, weight, packed, static_cast<int>(i / conv.c_step), static_cast<int>(i % conv.c_step));
+  });
 }
 
 void pack_depthwise(const Conv& conv, int padded, const float* weight, float* packed) {

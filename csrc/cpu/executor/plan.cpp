@@ -4,6 +4,7 @@
 
 #include "cpu/executor/executor.h"
 #include "cpu/executor/internal.h"
+#include "cpu/executor/sizes.h"
 #include "cpu/pool.h"
 
 namespace sgm::executor {
@@ -93,7 +94,7 @@ bool Executor::prefers_winograd(const Conv& conv, int height, int width) const {
 // The algorithm of a layer's convolution, and room for its weights.
 void Executor::plan_conv(const Layer& layer, bool loaded) {
   Conv& c = convs_[layer.conv];
-  if (c.weights) refuse("a convolution is used by two layers");
+  if (weights_[layer.conv].size()) refuse("a convolution is used by two layers");
   const Tensor& in = tensors_[layer.input];
   const bool last = layer.op == Op::store;
   const int team = std::max(1, num_threads() / batch_), width = backend_.width;
@@ -127,12 +128,10 @@ void Executor::plan_conv(const Layer& layer, bool loaded) {
   const int64_t taps = c.winograd ? kPoints : c.tap_count;
   const int64_t columns = last ? c.c_out : c.depthwise ? 1 : static_cast<int64_t>(c.blocks) * c.vectors * width;
   const int64_t channels = last || c.depthwise ? in.padded : c.c_step;
-  weights_[layer.conv] = Buffer(taps * channels * columns / (c.bf16 ? 2 : 1) + width);
+  weights_[layer.conv] = Buffer(times(taps, channels, columns) / (c.bf16 ? 2 : 1) + width);
   const int64_t row = round_up(c.c_out, backend_.max_vectors * width), rows = c.bias_row ? c.bias_row : 1;
-  biases_[layer.conv] = Buffer(rows * row);
+  biases_[layer.conv] = Buffer(times(rows, row));
   if (c.bias_row) c.bias_row = row;
-  c.weights = weights_[layer.conv].data();
-  c.bias = biases_[layer.conv].data();
 }
 
 // Room for the statistics that a layer reads, and for the matrices of an attention.
@@ -143,34 +142,50 @@ void Executor::plan_memory(const Layer& layer) {
   if (layer.op == Op::attention_backward) {
     const Tensor& in = tensors_[layer.input];
     const int64_t pixels = static_cast<int64_t>(in.height) * in.width, line = round_up(pixels, width) + width;
-    matrices_size_ = std::max(matrices_size_, 2 * (in.channels / 3 + pixels) * line);
+    matrices_size_ = std::max(matrices_size_, times(2, in.channels / 3 + pixels, line));
   }
   if (layer.heads < 0) return;
   const Heads& heads = heads_[layer.heads];
   const Tensor& in = tensors_[layer.input];
   const int64_t keys = heads.memory + static_cast<int64_t>(in.height) * in.width, columns = round_up(heads.size, width);
-  scores_size_ = std::max(scores_size_, layer.op == Op::attention ? heads.size * (3 * kQueryVectors * width + 1)
-                                                                  : columns * (2 * keys + heads.size) + (heads.size + columns) * kQueryVectors * width);
+  scores_size_ = std::max(scores_size_, layer.op == Op::attention ? times(heads.size, 3 * kQueryVectors * width + 1)
+                                                                  : times(columns, 2 * keys + heads.size + 2 * kQueryVectors * width));
 }
 
-void Executor::plan() {
-  if (planned_) throw std::logic_error("plan() twice");
-  planned_ = true;
-  for (auto* buffers : {&weights_, &biases_}) buffers->resize(convs_.size());
-  strips_.resize(convs_.size()), taps_.resize(convs_.size()), phases_.resize(convs_.size()), firsts_.resize(convs_.size());
-  std::vector<bool> loaded(tensors_.size());
-
+// One layer writes the score, the last, and what reads x reads all of it.
+void Executor::check_ends() const {
   const auto ends = [&](Op first, Op last) { return layers_.front().op == first && layers_.back().op == last; };
   if (layers_.empty() || !(ends(Op::load, Op::store) || ends(Op::embed, Op::store_gradient)))
     refuse("the first layer must be a load and the last a store, or an embed and a store_gradient");
+  const Tensor x = sample();
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const Layer& l = layers_[i];
+    if ((l.op == Op::store || l.op == Op::store_gradient) && i + 1 < layers_.size())
+      refuse("layer " + std::to_string(i) + ": only the last layer may store the score");
+    if (l.op != Op::load && l.op != Op::embed) continue;
+    const Tensor& t = tensors_[l.output];
+    if (l.op != layers_[0].op || (l.op == Op::load && (t.channels != x.channels || t.height != x.height || t.width != x.width)))
+      refuse("layer " + std::to_string(i) + ": it must read x as the first layer does, in the same shape");
+  }
+}
+
+void Executor::plan() {
+  const auto lock = describing("plan");
+  check_ends();
+  state_ = State::failed;  // until the end
+  weights_.resize(convs_.size()), biases_.resize(convs_.size());
+  strips_.resize(convs_.size()), taps_.resize(convs_.size()), phases_.resize(convs_.size()), firsts_.resize(convs_.size());
+  std::vector<bool> loaded(tensors_.size()), unmeasured(tensors_.size());
   for (const Layer& layer : layers_) {
     if (layer.op == Op::load || layer.op == Op::embed) loaded[layer.output] = true;
+    if (layer.norm >= 0 && norms_[layer.norm].groups && !norms_[layer.norm].by_pixel && unmeasured[layer.input])
+      refuse("a norm of what norm_backward or attention_backward wrote, which keep no statistics");
+    if (layer.op == Op::norm_backward || layer.op == Op::attention_backward) unmeasured[layer.output] = true;
     plan_memory(layer);
     if (layer.conv >= 0) plan_conv(layer, loaded[layer.input]);
   }
-  for (size_t i = 0; i < norms_.size(); ++i) norms_[i].table = norm_tables_[i].data();
-  for (size_t i = 0; i < heads_.size(); ++i) heads_[i].tokens = tokens_[i].data();
   plan_arena();
+  state_ = State::planned;
 }
 
 // Each tensor takes the lowest place that is free from its first layer to its last.
@@ -194,7 +209,7 @@ void Executor::plan_arena() {
     if (id < 0) continue;
     if (placed[id]) refuse("layer " + std::to_string(i) + " writes a tensor for the second time");
     Tensor& t = tensors_[id];
-    const int64_t size = round_up(static_cast<int64_t>(t.padded) * t.height * t.width, 16) + 16;
+    const int64_t size = round_up(times(t.padded, t.height, t.width), 16) + 16;
     std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.begin < b.begin; });
     int64_t begin = 0;
     for (const Place& p : places) {
@@ -204,7 +219,7 @@ void Executor::plan_arena() {
     t.offset = begin;
     placed[id] = true;
     places.push_back({begin, begin + size, last_use[id]});
-    arena_size_ = std::max(arena_size_, begin + size);
+    arena_size_ = std::max(arena_size_, times(begin + size));
     if (t.moments == 0) {
       t.moments = moments_size_;
       moments_size_ += kMomentRows * t.padded;

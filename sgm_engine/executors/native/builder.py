@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from sgm_engine import _C
 from sgm_engine.executors.native.kernel import Kernel
 from sgm_engine.executors.native.norm import Norm, Table, Unsupported, norm_of
 from sgm_engine.executors.native.weights import Packed, as_float32, given
+from sgm_engine.kernels.digest import digests
 
 # "direct" and "winograd" are float32 by one algorithm wherever it applies, "float32" by the cheaper of the two a layer.
 PRECISIONS = ("float32", "bfloat16", "direct", "winograd")
@@ -62,10 +63,15 @@ class Builder:
         self.native.plan()
         self.sync()
 
-    def sync(self) -> int:
-        """Pack the weights that changed since the last time; returns how many layers' they were."""
-        states: dict[int, tuple] = {}
-        return sum(w.refresh(states) for w in self.weights)
+    def sync(self, states: Mapping[int, tuple | None] | None = None, force: bool = False) -> int:
+        """Pack the weights that changed since the last time, or all; returns how many layers' they were.
+
+        states: id → what the tensor holds, where it has just been looked at.
+        """
+        states = dict(states or {})
+        others = {id(t): t for w in self.weights for t in w.tensors if t is not None and id(t) not in states}
+        states |= zip(others, digests(others.values()), strict=True)
+        return sum(w.refresh(states, force) for w in self.weights)
 
     def run(self, x: Tensor, level: Tensor, score: Tensor) -> Tensor:
         """One evaluation of x [B, C, H, W] at level [B] into score; all contiguous, nothing checked but the levels."""

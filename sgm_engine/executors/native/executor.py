@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -55,7 +58,8 @@ class NativeNetwork:
     batch: the number of images that it is tuned for; it takes any. height, width: the only image size it takes.
     precision: "float32", "bfloat16" (operands of convolutions), "direct" or "winograd": see PRECISIONS.
     channels, levels: of x, and how many; None takes ``model.shape`` and ``model.sigmas``.
-    Weights are packed copies: ``sync`` refreshes those whose parameters changed. Raises Unsupported.
+    Weights are packed copies: ``sync`` refreshes those whose parameters changed. Raises Unsupported. Threads may share
+    it: one call at a time runs, and none while weights are packed.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class NativeNetwork:
         channels: int | None = None,
         levels: int | None = None,
     ):
-        self.graph = Graph(batch, precision)
+        self.graph, self._lock = Graph(batch, precision), threading.Lock()
         if channels is None:
             channels = (getattr(model, "shape", None) or (3,))[0]
         levels = len(getattr(model, "sigmas", (0,))) if levels is None else levels
@@ -80,9 +84,13 @@ class NativeNetwork:
             self._settings = settings(model)
             self._refuse_disagreement(levels, AGREEMENT.get(precision, FLOAT32_AGREEMENT))
 
-    def sync(self) -> int:
-        """Pack the weights that changed since the last time; returns how many layers' they were."""
-        return self.graph.sync()
+    def sync(self, states: Mapping[int, tuple | None] | None = None, force: bool = False) -> int:
+        """Pack the weights that changed since the last time, or all; returns how many layers' they were.
+
+        states: id → what the tensor holds (kernels/digest.py), where it has just been looked at.
+        """
+        with self._lock:
+            return self.graph.sync(states, force)
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         if x.dim() != 4 or tuple(x.shape[1:]) != self.shape or x.dtype != torch.float32 or x.device.type != "cpu":
@@ -93,7 +101,8 @@ class NativeNetwork:
             got = f"{level.dtype} {tuple(level.shape)} on {level.device}"
             raise ValueError(f"level must be int64 [{len(x)}] on the CPU, got {got}")
         x = x.contiguous()
-        return self.graph.run(x, level.contiguous(), torch.empty_like(x))
+        with self._lock:
+            return self.graph.run(x, level.contiguous(), torch.empty_like(x))
 
     def stale(self) -> bool:
         """Whether the module has become another: an attribute that a trace takes as it stands, a hook, a layer."""
@@ -173,10 +182,11 @@ class NativeExecutor:
     def describe(self) -> str:
         return self.network.describe()
 
-    def sync_weights(self) -> None:
+    def sync_weights(self, force: bool = False) -> None:
+        states = self.source.watch.look()  # before anything is packed: a write meanwhile is seen at the next look
         if self.network.stale():
             self.bind(self.source, self.slots, self.tables)
-        self.network.sync()
+        self.network.sync(states, force)
 
     def sibling(self) -> NativeExecutor:
         return NativeExecutor()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,23 +17,15 @@ class Packed:
     pack: Callable[[], None]
     seen: tuple | None = None
 
-    def refresh(self, states: dict[int, tuple]) -> bool:
-        """Pack if a parameter changed. states: of those looked at so far, which others may hold as well."""
-        for t in self.tensors:
-            if t is not None and id(t) not in states:
-                states[id(t)] = _state(t)
-        now = tuple(states.get(id(t)) for t in self.tensors)
-        if self.seen == now:
+    def refresh(self, states: Mapping[int, tuple | None], force: bool = False) -> bool:
+        """Pack if a parameter changed, or ``force``. states: id → what it holds (kernels/digest.py), of all of them."""
+        now = tuple(states[id(t)] for t in self.tensors if t is not None)
+        if not force and self.seen == now and None not in now:
             return False
         with torch.no_grad():
             self.pack()
         self.seen = now
         return True
-
-
-def _state(t: Tensor) -> tuple:
-    """Where it is and what it holds: a version does not count what is written through ``.data``."""
-    return t.data_ptr(), t._version, t.detach().sum(dtype=torch.float64).item()
 
 
 def given(t: Tensor | None) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from sgm_engine.models.cdm.classes import SCHEDULES, NoiseClasses
 from sgm_engine.models.config import _check_plan
 
 WHOLE = ("channels", "image_size", "width", "blocks", "patch", "levels")
+MAX_BLOCKS, MAX_WIDTH = 1000, 65_536
 OPTIONAL = ("plan", "schedule_options", "attention", "fourier", "features", "baseline", "patch")
 
 
@@ -54,6 +55,11 @@ class CDMConfig:
             object.__setattr__(self, name, tuple(value))
         if not self.multipliers:
             raise ValueError("multipliers must name at least one resolution, got none")
+        if self.least_tensors > 2 * MAX_BLOCKS or self.width * max(self.multipliers) > MAX_WIDTH:
+            raise ValueError(
+                f"blocks, multipliers and width must make at most {MAX_BLOCKS} blocks of {MAX_WIDTH} channels, got "
+                f"{self.blocks} × {len(self.multipliers)} and {self.width} × {max(self.multipliers)}"
+            )
         if self.image_size % self.patch:
             raise ValueError(f"image_size must divide by patch = {self.patch}, got {self.image_size}")
         if self.schedule not in SCHEDULES:
@@ -73,6 +79,11 @@ class CDMConfig:
     @property
     def classes(self) -> NoiseClasses:
         return SCHEDULES[self.schedule](self.levels, **self.schedule_options)
+
+    @property
+    def least_tensors(self) -> int:
+        """Fewer tensors than a file of its weights has: two a block."""
+        return 2 * self.blocks * len(self.multipliers)
 
     @property
     def sigmas(self) -> tuple[float, ...]:

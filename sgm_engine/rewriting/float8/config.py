@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from sgm_engine.checks import check_int
+from sgm_engine.files.reading import parse_json
 from sgm_engine.kernels.reference import E4M3_MAX
 from sgm_engine.rewriting.acceleration import Accelerated
 from sgm_engine.rewriting.chosen_conv import ChosenConv, ConvNorm
@@ -78,7 +79,7 @@ class Float8Config:
     def from_json(cls, text: str) -> Float8Config:
         """What ``to_json`` wrote. ValueError says why a text is refused."""
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             if content.pop("format", None) != FORMAT:
                 raise ValueError(f'expected an object with "format": "{FORMAT}"')
             return cls(**content)

@@ -1,0 +1,65 @@
+"""What shared weights cost: looking at them, and packing what changed. One table: pytest bench/test_weights.py -s"""
+
+import time
+
+import pytest
+import torch
+
+from bench.common import about
+from sgm_engine import _C
+from sgm_engine.engine.engine import Engine
+from sgm_engine.executors.watch import Watch
+from sgm_engine.models import NCSN
+from sgm_engine.plans.schedule import geometric
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def least(call, before=lambda: None, rounds=5):
+    """Milliseconds of CPU time of the caller, the least of some rounds."""
+    found = []
+    for _ in range(rounds):
+        before()
+        began = time.thread_time()
+        call()
+        found.append(1000 * (time.thread_time() - began))
+    return min(found)
+
+
+def test_what_changed_weights_cost(benchmark):
+    torch.manual_seed(0)
+    model = NCSN(geometric(1, 0.01, 10), channels=3, ngf=128, image_size=32).eval()
+    parameters = list(model.parameters())
+    x, level, rows = torch.rand(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64), []
+
+    @torch.no_grad()
+    def all_change():
+        torch._foreach_mul_(parameters, 1.0001)
+
+    @torch.no_grad()
+    def one_changes():
+        model.res3[0].conv1.weight.mul_(1.0001)
+
+    watch = Watch(model)
+    rows.append(("a glance: objects, versions, optimizer steps; every chunk", least(watch.glance)))
+    look = least(watch.look)
+    rows.append(("a look: the digest of every tensor; where samples begin, and every 16 steps", look))
+    pack = {}
+    for executor, precision in (("native", "float32"), ("hybrid", "float32"), ("eager", "bfloat16")):
+        engine = Engine(model, 1, executor=executor, precision=precision)
+        sync, name = engine._executor.sync_weights, f"{executor}, {precision}"
+        sync()
+        rows.append((f"{name}: nothing changed", least(sync)))
+        rows.append((f"{name}: one convolution changed", least(sync, one_changes)))
+        pack[executor] = least(sync, all_change)
+        rows.append((f"{name}: every weight changed", pack[executor]))
+        if executor == "native":
+            evaluation = least(lambda engine=engine: engine._executor.network(x, level))
+            rows.append((f"{name}: one evaluation of one image, to compare with", evaluation))
+    benchmark.pedantic(watch.look, rounds=3)
+    benchmark.extra_info |= about() | {what: round(ms, 2) for what, ms in rows}
+    millions = sum(p.numel() for p in parameters) / 1e6
+    print(f"\n{millions:.1f} million parameters, one thread, {_C.isa()}\n\n| | CPU ms |\n|---|---|")
+    print("\n".join(f"| {what} | {ms:.2f} |" for what, ms in rows))
+    assert look < evaluation, "the check costs more than an evaluation"
+    assert pack["native"] < 12 * evaluation, "packing again costs more than it did before it was parallel"
