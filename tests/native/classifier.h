@@ -29,7 +29,7 @@ struct Classifier : Subject {
     const int planes = channels * (1 + 2 * static_cast<int>(octaves.size()));
     now = Image(planes * patch * patch, height / patch, width / patch);
     const int embedded = at = executor.tensor(now.channels, now.height, now.width);
-    executor.layer(Op::embed, -1, -1, at, {}, -1, Activation::none, -1, 1, 0);
+    executor.layer(Op::embed, -1, -1, at, {}, {});
     forward.push_back([=](const Image& u) {
       return reference::fill(Image(planes * patch * patch, height / patch, width / patch), [&](int c, int h, int w) {
         const int plane = c / (patch * patch), wave = plane / channels;
@@ -43,11 +43,11 @@ struct Classifier : Subject {
     for (int layers = random.from(1, 4); layers > 0; --layers) add_layer();
 
     std::vector<float> rows = random.normals(static_cast<size_t>(kLevels) * 3 * now.channels, 0.5f);
-    const int norm = executor.norm(now.channels, 0, kLevels, true, false, 0), count = now.channels;
+    const int norm = executor.norm({now.channels, 0, kLevels}), count = now.channels;
     int gradient = executor.tensor(now.channels, now.height, now.width);
-    executor.layer(Op::slope, at, -1, gradient, {}, norm, Activation::silu, -1, 1, 0);
+    executor.layer(Op::slope, at, -1, gradient, {}, details(norm, Activation::silu));
     for (size_t i = back.size(); i-- > 0;) gradient = back[i](gradient);
-    executor.layer(Op::store_gradient, gradient, embedded, -1, {}, -1, Activation::none, -1, 1, 0);
+    executor.layer(Op::store_gradient, gradient, embedded, -1, {}, {});
     executor.plan();
     executor.set_embedding(table.data(), static_cast<int64_t>(table.size()));
     executor.set_norm(norm, array(rows));
@@ -87,9 +87,13 @@ struct Classifier : Subject {
   int tensor(const Image& shape) { return executor.tensor(shape.channels, shape.height, shape.width); }
 
   int emit(Op op, int input, int second, const Image& shape, const std::vector<int>& add = {}, int norm = -1,
-           Activation activation = Activation::none, int conv = -1, int first = 0) {
+           Activation activation = Activation::none, int conv = -1, int first = 0, int heads = -1) {
     const int id = tensor(shape);
-    executor.layer(op, input, second, id, add, norm, activation, conv, 1, 0, first);
+    std::vector<Addend> addends;
+    for (const int a : add) addends.push_back({a, 1});
+    Details d = details(norm, activation, conv, heads);
+    d.first = first;
+    executor.layer(op, input, second, id, addends, d);
     return id;
   }
 
@@ -109,9 +113,10 @@ struct Classifier : Subject {
       for (int c = 0; c < c_in; ++c)
         for (int t = 0; t < taps; ++t) turned[(static_cast<size_t>(c) * c_out + k) * taps + t] = w[(static_cast<size_t>(k) * c_in + c) * taps + taps - 1 - t];
     reference::Norm n{c_in % 3 ? 1 : c_in / 3, 1, false, false, 0.1, random.normals(3 * c_in, 0.7f)};
-    const int norm = normed ? executor.norm(c_in, n.groups, 1, false, false, n.eps) : -1;
+    const int norm = normed ? executor.norm({c_in, n.groups, 0, false, n.eps}) : -1;
     const Activation activation = normed && random.below(4) ? Activation::silu : Activation::none;
-    const int conv = executor.conv(c_in, c_out, kernel, 1, stride, pad, false), other = executor.conv(c_out, c_in, kernel, 1, 1, pad, false);
+    const int conv = executor.conv({c_in, c_out, kernel, 1, stride, 1, 1, {pad, pad, pad, pad}});
+    const int other = executor.conv({c_out, c_in, kernel, 1, 1, 1, 1, {pad, pad, pad, pad}});
     now = Image(c_out, (in.height + stride - 1) / stride, (in.width + stride - 1) / stride);
     at = emit(Op::conv, from, -1, now, residual ? std::vector<int>{from} : std::vector<int>{}, norm, activation, conv);
     packs.push_back([=] {
@@ -121,7 +126,7 @@ struct Classifier : Subject {
     forward.push_back([=](const Image& v) {
       Image y = normed ? reference::normalise(v, n, 0) : v;
       for (double& p : y.v) p = reference::activation(activation, p);
-      y = reference::convolve(y, w, bias, kernel, 1, stride, pad);
+      y = reference::convolve(y, w, bias.data(), {c_in, c_out, kernel, 1, stride, 1, 1, {pad, pad, pad, pad}});
       if (residual)
         for (size_t j = 0; j < y.v.size(); ++j) y.v[j] += v.v[j];
       return y;
@@ -166,8 +171,9 @@ struct Classifier : Subject {
         const Image qkv = now;
         const int input = at;
         now = Image(channels, in.height, in.width);
-        at = emit(Op::attention, input, -1, now);
-        forward.push_back([=](const Image& v) { return reference::attention(v, kHead, channels); });
+        const double scale = 1 / std::sqrt(channels);
+        at = emit(Op::attention, input, -1, now, {}, -1, Activation::none, -1, 0, executor.heads(1, channels, scale, 0));
+        forward.push_back([=](const Image& v) { return reference::attention(v, {1, channels, scale, 0, {}}); });
         back.push_back([=](int g) { return emit(Op::attention_backward, input, g, qkv); });
         return;
       }

@@ -12,6 +12,7 @@
 #include <thread>
 
 #include "classifier.h"
+#include "network.h"
 #include "cpu/pool.h"
 #include "isa.h"
 #include "network.h"

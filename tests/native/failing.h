@@ -43,15 +43,12 @@ struct Executor : sgm::executor::Executor {
   using Base = sgm::executor::Executor;
   using Base::Base;
   int tensor(int channels, int height, int width) { return retried([&] { return Base::tensor(channels, height, width); }); }
-  int norm(int channels, int groups, int levels, bool per_level, bool has_alpha, double eps) {
-    return retried([&] { return Base::norm(channels, groups, levels, per_level, has_alpha, eps); });
-  }
-  int conv(int c_in, int c_out, int kernel, int dilation, int stride, int padding, bool pool) {
-    return retried([&] { return Base::conv(c_in, c_out, kernel, dilation, stride, padding, pool); });
-  }
-  void layer(sgm::executor::Op op, int input, int second, int output, const std::vector<int>& add, int norm,
-             sgm::executor::Activation activation, int conv, double scale, double shift, int first = 0) {
-    retried([&] { Base::layer(op, input, second, output, add, norm, activation, conv, scale, shift, first); });
+  int norm(const sgm::executor::NormShape& shape) { return retried([&] { return Base::norm(shape); }); }
+  int conv(const sgm::executor::ConvShape& shape) { return retried([&] { return Base::conv(shape); }); }
+  int heads(int count, int size, double scale, int memory) { return retried([&] { return Base::heads(count, size, scale, memory); }); }
+  void layer(sgm::executor::Op op, int input, int second, int output, const std::vector<sgm::executor::Addend>& add,
+             const sgm::executor::Details& details) {
+    retried([&] { Base::layer(op, input, second, output, add, details); });
   }
   void embedding(int channels, int height, int width, int patch, const std::vector<int>& octaves) {
     retried([&] { Base::embedding(channels, height, width, patch, octaves); });
@@ -71,6 +68,7 @@ struct Executor : sgm::executor::Executor {
     }
   }
   void set_conv(int conv, Array weight, Array bias) { retried([&] { Base::set_conv(conv, weight, bias); }); }
+  void set_heads(int heads, Array tokens) { retried([&] { Base::set_heads(heads, tokens); }); }
   void set_norm(int norm, Array table) { retried([&] { Base::set_norm(norm, table); }); }
   void set_embedding(const double* table, int64_t size) { retried([&] { Base::set_embedding(table, size); }); }
   void run(const float* x, const int64_t* level, float* score, int images) { retried([&] { Base::run(x, level, score, images); }); }

@@ -1,6 +1,7 @@
 // An executor that is told wrong things now and then: of a random network's description, every call may come with one of
 // its numbers replaced. It must be refused, or make a network that computes something within its buffers.
 #pragma once
+#include <algorithm>
 #include <climits>
 #include <cstdint>
 #include <random>
@@ -12,8 +13,7 @@
 
 namespace hostile {
 
-using sgm::executor::Activation;
-using sgm::executor::Op;
+using namespace sgm::executor;
 using Base = sgm::executor::Executor;
 
 inline std::mt19937 random;  // seeded by the program
@@ -32,8 +32,10 @@ struct Shape {
 
 struct Executor : Base {
   using Base::Base;
-  std::vector<Shape> tensors, convs;  // of a convolution: c_out, c_in, kernel
-  std::vector<int64_t> tables;
+  std::vector<Shape> tensors, convs;  // of a convolution: c_out, c_in / groups, taps
+  std::vector<ConvShape> shapes;
+  std::vector<int> rows;  // of a bias
+  std::vector<int64_t> tables, tokens;
   Shape x{}, score{};  // of a sample
 
   // call(true) with a wrong number now and then, unless that is refused; else call(false).
@@ -68,23 +70,30 @@ struct Executor : Base {
     });
   }
 
-  int norm(int channels, int groups, int levels, bool per_level, bool has_alpha, double eps) {
+  int norm(const NormShape& shape) {
     return either([&](bool wrong) {
-      int c = channels, g = groups, l = levels;
-      bool by_level = per_level, alpha = has_alpha;
-      if (wrong) spoil(c, g, l, by_level, alpha);
-      const int id = Base::norm(c, g, l, by_level, alpha, eps);
-      return tables.push_back(int64_t{by_level ? l : 1} * 3 * c), id;
+      NormShape s = shape;
+      if (wrong) spoil(s.channels, s.groups, s.levels, s.has_alpha, s.by_pixel);
+      const int id = Base::norm(s);
+      return tables.push_back(int64_t{std::max(s.levels, 1)} * 3 * s.channels), id;
     });
   }
 
-  int conv(int c_in, int c_out, int kernel, int dilation, int stride, int padding, bool pool) {
+  int conv(const ConvShape& shape) {
     return either([&](bool wrong) {
-      int in = c_in, out = c_out, k = kernel, d = dilation, s = stride, p = padding;
-      bool mean = pool;
-      if (wrong) spoil(in, out, k, d, s, p, mean);
-      const int id = Base::conv(in, out, k, d, s, p, mean);
-      return convs.push_back({out, in, k * k}), id;
+      ConvShape s = shape;
+      if (wrong) spoil(s.c_in, s.c_out, s.kernel, s.dilation, s.stride, s.up, s.groups, s.pad[below(4)], s.pool, s.levels);
+      const int id = Base::conv(s);
+      return convs.push_back({s.c_out, s.c_in / s.groups, s.kernel * s.kernel}), rows.push_back(std::max(s.levels, 1)), shapes.push_back(s), id;
+    });
+  }
+
+  int heads(int count, int size, double scale, int memory) {
+    return either([&](bool wrong) {
+      int n = count, s = size, m = memory;
+      if (wrong) spoil(n, s, m);
+      const int id = Base::heads(n, s, scale, m);
+      return tokens.push_back(int64_t{2} * n * s * m), id;
     });
   }
 
@@ -100,19 +109,22 @@ struct Executor : Base {
     });
   }
 
-  void layer(Op op, int input, int second, int output, const std::vector<int>& add, int norm, Activation activation, int conv,
-             double scale, double shift, int first = 0) {
+  void layer(Op op, int input, int second, int output, const std::vector<Addend>& add, const Details& details) {
     either([&](bool wrong) {
       Op o = op;
-      int in = input, two = second, out = output, n = norm, c = conv, f = first;
-      std::vector<int> a = add;
-      if (wrong && below(2)) o = static_cast<Op>(below(static_cast<int>(Op::store_gradient) + 1));
-      else if (wrong && below(4) == 0) a.push_back(below(static_cast<int>(tensors.size()) + 2) - 1);
+      int in = input, two = second, out = output;
+      Details d = details;
+      std::vector<Addend> a = add;
+      if (wrong && below(2)) o = static_cast<Op>(below(static_cast<int>(Op::channel_norm) + 1));
+      else if (wrong && below(4) == 0) a.push_back({below(static_cast<int>(tensors.size()) + 2) - 1, 1});
       else if (wrong && below(2)) in = below(static_cast<int>(tensors.size()));
-      else if (wrong) spoil(in, two, out, n, c, f);
-      Base::layer(o, in, two, out, a, n, activation, c, scale, shift, f);
+      else if (wrong) spoil(in, two, out, d.norm, d.conv, d.heads, d.first);
+      Base::layer(o, in, two, out, a, d);
       if (o == Op::load && !x.channels) x = tensors[out];
-      if (o == Op::store) score = {convs[c].channels, tensors[in].height, tensors[in].width};
+      if (o != Op::store) return;
+      const ConvShape& s = shapes[d.conv];
+      const int reach = s.dilation * (s.kernel - 1);
+      score = {s.c_out, tensors[in].height + s.pad[0] + s.pad[1] - reach, tensors[in].width + s.pad[2] + s.pad[3] - reach};
     });
   }
 
@@ -137,8 +149,12 @@ struct Executor : Base {
 
   // Of the right size, whatever they were to be.
   void set_conv(int conv, Array, Array) {
-    const std::vector<float> weight(convs.at(conv).size(), 0.1f), bias(convs[conv].channels, 0.1f);
+    const std::vector<float> weight(convs.at(conv).size(), 0.1f), bias(int64_t{rows[conv]} * convs[conv].channels, 0.1f);
     Base::set_conv(conv, {weight.data(), static_cast<int64_t>(weight.size())}, {bias.data(), static_cast<int64_t>(bias.size())});
+  }
+  void set_heads(int heads, Array) {
+    const std::vector<float> given(tokens.at(heads), 0.5f);
+    Base::set_heads(heads, {given.data(), static_cast<int64_t>(given.size())});
   }
   void set_norm(int norm, Array) {
     const std::vector<float> table(tables.at(norm), 0.5f);

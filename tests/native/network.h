@@ -1,4 +1,4 @@
-// Random networks of the layers that score networks are made of, from load to store.
+// Random networks of every layer but the gradients', and what they compute in double precision.
 #pragma once
 #include <algorithm>
 
@@ -13,6 +13,7 @@ struct Network : Subject {
   std::vector<std::vector<Image>> values;  // of those, in every image
   struct Weights {
     int conv;
+    ConvShape shape;
     std::vector<float> weight, bias;
   };
   struct Table {
@@ -22,6 +23,7 @@ struct Network : Subject {
   };
   std::vector<Weights> weights;
   std::vector<Table> tables;
+  std::vector<reference::Heads> heads;
 
   Network(unsigned seed, Precision precision)
       : Subject(seed, precision) {
@@ -35,15 +37,21 @@ struct Network : Subject {
       for (size_t j = 0; j < loaded[i].v.size(); ++j) loaded[i].v[j] = 2 * static_cast<double>(source[j]) - 1;
     }
     const int first = executor.tensor(channels, height, width);
-    executor.layer(Op::load, -1, -1, first, {}, -1, Activation::none, -1, 2, -1);
+    Details loads;
+    loads.scale = 2, loads.shift = -1;
+    executor.layer(Op::load, -1, -1, first, {}, loads);
     ids.push_back(first), values.push_back(loaded);
     for (int layers = random.from(3, 9); layers > 0; --layers) add_layer();
     int last = static_cast<int>(ids.size()) - 1;
     while (shape(last).height != height || shape(last).width != width) --last;
-    const int norm = add_norm(last), conv = add_conv(last, channels, 3, 1, 1, 1, false);
-    const auto activation = static_cast<Activation>(random.below(4));
-    executor.layer(Op::store, ids[last], -1, -1, {}, norm, activation, conv, 1, 0);
-    for (int i = 0; i < images; ++i) score.push_back(convolved(prologue(last, i, norm, activation), 3, 1, 1, 1));
+    ConvShape ends{shape(last).channels, channels, 3, 1, 1, 1, 1, {1, 1, 1, 1}, random_border(shape(last), 1)};
+    ends.levels = random.below(2) * kLevels;
+    const int norm = add_norm(last), conv = add_conv(ends);
+    const Activation activation = random_activation();
+    Details stores = details(norm, activation, conv);
+    stores.slope = reference::kSlope;
+    executor.layer(Op::store, ids[last], -1, -1, {}, stores);
+    for (int i = 0; i < images; ++i) score.push_back(convolved(prologue(last, i, norm, activation), i));
     executor.plan();
     pack();
   }
@@ -51,28 +59,64 @@ struct Network : Subject {
   void pack() {
     for (const Weights& w : weights) executor.set_conv(w.conv, array(w.weight), array(w.bias));
     for (const Table& t : tables) executor.set_norm(t.norm, array(t.norm64.table));
+    for (size_t i = 0; i < heads.size(); ++i) executor.set_heads(static_cast<int>(i), array(heads[i].tokens));
   }
 
   const Image& shape(int at) const { return values[at][0]; }
 
   int add_norm(int at) {
-    if (random.below(2)) return -1;
-    const int channels = shape(at).channels, kind = random.below(4);
+    return random.below(2) ? -1 : add_norm(at, random.below(4));
+  }
+
+  int add_norm(int at, int kind) {
+    const int channels = shape(at).channels;
     reference::Norm n{channels, kLevels, random.below(2) == 1, false, 0.1, {}};
     if (kind == 0) n.groups = 0;
     if (kind == 1) n.groups = channels % 4 == 0 ? channels / 4 : channels % 3 == 0 ? channels / 3 : 1;
     if (kind == 2) n.has_alpha = channels > 1;
     n.table = random.normals(static_cast<size_t>(n.per_level ? kLevels : 1) * 3 * channels, 0.7f);
-    tables.push_back({executor.norm(channels, n.groups, kLevels, n.per_level, n.has_alpha, n.eps), n, channels});
+    if (kind == 4) n.groups = channels % 3 ? 1 : 3, n.centred = random.below(2), n.floor = 0.2 * random.below(2), n.after = 0.2 * random.below(2);
+    tables.push_back({executor.norm({channels, n.groups, n.per_level ? kLevels : 0, n.has_alpha, n.eps, kind == 4, n.centred, n.floor, n.after}), n, channels});
     return tables.back().norm;
   }
 
-  int add_conv(int at, int c_out, int kernel, int dilation, int stride, int padding, bool pool) {
-    const int c_in = shape(at).channels, taps = kernel * kernel;
-    const float scale = 1 / std::sqrt(static_cast<float>(c_in * taps));
-    weights.push_back({executor.conv(c_in, c_out, kernel, dilation, stride, padding, pool),
-                       random.normals(static_cast<size_t>(c_in) * c_out * taps, scale), random.normals(c_out, 0.3f)});
+  int add_conv(const ConvShape& s) {
+    const int taps = s.kernel * s.kernel, of_group = s.c_in / s.groups;
+    const float scale = 1 / std::sqrt(static_cast<float>(of_group * taps));
+    weights.push_back({executor.conv(s), s, random.normals(static_cast<size_t>(of_group) * s.c_out * taps, scale),
+                       random.normals(static_cast<size_t>(std::max(s.levels, 1)) * s.c_out, 0.3f)});
     return weights.back().conv;
+  }
+
+  Activation random_activation() { return static_cast<Activation>(random.below(kActivations)); }
+
+  // One that an image of this size can be padded with by `pad`.
+  Border random_border(const Image& in, int pad) {
+    const Border border = random.below(2) ? Border::zeros : static_cast<Border>(random.below(4));
+    return pad < std::min(in.height, in.width) ? border : Border::zeros;
+  }
+
+  // A convolution of `in` that leaves something of it: ordinary, of uneven borders, strided, grouped, depthwise or transposed.
+  ConvShape random_conv(const Image& in) {
+    const int kernels[] = {1, 3, 3, 3, 3, 4, 5, 7}, dilations[] = {1, 1, 2, 4, 9};
+    ConvShape s{in.channels, random.below(2) ? in.channels : random.from(2, 37), kernels[random.below(8)]};
+    s.levels = random.below(3) ? 0 : kLevels;
+    s.dilation = s.kernel == 1 ? 1 : dilations[random.below(5)];
+    s.pool = in.height % 2 == 0 && in.width % 2 == 0 && in.height > 2 && in.width > 2 && random.below(4) == 0;
+    if (s.pool) s.kernel = 3, s.dilation = 1;
+    if (s.pool || (s.kernel == 3 && random.below(4))) {
+      std::fill_n(s.pad, 4, s.dilation);
+      s.border = random_border(in, s.dilation);
+      return s;
+    }
+    const int reach = s.dilation * (s.kernel - 1);
+    for (int& pad : s.pad) pad = random.below(reach / 2 + 2);
+    if (random.below(3) == 0 && std::max(in.height, in.width) < 10) s.up = random.from(2, 3);
+    else s.stride = random.from(1, 2), s.border = random_border(in, *std::max_element(s.pad, s.pad + 4));
+    const int kind = random.below(3);
+    if (kind == 0) s.groups = s.c_out = s.c_in;
+    if (kind == 1 && s.c_in % 2 == 0) s.groups = s.c_in % 4 ? 2 : 4, s.c_out = s.groups * random.from(1, 9);
+    return s;
   }
 
   Image prologue(int at, int image, int norm, Activation activation) const {
@@ -82,19 +126,35 @@ struct Network : Subject {
     return y;
   }
 
-  Image convolved(const Image& x, int kernel, int dilation, int stride, int padding) const {
-    return reference::convolve(x, weights.back().weight, weights.back().bias, kernel, dilation, stride, padding);
+  Image convolved(const Image& x, int image) const {
+    const Weights& w = weights.back();
+    return reference::convolve(x, w.weight, w.bias.data() + (w.shape.levels ? level[image] * w.shape.c_out : 0), w.shape);
+  }
+
+  // q, k and v of a value, normalised so that no weight is all there is.
+  void add_heads() {
+    const int at = static_cast<int>(ids.size()) - 1, count = random.from(1, 3), size = random.from(1, 21), memory = random.below(3) * random.below(5);
+    const ConvShape s{shape(at).channels, 3 * (count * size + random.below(2)), 1};
+    const int norm = add_norm(at, 1), conv = add_conv(s);
+    std::vector<Image> y;
+    for (int i = 0; i < images; ++i) y.push_back(convolved(prologue(at, i, norm, Activation::none), i));
+    push(Op::conv, ids[at], -1, y, details(norm, Activation::none, conv));
+    const bool linear = random.below(2);
+    heads.push_back({count, size, 0.7 + random.below(2), memory, random.normals(static_cast<size_t>(2) * count * memory * size, 1)});
+    const int index = executor.heads(count, size, heads.back().scale, memory);
+    for (Image& v : y) v = linear ? reference::linear_attention(v, heads.back()) : reference::attention(v, heads.back());
+    push(linear ? Op::linear_attention : Op::attention, ids.back(), -1, y, details(-1, Activation::none, -1, index));
   }
 
   void add_layer() {
-    const int at = random.below(3) ? static_cast<int>(ids.size()) - 1 : random.below(static_cast<int>(ids.size()));
+    const int at = random.below(5) ? static_cast<int>(ids.size()) - 1 : random.below(static_cast<int>(ids.size()));
     const Image in = shape(at);
-    auto activation = static_cast<Activation>(random.below(4));
+    Activation activation = random_activation();
     std::vector<Image> y;
     Op op = Op::conv;
     int norm = -1, conv = -1, second = -1;
     const bool even = in.height % 2 == 0 && in.width % 2 == 0;
-    switch (random.below(12)) {
+    switch (random.below(17)) {
       case 0:
         op = Op::activate, norm = add_norm(at);
         for (int i = 0; i < images; ++i) y.push_back(prologue(at, i, norm, activation));
@@ -123,31 +183,41 @@ struct Network : Subject {
         for (int i = 0; i < images; ++i) y.push_back(reference::concat(values[at][i], values[other][i]));
         break;
       }
-      default: {
-        const bool pool = even && in.height > 2 && in.width > 2 && random.below(5) == 0;
-        const int kernels[] = {1, 3, 3, 3, 3, 4, 5, 7}, kernel = pool ? 3 : kernels[random.below(8)];
-        const int dilations[] = {1, 1, 2, 4, 9}, dilation = pool || kernel == 1 ? 1 : dilations[random.below(5)];
-        const bool same = pool || kernel == 3 ? pool || random.below(4) > 0 : false;
-        const int padding = same ? dilation : random.below(dilation * (kernel - 1) / 2 + 1);
-        const int stride = same ? 1 : random.from(1, 2);
-        if (std::min(in.height, in.width) + 2 * padding < dilation * (kernel - 1) + 1) return;
-        norm = add_norm(at), conv = add_conv(at, random.from(2, 37), kernel, dilation, stride, padding, pool);
+      case 5: case 6: return add_heads();
+      case 7: case 8:
+        op = Op::channel_norm, norm = add_norm(at, 4);
         for (int i = 0; i < images; ++i) {
-          y.push_back(convolved(prologue(at, i, norm, activation), kernel, dilation, stride, padding));
-          if (pool) y[i] = reference::mean_pool(y[i]);
+          y.push_back(reference::normalise_pixels(values[at][i], tables.back().norm64, level[i]));
+          for (double& v : y[i].v) v = reference::activation(activation, v);
+        }
+        break;
+      default: {
+        const ConvShape s = random_conv(in);
+        const auto left = [&](int n, int pads) { return s.up * (n - 1) + 1 + pads - s.dilation * (s.kernel - 1); };
+        if (std::min(left(in.height, s.pad[kTop] + s.pad[kBottom]), left(in.width, s.pad[kLeft] + s.pad[kRight])) < 1) return;
+        norm = add_norm(at), conv = add_conv(s);
+        for (int i = 0; i < images; ++i) {
+          y.push_back(convolved(prologue(at, i, norm, activation), i));
+          if (s.pool) y[i] = reference::mean_pool(y[i]);
         }
       }
     }
-    std::vector<int> add;
+    std::vector<Addend> add;
     for (size_t other = 0; other < ids.size() && add.size() < 2; ++other)
       if (const Image& o = shape(static_cast<int>(other));
           o.channels == y[0].channels && o.height == y[0].height && o.width == y[0].width && random.below(2)) {
-        add.push_back(ids[other]);
+        const double scale = random.below(2) ? 1 : 0.75;
+        add.push_back({ids[other], scale});
         for (int i = 0; i < images; ++i)
-          for (size_t j = 0; j < y[i].v.size(); ++j) y[i].v[j] += values[other][i].v[j];
+          for (size_t j = 0; j < y[i].v.size(); ++j) y[i].v[j] += scale * values[other][i].v[j];
       }
+    push(op, ids[at], second, y, details(norm, activation, conv), add);
+  }
+
+  void push(Op op, int input, int second, const std::vector<Image>& y, Details d, const std::vector<Addend>& add = {}) {
     const int id = executor.tensor(y[0].channels, y[0].height, y[0].width);
-    executor.layer(op, ids[at], second, id, add, norm, activation, conv, 1, 0);
+    d.slope = reference::kSlope;
+    executor.layer(op, input, second, id, add, d);
     ids.push_back(id), values.push_back(y);
   }
 };

@@ -45,6 +45,12 @@ struct Subject {
   Subject(unsigned seed, Precision precision)
       : random(seed), images(random.from(1, 4)), executor(random.from(1, 4), precision) {}
 
+  static Details details(int norm, Activation activation, int conv = -1, int heads = -1) {
+    Details d;
+    d.norm = norm, d.activation = activation, d.conv = conv, d.heads = heads;
+    return d;
+  }
+
   static Executor::Array array(const std::vector<float>& v) { return {v.data(), static_cast<int64_t>(v.size())}; }
 
   std::vector<float> run() {

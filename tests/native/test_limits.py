@@ -15,28 +15,36 @@ def executor(batch=2):
     return _C.NativeExecutor(batch, _C.Precision.direct)
 
 
+def conv(e, c_in, c_out, kernel, dilation, stride, padding):
+    return e.conv(c_in, c_out, kernel, dilation, stride, 1, 1, (padding,) * 4, _C.Border.zeros, False, 0)
+
+
+def layer(e, op, x, second, out, kernel=-1, first=0):
+    e.layer(op, x, second, out, [], -1, kernel, -1, _C.Activation.none, 0, 1, 0, first)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
         (
-            lambda e: e.conv(3, 3, 65536, 1, 1, 0, False),
+            lambda e: conv(e, 3, 3, 65536, 1, 1, 0),
             "kernel must be from 1 to 7, got 65536",
         ),  # its square is 0 in 32 bits
-        (lambda e: e.conv(3, 3, 3, 1, 1, 2**30, False), "padding must not make the output larger"),
-        (lambda e: e.conv(3, 3, 3, MOST, 1, 1, False), "dilation must be from 1 to 65536"),
-        (lambda e: e.conv(3, 3, 3, 1, MOST, 1, False), "stride must be from 1 to 65536"),
-        (lambda e: e.conv(MOST, 3, 3, 1, 1, 1, False), "c_in must be from 1 to 1048576"),
-        (lambda e: e.conv(3, MOST, 3, 1, 1, 1, False), "c_out must be from 1 to 1048576"),
+        (lambda e: conv(e, 3, 3, 3, 1, 1, 2**30), "padding must be from 0 to 65536"),
+        (lambda e: conv(e, 3, 3, 3, MOST, 1, 1), "dilation must be from 1 to 65536"),
+        (lambda e: conv(e, 3, 3, 3, 1, MOST, 1), "stride must be from 1 to 65536"),
+        (lambda e: conv(e, MOST, 3, 3, 1, 1, 1), "c_in must be from 1 to 1048576"),
+        (lambda e: conv(e, 3, MOST, 3, 1, 1, 1), "c_out must be from 1 to 1048576"),
         (lambda e: e.tensor(MOST, 8, 8), "a tensor's channels must be from 1 to 1048576, got 2147483647"),
         (lambda e: e.tensor(3, MOST, 1), "a tensor's height must be from 1 to 65536"),
         (
             lambda e: e.tensor(3, 65536, 65536),
             r"a tensor's height \* width must be from 1 to 134217728, got 4294967296",
         ),
-        (lambda e: e.norm(MOST, MOST, 1, False, False, 1e-5), "a norm's channels must be from 1 to 1048576"),
-        (lambda e: e.norm(8, 8, MOST, True, False, 1e-5), "a norm's levels must be from 1 to 16777216"),
-        (lambda e: e.norm(2**20, 1, 2**24, True, False, 1e-5), "the network is too large"),
-        (lambda e: e.norm(8, 8, 1, False, False, float("nan")), "eps must be at least 0, got nan"),
+        (lambda e: e.norm(MOST, MOST, 0, False, 1e-5), "a norm's channels must be from 1 to 1048576"),
+        (lambda e: e.norm(8, 8, MOST, False, 1e-5), "a norm's levels must be from 0 to 16777216"),
+        (lambda e: e.norm(2**20, 1, 2**24, False, 1e-5), "the network is too large"),
+        (lambda e: e.norm(8, 8, 0, False, float("nan")), "eps, floor and after must be at least 0, got nan"),
         (lambda e: e.embedding(MOST, 8, 8, 1, []), "an embedding's channels must be from 1"),
         (lambda e: e.embedding(1, 8, 8, 1, [0] * 17), "the number of octaves must be from 0 to 16, got 17"),
         (lambda e: (e.embedding(1, 8, 8, 1, []), e.embedding(1, 64, 64, 1, [])), r"embedding\(\) twice"),
@@ -52,7 +60,7 @@ def test_a_slice_beyond_the_end_of_32_bits():
     e = executor()
     x, y = e.tensor(16, 4, 4), e.tensor(8, 4, 4)
     with pytest.raises(ValueError, match="its input has 16 channels"):
-        e.layer(_C.Op.slice, x, -1, y, [], -1, _C.Activation.none, -1, 1, 0, MOST)
+        layer(e, _C.Op.slice, x, -1, y, first=MOST)
 
 
 def small(batch=2, channels=1):
@@ -108,9 +116,9 @@ def described(e, *ops):
     last = -1
     for op in ops:
         end = op == _C.Op.store
-        conv = e.conv(1, 1, 1, 1, 1, 0, False) if end or op == _C.Op.conv else -1
+        kernel = conv(e, 1, 1, 1, 1, 1, 0) if end or op == _C.Op.conv else -1
         out = -1 if end else e.tensor(1, 4, 4)
-        e.layer(op, -1 if op == _C.Op.load else last, -1, out, [], -1, _C.Activation.none, conv, 1, 0)
+        layer(e, op, -1 if op == _C.Op.load else last, -1, out, kernel)
         last = last if end else out
     return e
 
@@ -124,10 +132,9 @@ def test_an_executor_whose_plan_failed_does_nothing():
         e.run(x.data_ptr(), x.data_ptr(), x.data_ptr(), 1)
     e = executor()
     a, b, out = (e.tensor(1, 4, 4) for _ in range(3))
-    none = (-1, _C.Activation.none)
-    e.layer(_C.Op.load, -1, -1, a, [], *none, -1, 1, 0)
-    e.layer(_C.Op.concat, a, b, e.tensor(2, 4, 4), [], *none, -1, 1, 0)  # nothing wrote b
-    e.layer(_C.Op.store, a, -1, out, [], *none, e.conv(1, 1, 1, 1, 1, 0, False), 1, 0)
+    layer(e, _C.Op.load, -1, -1, a)
+    layer(e, _C.Op.concat, a, b, e.tensor(2, 4, 4))  # nothing wrote b
+    layer(e, _C.Op.store, a, -1, out, conv(e, 1, 1, 1, 1, 1, 0))
     with pytest.raises(ValueError, match="reads a tensor that no layer wrote"):
         e.plan()
     for call in (e.plan, lambda: e.tensor(1, 4, 4), lambda: e.run(x.data_ptr(), x.data_ptr(), x.data_ptr(), 1)):
@@ -148,8 +155,8 @@ def test_what_reads_x_or_writes_the_score_beyond_its_end():
         described(executor(), _C.Op.load, store, store).plan()
     e = executor()
     for size in (4, 64):
-        e.layer(_C.Op.load, -1, -1, e.tensor(1, size, size), [], -1, _C.Activation.none, -1, 1, 0)
-    e.layer(store, 0, -1, -1, [], -1, _C.Activation.none, e.conv(1, 1, 1, 1, 1, 0, False), 1, 0)
+        layer(e, _C.Op.load, -1, -1, e.tensor(1, size, size))
+    layer(e, store, 0, -1, -1, conv(e, 1, 1, 1, 1, 1, 0))
     with pytest.raises(ValueError, match="read x as the first layer does"):
         e.plan()
 

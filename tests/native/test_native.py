@@ -378,7 +378,10 @@ def test_bad_calls():
         (lambda: NativeNetwork(model, 2, 8, 8, "half"), "precision must be one of"),
         (lambda: NativeNetwork(nn.Conv2d(1, 1, 3), 2, 8, 8), "Conv2d"),
         (lambda: run_layers(lambda g, v: g.conv(v, nn.Conv2d(1, 1, 9)), x), "up to 7×7"),
-        (lambda: run_layers(lambda g, v: g.conv(v, nn.Conv2d(1, 1, 3, groups=1, padding=2)), x), "do not enlarge"),
+        (
+            lambda: run_layers(lambda g, v: g.conv(v, nn.Conv2d(1, 1, 3, padding=9, padding_mode="circular")), x),
+            "repeats more",
+        ),
         (lambda: run_layers(lambda g, v: g.conv(v, nn.Conv2d(3, 3, 3, padding=1)), x), "does not follow"),
         (lambda: run_layers(lambda g, v: g.nearest(v, 12, 9), x), "does not follow"),
         (lambda: run_layers(lambda g, v: g.activate(v, "elu", nn.GroupNorm(2, 4)), x), "4 channels, its input 1"),

@@ -13,8 +13,8 @@ from sgm_engine.executors.native.cdm import _ends
 from sgm_engine.executors.native.executor import NativeNetwork, refusal
 from sgm_engine.executors.native.gradient import append_gradient
 from sgm_engine.executors.native.graph import Graph
+from sgm_engine.executors.native.kernel import Kernel
 from sgm_engine.executors.native.norm import Norm, Table, Unsupported
-from sgm_engine.executors.native.weights import Kernel
 from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.cdm.networks import MLP
@@ -319,7 +319,7 @@ def test_wrong_use_of_the_layers_is_named():
         (lambda: network(x, level + LEVELS), f"level.* must be in \\[0, {LEVELS}\\)"),
         (lambda: network(x[:, :, 1:], level), "x must be float32 \\[B, 1, 12, 12\\]"),
         (lambda: network.graph.native.set_embedding((x.data_ptr(), 5)), "5 numbers a level, as many as before, got 5"),
-        (lambda: gradient_of(lambda g, v: g.attention(v, 2), x, torch.ones(9)), "the output's shape|q, k and v need"),
+        (lambda: gradient_of(lambda g, v: g.attention(v, 2), x, torch.ones(9)), "1 heads of 2 channels from 1"),
         (lambda: gradient_of(lambda g, v: g.mean_pool(v), x, torch.ones(9)), "the gradient of the layer mean_pool"),
         (lambda: gradient_of(lambda g, v: g.slice(v, 1, 1), x, torch.ones(9)), "its input has 1 channels"),
     ):

@@ -54,6 +54,8 @@ def test_clang(tmp_path):
 
 WINOGRAD, PACK = "cpu/executor/winograd.h", "cpu/executor/pack.cpp"
 EMBED, BACKWARD, ATTENTION = (f"cpu/executor/{name}.h" for name in ("embed", "backward", "attention"))
+HEADS, LINEAR, CHANNELS = (f"cpu/executor/{name}.h" for name in ("heads", "linear_attention", "channel_norm"))
+DIRECT, ACTIVATION = (f"cpu/executor/{name}.h" for name in ("direct", "activation"))
 # function → what its coefficients stand at: every term that it reads, every number and named constant
 PLACES = {
     (WINOGRAD, "transform_input"): r"\bd\[\d\]|\b\d+\.?\d*f\b|\bkRoot\w+",
@@ -69,6 +71,12 @@ PLACES = {
     (ATTENTION, "product_block"): r"(?<=\* )scale\b",
     (ATTENTION, "softmax"): r"(?<=\* )share\b",
     (ATTENTION, "attention_backward"): r"\bat\.scale\b|(?<=- )mean\b",
+    (HEADS, "read_queries"): r"1\.44269504f|\bscale(?= \* q)",
+    (LINEAR, "make_context"): r"(?<=\* )share\[d\]",
+    (LINEAR, "answer"): r"1\.44269504f|(?<=\* )share\b",
+    (CHANNELS, "normalise_row"): r"\bshare(?=[ ;])(?! =)|(?<=- mean\) \* )scale\b|\bgamma\[c\]|\bbeta\[c\]",
+    (DIRECT, "direct_phase"): r"\blayer\.add_scale\[a\]|(?<=\+ )bias\b",
+    (ACTIVATION, "activate"): r"1\.5957691216057308f|(?<=x \* )slope\b",
 }
 
 
@@ -109,12 +117,12 @@ def test_every_coefficient_counts(tmp_path):
     driver.build()
     path = driver.build("planted", edited)
     for precision in ("winograd", "direct"):
-        run(path, 30, precision, 1)  # factors of 1
+        run(path, 60, precision, 1)  # factors of 1
     unnoticed = []
     for i, place in enumerate(places):
-        precision = "direct" if place == "0.25" else "winograd"
+        precision = "direct" if place in ("0.25", "layer.add_scale[a]") else "winograd"
         try:
-            run(path, 30, precision, 1, SGM_PLANT=str(i))
+            run(path, 60, precision, 1, SGM_PLANT=str(i))
         except CalledProcessError as noticed:
             assert "differs from double precision" in noticed.stderr, noticed.stderr
             continue

@@ -188,9 +188,9 @@ def hooked():
     return model
 
 
-def grouped():
+def oblong():
     model = model_of(UNet)
-    model.one.conv2 = nn.Conv2d(12, 12, 3, padding=1, groups=2)
+    model.one.conv2 = nn.Conv2d(12, 12, (3, 1), padding=(1, 0))
     return model
 
 
@@ -204,7 +204,7 @@ REFUSED = {
     "attention": (lambda: model_of(UNet, attention=True), "has no layer"),
     "control flow": (lambda: model_of(Branching), "cannot be traced"),
     "hooks": (hooked, "one.conv1: it has hooks"),
-    "grouped": (grouped, "groups=2.*: only square ungrouped convolutions"),
+    "oblong": (oblong, "only square convolutions"),
     "no convolution": (lambda: nn.Linear(3, 3), "holds no convolution"),
     "float64": (lambda: model_of(UNet).double(), "must be float32"),
 }

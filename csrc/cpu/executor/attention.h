@@ -1,5 +1,5 @@
-// One-head attention over the pixels of an image, and its gradient, as products of small matrices. Members split rows;
-// what another member reads is behind a barrier. The weights are computed again for the gradient rather than kept.
+// Products of small matrices, and the gradient of one-head attention over the pixels of an image. Members split rows; what
+// another member reads is behind a barrier. The weights are computed again for the gradient rather than kept.
 #pragma once
 #include "pointwise.h"
 
@@ -85,25 +85,6 @@ struct Attention {
     for (int i = first; i < last; i++) softmax(out + (int64_t)i * line, pixels);
   }
 };
-
-static void attention(const Run& run, const Layer& layer) {
-  const Tensor& out = run.tensor(layer.output);
-  const Attention at(run.tensor(layer.input), out.channels);
-  float* const keys = run.workspace.planes;             // [head][line]
-  float* const weights = keys + (int64_t)at.head * at.line;  // [pixels][line]
-  int first, last;
-  run.share(at.pixels, first, last);
-  for (int image = 0; image < run.images; image++) {
-    const float *q = run.data(layer.input, image), *k = q + at.head, *v = k + at.head;
-    at.transpose(run, k, keys);
-    run.wait();
-    at.weights(first, last, q, keys, weights);
-    product(last - first, out.padded, weights + (int64_t)first * at.line, at.line, 1, v, at.step, at.pixels, 1.f,
-            run.data(layer.output, image) + (int64_t)first * out.padded, out.padded);
-    run.wait();
-  }
-  if (out.moments >= 0) for_each_row(run, layer, [](int, int, int) {});
-}
 
 // With A = softmax(scale·q·kᵀ) and dA = dy·vᵀ: dS = scale·A∘(dA − Σ_row A∘dA), dq = dS·k, dk = dSᵀ·q, dv = Aᵀ·dy.
 static void attention_backward(const Run& run, const Layer& layer) {

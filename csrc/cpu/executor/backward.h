@@ -100,7 +100,7 @@ static void norm_backward_of(const Run& run, const Layer& layer) {
       for (int64_t i = c; i < line * t.height; i += t.padded) {
         Vec v = xhat.r * ((load(out + i) - mean) - xhat(load(x + i)) * product);
         for (int a = 0; a < 2; a++)
-          if (add[a]) v += load(add[a] + i);
+          if (add[a]) v += load(add[a] + i) * layer.add_scale[a];
         store(out + i, v);
       }
     }

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <chrono>
 
 #include "cpu/executor/executor.h"
@@ -34,7 +35,18 @@ void bind_executor(py::module_& m) {
       .value("none", Activation::none)
       .value("elu", Activation::elu)
       .value("relu", Activation::relu)
-      .value("silu", Activation::silu);
+      .value("silu", Activation::silu)
+      .value("gelu", Activation::gelu)
+      .value("gelu_tanh", Activation::gelu_tanh)
+      .value("tanh", Activation::tanh)
+      .value("sigmoid", Activation::sigmoid)
+      .value("leaky_relu", Activation::leaky_relu)
+      .value("clip", Activation::clip);
+  py::enum_<Border>(m, "Border", py::module_local())
+      .value("zeros", Border::zeros)
+      .value("reflect", Border::reflect)
+      .value("replicate", Border::replicate)
+      .value("circular", Border::circular);
   py::enum_<Op>(m, "Op", py::module_local())
       .value("load", Op::load)
       .value("conv", Op::conv)
@@ -54,21 +66,35 @@ void bind_executor(py::module_& m) {
       .value("spread", Op::spread)
       .value("block_sum", Op::block_sum)
       .value("slice", Op::slice)
-      .value("store_gradient", Op::store_gradient);
+      .value("store_gradient", Op::store_gradient)
+      .value("linear_attention", Op::linear_attention)
+      .value("channel_norm", Op::channel_norm);
   py::class_<Executor>(m, "NativeExecutor", py::module_local(), "A whole network in one native call (csrc/cpu/executor/executor.h).")
       .def(py::init<int, Precision>(), py::arg("batch"), py::arg("precision"))
       .def("tensor", &Executor::tensor, py::arg("channels"), py::arg("height"), py::arg("width"), nogil)
-      .def("norm", &Executor::norm, py::arg("channels"), py::arg("groups"), py::arg("levels"), py::arg("per_level"), py::arg("has_alpha"), py::arg("eps"), nogil)
-      .def("conv", &Executor::conv, py::arg("c_in"), py::arg("c_out"), py::arg("kernel"), py::arg("dilation"), py::arg("stride"),
-           py::arg("padding"), py::arg("pool"), nogil)
-      .def("layer", &Executor::layer, py::arg("op"), py::arg("input"), py::arg("second"), py::arg("output"), py::arg("add"), py::arg("norm"),
-           py::arg("activation"), py::arg("conv"), py::arg("scale"), py::arg("shift"), py::arg("first") = 0, nogil)
+      .def("norm", [](Executor& e, int channels, int groups, int levels, bool has_alpha, double eps, bool by_pixel, bool centred, double floor,
+                      double after) {
+        return e.norm({channels, groups, levels, has_alpha, eps, by_pixel, centred, floor, after});
+      }, py::arg("channels"), py::arg("groups"), py::arg("levels"), py::arg("has_alpha"), py::arg("eps"), py::arg("by_pixel") = false,
+           py::arg("centred") = true, py::arg("floor") = 0., py::arg("after") = 0., nogil)
+      .def("conv", [](Executor& e, int c_in, int c_out, int kernel, int dilation, int stride, int up, int groups, std::array<int, 4> padding,
+                      Border border, bool pool, int levels) {
+        return e.conv({c_in, c_out, kernel, dilation, stride, up, groups, {padding[0], padding[1], padding[2], padding[3]}, border, pool, levels});
+      }, py::arg("c_in"), py::arg("c_out"), py::arg("kernel"), py::arg("dilation"), py::arg("stride"), py::arg("up"), py::arg("groups"),
+           py::arg("padding"), py::arg("border"), py::arg("pool"), py::arg("levels"), nogil)
+      .def("heads", &Executor::heads, py::arg("count"), py::arg("size"), py::arg("scale"), py::arg("memory"), nogil)
+      .def("layer", [](Executor& e, Op op, int input, int second, int output, const std::vector<Addend>& add, int norm, int conv, int heads,
+                       Activation activation, double slope, double scale, double shift, int first) {
+        e.layer(op, input, second, output, add, {norm, conv, heads, activation, slope, scale, shift, first});
+      }, py::arg("op"), py::arg("input"), py::arg("second"), py::arg("output"), py::arg("add"), py::arg("norm"), py::arg("conv"),
+           py::arg("heads"), py::arg("activation"), py::arg("slope"), py::arg("scale"), py::arg("shift"), py::arg("first"), nogil)
       .def("embedding", &Executor::embedding, py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"), py::arg("octaves"), nogil)
       .def("plan", &Executor::plan, nogil)
       .def("set_conv", [](Executor& e, int conv, Given weight, Given bias) {
         e.set_conv(conv, array(weight), array(bias));
       }, py::arg("conv"), py::arg("weight"), py::arg("bias"), nogil)
       .def("set_norm", [](Executor& e, int norm, Given table) { e.set_norm(norm, array(table)); }, py::arg("norm"), py::arg("table"), nogil)
+      .def("set_heads", [](Executor& e, int heads, Given tokens) { e.set_heads(heads, array(tokens)); }, py::arg("heads"), py::arg("tokens"), nogil)
       .def("set_sigmas", [](Executor& e, Given sigmas) { e.set_sigmas(array(sigmas)); }, py::arg("sigmas"), nogil)
       .def("set_embedding", [](Executor& e, Given table) { e.set_embedding(pointer<const double>(table.first), table.second); },
            py::arg("table"), nogil)

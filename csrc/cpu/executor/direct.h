@@ -1,11 +1,12 @@
-// Direct convolution with any taps: 1×1, dilated 3×3 and, for 3×3 followed by a 2×2 mean, the equal strided 4×4.
+// Direct convolution with any taps: 1×1, strided, grouped, transposed, dilated 3×3 and, for 3×3 followed by a 2×2 mean, the
+// equal strided 4×4.
 #pragma once
 #include "gemm.h"
 #include "prologue.h"
 
 namespace sgm::SGM_ISA::executor {
 
-// The input after its prologue, with a border of zeros: [images][height + border][width + border][padded].
+// The input after its prologue, with what its border reads as: [images][height + rim][width + rim][padded].
 struct Padded {
   int height, width, channels;
   int64_t image() const { return (int64_t)height * width * channels; }
@@ -14,24 +15,27 @@ struct Padded {
 template <class Element>
 static Padded pad_input(const Run& run, const Layer& layer, const Conv& conv) {
   using T = typename Element::Type;
-  const Affine affine = fold_norm(run, layer);
+  const Reader<Element> read_row(run, layer);
   const Tensor& in = run.tensor(layer.input);
-  const int border = conv.pad_before + conv.pad_after, c_in = in.padded;
-  const Padded p{in.height + border, in.width + border, c_in};
-  const RowFunction<Element> read_row = row_function<Element>(affine.a, layer.activation);
+  const int left = conv.rim[kLeft], c_in = in.padded;
+  const Padded p{in.height + conv.rim[kTop] + conv.rim[kBottom], in.width + left + conv.rim[kRight], c_in};
   int first, last;
   run.share(c_in / kWidth, first, last);
   for (int image = 0; image < run.images; image++) {
     T* row = (T*)run.workspace.padded + image * p.image();
     const float* src = run.data(layer.input, image);
-    for (int h = -conv.pad_before; h < in.height + conv.pad_after; h++, row += (int64_t)p.width * c_in) {
-      const bool inside = h >= 0 && h < in.height;
+    for (int h = -conv.rim[kTop]; h < in.height + conv.rim[kBottom]; h++, row += (int64_t)p.width * c_in) {
+      const int y = source(conv.border, h, in.height);
       for (int c = first * kWidth; c < last * kWidth; c += kWidth) {
-        for (int w = 0; w < (inside ? conv.pad_before : p.width); w++) Element::put(row + (int64_t)w * c_in + c, Vec{});
-        if (!inside) continue;
-        read_row(src + (int64_t)h * in.width * c_in + c, c_in, row + (int64_t)conv.pad_before * c_in + c, c_in, in.width,
-                 affine.pivot(image, c), affine.scale(image, c), affine.shift(image, c));
-        for (int w = conv.pad_before + in.width; w < p.width; w++) Element::put(row + (int64_t)w * c_in + c, Vec{});
+        T* const inside = row + (int64_t)left * c_in + c;
+        if (y >= 0) read_row(src + (int64_t)y * in.width * c_in + c, c_in, inside, c_in, in.width, image, c);
+        const auto fill = [&](int w) {
+          const int x = y < 0 ? -1 : source(conv.border, w, in.width);
+          if (x < 0) Element::put(inside + (int64_t)w * c_in, Vec{});
+          else memcpy(inside + (int64_t)w * c_in, inside + (int64_t)x * c_in, kWidth * sizeof(T));
+        };
+        for (int w = -left; w < (y < 0 ? in.width : 0); w++) fill(w);
+        for (int w = in.width; w < in.width + conv.rim[kRight]; w++) fill(w);
       }
     }
   }
@@ -39,85 +43,115 @@ static Padded pad_input(const Run& run, const Layer& layer, const Conv& conv) {
   return p;
 }
 
+// One block of output channels, at the pixels of one phase.
 template <class Element>
-static void direct(const Run& run, const Layer& layer, const Conv& conv) {
+static void direct_phase(const Run& run, const Layer& layer, const Conv& conv, const Padded& p, const Phase& phase, int block, int image) {
   using T = typename Element::Type;
   using Weight = typename Element::Weight;
-  const Padded p = pad_input<Element>(run, layer, conv);
   const Tensor &in = run.tensor(layer.input), &out = run.tensor(layer.output);
-  const int width = conv.vectors * kWidth, pixels = out.height * out.width;
+  const int width = conv.vectors * kWidth, pixels = phase.height * phase.width;
   const int groups = (pixels + kLeastRows - 1) / kLeastRows, taken = max_rows(conv.vectors) / kLeastRows;
   const auto boundary = [&](int g) { return (int)((int64_t)pixels * least(g, groups) / groups); };
+  const Weight* weights = (const Weight*)conv.weights + (int64_t)block * conv.tap_count * conv.c_step * width;
+  const T* src = (const T*)run.workspace.padded + image * p.image() + conv.first[block];
+  float* const target = run.data(layer.output, image);
+  float* const kept = conv.up == 1 ? run.moments(layer.output, image) : nullptr;
   alignas(64) float result[kAccumulators * kWidth];
-  int first, last;
-  run.share(conv.blocks, first, last);
-  for (int block = first; block < last; block++) {
-    const Weight* weights = (const Weight*)conv.weights + (int64_t)block * conv.tap_count * conv.c_step * width;
-    for (int image = 0; image < run.images; image++) {
-      const T* src = (const T*)run.workspace.padded + image * p.image();
-      float* const target = run.data(layer.output, image);
-      float* const kept = run.moments(layer.output, image);
-      for (int g = 0; g < groups; g += taken) {
-        const int begin = boundary(g), end = boundary(g + taken);
-        const int top = begin / out.width * conv.stride, bottom = (end - 1) / out.width * conv.stride;
-        int64_t rows[kMaxRows], offset[kMaxTaps];
-        int index[kMaxTaps], taps = 0;
-        for (int i = begin; i < end; i++)
-          rows[i - begin] = ((int64_t)(i / out.width * conv.stride + conv.pad_before) * p.width +
-                             i % out.width * conv.stride + conv.pad_before) * p.channels;
-        for (int t = 0; t < conv.tap_count; t++) {  // taps that only meet the border are left out
-          const Tap& tap = conv.taps[t];
-          if (bottom + tap.row < 0 || top + tap.row >= in.height || tap.col >= in.width || -tap.col >= in.width) continue;
-          offset[taps] = ((int64_t)tap.row * p.width + tap.col) * p.channels;
-          index[taps++] = t;
-        }
-        kernel_function<Element>(conv.vectors, end - begin)(src, rows, taps, offset, index, weights, conv.c_step, result);
-        for (int j = 0; j < conv.vectors; j++) {
-          const int k = block * width + j * kWidth;
-          if (k >= out.padded) break;
-          const Vec bias = load(conv.bias + k);
-          for (int i = begin; i < end; i++) {
-            Vec v = load(result + (i - begin) * width + j * kWidth) + bias;
-            for (int a = 0; a < 2; a++)
-              if (layer.add[a] >= 0) v += load(run.data(layer.add[a], image) + (int64_t)i * out.padded + k);
-            store(target + (int64_t)i * out.padded + k, v);
-          }
-          if (!kept) continue;
-          Moments moments = begin ? Moments::read(kept + k, out.padded) : Moments::start(Vec{});
-          for (int i = g; i < least(g + taken, groups); i++)  // each group for itself, however many the kernel takes
-            moments.add(target + (int64_t)boundary(i) * out.padded + k, out.padded, boundary(i), boundary(i + 1) - boundary(i));
-          moments.write(kept + k, out.padded);
-        }
+  for (int g = 0; g < groups; g += taken) {
+    const int begin = boundary(g), end = boundary(g + taken);
+    const int top = begin / phase.width * conv.stride, bottom = (end - 1) / phase.width * conv.stride;
+    int64_t rows[kMaxRows], offset[kMaxTaps], at[kMaxRows];  // at: where an output pixel lies
+    int index[kMaxTaps], taps = 0;
+    for (int i = begin; i < end; i++) {
+      const int h = i / phase.width, w = i % phase.width;
+      rows[i - begin] = ((int64_t)(h * conv.stride + conv.rim[kTop]) * p.width + w * conv.stride + conv.rim[kLeft]) * p.channels;
+      at[i - begin] = ((int64_t)(h * conv.up + phase.row) * out.width + w * conv.up + phase.col) * out.padded;
+    }
+    for (int t = phase.first; t < phase.last; t++) {
+      const Tap& tap = conv.taps[t];
+      const bool outside = bottom + tap.row < 0 || top + tap.row >= in.height || tap.col >= in.width ||
+                           (phase.width - 1) * conv.stride + tap.col < 0;
+      if (outside && conv.border == Border::zeros) continue;  // it only meets zeros
+      offset[taps] = ((int64_t)tap.row * p.width + tap.col) * p.channels;
+      index[taps++] = tap.index;
+    }
+    kernel_function<Element>(conv.vectors, end - begin)(src, rows, taps, offset, index, weights, conv.c_step, result);
+    for (int j = 0; j < conv.vectors; j++) {
+      const int k = block * width + j * kWidth;
+      if (k >= out.padded) break;
+      const Vec bias = load(conv.bias + run.bias_row(conv, image) + k);
+      for (int i = 0; i < end - begin; i++) {
+        Vec v = load(result + i * width + j * kWidth) + bias;
+        for (int a = 0; a < 2; a++)
+          if (layer.add[a] >= 0) v += load(run.data(layer.add[a], image) + at[i] + k) * layer.add_scale[a];
+        store(target + at[i] + k, v);
       }
+      if (!kept) continue;
+      Moments moments = begin ? Moments::read(kept + k, out.padded) : Moments::start(Vec{});
+      for (int i = g; i < least(g + taken, groups); i++)  // each group for itself, however many the kernel takes
+        moments.add(target + (int64_t)boundary(i) * out.padded + k, out.padded, boundary(i), boundary(i + 1) - boundary(i));
+      moments.write(kept + k, out.padded);
     }
   }
+}
+
+template <class Element>
+static void direct(const Run& run, const Layer& layer, const Conv& conv) {
+  const Padded p = pad_input<Element>(run, layer, conv);
+  const Tensor& out = run.tensor(layer.output);
+  int first, last;
+  run.share(conv.blocks, first, last);
+  for (int block = first; block < last; block++)
+    for (int image = 0; image < run.images; image++) {
+      for (int i = 0; i < conv.phase_count; i++) direct_phase<Element>(run, layer, conv, p, conv.phases[i], block, image);
+      float* const kept = run.moments(layer.output, image);
+      if (conv.up == 1 || !kept) continue;  // the pixels of a phase are no rows: count them once all are there
+      const int width = conv.vectors * kWidth, row = out.width * out.padded;
+      for (int k = block * width; k < least((block + 1) * width, out.padded); k += kWidth) {
+        Moments moments = Moments::start(Vec{});
+        for (int h = 0; h < out.height; h++) moments.add(run.data(layer.output, image) + (int64_t)h * row + k, out.padded, h * out.width, out.width);
+        moments.write(kept + k, out.padded);
+      }
+    }
   run.wait();
+}
+
+// kPixels outputs of the last convolution side by side: sums over taps and channels, lane by lane.
+template <int kPixels>
+SGM_INLINE void last_pixels(const Conv& conv, const Padded& p, const float* at, const float* weights, float bias, float divisor, float* score) {
+  Vec sum[kPixels];
+  SGM_UNROLL for (int i = 0; i < kPixels; i++) sum[i] = Vec{};
+  for (int t = 0; t < conv.tap_count; t++) {
+    const float* pixel = at + ((int64_t)(conv.taps[t].row + conv.rim[kTop]) * p.width + conv.taps[t].col + conv.rim[kLeft]) * p.channels;
+    const float* weight = weights + (int64_t)t * p.channels;
+    for (int c = 0; c < p.channels; c += kWidth) {
+      const Vec w = load(weight + c);
+      SGM_UNROLL for (int i = 0; i < kPixels; i++) sum[i] += load(pixel + (int64_t)i * p.channels + c) * w;
+    }
+  }
+  SGM_UNROLL for (int i = 0; i < kPixels; i++) score[i] = (horizontal_sum(sum[i]) + bias) / divisor;
 }
 
 // The last convolution: few output channels, so vectors run over the input's. score = (conv + bias) / σ(level).
 static void store_score(const Run& run, const Layer& layer, const Conv& conv) {
+  constexpr int kPixels = 4;
   const Padded p = pad_input<Float>(run, layer, conv);
-  const Tensor& in = run.tensor(layer.input);
-  const float* weights = (const float*)conv.weights;  // [c_out][taps][padded]
+  const Phase& out = conv.phases[0];
   int first, last;
-  run.share(in.height, first, last);
+  run.share(out.height, first, last);
   for (int image = 0; image < run.images; image++) {
     const float* src = run.workspace.padded + image * p.image();
-    float* score = run.batch.score + (int64_t)run.batch.slot[image] * conv.c_out * in.height * in.width;
+    float* score = run.batch.score + (int64_t)run.batch.slot[image] * conv.c_out * out.height * out.width;
+    const float divisor = run.program.sigmas ? run.program.sigmas[run.batch.level[image]] : 1.f;
     for (int k = 0; k < conv.c_out; k++)
-      for (int h = first; h < last; h++)
-        for (int w = 0; w < in.width; w++) {
-          Vec sum = Vec{};
-          for (int t = 0; t < conv.tap_count; t++) {
-            const float* pixel = src + ((int64_t)(h + conv.taps[t].row + conv.pad_before) * p.width + w +
-                                        conv.taps[t].col + conv.pad_before) * p.channels;
-            const float* weight = weights + ((int64_t)k * conv.tap_count + t) * in.padded;
-            for (int c = 0; c < in.padded; c += kWidth) sum += load(pixel + c) * load(weight + c);
-          }
-          float value = horizontal_sum(sum) + conv.bias[k];
-          if (run.program.sigmas) value /= run.program.sigmas[run.batch.level[image]];
-          score[((int64_t)k * in.height + h) * in.width + w] = value;
-        }
+      for (int h = first; h < last; h++) {
+        const float *row = src + (int64_t)h * p.width * p.channels, bias = conv.bias[run.bias_row(conv, image) + k];
+        const float* weights = (const float*)conv.weights + (int64_t)k * conv.tap_count * p.channels;  // [c_out][taps][padded]
+        float* const to = score + ((int64_t)k * out.height + h) * out.width;
+        int w = 0;
+        for (; w + kPixels <= out.width; w += kPixels) last_pixels<kPixels>(conv, p, row + (int64_t)w * p.channels, weights, bias, divisor, to + w);
+        for (; w < out.width; w++) last_pixels<1>(conv, p, row + (int64_t)w * p.channels, weights, bias, divisor, to + w);
+      }
   }
   run.wait();
 }

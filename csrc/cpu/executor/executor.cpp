@@ -93,6 +93,7 @@ std::unique_lock<std::mutex> Executor::running() {
   if (embedding_.channels && !embedding_.table) throw std::logic_error("run before set_embedding()");
   for (const Layer& l : layers_) {
     if (l.conv >= 0 && !convs_[l.conv].weights) throw std::logic_error("run before set_conv() of convolution " + std::to_string(l.conv));
+    if (l.heads >= 0 && heads_[l.heads].memory && !heads_[l.heads].tokens) throw std::logic_error("run before set_heads() of heads " + std::to_string(l.heads));
     if (l.norm >= 0 && !norms_[l.norm].table) throw std::logic_error("run before set_norm() of norm " + std::to_string(l.norm));
   }
   complete_ = true;
@@ -107,9 +108,11 @@ void Executor::check_level(int64_t level, const char* name, int64_t index) const
 
 void Executor::check_chain(const Chain& chain, int64_t steps) const {
   const Layer& last = layers_.back();
-  const Tensor x = sample(), &end = tensors_[last.input];
-  if (last.op == Op::store && (convs_[last.conv].c_out != x.channels || end.height != x.height || end.width != x.width))
-    refuse("the score must have the shape of x");
+  const Tensor x = sample();
+  if (last.op == Op::store) {
+    const Phase& score = phases_[last.conv][0];
+    if (convs_[last.conv].c_out != x.channels || score.height != x.height || score.width != x.width) refuse("the score must have the shape of x");
+  }
   for (int b = 0; b < chain.slots; ++b) {
     const int64_t row = chain.row[b], stop = chain.stop[b];
     if (row >= stop || steps < 1) continue;
@@ -126,7 +129,7 @@ void Executor::check_chain(const Chain& chain, int64_t steps) const {
 }
 
 Program Executor::program() const {
-  return {layers_.data(), static_cast<int>(layers_.size()), tensors_.data(), norms_.data(), convs_.data(),
+  return {layers_.data(), static_cast<int>(layers_.size()), tensors_.data(), norms_.data(), convs_.data(), heads_.data(),
           sigmas_.empty() ? nullptr : sigmas_.data(), embedding_};
 }
 
@@ -141,7 +144,7 @@ void Executor::prepare_teams(int images, int threads) {
   const int capacity = static_cast<int>(std::min<int64_t>((int64_t{std::max(images, batch_)} + teams - 1) / teams, kMicroBatch));
   if (static_cast<int>(teams_.size()) >= teams && team_size_ == size && team_capacity_ >= capacity) return;
   teams_.clear();
-  int64_t planes = matrices_size_, products = 0, rows = 0, affine = 0;
+  int64_t planes = matrices_size_, products = scores_size_, rows = 0, affine = 0;
   for (const Layer& layer : layers_) {
     if (layer.input < 0) continue;
     const Tensor& in = tensors_[layer.input];
@@ -156,8 +159,8 @@ void Executor::prepare_teams(int images, int threads) {
       planes = std::max(planes, times(kPoints, times(tiles, in.padded) + 32));
       products = std::max(products, times(kPoints, times(tiles, c.vectors, backend_.width) + 16));
     } else {
-      const int border = c.pad_before + c.pad_after;
-      planes = std::max(planes, times(capacity, in.height + border, in.width + border, in.padded));
+      const int64_t height = in.height + c.rim[kTop] + c.rim[kBottom], width = in.width + c.rim[kLeft] + c.rim[kRight];
+      planes = std::max(planes, times(capacity, height, width, in.padded));
     }
   }
   const int64_t aligned_rows = round_up(rows, 16) + 16, aligned_products = round_up(products, 16) + 16;
@@ -278,6 +281,7 @@ int64_t Executor::bytes() const {
   int64_t floats = 0;
   for (const Buffer& b : weights_) floats += b.size();
   for (const Buffer& b : biases_) floats += b.size();
+  for (const Buffer& b : tokens_) floats += b.size();
   for (const auto& t : norm_tables_) floats += static_cast<int64_t>(t.size());
   for (const auto& team : teams_)
     for (const Buffer& b : team->buffers) floats += b.size();
@@ -287,7 +291,7 @@ int64_t Executor::bytes() const {
 std::string Executor::algorithm(int index) const {
   const auto lock = alone();
   const Conv& c = convs_.at(index);
-  return std::string(c.winograd ? "winograd" : "direct") + (c.bf16 ? " bfloat16" : " float32");
+  return std::string(c.winograd ? "winograd" : c.depthwise ? "depthwise" : "direct") + (c.bf16 ? " bfloat16" : " float32");
 }
 
 }  // namespace sgm::executor

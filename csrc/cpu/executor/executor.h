@@ -1,9 +1,9 @@
 // A whole score network in one native call: a list of layers, its packed weights and its scratch memory.
 //
-//   tensor(), norm(), conv(), layer() …   describe the network, in the order of execution
-//   plan()                                choose algorithms, lay out the arena
-//   set_conv(), set_norm(), set_sigmas()  copy and pack parameters; call again after they changed
-//   run()                                 x, level → score
+//   tensor(), norm(), conv(), heads(), layer() …   describe the network, in the order of execution
+//   plan()                                         choose algorithms, lay out the arena
+//   set_conv(), set_norm(), set_sigmas() …         copy and pack parameters; call again after they changed
+//   run()                                          x, level → score
 //
 // Nothing is allocated by run() once it has run with the current number of threads. Every method may be called from any
 // thread: one call at a time has the executor, others wait. After an error the next call is right, but for a plan() that
@@ -14,6 +14,7 @@
 #include <mutex>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/executor/program.h"
@@ -59,6 +60,37 @@ struct Chain {
   const int32_t* known_draw;
 };
 
+// A convolution, square; of what is left out: an ordinary one.
+struct ConvShape {
+  int c_in, c_out, kernel;
+  int dilation = 1, stride = 1, up = 1, groups = 1;  // up: zeros between pixels before it, a transposed convolution
+  int pad[4] = {};                                   // top, bottom, left, right
+  Border border = Border::zeros;
+  bool pool = false;  // a 2×2 mean after it
+  int levels = 0;     // rows of the bias, 0: one for every level
+};
+
+// A norm: see program.h. groups = 0: γ and β alone.
+struct NormShape {
+  int channels, groups;
+  int levels = 0;  // rows of the table, 0: one for every level
+  bool has_alpha = false;
+  double eps = 0;
+  bool by_pixel = false, centred = true;  // channel_norm, with floor and after
+  double floor = 0, after = 0;
+};
+
+using Addend = std::pair<int, double>;  // tensor, and what it is multiplied by
+
+// What a layer is besides its op, its tensors and its addends; -1: none.
+struct Details {
+  int norm = -1, conv = -1, heads = -1;
+  Activation activation = Activation::none;
+  double slope = 0;  // leaky_relu, clip
+  double scale = 1, shift = 0;
+  int first = 0;
+};
+
 class Executor {
  public:
   // batch: images a run() is tuned for (algorithms, scratch). It may get fewer, or more in portions.
@@ -66,10 +98,10 @@ class Executor {
   ~Executor();
 
   int tensor(int channels, int height, int width);
-  int norm(int channels, int groups, int levels, bool per_level, bool has_alpha, double eps);
-  int conv(int c_in, int c_out, int kernel, int dilation, int stride, int padding, bool pool);
-  void layer(Op op, int input, int second, int output, const std::vector<int>& add, int norm, Activation activation,
-             int conv, double scale, double shift, int first = 0);
+  int norm(const NormShape& shape);
+  int conv(const ConvShape& shape);
+  int heads(int count, int size, double scale, int memory);
+  void layer(Op op, int input, int second, int output, const std::vector<Addend>& add, const Details& details);
   void embedding(int channels, int height, int width, int patch, const std::vector<int>& octaves);  // before an embed layer
   void plan();
 
@@ -78,8 +110,9 @@ class Executor {
     const float* data;
     int64_t size;
   };
-  void set_conv(int conv, Array weight, Array bias);  // [c_out][c_in][kernel][kernel]; [c_out], or null for zeros
+  void set_conv(int conv, Array weight, Array bias);  // [c_out][c_in / groups][kernel][kernel]; [levels or 1][c_out], or null for zeros
   void set_norm(int norm, Array table);               // [levels or 1][gamma, alpha, beta][channels]
+  void set_heads(int heads, Array tokens);            // [keys, values][count][memory][size]
   void set_sigmas(Array sigmas);                      // [levels]: the score is divided by σ(level)
   void set_embedding(const double* table, int64_t size);  // [levels][5]: Embedding
 
@@ -100,6 +133,10 @@ class Executor {
   std::unique_lock<std::mutex> running();                       // throws std::logic_error unless all is planned and set
   void check_ends() const;
   void check_gradient(const Layer& layer, const std::string& where) const;
+  void check_detail(const Layer& layer, const std::string& where) const;
+  void plan_conv(const Layer& layer, bool loaded);
+  void plan_memory(const Layer& layer);
+  void plan_arena();
   void check_level(int64_t level, const char* name, int64_t index) const;
   void check_chain(const Chain& chain, int64_t steps) const;
   void set_levels(int64_t levels);
@@ -122,16 +159,19 @@ class Executor {
   std::vector<Layer> layers_;
   std::vector<Norm> norms_;
   std::vector<Conv> convs_;
+  std::vector<Heads> heads_;
   std::vector<std::vector<float>> norm_tables_;
-  std::vector<Buffer> weights_, biases_;
+  std::vector<Buffer> weights_, biases_, tokens_;
   std::vector<std::vector<Strip>> strips_;
   std::vector<std::vector<Tap>> taps_;
+  std::vector<std::vector<Phase>> phases_;
+  std::vector<std::vector<int>> firsts_;
   std::vector<float> sigmas_;
   Embedding embedding_{};
   std::vector<double> embedding_table_;
 
   int64_t arena_size_ = 0, moments_size_ = 0;  // floats an image
-  int64_t matrices_size_ = 0;                  // floats of attention.h's matrices
+  int64_t matrices_size_ = 0, scores_size_ = 0;  // floats of attention: of a team, of a member
   std::vector<std::unique_ptr<Team>> teams_;
   int team_size_ = 0, team_capacity_ = 0;
 };

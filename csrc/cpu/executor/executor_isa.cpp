@@ -2,8 +2,12 @@
 // SGM_ISA naming the set (and the namespace). See program.h for what this file may include.
 #include "attention.h"
 #include "backward.h"
+#include "channel_norm.h"
+#include "depthwise.h"
 #include "direct.h"
 #include "embed.h"
+#include "heads.h"
+#include "linear_attention.h"
 #include "pointwise.h"
 #include "reshape.h"
 #include "winograd.h"
@@ -23,7 +27,9 @@ static void forward(const Program& program, const Workspace& workspace, const Me
     const Conv* conv = layer.conv < 0 ? nullptr : program.convs + layer.conv;
     switch (layer.op) {
       case Op::load: load_input(run, layer); break;
-      case Op::conv: conv->bf16 ? convolve<Bf16>(run, layer, *conv) : convolve<Float>(run, layer, *conv); break;
+      case Op::conv:
+        conv->depthwise ? depthwise(run, layer, *conv) : conv->bf16 ? convolve<Bf16>(run, layer, *conv) : convolve<Float>(run, layer, *conv);
+        break;
       case Op::activate: activate_layer(run, layer); break;
       case Op::mean_pool: mean_pool(run, layer); break;
       case Op::mean_pool5: pool5<false>(run, layer); break;
@@ -41,6 +47,8 @@ static void forward(const Program& program, const Workspace& workspace, const Me
       case Op::block_sum: block_sum(run, layer); break;
       case Op::slice: slice(run, layer); break;
       case Op::store_gradient: store_gradient(run, layer); break;
+      case Op::linear_attention: linear_attention(run, layer); break;
+      case Op::channel_norm: channel_norm(run, layer); break;
     }
   }
 }

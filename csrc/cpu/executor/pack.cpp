@@ -57,10 +57,11 @@ void widen_for_pool(const Row* w, int columns, Row* out) {  // [3][3] → [4][4]
         for (int k = 0; k < columns; ++k) out[(r + shift / 2) * 4 + c + shift % 2][k] += 0.25 * w[3 * r + c][k];
 }
 
-// The kernel from input channel c to output channel k; null: zeros.
-const float* source(const Conv& conv, const float* weight, int k, int c) {
-  if (k >= conv.c_out || c >= conv.c_in) return nullptr;
-  return weight + (static_cast<int64_t>(k) * conv.c_in + c) * conv.kernel * conv.kernel;
+// The kernel from channel c of those that a block sums to output channel k; null: zeros.
+const float* source(const Conv& conv, const float* weight, int block, int k, int c) {
+  const int of_group = conv.c_in / conv.groups, own = conv.first[block] + c - k / (conv.c_out / conv.groups) * of_group;
+  if (k >= conv.c_out || own < 0 || own >= of_group) return nullptr;
+  return weight + (static_cast<int64_t>(k) * of_group + own) * conv.kernel * conv.kernel;
 }
 
 // The kernels of input channel c to every output channel of a block.
@@ -68,7 +69,7 @@ void pack_block(const Conv& conv, int columns, const float* weight, float* packe
   const int source_taps = conv.kernel * conv.kernel, taps = conv.winograd ? kPoints : conv.tap_count;
   Row given[kMaxTaps], made[kPoints];  // a widened kernel has 16 taps, fewer than kPoints
   for (int column = 0; column < columns; ++column) {
-    const float* w = source(conv, weight, block * columns + column, c);
+    const float* w = source(conv, weight, block, block * columns + column, c);
     for (int t = 0; t < source_taps; ++t) given[t][column] = w ? w[t] : 0;
   }
   const Row* values = conv.winograd || conv.pool ? made : given;
@@ -94,6 +95,12 @@ void pack(const Conv& conv, int columns, const float* weight, float* packed) {
     for (int64_t i = begin; i < end; ++i)
       pack_block(conv, columns, weight, packed, static_cast<int>(i / conv.c_step), static_cast<int>(i % conv.c_step));
   });
+}
+
+void pack_depthwise(const Conv& conv, int padded, const float* weight, float* packed) {
+  for (int t = 0; t < conv.tap_count; ++t)
+    for (int c = 0; c < padded; ++c)
+      packed[static_cast<int64_t>(t) * padded + c] = c < conv.c_in ? weight[static_cast<int64_t>(c) * conv.tap_count + t] : 0.f;
 }
 
 void pack_last(const Conv& conv, int padded, const float* weight, float* packed) {

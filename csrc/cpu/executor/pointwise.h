@@ -12,7 +12,7 @@ static void finish_row(const Run& run, const Layer& layer, int image, int h, int
   for (int a = 0; a < 2; a++) {
     if (layer.add[a] < 0) continue;
     const float* add = run.data(layer.add[a], image) + offset;
-    for (int64_t i = 0; i < (int64_t)out.width * out.padded; i += out.padded) store(row + i, load(row + i) + load(add + i));
+    for (int64_t i = 0; i < (int64_t)out.width * out.padded; i += out.padded) store(row + i, load(row + i) + load(add + i) * layer.add_scale[a]);
   }
   float* kept = run.moments(layer.output, image);
   if (!kept) return;
@@ -55,25 +55,23 @@ SGM_INLINE void for_each_row(const Run& run, const Layer& layer, const Row& row)
 }
 
 static void activate_layer(const Run& run, const Layer& layer) {
-  const Affine affine = fold_norm(run, layer);
   const Tensor& t = run.tensor(layer.output);
-  const RowFunction<Float> read_row = row_function<Float>(affine.a, layer.activation);
+  const Reader<Float> read_row(run, layer);
   for_each_row(run, layer, [&](int image, int h, int c) {
     const int64_t offset = (int64_t)h * t.width * t.padded + c;
     read_row(run.data(layer.input, image) + offset, t.padded, run.data(layer.output, image) + offset, t.padded, t.width,
-             affine.pivot(image, c), affine.scale(image, c), affine.shift(image, c));
+             image, c);
   });
 }
 
 static void mean_pool(const Run& run, const Layer& layer) {
-  const Affine affine = fold_norm(run, layer);
   const Tensor &in = run.tensor(layer.input), &out = run.tensor(layer.output);
-  const RowFunction<Float> read_row = row_function<Float>(affine.a, layer.activation);
+  const Reader<Float> read_row(run, layer);
   float* const rows = run.workspace.rows + run.member.rank * run.workspace.rows_stride;  // two input rows
   for_each_row(run, layer, [&](int image, int h, int c) {
     for (int r = 0; r < 2; r++)
       read_row(run.data(layer.input, image) + (int64_t)(2 * h + r) * in.width * in.padded + c, in.padded,
-               rows + (int64_t)r * in.width * kWidth, kWidth, in.width, affine.pivot(image, c), affine.scale(image, c), affine.shift(image, c));
+               rows + (int64_t)r * in.width * kWidth, kWidth, in.width, image, c);
     float* y = run.data(layer.output, image) + (int64_t)h * out.width * out.padded + c;
     for (int w = 0; w < out.width; w++) {
       const float *top = rows + 2 * w * kWidth, *bottom = top + (int64_t)in.width * kWidth;
@@ -86,9 +84,8 @@ static void mean_pool(const Run& run, const Layer& layer) {
 template <bool kMaximum>
 static void pool5(const Run& run, const Layer& layer) {
   constexpr int kReach = 2, kRing = 2 * kReach + 1;
-  const Affine affine = fold_norm(run, layer);
   const Tensor& t = run.tensor(layer.output);
-  const RowFunction<Float> read_row = row_function<Float>(affine.a, layer.activation);
+  const Reader<Float> read_row(run, layer);
   const int64_t row_size = (int64_t)t.width * kWidth;
   float* const ring = run.workspace.rows + run.member.rank * run.workspace.rows_stride;
   float* const line = ring + kRing * row_size;
@@ -104,7 +101,7 @@ static void pool5(const Run& run, const Layer& layer) {
       float* dst = run.data(layer.output, image) + c;
       for (int ready = 0, h = 0; h < t.height; h++) {
         for (; ready < least(h + kReach + 1, t.height); ready++) {
-          read_row(src + (int64_t)ready * t.width * t.padded, t.padded, line, kWidth, t.width, affine.pivot(image, c), affine.scale(image, c), affine.shift(image, c));
+          read_row(src + (int64_t)ready * t.width * t.padded, t.padded, line, kWidth, t.width, image, c);
           float* const out = ring + ready % kRing * row_size;
           for (int w = 0; w < t.width; w++) {
             const int low = most(w - kReach, 0), high = least(w + kReach, t.width - 1);

@@ -11,8 +11,10 @@
 namespace sgm::executor {
 
 constexpr int kMaxOctaves = 16;
+constexpr int kMaxTaps = 49;
 
-// Activations are float32 [n][height][width][padded], padded = channels rounded up to a vector; the padding is zero.
+// Activations are float32 [n][height][width][padded], padded = channels rounded up to a vector; the padding is finite, and no
+// weight meets it.
 struct Tensor {
   int channels, padded, height, width;
   int64_t offset;   // floats an image, into the arena
@@ -33,7 +35,7 @@ enum class Op : int {
 
   // Of classifiers whose score is a gradient in their input (sgm_engine/executors/native/gradient.py):
   embed,      // output = u = scale(level)·x + shift(level), sin and cos of it, patches of pixels folded into channels
-  attention,  // output = softmax(qᵀk/√channels)·v over the pixels, one head; input: q, k, v, each rounded up alike
+  attention,  // output = softmax(scale·qᵀk)·v over the pixels, head by head; input: q, k, v, each a third
   slope,      // output = γ(level)·activation′(input)
   norm_backward,       // output = gradient in input of Σ second·prologue(input), + Σ add
   attention_backward,  // output = gradient in input of Σ second·attention(input)
@@ -41,18 +43,29 @@ enum class Op : int {
   block_sum,  // output = Σ over the pixels that nearest made of one, + Σ add
   slice,      // output = channels first, first + 1, … of input, + Σ add
   store_gradient,  // score = gradient in x of what has the gradient input in second, which embed made, + its affine part
+
+  linear_attention,  // output = contextᵀ·softmax(q), context = softmax(k)·vᵀ: of q over a head's channels, of k over the pixels
+  channel_norm,      // output = activation(γ·x̂ + β) + Σ add, x̂ normalised at each pixel across channels
 };
 
-enum class Activation : int { none, elu, relu, silu };
+enum class Activation : int { none, elu, relu, silu, gelu, gelu_tanh, tanh, sigmoid, leaky_relu, clip };
+constexpr int kActivations = 10;
+
+// What a convolution finds beyond the image.
+enum class Border : int { zeros, reflect, replicate, circular };
+enum Side { kTop, kBottom, kLeft, kRight };
 
 // The prologue of a layer: normalise, then activate, while the input is read.
 struct Layer {
   Op op;
   int input, second, output;  // tensors
   int add[2];         // tensors, -1: none
+  float add_scale[2];  // what they are multiplied by
   int norm;           // -1: none
   Activation activation;
+  float slope;        // of leaky_relu below 0; the limit of clip
   int conv;           // -1: none
+  int heads;          // -1: none
   float scale, shift;
   int first;          // slice
 };
@@ -65,6 +78,17 @@ struct Norm {
   bool has_alpha;
   float eps;
   const float* table;  // [levels or 1][3][channels]: gamma, alpha, beta
+  // channel_norm: x̂ = (x − mean)/(after + √(max(variance, floor) + eps)) of a pixel's group of channels; centred: with the mean
+  bool by_pixel, centred;
+  float floor, after;
+};
+
+// Attention: q, k and v hold `count` heads of `size` channels each, one head after another.
+struct Heads {
+  int count, size;
+  float scale;
+  int memory;           // keys and values before those of the pixels
+  const float* tokens;  // [keys, values][count][memory][size]
 };
 
 // One strip: a row of Winograd tiles of one dilation phase. A phase (r, c) is the sub-image of pixels (r + i·d, c + j·d).
@@ -77,7 +101,14 @@ struct Strip {
 };
 
 struct Tap {
-  int row, col;
+  int row, col;  // of the input, relative to where the output pixel begins
+  int index;     // of its weights
+};
+
+// Outputs (up·i + row, up·j + col) of a convolution: those that read the same taps. One phase unless pixels were spread.
+struct Phase {
+  int row, col, height, width;
+  int first, last;  // taps
 };
 
 // What embed makes of x [channels][height][width]: planes u, then sin(2ⁿ·π·u) and cos(2ⁿ·π·u) of each octave n, and of
@@ -90,18 +121,24 @@ struct Embedding {
 
 struct Conv {
   int c_in, c_out;         // true channel counts
-  int c_step;              // input channels summed: c_in, rounded up to even for bf16
-  int kernel, dilation;
+  int c_step;              // input channels summed: those of a block's groups, rounded up to even for bf16
+  int kernel, dilation, stride, up, groups;
+  int pad[4];              // top, bottom, left, right: round the input, spread by up − 1 zeros between pixels
+  Border border;
   bool pool;               // followed by a 2×2 mean
-  bool winograd, bf16;
+  bool winograd, bf16, depthwise;
   int vectors, blocks;     // output channels = blocks × vectors × vector width
-  const void* weights;     // [blocks][taps][c_step][vectors × width], bf16: [...][c_step / 2][vectors × width][2]
-  const float* bias;       // [blocks × vectors × width], zeros where there is none
+  const void* weights;     // [blocks][taps][c_step][vectors × width], bf16: [...][c_step / 2][vectors × width][2]; depthwise: [taps][channels]
+  const float* bias;       // [levels or 1][blocks × vectors × width], zeros where there is none
+  int64_t bias_row;        // floats a level, 0: the same at every level
+  const int* first;        // [blocks]: the first input channel that a block sums
   const Strip* strips;     // winograd
   int strip_count, tiles;  // winograd, an image
   const Tap* taps;         // direct
   int tap_count;
-  int stride, pad_before, pad_after;  // pad: zeros round the input
+  const Phase* phases;
+  int phase_count;
+  int rim[4];              // top, bottom, left, right: what the taps reach beyond the input
 };
 
 struct Program {
@@ -110,6 +147,7 @@ struct Program {
   const Tensor* tensors;
   const Norm* norms;
   const Conv* convs;
+  const Heads* heads;
   const float* sigmas;  // [levels], or null: the score is not divided
   Embedding embedding;
 };
@@ -121,7 +159,7 @@ struct Workspace {
   float* moments;
   int tile_capacity;  // floats of one Winograd plane: tiles × channels stay below it
   float* planes;      // transformed input [36][tiles][c_in], float or Bf16::Type; attention.h's matrices
-  float* products;    // [members][36][tiles][vectors × width]
+  float* products;    // [members][36][tiles][vectors × width]; heads.h's block of queries
   float* padded;      // activated input with its border, float or Bf16::Type
   float* rows;        // [members] rows of one channel vector under transformation
   float* affine;      // [members][kAffineRows][capacity][channels]: a, b, pivot of the folded norm; also γ, β
@@ -156,7 +194,8 @@ struct Backend {
   Forward forward;
 };
 
-constexpr int kTile = 4, kPoints = 36, kMaxTaps = 49;
+constexpr int kTile = 4, kPoints = 36;
+constexpr int kQueryVectors = 2;  // heads.h, linear_attention.h: of queries that are answered together
 constexpr int kAffineRows = 5;
 constexpr int kMomentRows = 4;  // pivot, Σ(x − pivot), what that sum lost to rounding, Σ(x − mean)²
 

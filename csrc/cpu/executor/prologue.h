@@ -1,33 +1,49 @@
 // What a layer does to its input while reading it: the affine map of a norm, then an activation.
 #pragma once
+#include "activation.h"
 #include "groups.h"
 
 namespace sgm::SGM_ISA::executor {
 
+// Which of n pixels (or rows) stands at i, −1: a zero.
+SGM_INLINE int source(Border border, int i, int n) {
+  if (i >= 0 && i < n) return i;
+  int s = -1;
+  if (border == Border::replicate) s = i < 0 ? 0 : n - 1;
+  if (border == Border::circular) s = i < 0 ? i + n : i - n;
+  if (border == Border::reflect) s = i < 0 ? -i : 2 * (n - 1) - i;
+  return s < n ? s : -1;
+}
+
 // dst[i] = activation(a·(src[i] − pivot) + b) for `count` vectors, or activation(src[i]) without a norm.
 template <class Element>
 using RowFunction = void (*)(const float* src, int64_t src_stride, typename Element::Type* dst, int64_t dst_stride,
-                             int count, const float* pivot, const float* a, const float* b);
+                             int count, const float* pivot, const float* a, const float* b, float slope);
 
 template <class Element, bool kAffine, Activation kActivation>
 static void prologue_row(const float* src, int64_t src_stride, typename Element::Type* dst, int64_t dst_stride, int count,
-                         const float* pivot, const float* a, const float* b) {
+                         const float* pivot, const float* a, const float* b, float slope) {
   const Vec centre = kAffine ? load(pivot) : Vec{}, scale = kAffine ? load(a) : Vec{}, shift = kAffine ? load(b) : Vec{};
   for (int i = 0; i < count; i++) {
     Vec v = load(src + i * src_stride);
     if constexpr (kAffine) v = (v - centre) * scale + shift;
-    Element::put(dst + i * dst_stride, activate<kActivation>(v));
+    Element::put(dst + i * dst_stride, activate<kActivation>(v, slope));
   }
+}
+
+template <class Element, bool kAffine>
+static RowFunction<Element> row_function_of(Activation activation) {
+#define SGM_ROW(NAME) prologue_row<Element, kAffine, Activation::NAME>
+  static constexpr RowFunction<Element> table[kActivations] = {
+      SGM_ROW(none),      SGM_ROW(elu),  SGM_ROW(relu),    SGM_ROW(silu),       SGM_ROW(gelu),
+      SGM_ROW(gelu_tanh), SGM_ROW(tanh), SGM_ROW(sigmoid), SGM_ROW(leaky_relu), SGM_ROW(clip)};
+#undef SGM_ROW
+  return table[(int)activation];
 }
 
 template <class Element>
 static RowFunction<Element> row_function(bool affine, Activation activation) {
-  static constexpr RowFunction<Element> table[2][4] = {
-      {prologue_row<Element, false, Activation::none>, prologue_row<Element, false, Activation::elu>,
-       prologue_row<Element, false, Activation::relu>, prologue_row<Element, false, Activation::silu>},
-      {prologue_row<Element, true, Activation::none>, prologue_row<Element, true, Activation::elu>,
-       prologue_row<Element, true, Activation::relu>, prologue_row<Element, true, Activation::silu>}};
-  return table[affine][(int)activation];
+  return affine ? row_function_of<Element, true>(activation) : row_function_of<Element, false>(activation);
 }
 
 // The norm of a layer, folded: y = a·(x − pivot) + b, each [images][padded]; null pointers without a norm. The pivot is a
@@ -92,5 +108,19 @@ static Affine fold_norm(const Run& run, const Layer& layer) {
   }
   return {pivots, a, b, t.padded};
 }
+
+// A layer's prologue, ready to read rows of its input.
+template <class Element>
+struct Reader {
+  Affine affine;
+  RowFunction<Element> function;
+  float slope;
+  Reader(const Run& run, const Layer& layer)
+      : affine(fold_norm(run, layer)), function(row_function<Element>(affine.a, layer.activation)), slope(layer.slope) {}
+  // `count` vectors of channels c … of an image
+  void operator()(const float* src, int64_t src_stride, typename Element::Type* dst, int64_t dst_stride, int count, int image, int c) const {
+    function(src, src_stride, dst, dst_stride, count, affine.pivot(image, c), affine.scale(image, c), affine.shift(image, c), slope);
+  }
+};
 
 }  // namespace sgm::SGM_ISA::executor

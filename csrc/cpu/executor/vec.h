@@ -44,8 +44,16 @@ SGM_INLINE int most(int a, int b) { return a > b ? a : b; }
 SGM_INLINE float horizontal_sum(Vec v) {
   float s[kWidth];
   store(s, v);
-  for (int half = kWidth / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) s[i] += s[i + half];
+  SGM_UNROLL for (int half = kWidth / 2; half; half /= 2)
+    SGM_UNROLL for (int i = 0; i < half; i++) s[i] += s[i + half];
+  return s[0];
+}
+
+SGM_INLINE float horizontal_max(Vec v) {
+  float s[kWidth];
+  store(s, v);
+  SGM_UNROLL for (int half = kWidth / 2; half; half /= 2)
+    SGM_UNROLL for (int i = 0; i < half; i++) s[i] = s[i + half] > s[i] ? s[i + half] : s[i];
   return s[0];
 }
 
@@ -63,17 +71,6 @@ SGM_INLINE Vec exp_bounded(Vec x) {
   p = p * (r * r) + (r + 1.f);
   const IntVec power = ((IntVec)rounded - 0x4b400000 + 127) << 23;
   return p * (Vec)power;
-}
-
-template <Activation kActivation>
-SGM_INLINE Vec activate(Vec x) {
-  if constexpr (kActivation == Activation::elu) return x < 0.f ? exp_bounded(x > -87.f ? x : splat(-87.f)) - 1.f : x;
-  if constexpr (kActivation == Activation::relu) return x < 0.f ? Vec{} : x;
-  if constexpr (kActivation == Activation::silu) {
-    const Vec low = x > -87.f ? x : splat(-87.f);
-    return x / (exp_bounded(-(low < 87.f ? low : splat(87.f))) + 1.f);
-  }
-  return x;
 }
 
 // Element types of a convolution: Type of its input, Weight of its weights. Bf16 rounds both to nearest even, NaN staying NaN.
@@ -155,6 +152,7 @@ struct Run {
     const Tensor& t = tensor(id);
     return t.moments < 0 ? nullptr : workspace.moments + t.moments * workspace.capacity + (int64_t)image * kMomentRows * t.padded;
   }
+  int64_t bias_row(const Conv& conv, int image) const { return conv.bias_row ? batch.level[image] * conv.bias_row : 0; }
   // this member's share [first, last) of n units
   void share(int n, int& first, int& last) const {
     first = (int)((int64_t)n * member.rank / member.size);

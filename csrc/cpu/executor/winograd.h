@@ -43,11 +43,10 @@ SGM_INLINE int64_t plane_stride(int tiles, int channels) { return (int64_t)tiles
 SGM_INLINE int64_t product_stride(int tiles, int channels) { return (int64_t)tiles * channels + 16; }
 
 template <class Element>
-static void input_planes(const Run& run, const Layer& layer, const Conv& conv, const Chunk& chunk, const Affine& affine) {
+static void input_planes(const Run& run, const Layer& layer, const Conv& conv, const Chunk& chunk, const Reader<Float>& read_row) {
   using T = typename Element::Type;
   const Tensor& in = run.tensor(layer.input);
   const int64_t stride = plane_stride(chunk.tiles, in.padded), line = (int64_t)in.padded * conv.dilation;
-  const RowFunction<Float> read_row = row_function<Float>(affine.a, layer.activation);
   float* const rows = run.workspace.rows + run.member.rank * run.workspace.rows_stride;
   int first, last;
   run.share(in.padded / kWidth, first, last);
@@ -65,16 +64,18 @@ static void input_planes(const Run& run, const Layer& layer, const Conv& conv, c
       }
       for (; r < kPatch; r++) {
         float* const row = rows + r * pitch;
-        const int y = s.row - 1 + r;
-        if (y < 0 || y >= s.height) {
+        const int y = source(conv.border, s.row - 1 + r, s.height);
+        if (y < 0) {
           memset(row, 0, pitch * sizeof(float));
           continue;
         }
-        store(row, Vec{});
         const float* src = run.data(layer.input, image) + c +
                            ((int64_t)(s.phase_row + y * conv.dilation) * in.width + s.phase_col) * in.padded;
-        read_row(src, line, row + kWidth, kWidth, s.width, affine.pivot(image, c), affine.scale(image, c), affine.shift(image, c));
+        read_row(src, line, row + kWidth, kWidth, s.width, image, c);
         memset(row + (s.width + 1) * kWidth, 0, (columns - s.width - 1) * kWidth * sizeof(float));
+        const int left = source(conv.border, -1, s.width), right = source(conv.border, s.width, s.width);
+        store(row, left < 0 ? Vec{} : load(row + (left + 1) * kWidth));
+        if (right >= 0) store(row + (s.width + 1) * kWidth, load(row + (right + 1) * kWidth));
       }
       for (int t = 0; t < s.tiles; t++, plane += in.padded) {
         const float* patch = rows + (int64_t)t * kTile * kWidth;
@@ -119,10 +120,10 @@ static void multiply_planes(const Run& run, const Conv& conv, int block, const C
   }
 }
 
-// Adds bias and residuals, stores one output vector and returns it.
-SGM_INLINE Vec finish(Vec v, const float* const (&add)[2], float* out, int64_t offset) {
-  if (add[0]) v += load(add[0] + offset);
-  if (add[1]) v += load(add[1] + offset);
+// Adds residuals, stores one output vector and returns it.
+SGM_INLINE Vec finish(Vec v, const float* const (&add)[2], const float (&scale)[2], float* out, int64_t offset) {
+  if (add[0]) v += load(add[0] + offset) * scale[0];
+  if (add[1]) v += load(add[1] + offset) * scale[1];
   store(out + offset, v);
   return v;
 }
@@ -136,13 +137,13 @@ static void output_block(const Run& run, const Layer& layer, const Conv& conv, i
   for (int j = 0; j < conv.vectors; j++) {
     const int k = (block * conv.vectors + j) * kWidth;
     if (k >= out.padded) return;
-    const Vec bias = load(conv.bias + k);
     const float* product = products + j * kWidth;
     Moments moments = Moments::start(Vec{});
     for (int g = chunk.first; g < chunk.last; g++) {
       const int image = g / conv.strip_count, index = g % conv.strip_count;
       const Strip& s = conv.strips[index];
       float* const kept = run.moments(layer.output, image);
+      const Vec bias = load(conv.bias + run.bias_row(conv, image) + k);
       if (index > 0 && g == chunk.first && kept) moments = Moments::read(kept + k, out.padded);
       const float* const add[2] = {layer.add[0] < 0 ? nullptr : run.data(layer.add[0], image) + k,
                                    layer.add[1] < 0 ? nullptr : run.data(layer.add[1], image) + k};
@@ -177,7 +178,7 @@ static void output_block(const Run& run, const Layer& layer, const Conv& conv, i
             }
           }
         };
-        each([&](Vec& v, int64_t at) __attribute__((always_inline)) { v = finish(v + bias, add, target, at); });
+        each([&](Vec& v, int64_t at) __attribute__((always_inline)) { v = finish(v + bias, add, layer.add_scale, target, at); });
         const int count = rows * columns;
         if (!kept || !count) continue;
         const float share = 1.f / (float)count;
@@ -201,7 +202,7 @@ static void output_block(const Run& run, const Layer& layer, const Conv& conv, i
 
 template <class Element>
 static void winograd(const Run& run, const Layer& layer, const Conv& conv) {
-  const Affine affine = fold_norm(run, layer);
+  const Reader<Float> read_row(run, layer);
   const int channels = run.tensor(layer.input).padded, strips = run.images * conv.strip_count;
   const int total = run.images * conv.tiles;
   int limit = most(run.workspace.tile_capacity / channels, 1);
@@ -217,7 +218,7 @@ static void winograd(const Run& run, const Layer& layer, const Conv& conv) {
       if (chunk.last > g && chunk.tiles + tiles > limit) break;
       chunk.tiles += tiles, chunk.last++;
     }
-    input_planes<Element>(run, layer, conv, chunk, affine);
+    input_planes<Element>(run, layer, conv, chunk, read_row);
     run.wait();
     for (int block = first_block; block < last_block; block++) {
       multiply_planes<Element>(run, conv, block, chunk, channels, products);

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sgm_engine.executors.native.gradient import append_gradient
 from sgm_engine.executors.native.graph import Graph, Value
+from sgm_engine.executors.native.kernel import Kernel
 from sgm_engine.executors.native.norm import Norm as NativeNorm
 from sgm_engine.executors.native.norm import Table, Unsupported
-from sgm_engine.executors.native.weights import Kernel
 from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.cdm.networks import Attention, Head, Norm, Residual, UNet, Upsample
 from sgm_engine.rewriting.altered import altered

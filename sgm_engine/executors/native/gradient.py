@@ -39,13 +39,15 @@ class _Way:
 
     def back(self, layer: Layer, g: Value) -> None:
         graph, x = self.graph, layer.x
-        for a in layer.add:
+        for a, scale in layer.add:
+            if scale != 1:
+                raise Unsupported(f"the gradient of an addend times {scale}")
             self.give_on(a, g)
         if layer.op == Op.embed:
             graph.store_gradient(g, layer.out)
         elif layer.op == Op.conv and layer.kernel is not None:
             self._conv(layer, g)
-        elif layer.op == Op.attention:
+        elif layer.op == Op.attention and layer.turns:
             self.give(x, lambda add: self._plus(graph.attention_backward(x, g), add))
         elif layer.op == Op.nearest:
             self.give(x, lambda add: graph.block_sum(g, x.height, x.width, add))

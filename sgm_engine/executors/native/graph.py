@@ -6,52 +6,21 @@ the layer that reads or writes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from sgm_engine import _C
-from sgm_engine.executors.native.norm import Norm, Table, Unsupported, norm_of
-from sgm_engine.executors.native.weights import Kernel, Packed, as_float32, given
-from sgm_engine.kernels.digest import digests
+from sgm_engine.executors.native.builder import PRECISIONS, Activation, Add, Builder, Layer, Value
+from sgm_engine.executors.native.kernel import Kernel, Padding, fir
+from sgm_engine.executors.native.norm import Norm, Table, Unsupported
+from sgm_engine.executors.native.weights import as_float32, given
 
-# "direct" and "winograd" are float32 by one algorithm wherever it applies, "float32" by the cheaper of the two a layer.
-PRECISIONS = ("float32", "bfloat16", "direct", "winograd")
-
-
-class Value(NamedTuple):
-    """A tensor of the graph: its index and its shape in one image."""
-
-    id: int
-    channels: int
-    height: int
-    width: int
+__all__ = ["PRECISIONS", "Graph", "Layer", "Value"]
 
 
-class Layer(NamedTuple):
-    """A layer as it was emitted: what gradient.py goes back through."""
-
-    op: object  # _C.Op
-    x: Value | None
-    out: Value | None
-    second: Value | None
-    add: tuple[Value, ...]
-    norm: Norm | None
-    activation: str
-    kernel: Kernel | None
-
-
-class Graph:
+class Graph(Builder):
     """Builds the layers of one network for images of one size; every method emits one layer and returns its output."""
-
-    def __init__(self, batch: int, precision: str):
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-        self.native = _C.NativeExecutor(batch, getattr(_C.Precision, precision))
-        self.weights: list[Packed] = []
-        self.convs: list[int] = []
-        self.layers: list[Layer] = []
 
     def load(self, channels: int, height: int, width: int, scale: float = 1.0, shift: float = 0.0) -> Value:
         """scale·x + shift of the network's input x [channels, height, width]."""
@@ -60,10 +29,10 @@ class Graph:
     def conv(
         self,
         x: Value,
-        conv: nn.Conv2d | Kernel,
+        conv: nn.Conv2d | nn.ConvTranspose2d | Kernel,
         norm: nn.Module | Norm | None = None,
-        activation: str = "none",
-        add: Sequence[Value] = (),
+        activation: Activation = "none",
+        add: Add = (),
         pool: bool = False,
     ) -> Value:
         """conv(activation(norm(x))), its 2×2 mean if ``pool``, plus at most two addends."""
@@ -71,34 +40,37 @@ class Graph:
         shape = (kernel.c_out, *self._output(kernel, x, pool))
         return self._layer(_C.Op.conv, x, shape, add=add, norm=norm, activation=activation, kernel=kernel, pool=pool)
 
-    def store(self, x: Value, conv: nn.Conv2d, norm: nn.Module | Norm | None = None, activation: str = "none") -> None:
+    def store(
+        self, x: Value, conv: nn.Conv2d | Kernel, norm: nn.Module | Norm | None = None, activation: Activation = "none"
+    ) -> None:
         """The network's output: conv(activation(norm(x)))."""
-        kernel = Kernel.of(conv)
-        if self._output(kernel, x) != (x.height, x.width) or kernel.stride != 1:
-            raise Unsupported(f"{conv}: the last convolution must keep the size")
+        kernel = conv if isinstance(conv, Kernel) else Kernel.of(conv)
+        self._output(kernel, x)
+        if (kernel.stride, kernel.up, kernel.groups) != (1, 1, 1):
+            raise Unsupported(f"{conv}: the last convolution must be one of stride 1, ungrouped")
         self._layer(_C.Op.store, x, None, norm=norm, activation=activation, kernel=kernel)
 
-    def activate(
-        self, x: Value, activation: str, norm: nn.Module | Norm | None = None, add: Sequence[Value] = ()
-    ) -> Value:
+    def activate(self, x: Value, activation: Activation, norm: nn.Module | Norm | None = None, add: Add = ()) -> Value:
         """activation(norm(x)), plus at most two addends."""
         return self._layer(_C.Op.activate, x, x[1:], add=add, norm=norm, activation=activation)
 
-    def mean_pool(self, x: Value, norm: nn.Module | Norm | None = None, activation: str = "none") -> Value:
+    def mean_pool(self, x: Value, norm: nn.Module | Norm | None = None, activation: Activation = "none") -> Value:
         """2×2 mean of activation(norm(x)), stride 2."""
         shape = (x.channels, x.height // 2, x.width // 2)
         return self._layer(_C.Op.mean_pool, x, shape, norm=norm, activation=activation)
 
-    def pool5(self, x: Value, kind: str, norm: nn.Module | Norm | None = None, activation: str = "none") -> Value:
+    def pool5(
+        self, x: Value, kind: str, norm: nn.Module | Norm | None = None, activation: Activation = "none"
+    ) -> Value:
         """5×5 pool of activation(norm(x)), stride 1: its "mean", padding counted as zeros, or its "max"."""
         op = _C.Op.mean_pool5 if kind == "mean" else _C.Op.max_pool5
         return self._layer(op, x, x[1:], norm=norm, activation=activation)
 
-    def upsample(self, x: Value, height: int, width: int, add: Sequence[Value] = ()) -> Value:
+    def upsample(self, x: Value, height: int, width: int, add: Add = ()) -> Value:
         """Bilinear, corners aligned, plus at most two addends."""
         return self._layer(_C.Op.upsample, x, (x.channels, height, width), add=add)
 
-    def nearest(self, x: Value, height: int, width: int, add: Sequence[Value] = ()) -> Value:
+    def nearest(self, x: Value, height: int, width: int, add: Add = ()) -> Value:
         """Every pixel repeated a whole number of times, cropped, plus at most two addends."""
         return self._layer(_C.Op.nearest, x, (x.channels, height, width), add=add)
 
@@ -126,15 +98,66 @@ class Graph:
         """The network's output: table[:, 2]·∇ᵤ + table[:, 3]·x + table[:, 4], by the gradient of what embed made."""
         self._layer(_C.Op.store_gradient, gradient, None, second=embedded)
 
-    def attention(self, x: Value, channels: int) -> Value:
-        """softmax(qᵀk/√channels)·v over the pixels; x: q, k and v, each padded by zeros to a third of its channels."""
-        return self._layer(_C.Op.attention, x, (channels, x.height, x.width))
+    def fir(
+        self,
+        x: Value,
+        taps: Sequence[float] | Tensor,
+        up: int = 1,
+        down: int = 1,
+        padding: Padding = 0,
+        norm: nn.Module | Norm | None = None,
+        activation: Activation = "none",
+        add: Add = (),
+    ) -> Value:
+        """up − 1 zeros behind and below a pixel, padding, taps [k] or [k, k] on each channel, every down-th pixel."""
+        if up > 1 and down > 1:
+            raise Unsupported("a filter that goes up and down at once")
+        return self.conv(x, fir(x.channels, taps, up, down, padding), norm, activation, add)
+
+    def attention(
+        self, x: Value, channels: int, heads: int = 1, scale: float | None = None, memory: Table | None = None
+    ) -> Value:
+        """softmax(scale·qᵀk)·v over the pixels, by head. x: q, k and v, a third of its channels each, [heads, size].
+
+        channels: of all heads; what a third holds beyond them is not read. scale: None is 1/√size. memory: keys and
+        values [2, heads, n, size] before those of the pixels.
+        """
+        index = self._heads(x, channels, heads, scale, memory)
+        plain = heads == 1 and scale is None and memory is None
+        return self._layer(_C.Op.attention, x, (channels, x.height, x.width), heads=index, turns=plain)
+
+    def linear_attention(
+        self, x: Value, channels: int, heads: int, scale: float = 1.0, memory: Table | None = None
+    ) -> Value:
+        """scale·contextᵀ·softmax(q), over channels, context = softmax(k)·vᵀ, over pixels; laid out as for attention."""
+        index = self._heads(x, channels, heads, scale, memory)
+        return self._layer(_C.Op.linear_attention, x, (channels, x.height, x.width), heads=index)
+
+    def channel_norm(
+        self,
+        x: Value,
+        groups: int = 1,
+        centred: bool = True,
+        eps: float = 0.0,
+        floor: float = 0.0,
+        after: float = 0.0,
+        scale: Table | None = None,
+        shift: Table | None = None,
+        activation: Activation = "none",
+        add: Add = (),
+    ) -> Value:
+        """activation(scale·(x − mean)/(after + √(max(variance, floor) + eps)) + shift) of a pixel's groups of channels.
+
+        Not centred, the mean is taken for 0, as in RMSNorm. scale, shift: [1 or levels, C or 1].
+        """
+        norm = Norm(x.channels, groups, eps, (scale, None, shift), True, centred, floor, after)
+        return self._layer(_C.Op.channel_norm, x, x[1:], add=add, norm=norm, activation=activation)
 
     def slope(self, x: Value, scale: Norm, activation: str) -> Value:
         """γ(level)·activation′(x)."""
         return self._layer(_C.Op.slope, x, x[1:], norm=scale, activation=activation)
 
-    def norm_backward(self, x: Value, gradient: Value, norm: Norm, activation: str, add: Sequence[Value] = ()) -> Value:
+    def norm_backward(self, x: Value, gradient: Value, norm: Norm, activation: Activation, add: Add = ()) -> Value:
         """Gradient in x, given that of activation(norm(x)), plus at most two addends."""
         return self._layer(_C.Op.norm_backward, x, x[1:], second=gradient, add=add, norm=norm, activation=activation)
 
@@ -146,11 +169,11 @@ class Graph:
         """x at every second pixel of every second row, zeros between."""
         return self._layer(_C.Op.spread, x, (x.channels, height, width))
 
-    def block_sum(self, x: Value, height: int, width: int, add: Sequence[Value] = ()) -> Value:
+    def block_sum(self, x: Value, height: int, width: int, add: Add = ()) -> Value:
         """The transpose of ``nearest``, plus at most two addends."""
         return self._layer(_C.Op.block_sum, x, (x.channels, height, width), add=add)
 
-    def slice(self, x: Value, first: int, channels: int, add: Sequence[Value] = ()) -> Value:
+    def slice(self, x: Value, first: int, channels: int, add: Add = ()) -> Value:
         """Channels first … first + channels − 1, plus at most two addends."""
         return self._layer(_C.Op.slice, x, (channels, x.height, x.width), add=add, first=first)
 
@@ -162,91 +185,3 @@ class Graph:
             native.set_sigmas(given(values))
 
         self._keep(divisor.tensors, pack)
-
-    def plan(self) -> None:
-        """Choose algorithms, lay out memory and pack every weight; no layer can be added after it."""
-        self.native.plan()
-        self.sync()
-
-    def sync(self, states: Mapping[int, tuple | None] | None = None, force: bool = False) -> int:
-        """Pack the weights that changed since the last time, or all; returns how many layers' they were.
-
-        states: id → what the tensor holds, where it has just been looked at.
-        """
-        states = dict(states or {})
-        others = {id(t): t for w in self.weights for t in w.tensors if t is not None and id(t) not in states}
-        states |= zip(others, digests(others.values()), strict=True)
-        return sum(w.refresh(states, force) for w in self.weights)
-
-    def run(self, x: Tensor, level: Tensor, score: Tensor) -> Tensor:
-        """One evaluation of x [B, C, H, W] at level [B] into score; all contiguous, nothing checked but the levels."""
-        self.native.run(x.data_ptr(), level.data_ptr(), score.data_ptr(), len(x))
-        return score
-
-    def _keep(self, tensors: tuple[Tensor | None, ...], pack: Callable[[], None]) -> None:
-        """pack must not hold this graph: in a circle, its memory would wait for the garbage collector."""
-        self.weights.append(Packed(tensors, pack))
-
-    def _layer(
-        self,
-        op,
-        x: Value | None,
-        shape: tuple[int, int, int] | None,
-        *,
-        second: Value | None = None,
-        add: Sequence[Value] = (),
-        norm: nn.Module | Norm | None = None,
-        activation: str = "none",
-        kernel: Kernel | None = None,
-        pool: bool = False,
-        scale: float = 1.0,
-        shift: float = 0.0,
-        first: int = 0,
-    ) -> Value | None:
-        out = None if shape is None else Value(self.native.tensor(*shape), *shape)
-        norm = norm_of(norm) if isinstance(norm, nn.Module) else norm
-        self.native.layer(
-            op=op,
-            input=-1 if x is None else x.id,
-            second=-1 if second is None else second.id,
-            output=-1 if out is None else out.id,
-            add=[a.id for a in add],
-            norm=-1 if norm is None else self._norm(norm),
-            activation=getattr(_C.Activation, activation),
-            conv=-1 if kernel is None else self._conv(kernel, pool),
-            scale=scale,
-            shift=shift,
-            first=first,
-        )
-        self.layers.append(Layer(op, x, out, second, tuple(add), norm, activation, None if pool else kernel))
-        return out
-
-    def _output(self, kernel: Kernel, x: Value, pool: bool = False) -> tuple[int, int]:
-        """Height and width of a convolution of x."""
-        if pool and (kernel.size, kernel.dilation, kernel.stride, kernel.padding) != (3, 1, 1, 1):
-            raise Unsupported("a 2×2 mean after anything but an undilated 3×3 convolution")
-        size = (x.height // 2, x.width // 2) if pool else kernel.output(x.height, x.width)
-        if min(size) < 1:
-            raise Unsupported(f"images of {x.height}×{x.width} are too small for a convolution of them")
-        return size
-
-    def _conv(self, k: Kernel, pool: bool) -> int:
-        index = self.native.conv(k.c_in, k.c_out, k.size, k.dilation, k.stride, k.padding, pool)
-        self.convs.append(index)
-
-        def pack(native=self.native) -> None:
-            weight, bias = as_float32(k.weight()), as_float32(k.bias())
-            native.set_conv(index, given(weight), given(bias))
-
-        self._keep(k.tensors, pack)
-        return index
-
-    def _norm(self, norm: Norm) -> int:
-        index = self.native.norm(norm.channels, norm.groups, norm.rows, norm.rows > 1, norm.has_alpha, norm.eps)
-
-        def pack(native=self.native) -> None:
-            table = norm.table()
-            native.set_norm(index, given(table))
-
-        self._keep(norm.tensors, pack)
-        return index

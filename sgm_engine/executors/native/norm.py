@@ -36,12 +36,17 @@ class Norm:
     """y = γ·(x̂ + α·ms) + β: x̂ is x normalised in ``groups`` groups of channels, or x itself if groups is 0.
 
     parts: γ, α and β; None: 1, 0, 0. ms: the channel means, standardised across channels (InstanceNorm++).
+    by_pixel: of each pixel's channels, x̂ = (x − mean)/(after + √(max(variance, floor) + eps)); not centred: mean = 0.
     """
 
     channels: int
     groups: int
     eps: float
     parts: tuple[Table | None, Table | None, Table | None] = (None, None, None)
+    by_pixel: bool = False
+    centred: bool = True
+    floor: float = 0.0
+    after: float = 0.0
 
     @property
     def rows(self) -> int:
