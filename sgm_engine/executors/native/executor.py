@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sgm_engine.executors.native.graph import PRECISIONS, Graph
 from sgm_engine.executors.native.norm import Unsupported
 from sgm_engine.executors.native.refinenet import lower_refinenet
+from sgm_engine.executors.native.weights import state_of
 from sgm_engine.executors.network import Network
 from sgm_engine.executors.slots import Slots, Tables
 from sgm_engine.models.cdm.model import CDM
@@ -18,23 +19,37 @@ FLOAT32_AGREEMENT = 1e-4
 OWN = ("sgm_engine.models.", "torch.nn.modules.")
 
 
-def lower(graph: Graph, model: nn.Module, shape: tuple[int, int, int], levels: int) -> None:
-    """Emit the layers of ``model`` for x [*shape] at level in [0, levels). Raises Unsupported, and says what it is."""
+def lowered(
+    model: nn.Module, batch: int, precision: str, shape: tuple[int, int, int], levels: int
+) -> tuple[Graph, list[Tensor]]:
+    """The layers of ``model`` for x [*shape] at level in [0, levels), and the tensors whose values chose them.
+
+    Raises Unsupported, and says what it is.
+    """
+    graph = Graph(batch, precision)
     if is_published(model):
         if shape[0] != model.channels:
             raise ValueError(f"the model takes {model.channels} channels, got shape {shape}")
-        return lower_refinenet(graph, model, *shape[1:])
+        lower_refinenet(graph, model, *shape[1:])
+        return graph, []
     if not isinstance(model, nn.Module):
         raise Unsupported(f"{type(model).__name__} is no nn.Module")
     if type(model) is CDM:
         from sgm_engine.executors.native.cdm import lower_cdm
 
-        return lower_cdm(graph, model, shape, levels)
-    if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
-        raise Unsupported(f"{type(model).__name__} holds no convolution")
-    from sgm_engine.executors.native.traced import lower_traced  # torch.fx, which NCSN does not need
+        lower_cdm(graph, model, shape, levels)
+        return graph, []
+    from sgm_engine.executors.native.recorded import has_own_norms, lower_recorded  # which NCSN does not need
+    from sgm_engine.executors.native.traced import lower_traced
 
-    lower_traced(graph, model, shape, levels)
+    fronts, reasons = [lower_recorded, lower_traced], {}
+    for front in fronts[::-1] if has_own_norms(model) else fronts:
+        try:
+            graph = Graph(batch, precision)
+            return graph, front(graph, model, shape, levels)
+        except Unsupported as reason:
+            reasons[front] = reason
+    raise reasons[lower_recorded]
 
 
 def is_published(model: object) -> bool:
@@ -68,16 +83,15 @@ class NativeNetwork:
         channels: int | None = None,
         levels: int | None = None,
     ):
-        self.graph = Graph(batch, precision)
         if channels is None:
             channels = (getattr(model, "shape", None) or (3,))[0]
         levels = len(getattr(model, "sigmas", (0,))) if levels is None else levels
         self.shape = (channels, height, width)
-        lower(self.graph, model, self.shape, levels)
+        self.graph, self._asked = lowered(model, batch, precision, self.shape, levels)
         self.graph.plan()
         self.model, self._settings = model, None
         if not is_published(model):
-            self._settings = settings(model)
+            self._settings = self._read()
             self._refuse_disagreement(levels, AGREEMENT.get(precision, FLOAT32_AGREEMENT))
 
     def sync(self) -> int:
@@ -97,7 +111,11 @@ class NativeNetwork:
 
     def stale(self) -> bool:
         """Whether the module has become another: an attribute that a trace takes as it stands, a hook, a layer."""
-        return not is_published(self.model) if self._settings is None else self._settings != settings(self.model)
+        return not is_published(self.model) if self._settings is None else self._settings != self._read()
+
+    def _read(self) -> list[tuple]:
+        """What the layers were chosen by."""
+        return [*settings(self.model), *map(state_of, self._asked)]
 
     def describe(self) -> str:
         """Its convolutions by algorithm, and its memory."""

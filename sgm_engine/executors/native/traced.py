@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from sgm_engine.executors.native.calls import Call, batch_norm
 from sgm_engine.executors.native.graph import Graph, Value
@@ -72,8 +72,10 @@ class _Last(NamedTuple):
     divisor: Table | None
 
 
-def lower_traced(graph: Graph, model: nn.Module, shape: tuple[int, int, int], levels: int) -> None:
-    """Emit the layers of ``model`` for x [*shape], level in [0, levels). Raises Unsupported for what has no layer."""
+def lower_traced(graph: Graph, model: nn.Module, shape: tuple[int, int, int], levels: int) -> list[Tensor]:
+    """As lower_recorded, which says more of why it cannot."""
+    if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
+        raise Unsupported("it holds no convolution")
     accelerated = model if isinstance(model, Accelerated) else Accelerated(model)
     if reason := untraceable(accelerated.source):
         raise Unsupported(reason)
@@ -92,6 +94,7 @@ def lower_traced(graph: Graph, model: nn.Module, shape: tuple[int, int, int], le
         raise
     except ValueError as reason:  # of the C++: a shape that has no layer
         raise Unsupported(str(reason)) from reason
+    return []
 
 
 class _Walk:
