@@ -21,6 +21,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 CONSTANT, LEVEL, IMAGE = 0, 1, 2  # LEVEL | IMAGE is of the image
 READS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive")
+FILLED = {"zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1, "empty_like": 0, "new_empty": 0,
+          "full_like": None, "new_full": None}  # fmt: skip
 
 
 class Untraceable(ValueError):
@@ -127,7 +129,12 @@ class _Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func.overloadpacket.__name__:
             raise Untraceable(f"it draws random numbers ({func.overloadpacket.__name__}): call model.eval() first")
         out = func(*args, **kwargs)
-        self.note(func, args, kwargs, out, _written(func, args, kwargs))
+        name = func.overloadpacket.__name__
+        if name in FILLED:  # by a number, however large the tensor is that it is to be like
+            value = args[1] if name == "full_like" else args[2] if name == "new_full" else FILLED[name]
+            self.note(torch.full, (tuple(out.shape), value), {"dtype": out.dtype, "device": out.device}, out)
+        else:
+            self.note(func, args, kwargs, out, _written(func, args, kwargs))
         return out
 
     def note(self, op: object, args: tuple, kwargs: dict, out: object, written: list[Tensor] | None = None) -> None:

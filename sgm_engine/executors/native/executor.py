@@ -127,7 +127,7 @@ class NativeNetwork:
     def _refuse_disagreement(self, levels: int, tolerance: float) -> None:
         random = torch.Generator("cpu").manual_seed(0)
         x = torch.rand(2, *self.shape, generator=random, dtype=torch.float32, device="cpu")
-        level = torch.tensor([0, levels - 1], device="cpu")
+        level = torch.tensor([levels - 1, 0], device="cpu")  # in another order than those of a trace
         ours, theirs = self(x, level).flatten(1), self.model(x, level).float().flatten(1)
         difference = ((ours - theirs).norm(dim=1) / theirs.norm(dim=1).clamp_min(1e-30)).max().item()
         if not difference <= tolerance:

@@ -118,6 +118,8 @@ class Walk:
             raise Unsupported("its output does not depend on x")
         if not any(self.recording.nodes[i].name in WEIGHTED for i in self.live):
             raise Unsupported("it holds no convolution")
+        if stale := [self.recording.nodes[i].name for i in self.live if self.recording.nodes[i].stale]:
+            raise Unsupported(f"{stale[0]} reads a part of an image that was changed in place")
         self.values[self.recording.x] = View(
             Input(self.shape, shared=self.readers[self.recording.x.node] > 1), image_dims(BATCH, *self.shape)
         )
@@ -125,8 +127,6 @@ class Walk:
             node = self.recording.nodes[i]
             if node.op is None:
                 continue
-            if node.stale:
-                raise Unsupported(f"{node.name} reads a part of an image that was changed in place")
             self._lower(i, node)
         self._end()
 
