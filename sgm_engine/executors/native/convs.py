@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,10 +16,8 @@ from sgm_engine.executors.native.layout import Axis, Dims, image_dims, names, no
 from sgm_engine.executors.native.norm import Unsupported
 from sgm_engine.executors.native.resampling import filtered
 from sgm_engine.executors.native.views import of_padded
+from sgm_engine.executors.native.walk import Walk
 from sgm_engine.rewriting.record import Node, Ref
-
-if TYPE_CHECKING:
-    from sgm_engine.executors.native.recorded import Walk
 
 
 def convolution(walk: Walk, i: int, node: Node) -> View:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,10 +13,8 @@ from sgm_engine.executors.native.layout import names
 from sgm_engine.executors.native.moments import Centred, Moment
 from sgm_engine.executors.native.norm import Norm, Table, Unsupported
 from sgm_engine.executors.native.products import Context, Product, Softmax
+from sgm_engine.executors.native.walk import Walk
 from sgm_engine.rewriting.record import LEVEL, Node, Ref
-
-if TYPE_CHECKING:
-    from sgm_engine.executors.native.recorded import Walk
 
 
 def add(walk: Walk, i: int, node: Node) -> object:

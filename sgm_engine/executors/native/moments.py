@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
 
 from sgm_engine.executors.native.forms import Channelwise, Form, View
 from sgm_engine.executors.native.layout import Dims, names, normal, only
 from sgm_engine.executors.native.norm import Unsupported
+from sgm_engine.executors.native.walk import Walk
 from sgm_engine.rewriting.record import Node
-
-if TYPE_CHECKING:
-    from sgm_engine.executors.native.recorded import Walk
 
 
 @dataclass(frozen=True)

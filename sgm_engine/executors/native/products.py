@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,10 +13,8 @@ from sgm_engine.executors.native.graph import Value
 from sgm_engine.executors.native.kernel import Kernel
 from sgm_engine.executors.native.layout import Axis, Dims, dense, names, normal, only, renamed
 from sgm_engine.executors.native.norm import Table, Unsupported
+from sgm_engine.executors.native.walk import Walk
 from sgm_engine.rewriting.record import Node
-
-if TYPE_CHECKING:
-    from sgm_engine.executors.native.recorded import Walk
 
 SECOND = {"h": "H", "w": "W", "n": "N"}
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from sgm_engine.executors.native.forms import Conv, Form, Layer, Read, View
 from sgm_engine.executors.native.kernel import Kernel
 from sgm_engine.executors.native.norm import Unsupported
+from sgm_engine.executors.native.walk import Walk
 from sgm_engine.rewriting.record import Node
-
-if TYPE_CHECKING:
-    from sgm_engine.executors.native.recorded import Walk
 
 
 def mean_of_blocks(walk: Walk, form: Form) -> Form:

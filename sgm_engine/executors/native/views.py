@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 
 from sgm_engine.executors.native.forms import View
 from sgm_engine.executors.native.layout import Axis, Dims, names, normal, only, reshape, sizes
 from sgm_engine.executors.native.norm import Unsupported
+from sgm_engine.executors.native.walk import Walk
 from sgm_engine.rewriting.record import Node
-
-if TYPE_CHECKING:
-    from sgm_engine.executors.native.recorded import Walk
 
 FLOATS = (None, torch.float32, torch.float64)
 
