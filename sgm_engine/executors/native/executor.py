@@ -13,6 +13,7 @@ from sgm_engine.executors.network import Network
 from sgm_engine.executors.slots import Slots, Tables
 from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.ncsn import RefineNet
+from sgm_engine.models.score_model import NotAScore
 
 AGREEMENT = {"bfloat16": 0.1}  # of a network with its module, relative; a wrong graph is off by O(1)
 FLOAT32_AGREEMENT = 1e-4
@@ -156,6 +157,8 @@ def refusal(
         return "the size of its images is not known: pass shape=(C, H, W)"
     try:
         NativeNetwork(model, 1, *shape[1:], precision, shape[0], levels)
+    except NotAScore:
+        raise  # no executor could run it
     except ValueError as error:
         return str(error)
     return None

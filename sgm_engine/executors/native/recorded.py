@@ -14,6 +14,7 @@ from sgm_engine.executors.native.graph import Graph
 from sgm_engine.executors.native.handlers import HANDLERS
 from sgm_engine.executors.native.norm import Unsupported
 from sgm_engine.executors.native.walk import Walk
+from sgm_engine.models.score_model import NotAScore
 from sgm_engine.rewriting.recognise import FusedNorm, recognise
 from sgm_engine.rewriting.record import Untraceable, record
 from sgm_engine.rewriting.trace import MODAL
@@ -35,6 +36,8 @@ def lower_recorded(graph: Graph, model: nn.Module, shape: tuple[int, int, int], 
         recording = record(model, own_norms(model), x, level)
     except Untraceable as reason:
         raise Unsupported(str(reason)) from reason
+    except NotAScore:
+        raise
     except Exception as error:  # whatever the user's forward does that it cannot do in evaluation mode
         raise Unsupported(f"its forward raises {type(error).__name__}: {str(error)[:120]}") from error
     own = {id(p) for p in model.parameters()}
