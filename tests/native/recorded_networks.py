@@ -164,8 +164,40 @@ def transposed(m, h, level):
     return F.conv_transpose2d(small, m.three.weight, stride=2, padding=1, output_padding=1)
 
 
+def maxima_and_bilinear(m, h, level):
+    small = F.max_pool2d(F.gelu(F.group_norm(h, 1)), 2)
+    return F.interpolate(small, scale_factor=2, mode="bilinear") + F.interpolate(
+        small, scale_factor=2, mode="bilinear", align_corners=True
+    )
+
+
+def told_at_every_pixel(m, h, level):
+    """A class beside the channels, and an embedding repeated to the size of the image."""
+    told = m.told(level[:, None].float())
+    beside = told[:, :, None, None].expand(-1, -1, h.shape[2], h.shape[3])
+    weight = torch.cat([m.matrix, m.matrix.t(), m.matrix], dim=1)[:, :, None, None]
+    h = F.conv2d(torch.cat([beside, h, torch.ones_like(h)], dim=1), weight)
+    return h + told[:, :, None, None].repeat(1, 1, *h.shape[2:])
+
+
+def magnitude_preserving(m, h, level):
+    """Normalised weights and pixels, q, k and v normalised by head, sums by lerp, as in EDM2."""
+    n, _, height, width = h.shape
+
+    def normalised(x, dim):
+        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+        return x / torch.add(1e-4, norm, alpha=np.sqrt(norm.numel() / x.numel())).to(x.dtype)
+
+    y = normalised(h, 1)
+    y = y.lerp(F.conv2d(F.silu(y) / 0.596, normalised(m.three.weight, [1, 2, 3]), padding=1), 0.3) / np.sqrt(0.58)
+    q, k, v = normalised(m.qkv(y).reshape(n, 2, -1, 3, height * width), 2).unbind(3)
+    w = torch.einsum("nhcq,nhck->nhqk", q, k / np.sqrt(q.shape[2])).softmax(dim=3)
+    return torch.einsum("nhqk,nhck->nhcq", w, v).reshape(h.shape).clip_(-256, 256)
+
+
 MIDDLES = [
     einsum_over_pixels, heads_outside, heads_interleaved, linear_layers, transformer, linear_attention,
     space_to_depth, by_reshape, filtered, channel_norms, in_place, borders, sinusoids_in_place, by_shape,
-    weights_normalised, transposed,
+    weights_normalised, transposed, maxima_and_bilinear, told_at_every_pixel,
+    magnitude_preserving,
 ]  # fmt: skip

@@ -49,7 +49,10 @@ def test_however_it_is_written(isa, middle):  # noqa: F811
 
 
 # Casts of their own, so that float64 is none.
-MAKES_FLOAT32 = {"filtered", "in_place", "sinusoids_in_place", "heads_outside", "heads_interleaved", "channel_norms"}
+MAKES_FLOAT32 = {
+    "filtered", "in_place", "sinusoids_in_place", "heads_outside", "heads_interleaved", "channel_norms",
+    "told_at_every_pixel", "magnitude_preserving",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("middle", MIDDLES, ids=lambda f: f.__name__)

@@ -194,9 +194,11 @@ def product(walk: Walk, i: int, node: Node) -> object:
 
 def concat(walk: Walk, i: int, node: Node) -> View:
     parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if len(parts) == 2 and walk.program.has(parts[0]) and not walk.program.has(parts[1]):
-        return _remembered(walk, parts[0], walk.view(parts[1]), dim)
-    views = [walk.settled(part) for part in parts]
+    last = walk.view(parts[-1]) if not walk.program.has(parts[-1]) else None
+    if len(parts) == 2 and walk.program.has(parts[0]) and last and names(last.dims[normal(dim, len(last.dims))]) != "c":
+        return _remembered(walk, parts[0], last, dim)
+    image = next(walk.settled(part) for part in parts if not walk.program.has(part))
+    views = [_constant(walk, part, image, dim) if walk.program.has(part) else walk.settled(part) for part in parts]
     dim = normal(dim, len(views[0].dims))
     rest = {(*view.dims[:dim], *view.dims[dim + 1 :]) for view in views}
     whole = all(only(view.dims[dim], "c") and sizes(view.dims)[dim] == view.form.shape[0] for view in views)
@@ -207,6 +209,15 @@ def concat(walk: Walk, i: int, node: Node) -> View:
     for value in values[1:]:
         total = walk.graph.concat(total, value)
     return View(Read(total), (*views[0].dims[:dim], _channels(total.channels), *views[0].dims[dim + 1 :]))
+
+
+def _constant(walk: Walk, ref: Ref, image: View, dim: int) -> View:
+    """Channels that are the same at every pixel, beside those of an image: a bias by level, of nothing."""
+    channels, dim = walk.recording.shape(ref)[dim], normal(dim, len(image.dims))
+    dims = (*image.dims[:dim], _channels(channels), *image.dims[dim + 1 :])
+    inputs, table = image.form.shape[0], walk.program.table(ref, dims, channels)
+    kernel = Kernel(inputs, channels, 1, lambda: torch.zeros(channels, inputs, 1, 1), lambda: None, ()).shifted(table)
+    return View(walk.forms.conv(Read(walk.forms.value(image.form)), kernel), dims)
 
 
 def _remembered(walk: Walk, memory: Ref, view: View, dim: int) -> View:

@@ -44,6 +44,15 @@ def add(walk: Walk, i: int, node: Node) -> object:
     return View(walk.forms.total(views_[0].form, views_[1].form, *scales, walk.shared(i)), views_[0].dims)
 
 
+def lerp(walk: Walk, i: int, node: Node) -> View:
+    """(1 − t)·a + t·b."""
+    a, b = (walk.forms.settled(walk.view(ref)) for ref in node.args[:2])
+    t = _number(walk, node.args[2])
+    if a.dims != b.dims:
+        raise Unsupported("a sum of feature maps of different shapes")
+    return View(walk.forms.total(a.form, b.form, (1 - t) * a.gain, t * b.gain, walk.shared(i)), a.dims)
+
+
 def multiply(walk: Walk, i: int, node: Node) -> object:
     a, b = node.args[:2]
     divides = node.name in ("div", "div_", "true_divide")
@@ -109,7 +118,7 @@ def _times(table: Table, number: float) -> Table:
 def _number(walk: Walk, what: object) -> float:
     number = walk.program.number(what)
     if number is None:
-        raise Unsupported("a moment and something else than a number")
+        raise Unsupported("something else than a number")
     return number
 
 
@@ -223,6 +232,6 @@ HANDLERS = {
     **dict.fromkeys(("mul", "mul_", "div", "div_", "true_divide"), multiply),
     **{name: activation for kind in ACTIVATIONS for name in (kind, f"{kind}_")},
     **dict.fromkeys(("clamp", "clamp_", "clamp_min", "hardtanh"), clamp),
-    "neg": negate, "native_group_norm": group_norm, "native_batch_norm": batch_norm,
+    "neg": negate, "lerp": lerp, "native_group_norm": group_norm, "native_batch_norm": batch_norm,
     "_native_batch_norm_legit_no_training": batch_norm,
 }  # fmt: skip

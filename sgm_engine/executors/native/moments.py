@@ -158,11 +158,16 @@ def normalised(walk: Walk, i: int, of: object, by: Moment) -> View:
         raise Unsupported("a feature map by a moment of another")
     if isinstance(of, Centred) and of.dim != by.dim:
         raise Unsupported("a feature map less a mean of other channels")
-    groups = _groups(view, by.dim)
-    x = walk.forms.value(view.form)
+    # Last among its channels' dimensions, so that a group's channels are neighbours.
+    channels = [n for n, dim in enumerate(view.dims) if "c" in names(dim)]
+    order = [n for n in range(len(view.dims)) if n != by.dim]
+    order.insert(channels[-1], by.dim)
+    moved = walk.forms.settled(View(view.form, tuple(view.dims[n] for n in order)))
+    x, groups = walk.forms.value(moved.form), _groups(moved, channels[-1])
     form = Channelwise(x, groups, by.centred, by.eps, by.floor, by.after, shared=walk.shared(i))
     gain = by.factor if by.what == "inverse" else 1 / by.factor
-    return replace(view, form=walk.forms.scaled(form, gain))
+    dims = tuple(moved.dims[order.index(n)] for n in range(len(order)))
+    return View(walk.forms.scaled(form, gain), dims)
 
 
 def _groups(view: View, dim: int) -> int:

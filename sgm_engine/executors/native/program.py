@@ -64,8 +64,9 @@ class Program:
         kinds = tuple(names(dim) if n > 1 else "" for n, dim in zip(shape, dims, strict=True))
         if len(shape) != len(dims) or any(n not in (1, m) for n, m in zip(shape, sizes(dims), strict=True)):
             raise Unsupported(f"a table of shape {shape} against images seen as {sizes(dims)}")
-        if any(kind not in ("", "b", "c") for kind in kinds) or kinds.count("b") > 1:
+        if any(kind not in ("", "b", "c", "h", "w", "hw") for kind in kinds) or kinds.count("b") > 1:
             raise Unsupported(f"a table of shape {shape} that varies within an image")
+        flat = [n for n, kind in enumerate(kinds) if kind in ("h", "w", "hw")]
         images = kinds.index("b") if "b" in kinds else None
         varies = self.recording.kind(what) == LEVEL
         if varies and images is None:
@@ -80,12 +81,14 @@ class Program:
         def make() -> Tensor:
             found = self._at_levels(what, images - len(dims)) if varies else self.constant(what)
             found = found.reshape((1,) * (len(dims) - found.dim()) + tuple(found.shape))
+            for dim in flat:  # repeated for every pixel
+                found = _one_place(found, dim)
             rows = found.movedim(images, 0).flatten(1) if images is not None else found.flatten()[None]
             rows = rows if varies else _one_row(rows)
             return (rows if rows.shape[1] == 1 else rows[:, order]).float()
 
         table = Table(make, self.levels if varies else 1, self.outside(what))
-        if not varies:
+        if flat or not varies:
             make()  # refuses at once what is no table
         return table
 
@@ -130,6 +133,14 @@ class Program:
     def forget(self) -> None:
         """Let go of the tables that were made; the next one makes them again."""
         self._known, self._seen = {}, None
+
+
+def _one_place(found: Tensor, dim: int) -> Tensor:
+    """What is the same all along a dimension, once."""
+    one = found.narrow(dim, 0, 1)
+    if not torch.equal(found, one.expand_as(found)):
+        raise Unsupported(f"a table of shape {tuple(found.shape)} that varies within an image")
+    return one
 
 
 def _one_row(rows: Tensor) -> Tensor:

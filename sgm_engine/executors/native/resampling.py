@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sgm_engine.executors.native.forms import Conv, Form, Layer, Read, View
+from sgm_engine.executors.native.graph import Value
 from sgm_engine.executors.native.kernel import Kernel
 from sgm_engine.executors.native.norm import Unsupported
 from sgm_engine.executors.native.walk import Walk
@@ -38,19 +40,41 @@ def avg_pool(walk: Walk, i: int, node: Node) -> View:
         return walk.made(Read(walk.graph.pool5(read.x, "mean", read.norm, read.activation)))
     if size[0] != size[1] or stride[0] != stride[1] or padding[0] != padding[1]:
         raise Unsupported(f"an average pool of {size}")
-    c, k = view.form.shape[0], size[0]
-    weight = torch.full((c, 1, k, k), 1 / k**2)
-    kernel = Kernel(c, c, k, lambda: weight, lambda: None, (), stride[0], padding[0], groups=c)
+    kernel = each(view.form.shape[0], torch.full(size, 1 / size[0] ** 2), stride[0], padding[0])
     return walk.made(walk.forms.conv(walk.forms.read(view.form), kernel, walk.shared(i)))
 
 
 def max_pool(walk: Walk, i: int, node: Node) -> list:
     x, size, stride, padding, dilation, ceil = (*node.args, *([], 0, 1, False)[len(node.args) - 2 :])
-    flat = [set(n) if isinstance(n, (list, tuple)) else {n} for n in (size, stride, padding, dilation)]
+    flat = [set(n) if isinstance(n, (list, tuple)) else {n} for n in (size, stride or size, padding, dilation)]
+    form = walk.image(x).form
+    if flat == [{2}, {2}, {0}, {1}] and not (ceil and (form.shape[1] % 2 or form.shape[2] % 2)):
+        return [walk.made(_max_of_blocks(walk, form))]
     if flat != [{5}, {1}, {2}, {1}] or ceil:
-        raise Unsupported("a max pool other than 5×5 of stride 1")
-    read = walk.forms.read(walk.image(x).form)
+        raise Unsupported("a max pool other than 2×2 of stride 2 and 5×5 of stride 1")
+    read = walk.forms.read(form)
     return [walk.made(Read(walk.graph.pool5(read.x, "max", read.norm, read.activation)))]
+
+
+def _max_of_blocks(walk: Walk, form: Form) -> Read:
+    """max(a, b) = b + ReLU(a − b), of the columns of a block and then of its rows."""
+    x, graph = walk.forms.value(form), walk.graph
+
+    def picked(*taps: float) -> Value:
+        return graph.conv(x, each(form.shape[0], torch.tensor(taps).view(2, 2), 2))
+
+    top = graph.activate(picked(1, -1, 0, 0), "relu", None, [picked(0, 1, 0, 0)])
+    bottom = graph.activate(picked(0, 0, 1, -1), "relu", None, [picked(0, 0, 0, 1)])
+    difference = graph.activate(top, "none", None, [(bottom, -1.0)])
+    return Read(graph.activate(difference, "relu", None, [bottom]))
+
+
+def each(channels: int, taps: Tensor, stride: int = 1, padding: int = 0, mode: str = "zeros") -> Kernel:
+    """The same square filter [k, k] on every channel."""
+    weight = taps.expand(channels, 1, *taps.shape)
+    return Kernel(
+        channels, channels, len(taps), lambda: weight, lambda: None, (), stride, padding, mode=mode, groups=channels
+    )
 
 
 def nearest(walk: Walk, i: int, node: Node) -> View:
@@ -59,13 +83,19 @@ def nearest(walk: Walk, i: int, node: Node) -> View:
 
 
 def bilinear(walk: Walk, i: int, node: Node) -> View:
-    if not node.args[2]:
-        raise Unsupported("bilinear upsampling without align_corners")
     form, size, upsample = walk.image(node.args[0]).form, node.shapes[0][2:], walk.graph.upsample
     if form.shape[1:] == size:
         return walk.made(form)
-    x = walk.forms.value(form)
-    return walk.made(Layer((x.channels, *size), lambda add: upsample(x, *size, add), (), walk.shared(i)))
+    if node.args[2]:
+        x = walk.forms.value(form)
+        return walk.made(Layer((x.channels, *size), lambda add: upsample(x, *size, add), (), walk.shared(i)))
+    if size != (2 * form.shape[1], 2 * form.shape[2]):
+        raise Unsupported("bilinear resampling without align_corners by another factor than 2")
+    row = torch.tensor([0.25, 0.5, 0.25])  # of what nearest upsampling makes, its border repeated
+    read = walk.forms.read(walk.forms.nearest(form, *size))
+    return walk.made(
+        walk.forms.conv(read, each(form.shape[0], torch.outer(row, row), 1, 1, "replicate"), walk.shared(i))
+    )
 
 
 def filtered(walk: Walk, form: Form, kernel: Kernel) -> Form | None:
