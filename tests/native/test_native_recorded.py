@@ -1,6 +1,8 @@
 """A network recorded as it runs, whatever its forward does on the way: lowered, against float64."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -20,13 +22,18 @@ from tests.native.test_native import isa, relative_error  # noqa: F401 - a fixtu
 def recorded(model, levels=4, batch=2):
     """By the recorded run alone: no other front takes over."""
     graph = Graph(batch, "float32")
-    lower_recorded(graph, model, model.shape, levels)
+    program = lower_recorded(graph, model, model.shape, levels)
     graph.plan()
+    program.forget()
 
     def run(x, level):
         return graph.run(x, level, torch.full_like(x, float("nan")))
 
-    return run, graph
+    def sync():
+        graph.sync()
+        program.forget()
+
+    return run, sync
 
 
 @torch.no_grad()
@@ -59,13 +66,13 @@ MAKES_FLOAT32 = {
 def test_every_parameter_is_followed(middle):
     model = Around(middle).eval()
     x, level = inputs()
-    run, graph = recorded(model)
+    run, sync = recorded(model)
     for key, tensor in model.named_parameters():
         before = run(x, level)
         with torch.no_grad():
             tensor.mul_(1.5).add_(0.01)
             want = model(x, level)
-        graph.sync()
+        sync()
         after = run(x, level)
         assert relative_error(after, want.double()) < 1e-5, key
         assert relative_error(before, want.double()) < 1e-5 or not torch.equal(before, after), key
@@ -83,6 +90,21 @@ def test_the_same_bits_for_any_number_of_threads():
     finally:
         _C.set_num_threads(before)
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("middle", MIDDLES, ids=lambda f: f.__name__)
+def test_memory_goes_with_the_network(middle):
+    """What packs weights holds no graph: in a circle, its memory would wait for the garbage collector."""
+    NativeNetwork(Around(middle).eval(), 1, 8, 8, channels=3, levels=4)  # what torch imports late keeps frames
+    gc.collect()
+    gc.disable()
+    try:
+        native = NativeNetwork(Around(middle).eval(), 1, 8, 8, channels=3, levels=4)
+        graph = weakref.ref(native.graph)
+        del native
+        assert graph() is None
+    finally:
+        gc.enable()
 
 
 def writes_a_part(m, h, level):

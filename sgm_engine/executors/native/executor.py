@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from sgm_engine.executors.native.graph import PRECISIONS, Graph
 from sgm_engine.executors.native.norm import Unsupported
 from sgm_engine.executors.native.refinenet import lower_refinenet
-from sgm_engine.executors.native.weights import state_of
 from sgm_engine.executors.network import Network
 from sgm_engine.executors.slots import Slots, Tables
 from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.ncsn import RefineNet
 from sgm_engine.models.score_model import NotAScore
+
+if TYPE_CHECKING:
+    from sgm_engine.executors.native.program import Program
 
 AGREEMENT = {"bfloat16": 0.1}  # of a network with its module, relative; a wrong graph is off by O(1)
 FLOAT32_AGREEMENT = 1e-4
@@ -22,8 +26,8 @@ OWN = ("sgm_engine.models.", "torch.nn.modules.")
 
 def lowered(
     model: nn.Module, batch: int, precision: str, shape: tuple[int, int, int], levels: int
-) -> tuple[Graph, list[Tensor]]:
-    """The layers of ``model`` for x [*shape] at level in [0, levels), and the tensors whose values chose them.
+) -> tuple[Graph, Program | None]:
+    """The layers of ``model`` for x [*shape] at level in [0, levels), and what makes its tables, if it was recorded.
 
     Raises Unsupported, and says what it is.
     """
@@ -32,14 +36,14 @@ def lowered(
         if shape[0] != model.channels:
             raise ValueError(f"the model takes {model.channels} channels, got shape {shape}")
         lower_refinenet(graph, model, *shape[1:])
-        return graph, []
+        return graph, None
     if not isinstance(model, nn.Module):
         raise Unsupported(f"{type(model).__name__} is no nn.Module")
     if type(model) is CDM:
         from sgm_engine.executors.native.cdm import lower_cdm
 
         lower_cdm(graph, model, shape, levels)
-        return graph, []
+        return graph, None
     from sgm_engine.executors.native.recorded import has_own_norms, lower_recorded  # which NCSN does not need
     from sgm_engine.executors.native.traced import lower_traced
 
@@ -88,8 +92,9 @@ class NativeNetwork:
             channels = (getattr(model, "shape", None) or (3,))[0]
         levels = len(getattr(model, "sigmas", (0,))) if levels is None else levels
         self.shape = (channels, height, width)
-        self.graph, self._asked = lowered(model, batch, precision, self.shape, levels)
+        self.graph, self._program = lowered(model, batch, precision, self.shape, levels)
         self.graph.plan()
+        self._packed()
         self.model, self._settings = model, None
         if not is_published(model):
             self._settings = self._read()
@@ -97,7 +102,13 @@ class NativeNetwork:
 
     def sync(self) -> int:
         """Pack the weights that changed since the last time; returns how many layers' they were."""
-        return self.graph.sync()
+        changed = self.graph.sync()
+        self._packed()
+        return changed
+
+    def _packed(self) -> None:
+        if self._program is not None:
+            self._program.forget()
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         if x.dim() != 4 or tuple(x.shape[1:]) != self.shape or x.dtype != torch.float32 or x.device.type != "cpu":
@@ -115,8 +126,9 @@ class NativeNetwork:
         return not is_published(self.model) if self._settings is None else self._settings != self._read()
 
     def _read(self) -> list[tuple]:
-        """What the layers were chosen by."""
-        return [*settings(self.model), *map(state_of, self._asked)]
+        """What the layers were chosen by: attributes, and tensors whose values were asked for."""
+        asked = [] if self._program is None else self._program.recording.asked
+        return [*settings(self.model), *((t.data_ptr(), t.detach().numpy().tobytes()) for t in asked)]
 
     def describe(self) -> str:
         """Its convolutions by algorithm, and its memory."""

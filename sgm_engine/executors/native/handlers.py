@@ -215,8 +215,10 @@ def batch_norm(walk: Walk, i: int, node: Node) -> list:
 def _first(walk: Walk, ref: Ref, batch: int, channels: int) -> Table:
     """A parameter that InstanceNorm repeats for every image."""
 
+    program = walk.program  # the walk holds the graph, which holds what packs
+
     def make() -> torch.Tensor:
-        rows = walk.program.constant(ref).reshape(-1, channels)
+        rows = program.constant(ref).reshape(-1, channels)
         if len(rows) != batch or not torch.equal(rows, rows[:1].expand_as(rows)):
             raise Unsupported("an InstanceNorm with parameters by image")
         return rows[:1].float()

@@ -183,8 +183,10 @@ def _memory(walk: Walk, k: View, v: View, heads: int, size: int) -> Table | None
     if k.memory is None or v.memory is None:
         raise Unsupported("keys with a constant before them, and values without")
 
+    program = walk.program  # the walk holds the graph, which holds what packs
+
     def one(ref: object, dim: int) -> Tensor:
-        found = walk.program.constant(ref)[0]
+        found = program.constant(ref)[0]
         return (found.movedim(dim - 1, -2) if found.dim() > 2 else found[None]).reshape(heads, -1, size)
 
     def make() -> Tensor:

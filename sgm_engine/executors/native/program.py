@@ -6,6 +6,7 @@ numbers stay true.
 
 from __future__ import annotations
 
+import threading
 from numbers import Number
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from sgm_engine.executors.native.layout import Dims, names, offsets, sizes
 from sgm_engine.executors.native.norm import Table, Unsupported
-from sgm_engine.executors.native.weights import state_of
 from sgm_engine.rewriting.record import CONSTANT, IMAGE, LEVEL, Recording, Ref, replay
 
 
@@ -24,7 +24,7 @@ class Program:
         self.recording, self.levels = recording, levels
         self.wanted: list[tuple[Ref, int]] = []  # what depends on the level, and the dimension that its images are
         self._known: dict[tuple[Ref, int], Tensor] = {}
-        self._seen: tuple | None = None
+        self._lock = threading.Lock()
 
     def has(self, what: object) -> bool:
         """Whether it is a number, or a tensor that depends on no image."""
@@ -103,12 +103,11 @@ class Program:
 
     @torch.no_grad()
     def _at_levels(self, ref: Ref, dim: int) -> Tensor:
-        """Its value with one image at every level. All that was asked for so far is made in one go, and kept."""
-        refs = [ref for ref, _ in self.wanted]
-        seen = tuple(map(state_of, self.outside(*refs)))
-        if self._seen != seen or (ref, dim) not in self._known:
-            self._known, self._seen = self._run(), seen
-        return self._known[ref, dim]
+        """Its value with one image at every level. All that is wanted is made in one go, and kept until ``forget``."""
+        with self._lock:
+            if (ref, dim) not in self._known:
+                self._known = self._run()
+            return self._known[ref, dim]
 
     def _run(self) -> dict[tuple[Ref, int], Tensor]:
         recording, batch = self.recording, self.recording.batch
@@ -131,8 +130,9 @@ class Program:
         }
 
     def forget(self) -> None:
-        """Let go of the tables that were made; the next one makes them again."""
-        self._known, self._seen = {}, None
+        """Let go of the tables that were made: weights may change now, and the next packing makes them again."""
+        with self._lock:
+            self._known = {}
 
 
 def _one_place(found: Tensor, dim: int) -> Tensor:

@@ -8,11 +8,12 @@ rest are calls that handlers.py and the files it names know as layers.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sgm_engine.executors.native.graph import Graph
 from sgm_engine.executors.native.handlers import HANDLERS
 from sgm_engine.executors.native.norm import Unsupported
+from sgm_engine.executors.native.program import Program
 from sgm_engine.executors.native.walk import Walk
 from sgm_engine.models.score_model import NotAScore
 from sgm_engine.rewriting.recognise import FusedNorm, recognise
@@ -22,8 +23,8 @@ from sgm_engine.rewriting.trace import MODAL
 BATCH = 3  # images of the recorded run; no size is told from another by it
 
 
-def lower_recorded(graph: Graph, model: nn.Module, shape: tuple[int, int, int], levels: int) -> list[Tensor]:
-    """Emit the layers of ``model`` for x [*shape], level in [0, levels); the tensors whose values chose them.
+def lower_recorded(graph: Graph, model: nn.Module, shape: tuple[int, int, int], levels: int) -> Program:
+    """Emit the layers of ``model`` for x [*shape], level in [0, levels); what makes its tables.
 
     Raises Unsupported for what has no layer.
     """
@@ -44,12 +45,13 @@ def lower_recorded(graph: Graph, model: nn.Module, shape: tuple[int, int, int], 
     if any(isinstance(t, nn.Parameter) and id(t) not in own for t in recording.outside([recording.output])):
         raise Unsupported("it reads parameters that are not its own: pass the nn.Module that holds them")
     try:
-        Walk(graph, recording, shape, levels, HANDLERS).run()
+        walk = Walk(graph, recording, shape, levels, HANDLERS)
+        walk.run()
     except Unsupported:
         raise
     except ValueError as reason:  # of the C++: a shape that has no layer
         raise Unsupported(str(reason)) from reason
-    return recording.asked
+    return walk.program
 
 
 def _unfit(model: nn.Module) -> str | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from sgm_engine.executors.native.calls import Call, batch_norm
 from sgm_engine.executors.native.graph import Graph, Value
@@ -72,7 +72,7 @@ class _Last(NamedTuple):
     divisor: Table | None
 
 
-def lower_traced(graph: Graph, model: nn.Module, shape: tuple[int, int, int], levels: int) -> list[Tensor]:
+def lower_traced(graph: Graph, model: nn.Module, shape: tuple[int, int, int], levels: int) -> None:
     """As lower_recorded, which says more of why it cannot."""
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
         raise Unsupported("it holds no convolution")
@@ -94,7 +94,6 @@ def lower_traced(graph: Graph, model: nn.Module, shape: tuple[int, int, int], le
         raise
     except ValueError as reason:  # of the C++: a shape that has no layer
         raise Unsupported(str(reason)) from reason
-    return []
 
 
 class _Walk:

@@ -21,7 +21,7 @@ class Packed:
         """Pack if a parameter changed. states: of those looked at so far, which others may hold as well."""
         for t in self.tensors:
             if t is not None and id(t) not in states:
-                states[id(t)] = state_of(t)
+                states[id(t)] = _state(t)
         now = tuple(states.get(id(t)) for t in self.tensors)
         if self.seen == now:
             return False
@@ -31,7 +31,7 @@ class Packed:
         return True
 
 
-def state_of(t: Tensor) -> tuple:
+def _state(t: Tensor) -> tuple:
     """Where it is and what it holds: a version does not count what is written through ``.data``."""
     return t.data_ptr(), t._version, t.detach().sum(dtype=torch.float64).item()
 
