@@ -106,7 +106,8 @@ class Engine(Loop):
             from sgm_engine.checkpoints.bundled import plan_for
 
             return plan_for(self.model)
-        if getattr(self.model, "options", {}).get("condition") == "timestep":
+        options = getattr(self.model, "options", None)  # as_score's
+        if isinstance(options, dict) and options.get("condition") == "timestep":
             from sgm_engine.plans.samplers import dpm_solver_2m
 
             some = np.linspace(0, len(self.sigmas) - 1, min(len(self.sigmas), 30)).round().astype(int)
