@@ -1,4 +1,4 @@
-"""Networks that are no NCSN against PyTorch eager, on one thread: native, and hybrid where there is attention.
+"""Networks that are no NCSN against PyTorch eager, on one thread: native, and hybrid where there is a gate.
 
 ``pytest bench/test_hybrid.py -s``. The result is checked first; ratios are of CPU time, eager's over ours.
 """
@@ -16,7 +16,7 @@ from tests.plain_networks import Network
 
 MODELS = {
     "U-Net 64 at 32²": lambda: with_shape(model_of(UNet, 64), (3, 32, 32)),
-    "U-Net 64 at 16², attention": lambda: with_shape(model_of(UNet, 64, True), (3, 16, 16)),
+    "U-Net 64 at 16², a gate": lambda: with_shape(model_of(UNet, 64, True), (3, 16, 16)),
     "NCSN 32 at 28²": lambda: with_shape(model_of(Network, SIGMAS, 1, 32, True), (1, 28, 28)),
     "NCSNv2 32 at 32²": lambda: with_shape(model_of(Network, SIGMAS, 3, 32, False), (3, 32, 32)),
 }
@@ -29,8 +29,8 @@ FLOORS = {"native": 1.3, "hybrid": 1.0}
 @torch.no_grad()
 def test_against_eager(benchmark, one_thread, name, executor):
     model = MODELS[name]()
-    if executor == "native" and "attention" in name:
-        pytest.skip("the attention of a traced module has no native layer")
+    if executor == "native" and "gate" in name:
+        pytest.skip("a product of feature maps has no native layer")
     x, level = torch.rand(4, *model.shape), torch.arange(4)
     ours = NativeNetwork(model, 4, *model.shape[1:]) if executor == "native" else HybridNetwork(model, model.shape)
     want = model(x, level)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import table
+from bench import families, table
 from bench.common import about, median_ratio
 from bench.peers import PEERS, Unavailable, plain
 from sgm_engine import _C, load_bundled
@@ -26,6 +26,7 @@ NETWORKS = {
     "NCSN MNIST": lambda: NCSN(geometric(1, 0.01, 10), channels=1, ngf=64, image_size=28),
     "NCSNv2 CIFAR-10": lambda: NCSNv2(geometric(50, 0.01, 232), channels=3, ngf=128, image_size=32),
     "bundled MNIST": lambda: load_bundled()[0],
+    **families.NETWORKS,
 }
 TOLERANCE = {"float32": 5e-6, "bfloat16": 5e-2}  # relative, of the whole network, against float64
 SECONDS, ROUNDS = 20, (5, 15)  # rounds of a case: as many as fit into the seconds, within these bounds

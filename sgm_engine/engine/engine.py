@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,11 +104,20 @@ class Engine(Loop):
 
     @cached_property
     def default_plan(self) -> Plan:
-        """The plan of a request that names none: what the model's weights recommend, else annealed Langevin (NCSN)."""
+        """The plan of a request that names none: what the model's weights recommend, else annealed Langevin (NCSN).
+
+        A DDPM's, told timesteps: DPM-Solver++(2M) over at most 30 of its levels.
+        """
         if getattr(self.model, "plan", None):
             from sgm_engine.checkpoints.bundled import plan_for
 
             return plan_for(self.model)
+        options = getattr(self.model, "options", None)  # as_score's
+        if isinstance(options, dict) and options.get("condition") == "timestep":
+            from sgm_engine.plans.samplers import dpm_solver_2m
+
+            some = np.linspace(0, len(self.sigmas) - 1, min(len(self.sigmas), 30)).round().astype(int)
+            return dpm_solver_2m(self.sigmas[some]).on_levels(self.sigmas)
         return annealed_langevin(self.sigmas)
 
     def sample(

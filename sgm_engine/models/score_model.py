@@ -8,7 +8,8 @@ With x = data + σ·noise, D the denoised image and F the network, every kind is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -62,11 +63,23 @@ CONDITIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+WIDE = 500.0  # a DDPM's noisiest σ beyond which its ᾱ says more of rounding than of data (linear β: 157)
+
+
+class NotAScore(ValueError):
+    """A network returned something that is no score of its input."""
+
+
 class ScoreModel(nn.Module):
     """forward(x [N, C, H, W], level [N] int64) → score, float32 [N, C, H, W]. Make one with :func:`as_score`."""
 
     def __init__(self, model: Callable, sigmas: np.ndarray, row: Row, condition: np.ndarray, options: dict):
         super().__init__()
+        self.given = dict(options.get("given") or {})
+        for name, value in self.given.items():
+            if isinstance(value, Tensor):
+                self.register_buffer(f"given_{name}", value, persistent=False)
+        self.half = bool(options.get("learned_variance"))
         self.model, self.options = model, options  # as_score's, for at_sigmas
         self.plain = not np.any(row.s)
         levels = len(sigmas)
@@ -85,16 +98,24 @@ class ScoreModel(nn.Module):
     def shape(self):
         return getattr(self.model, "shape", None)
 
+    def _given(self, name: str, value: object, n: int) -> object:
+        """A further argument of the network, for n images."""
+        if isinstance(value, Tensor):
+            value = getattr(self, f"given_{name}")
+            return value.expand(n, *value.shape[1:])
+        if isinstance(value, int) and not isinstance(value, bool):
+            return torch.full((n,), value, dtype=torch.int64, device=self.sigmas.device)
+        return value
+
     @property
     def plan(self):
         return getattr(self.model, "plan", None)
 
     def at_sigmas(self, sigmas) -> ScoreModel:
-        """The same network at other levels; see conditioning.at_sigmas."""
-        if self.options["condition"] in ("level", "timestep"):
-            told = self.options["condition"]
+        """The same network at other levels; see conditioning.at_sigmas. A DDPM is told timesteps between its own."""
+        if self.options["condition"] == "level":
             raise ValueError(
-                f"this model is told whole numbers ({told}), not sigmas: take plan.on_levels(model.sigmas) instead"
+                "this model is told whole numbers (level), not sigmas: take plan.on_levels(model.sigmas) instead"
             )
         return as_score(self.model, sigmas=sigmas, **self.options)
 
@@ -102,8 +123,9 @@ class ScoreModel(nn.Module):
         def column(of: Tensor) -> Tensor:
             return of.index_select(0, level)[:, None, None, None]
 
-        found = self.model(column(self.c_in) * x if self.scaled else x, self.condition[level])
-        found = checked_score(found, x).float()
+        given = {name: self._given(name, value, len(x)) for name, value in self.given.items()}
+        found = self.model(column(self.c_in) * x if self.scaled else x, self.condition[level], **given)
+        found = checked_score(found, x, self.half).float()
         if self.direct:
             return found
         if self.plain:
@@ -111,11 +133,22 @@ class ScoreModel(nn.Module):
         return column(self.q) * (found - (x if self.unit else column(self.s) * x))
 
 
-def checked_score(found: object, x: Tensor) -> Tensor:
-    """found, which must be a tensor of x's shape."""
-    if not isinstance(found, Tensor) or found.shape != x.shape:
+def checked_score(found: object, x: Tensor, half: bool = False) -> Tensor:
+    """found, or its ``sample``, which must be a tensor of x's shape; half: its first half, of twice the channels."""
+    found = getattr(found, "sample", found) if not isinstance(found, Tensor) else found  # diffusers' outputs
+    twice = isinstance(found, Tensor) and found.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+    if half and twice:
+        return found[:, : x.shape[1]]
+    if not isinstance(found, Tensor) or found.shape != x.shape or half:
         what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"model must return a tensor of x's shape {list(x.shape)}, got {what}: wrap it to do so")
+        said = "wrap it to do so"
+        if twice:
+            said = (
+                "if the second half of its channels is a learned variance, pass learned_variance=True to leave it out"
+            )
+        if half:
+            said = "learned_variance=True is for networks of twice x's channels"
+        raise NotAScore(f"model must return a tensor of x's shape {list(x.shape)}, got {what}: {said}")
     return found
 
 
@@ -126,10 +159,12 @@ def as_score(
     model: Callable[[Tensor, Tensor], Tensor],
     kind: str = "score",
     sigmas=None,
-    condition: str | None = None,
+    condition: str | Callable[[np.ndarray], object] | None = None,
     alphas_cumprod=None,
     timesteps=None,
     sigma_data: float = 0.5,
+    given: Mapping[str, object] | None = None,
+    learned_variance: bool = False,
 ) -> ScoreModel:
     """Any network as f(x, level) → score of x = data + σ·noise; its parameters stay the model's own.
 
@@ -143,10 +178,16 @@ def as_score(
         "edm"                   F of arXiv 2206.00364, table 1     input c_in·x, told ¼·ln σ; sigma_data as trained
         "flow"                  noise − data (rectified flow)      input x/(1 + σ), told t = σ/(1 + σ)
     sigmas: the levels [L] to sample at, descending, in units of x; None takes ``model.sigmas``. Continuous models take
-        any. condition: what the network is told instead: "level", "sigma", "log_sigma", "c_noise", "flow_time".
-    alphas_cumprod [T], timesteps [L] (descending, None: all): the ᾱ of a DDPM; sigmas are then √((1−ᾱ)/ᾱ) at them.
+        any. condition: what the network is told instead: "level", "sigma", "log_sigma", "c_noise", "flow_time", or a
+        function of the sigmas, float64 [L] → [L] or [L, …].
+    alphas_cumprod [T], timesteps [L] (descending, None: all of ᾱ < 1): the ᾱ of a DDPM; sigmas are then √((1−ᾱ)/ᾱ) at
+        them. With sigmas: the network is told the timesteps between its own where these are, linear in ln σ.
+    given: further arguments of the network, by name: an int is the class of every image (int64 [N]), a tensor [1, …] is
+        repeated for every image, anything else is passed as it is.
+    learned_variance: the network returns 2·C channels, and the second C, a variance, are left out.
 
-    Raises ValueError for an unknown kind or condition, or sigmas that do not descend.
+    The network may return a tensor or what holds one as ``sample``. Raises ValueError for an unknown kind or condition,
+    or sigmas that do not descend.
     """
     if not callable(model):
         raise TypeError(f"model must be callable as model(x, condition), got {type(model).__name__}")
@@ -154,9 +195,9 @@ def as_score(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     steps = None
     if alphas_cumprod is not None:
-        if sigmas is not None:
-            raise ValueError("sigmas and alphas_cumprod both give the noise levels: pass one of them")
-        sigmas, steps = _ddpm_levels(alphas_cumprod, timesteps)
+        if sigmas is not None and timesteps is not None:
+            raise ValueError("sigmas and timesteps both give the noise levels: pass one of them")
+        sigmas, steps = _ddpm_levels(alphas_cumprod, timesteps, sigmas)
     elif timesteps is not None:
         raise ValueError("timesteps index alphas_cumprod: pass alphas_cumprod too")
     sigmas = getattr(model, "sigmas", None) if sigmas is None else sigmas
@@ -172,24 +213,72 @@ def as_score(
         if steps is None:
             raise ValueError(f"kind={kind!r} is told timesteps: pass alphas_cumprod=, or another condition=")
         told = steps
+    elif callable(condition):
+        told = _told_by(condition, sigmas)
     elif condition in CONDITIONS:
         told = CONDITIONS[condition](sigmas)
     else:
-        raise ValueError(f"condition must be timestep or one of {', '.join(CONDITIONS)}, got {condition!r}")
-    options = {"kind": kind, "condition": condition, "sigma_data": sigma_data}
+        known = ", ".join(CONDITIONS)
+        raise ValueError(f"condition must be timestep, one of {known}, or a function of the sigmas, got {condition!r}")
+    options = {"kind": kind, "condition": condition, "sigma_data": sigma_data, "given": _checked(given)}
+    options |= {"learned_variance": learned_variance, "alphas_cumprod": alphas_cumprod if steps is told else None}
     score = ScoreModel(model, sigmas, row, told, options)
     device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
     score.training = bool(getattr(model, "training", False))  # of this alone: the model's parts stay as they are
     return score if device is None else score.to(device)
 
 
-def _ddpm_levels(alphas_cumprod, timesteps) -> tuple[np.ndarray, np.ndarray]:
-    """√((1−ᾱ)/ᾱ) and the timesteps, the noisiest first."""
+def _told_by(condition: Callable, sigmas: np.ndarray) -> np.ndarray:
+    told = condition(sigmas.copy())
+    told = told.detach().cpu().numpy() if isinstance(told, Tensor) else np.asarray(told)
+    if told.shape[:1] != sigmas.shape or told.dtype.kind not in "iuf":
+        raise ValueError(f"condition(sigmas) must be numbers, one row for each of {len(sigmas)}, got {told.shape}")
+    return told
+
+
+def _checked(given: Mapping[str, object] | None) -> dict[str, object]:
+    for name, value in (given or {}).items():
+        if isinstance(value, Tensor) and (value.dim() == 0 or len(value) != 1):
+            raise ValueError(f"given[{name!r}] must be a tensor [1, …], one image's, got {list(value.shape)}")
+    return dict(given or {})
+
+
+def _ddpm_levels(alphas_cumprod, timesteps, sigmas) -> tuple[np.ndarray, np.ndarray]:
+    """σ = √((1−ᾱ)/ᾱ) and the timesteps, the noisiest first; at ``sigmas``, the timesteps between."""
     alphas = alphas_cumprod.detach().cpu().numpy() if isinstance(alphas_cumprod, Tensor) else alphas_cumprod
     alphas = np.asarray(alphas, dtype=np.float64)
-    if alphas.ndim != 1 or not ((alphas > 0) & (alphas < 1)).all():
-        raise ValueError("alphas_cumprod must be a vector of values between 0 and 1, exclusive")
-    steps = np.arange(len(alphas))[::-1] if timesteps is None else np.asarray(timesteps)
+    if alphas.ndim != 1 or not ((alphas > 0) & (alphas <= 1)).all() or not (alphas < 1).any():
+        raise ValueError("alphas_cumprod must be a vector of values above 0 and at most 1, which has no noise")
+    with np.errstate(divide="ignore"):
+        own = np.sqrt((1 - alphas) / alphas)
+    if sigmas is not None:
+        return check_sigmas(sigmas), _steps_at(check_sigmas(sigmas), own)
+    noisy = np.flatnonzero(own > 0)
+    steps = noisy[::-1] if timesteps is None else np.asarray(timesteps)
     if steps.ndim != 1 or steps.dtype.kind not in "iu" or steps.min() < 0 or steps.max() >= len(alphas):
         raise ValueError(f"timesteps must be integers from 0 to {len(alphas) - 1}")
-    return np.sqrt((1 - alphas[steps]) / alphas[steps]), steps.astype(np.int64)
+    if not (own[steps] > 0).all():
+        raise ValueError(f"timesteps hold {steps[own[steps] == 0][0]}, where ᾱ is 1: without noise there is no score")
+    if own[steps].max() > WIDE:
+        least, most, last = alphas[steps].min(), own[steps].max(), np.searchsorted(own, WIDE) - 1
+        warnings.warn(
+            f"alphas_cumprod ends at {least:.2g}, so that the noisiest level is σ = {most:,.0f} of the data's scale: "
+            f"pass timesteps= from {last} down to leave such levels out",
+            stacklevel=3,
+        )
+    return own[steps], steps.astype(np.int64)
+
+
+def _steps_at(sigmas: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """The timesteps, whole or between, at which a DDPM's σ [T] are ``sigmas``, linear in ln σ."""
+    steps = np.flatnonzero(own > 0)
+    log = np.log(own[steps])
+    if (np.diff(log) <= 0).any():
+        raise ValueError("alphas_cumprod must descend for sigmas between its own")
+    outside = (sigmas > own[-1] * (1 + 1e-6)) | (sigmas < own[steps[0]] * (1 - 1e-6))
+    if outside.any():
+        span = f"{own[steps[0]]:g} to {own[-1]:g}"
+        raise ValueError(f"sigmas hold {sigmas[outside][0]:g}, and alphas_cumprod goes from {span}")
+    told = np.interp(np.log(sigmas), log, steps)
+    near = np.abs(told - told.round()) < 1e-5
+    return told.round().astype(np.int64) if near.all() else np.where(near, told.round(), told)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +17,48 @@ from sgm_engine.executors.network import Network
 from sgm_engine.executors.slots import Slots, Tables
 from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.ncsn import RefineNet
+from sgm_engine.models.score_model import NotAScore
 from sgm_engine.rewriting.altered import altered
+
+if TYPE_CHECKING:
+    from sgm_engine.executors.native.program import Program
 
 AGREEMENT = {"bfloat16": 0.1}  # of a network with its module, relative; a wrong graph is off by O(1)
 FLOAT32_AGREEMENT = 1e-4
 OWN = ("sgm_engine.models.", "torch.nn.modules.")
 
 
-def lower(graph: Graph, model: nn.Module, shape: tuple[int, int, int], levels: int) -> None:
-    """Emit the layers of ``model`` for x [*shape] at level in [0, levels). Raises Unsupported, and says what it is."""
+def lowered(
+    model: nn.Module, batch: int, precision: str, shape: tuple[int, int, int], levels: int
+) -> tuple[Graph, Program | None]:
+    """The layers of ``model`` for x [*shape] at level in [0, levels), and what makes its tables, if it was recorded.
+
+    Raises Unsupported, and says what it is.
+    """
+    graph = Graph(batch, precision)
     if is_published(model):
         if shape[0] != model.channels:
             raise ValueError(f"the model takes {model.channels} channels, got shape {shape}")
-        return lower_refinenet(graph, model, *shape[1:])
+        lower_refinenet(graph, model, *shape[1:])
+        return graph, None
     if not isinstance(model, nn.Module):
         raise Unsupported(f"{type(model).__name__} is no nn.Module")
     if type(model) is CDM:
         from sgm_engine.executors.native.cdm import lower_cdm
 
-        return lower_cdm(graph, model, shape, levels)
-    if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
-        raise Unsupported(f"{type(model).__name__} holds no convolution")
-    from sgm_engine.executors.native.traced import lower_traced  # torch.fx, which NCSN does not need
+        lower_cdm(graph, model, shape, levels)
+        return graph, None
+    from sgm_engine.executors.native.recorded import has_own_norms, lower_recorded  # which NCSN does not need
+    from sgm_engine.executors.native.traced import lower_traced
 
-    lower_traced(graph, model, shape, levels)
+    fronts, reasons = [lower_recorded, lower_traced], {}
+    for front in fronts[::-1] if has_own_norms(model) else fronts:
+        try:
+            graph = Graph(batch, precision)
+            return graph, front(graph, model, shape, levels)
+        except Unsupported as reason:
+            reasons[front] = reason
+    raise reasons[lower_recorded]
 
 
 def is_published(model: object) -> bool:
@@ -73,14 +92,15 @@ class NativeNetwork:
         channels: int | None = None,
         levels: int | None = None,
     ):
-        self.graph, self._lock = Graph(batch, precision), threading.Lock()
         if channels is None:
             channels = (getattr(model, "shape", None) or (3,))[0]
         levels = len(getattr(model, "sigmas", (0,))) if levels is None else levels
         self.shape = (channels, height, width)
-        lower(self.graph, model, self.shape, levels)
+        self.graph, self._program = lowered(model, batch, precision, self.shape, levels)
         self.graph.plan()
-        self.model = model
+        self._packed()
+        self.model, self._lock = model, threading.Lock()
+        self._asked = self._read()
         if not is_published(model):
             self._refuse_disagreement(levels, AGREEMENT.get(precision, FLOAT32_AGREEMENT))
 
@@ -90,7 +110,21 @@ class NativeNetwork:
         states: id → what the tensor holds (kernels/digest.py), where it has just been looked at.
         """
         with self._lock:
-            return self.graph.sync(states, force)
+            changed = self.graph.sync(states, force)
+            self._packed()
+            return changed
+
+    def stale(self) -> bool:
+        """Whether a tensor whose values chose the layers has other values."""
+        return self._asked != self._read()
+
+    def _read(self) -> list[bytes]:
+        asked = () if self._program is None else self._program.recording.asked
+        return [t.detach().numpy().tobytes() for t in asked]
+
+    def _packed(self) -> None:
+        if self._program is not None:
+            self._program.forget()
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         if x.dim() != 4 or tuple(x.shape[1:]) != self.shape or x.dtype != torch.float32 or x.device.type != "cpu":
@@ -114,7 +148,7 @@ class NativeNetwork:
     def _refuse_disagreement(self, levels: int, tolerance: float) -> None:
         random = torch.Generator("cpu").manual_seed(0)
         x = torch.rand(2, *self.shape, generator=random, dtype=torch.float32, device="cpu")
-        level = torch.tensor([0, levels - 1], device="cpu")
+        level = torch.tensor([levels - 1, 0], device="cpu")  # in another order than those of a trace
         ours, theirs = self(x, level).flatten(1), self.model(x, level).float().flatten(1)
         difference = ((ours - theirs).norm(dim=1) / theirs.norm(dim=1).clamp_min(1e-30)).max().item()
         if not difference <= tolerance:
@@ -130,15 +164,15 @@ def refusal(
     """
     if precision not in PRECISIONS:
         return f"precision={precision!r} is not one of its own, which are float32, bfloat16 and direct"
-    if is_published(
-        model
-    ):  # but for a size or a padding without a layer, which ``bind`` finds: lowering takes a second
+    if is_published(model):  # but for a size or padding without a layer, which ``bind`` finds: lowering takes a second
         return None
     shape = getattr(model, "shape", None) if shape is None else shape
     if shape is None:
         return "the size of its images is not known: pass shape=(C, H, W)"
     try:
         NativeNetwork(model, 1, *shape[1:], precision, shape[0], levels)
+    except NotAScore:
+        raise  # no executor could run it
     except Exception as error:
         if out_of_memory(error):
             raise
@@ -180,7 +214,10 @@ class NativeExecutor:
 
     def sync_weights(self, force: bool = False) -> None:
         states = self.source.watch.look()  # before anything is packed: a write meanwhile is seen at the next look
-        self.network.sync(states, force)
+        if self.network.stale():
+            self.bind(self.source, self.slots, self.tables)
+        else:
+            self.network.sync(states, force)
 
     def answer(self, x: Tensor, level: Tensor) -> Tensor:
         """The network's score of other images than the slots', as ``Network`` is called."""

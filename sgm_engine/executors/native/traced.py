@@ -73,7 +73,9 @@ class _Last(NamedTuple):
 
 
 def lower_traced(graph: Graph, model: nn.Module, shape: tuple[int, int, int], levels: int) -> None:
-    """Emit the layers of ``model`` for x [*shape], level in [0, levels). Raises Unsupported for what has no layer."""
+    """As lower_recorded, which says more of why it cannot."""
+    if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
+        raise Unsupported("it holds no convolution")
     accelerated = model if isinstance(model, Accelerated) else Accelerated(model)
     if reason := untraceable(accelerated.source):
         raise Unsupported(reason)
