@@ -20,7 +20,7 @@ from sgm_engine.rewriting.chosen_conv import ChosenConv, chosen, join_norms
 from sgm_engine.rewriting.observed import Observed
 from sgm_engine.rewriting.recognise import FusedNorm, recognise
 from sgm_engine.rewriting.rewrite import Left, PooledConv, Rewriter
-from sgm_engine.rewriting.trace import trace
+from sgm_engine.rewriting.trace import pins, trace
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OWN_NORMS = (ConditionalInstanceNormPlus, InstanceNormPlus)
@@ -236,7 +236,7 @@ class Accelerated(nn.Module):
                 parent, _, last = name.rpartition(".")
                 setattr(network.get_submodule(parent), last, norm)
                 report("norm", name)
-        return network, report, _pins(self.source)
+        return network, report, pins(self.source)
 
 
 def accelerate(
@@ -294,8 +294,3 @@ def _misfit(norm: FusedNorm, node: fx.Node, values: dict) -> str | None:
     if norm.conditional and (level is None or level.dtype != torch.int64 or level.dim() != 1):
         return "a norm whose level is not int64 [N]"
     return None
-
-
-def _pins(module: nn.Module) -> list:
-    parts = chain.from_iterable((m._parameters, m._buffers) for m in module.modules())
-    return [(part, name, t) for part in parts for name, t in part.items() if t is not None]

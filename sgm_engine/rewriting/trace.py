@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, fx, nn
@@ -195,3 +196,9 @@ def trace(module: nn.Module, leaves: set[nn.Module], x: Tensor, level: Tensor) -
 def _described(value: Tensor) -> Tensor:
     """Shape, strides and dtype, without memory."""
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def pins(module: nn.Module) -> list:
+    """(where, name, tensor) of what a trace of ``module`` refers to."""
+    parts = chain.from_iterable((m._parameters, m._buffers) for m in module.modules())
+    return [(part, name, t) for part in parts for name, t in part.items() if t is not None]
