@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sgm_engine.rewriting.altered import MODAL
+from sgm_engine.rewriting.altered import MODAL, altered
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.dtype, np.generic)
 BY_NAME = (type, types.ModuleType, types.BuiltinFunctionType, torch.memory_format, torch.layout, type(torch.add))
@@ -70,6 +70,9 @@ def settings(model: Callable) -> dict[str, str]:
     """
     found = _Walk()
     found.visit("", model)
+    for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
+        if hooks := getattr(nn.modules.module, name):
+            found.visit(f"hooks of all modules: {name}", hooks)
     if found.layers:
         text = "\n".join(f"{where} {value}" for where, value in sorted(found.layers.items()))
         found.entries["layers of torch.nn"] = hashlib.sha256(text.encode()).hexdigest()
@@ -122,9 +125,9 @@ class _Walk:
             self.visit(f"{path}.{value.__name__}", value.__func__)
         elif isinstance(value, types.FunctionType):
             self._function(path, value)
-        elif hasattr(value, "__dict__") and not isinstance(value, torch.Generator):
+        elif fields := _fields(value):
             self._code(path, type(value))
-            for name, item in vars(value).items():
+            for name, item in fields.items():
                 if not isinstance(getattr(type(value), name, None), functools.cached_property):
                     self.visit(_join(path, name), item)
         else:
@@ -147,6 +150,11 @@ class _Walk:
                 self._say(_join(path, "config"), config.to_json())
             return
         self._code(path, type(part))
+        if what := altered(part):
+            self._say(_join(path, "altered"), what)
+            for name in ("forward", "_conv_forward"):
+                if isinstance(method := vars(type(part)).get(name), types.FunctionType):
+                    self._function(_join(path, name), method)
         of_torch = type(part).__module__.startswith("torch.nn")
         outside, self.entries = self.entries, {} if of_torch else self.entries
         if isinstance(part, MODAL):
@@ -167,20 +175,34 @@ class _Walk:
             self._say(f"{path}()", f"{function.__module__}.{function.__qualname__}")
         else:
             self._say(f"{path}()", _code_digest(function.__code__))
-            for name in sorted(_names(function.__code__) & function.__globals__.keys()):
-                self.visit(_join(path, name), function.__globals__[name])
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                self.visit(_join(path, name), cell.cell_contents)
-            except ValueError as error:
-                if "cell is empty" not in str(error).lower():
-                    raise
+            self._globals(path, function)
+        self._closure(path, function)
         for i, value in enumerate(function.__defaults__ or ()):
             self.visit(f"{path}.default[{i}]", value)
         for name, value in (function.__kwdefaults__ or {}).items():
             self.visit(_join(path, name), value)
         for name, value in vars(function).items():
             self.visit(_join(path, name), value)
+
+    def _closure(self, path: str, function: types.FunctionType) -> None:
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                value = cell.cell_contents
+            except ValueError:  # empty: not yet assigned
+                continue
+            if name != "__class__":
+                self.visit(_join(path, name), value)
+
+    def _globals(self, path: str, function: types.FunctionType) -> None:
+        """Values of the globals that it names; of modules, of the attributes that it names."""
+        names, around = _names(function.__code__), function.__globals__
+        for name in sorted(names & around.keys()):
+            value = around[name]
+            self.visit(_join(path, name), value)
+            if isinstance(value, types.ModuleType):
+                for inner in sorted(names & vars(value).keys()):
+                    if not isinstance(vars(value)[inner], types.ModuleType):
+                        self.visit(_join(path, f"{name}.{inner}"), vars(value)[inner])
 
     def _code(self, path: str, cls: type) -> None:
         """The class, and what the user's part of it computes: its functions and its plain attributes."""
@@ -191,15 +213,30 @@ class _Walk:
         for c in users:
             digest.update(c.__qualname__.encode())
             for name, value in sorted(vars(c).items()):
+                if name == "__init__":  # what it leaves is found in the attributes
+                    continue
                 value = getattr(value, "__func__", getattr(value, "fget", value))
                 if isinstance(value, types.FunctionType):
                     digest.update(f"{name} {_code_digest(value.__code__)}".encode())
+                    self._globals(_join(path, f"{c.__name__}.{name}"), value)
+                    self._closure(_join(path, f"{c.__name__}.{name}"), value)
                 elif isinstance(value, PLAIN) and not name.startswith("__"):
                     self.visit(_join(path, f"{c.__name__}.{name}"), value)
         self._say(_join(path, f"{cls.__name__}()"), digest.hexdigest())
 
     def _say(self, path: str, text: str) -> None:
         self.entries[path or "model"] = text
+
+
+def _fields(value: object) -> dict[str, object]:
+    """Attributes, those in slots too; none of what keeps its state elsewhere (a lock, a generator, a file)."""
+    slots = (name for c in type(value).__mro__ for name in _as_names(vars(c).get("__slots__", ())))
+    found = {name: getattr(value, name) for name in slots if not name.startswith("__") and hasattr(value, name)}
+    return {} if isinstance(value, torch.Generator) else found | getattr(value, "__dict__", {})
+
+
+def _as_names(slots: object) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _join(path: str, name: str) -> str:
