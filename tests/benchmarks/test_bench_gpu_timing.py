@@ -14,9 +14,6 @@ from sgm_engine.kernels.triton import noise as triton_noise
 from sgm_engine.kernels.triton import norm as triton_norm
 from sgm_engine.kernels.triton import update as triton_update
 from sgm_engine.kernels.triton.launch import Launch
-from tests.kernels import test_cuda
-
-host_library = test_cuda.host_library
 
 
 def test_what_the_sanitizer_watches_runs(host_library, monkeypatch):
