@@ -1,4 +1,4 @@
-"""Shared by the tests: a tiny network on disk, the command, and the CUDA library built for the CPU."""
+"""Shared by the tests: a tiny network on disk, and the command."""
 
 import os
 from types import SimpleNamespace
@@ -47,11 +47,3 @@ def sgm(tmp_path, monkeypatch, capsys):
         return SimpleNamespace(returncode=code, stdout=printed.out, stderr=printed.err)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def host_library(tmp_path_factory):
-    """The CUDA library built for the CPU."""
-    from tests import cuda_host
-
-    return cuda_host.build(tmp_path_factory.mktemp("cuda_on_host"))

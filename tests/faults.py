@@ -1,7 +1,7 @@
 """What a job survives, counted: ``python -m tests.faults`` runs everything, ``--kills 200`` and so on choose.
 
 Processes are forked from a server that has imported PyTorch and run nothing, so that hundreds of them take a minute.
-tests/jobs/test_jobs.py runs small counts of the same functions.
+tests/jobs/ runs small counts of the same functions.
 """
 
 from __future__ import annotations

@@ -16,8 +16,12 @@ from sgm_engine import _C
 LIMITS = {"avx2": ("AVX2", "avx2"), "generic": ("SSE41", "default")}  # SGM_ISA → oneDNN's and ATen's limit
 TESTS = (
     "tests/native/test_native.py",
+    "tests/native/test_native_networks.py",
+    "tests/native/test_native_layers.py",
+    "tests/native/test_native_families.py",
     "tests/native/test_native_bfloat16.py",
     "tests/native/test_native_cdm.py",
+    "tests/native/test_native_cdm_chains.py",
     "tests/native/test_native_traced.py",
     "tests/engine/test_trajectory.py",
     "tests/engine/test_numerics.py",

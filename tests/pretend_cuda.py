@@ -1,6 +1,6 @@
 """A CUDA device that is pretended, so that the Python of a GPU can run where there is none. A pytest plugin:
 
-    PYTHONPATH=tests python -m pytest -p pretend_cuda tests/executors/test_gpu.py
+    python -m pytest -p tests.pretend_cuda tests/executors/test_gpu.py
 
 Tensors "on it" are CPU tensors whose storage is on a list. PyTorch's functions say that they are on cuda:0, refuse to
 mix them with others, and put their results on the list; a graph is the record of its operations (recorder.py), and

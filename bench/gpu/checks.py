@@ -21,11 +21,17 @@ PYTEST = ("-v", "-o", "addopts=", "--tb=short", "-p", "no:cacheprovider", "-p", 
 TEST_S = 120  # of a test: what takes longer hangs
 
 GPU_TESTS = [
-    f"tests/test_{name}.py"
-    for name in ("gpu", "cuda", "triton", "triton_conv", "triton_float8", "triton_norm_backward", "graphs", "numerics")
+    f"tests/{room}/test_{name}.py"
+    for room, names in (
+        ("executors", "gpu gpu_memory graphs buckets"),
+        ("kernels", "cuda cuda_norm cuda_whole triton triton_update triton_norm triton_conv triton_conv_table"),
+        ("kernels", "triton_float8 triton_norm_backward"),
+        ("engine", "numerics"),
+    )
+    for name in names.split()
 ]
 RESULT = "(?P<result>PASSED|FAILED|ERROR|SKIPPED)"
-TEST = r"(?P<file>tests/\w+\.py)::(?P<test>.+?)"
+TEST = r"(?P<file>tests/[\w/]+\.py)::(?P<test>.+?)"
 OUTCOME = (re.compile(rf"{RESULT} {TEST}\s*$"), re.compile(rf"^{TEST} {RESULT}\b"))  # of pytest -v -n, of pytest -v
 ROOT = Path(__file__).resolve().parent.parent.parent
 

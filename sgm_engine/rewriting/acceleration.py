@@ -297,5 +297,5 @@ def _misfit(norm: FusedNorm, node: fx.Node, values: dict) -> str | None:
 
 
 def _pins(module: nn.Module) -> list:
-    return [(holder, name, tensor) for m in module.modules() for holder in (m._parameters, m._buffers)
-            for name, tensor in holder.items() if tensor is not None]  # fmt: skip
+    parts = chain.from_iterable((m._parameters, m._buffers) for m in module.modules())
+    return [(part, name, t) for part in parts for name, t in part.items() if t is not None]

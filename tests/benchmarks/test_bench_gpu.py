@@ -88,6 +88,13 @@ def test_lines_of_pytest(line, outcome):
     assert checks.outcome_of(line) == outcome
 
 
+def test_every_file_of_a_gpus_tests_is_there_and_its_lines_are_read():
+    assert all((checks.ROOT / file).is_file() for file in checks.GPU_TESTS)
+    known = [file for file in checks.ROOT.glob("tests/*/*.py") if "run_interpreted(globals())" in file.read_text()]
+    assert {str(file.relative_to(checks.ROOT)) for file in known} <= set(checks.GPU_TESTS)
+    assert all(checks.outcome_of(f"{file}::test_a PASSED")[0] == file for file in checks.GPU_TESTS)
+
+
 @pytest.mark.parametrize("workers", [True, False])
 def test_the_stage_of_tests(tmp_path, monkeypatch, workers):
     """What failed is a row at once; a file without a test that passed has failed as well. As quiet as in this tree."""

@@ -14,6 +14,7 @@ from sgm_engine.kernels.triton import noise as triton_noise
 from sgm_engine.kernels.triton import norm as triton_norm
 from sgm_engine.kernels.triton import update as triton_update
 from sgm_engine.kernels.triton.launch import Launch
+from tests.kernels.cuda_kernels import host_library  # noqa: F401 - a fixture
 
 
 def test_what_the_sanitizer_watches_runs(host_library, monkeypatch):

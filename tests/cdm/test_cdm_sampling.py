@@ -22,7 +22,7 @@ from sgm_engine.models.cdm import classes as schedules
 from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.cdm.networks import UNet
 from sgm_engine.training.toy import TRIPLE
-from tests.executors.test_graphs import eager_engine, graph_engine
+from tests.executors.graph_engines import eager_engine, graph_engine
 
 N = 1000
 

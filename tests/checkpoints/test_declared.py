@@ -20,7 +20,7 @@ from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.plans.plan import Plan, annealed_langevin
 from sgm_engine.rewriting.float8.config import Float8Config
 from sgm_engine.training.config import TrainConfig
-from tests.checkpoints.test_bad_files import zipped
+from tests.checkpoints.bad_files import zipped
 
 DATA = Path(__file__).parents[1] / "data" / "hostile"
 

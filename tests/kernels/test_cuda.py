@@ -1,21 +1,28 @@
-"""The CUDA C++ kernels of noise and update, through the launchers that a GPU uses.
+"""The CUDA C++ kernels, through the launchers that a GPU uses.
 
-Every test runs twice (conftest.py): on a GPU, where there is one, and from the same sources on the CPU
-(cuda_on_host.h), where barriers, arrivals, clusters and masks are as on the device, and so is every bit of the noise
-and of the update.
+Every test runs twice: on a GPU, where there is one, and from the same sources on the CPU (cuda_on_host.h), where
+barriers, arrivals, clusters and masks are as on the device, and so is every bit of the noise and of the update.
 """
 
 import numpy as np
 import pytest
 import torch
 
-from sgm_engine.kernels import cuda, noise, reference
-from sgm_engine.kernels.arguments import Norm, Update
+from sgm_engine.kernels import cuda, noise
+from sgm_engine.kernels.arguments import Update
 from sgm_engine.kernels.ops import NO_BAD_ROW
-from sgm_engine.kernels.tables import backend as backend_table
-from tests.cuda_host import DTYPES, LAYOUTS, bits, each_layout, poisoned
-
-# -- The noise ---------------------------------------------------------------------------------------------------------
+from tests.kernels.cuda_kernels import (
+    COEF,
+    DRAW,
+    DTYPES,
+    LAYOUTS,
+    bits,
+    device,  # noqa: F401 - fixtures
+    each_layout,
+    plan,
+    poisoned,
+    tensors,
+)
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
@@ -30,12 +37,6 @@ def test_noise_is_the_definition(device, shape, layout, kind):
     cuda.noise_fill(out, seed.to(device), sample_id.to(device), 2**32 - 1, noise.STREAM["user"], kind)
     want = noise.fill(shape, seed.numpy(), sample_id.numpy(), 2**32 - 1, noise.STREAM["user"], kind)
     assert (bits(out) == want.view(np.uint32)).all()
-
-
-# -- The update --------------------------------------------------------------------------------------------------------
-
-COEF = np.array([[1, 0.25, 0.5, 0], [0.75, -0.1, 0, 0.3], [1.5, 2, 0.1, -0.7], [1, 0.1, 0, 0]], np.float32)
-DRAW = np.array([1, 7, -1, 9], np.int32)  # the bits of a uint32
 
 
 def slots(batch, rows=4):
@@ -60,17 +61,6 @@ def definition(x, score, row, seed, sample_id, previous=None):
             t = t + d * previous[i]
         out[i] = t
     return out
-
-
-def tensors(shape, layouts, score_dtype, device, generator):
-    draw = lambda dtype, layout: (  # noqa: E731
-        torch.randn(shape, generator=generator).to(device, dtype).contiguous(memory_format=LAYOUTS[layout])
-    )
-    return draw(torch.float32, layouts[0]), draw(score_dtype, layouts[1]), draw(torch.float32, layouts[2])
-
-
-def plan(device):
-    return torch.from_numpy(COEF).to(device), torch.from_numpy(DRAW).to(device)
 
 
 @pytest.mark.parametrize("score_dtype", DTYPES)
@@ -188,106 +178,3 @@ def test_update_runs_a_plan_to_its_end_and_stops(device):
         )
         seen.append(row.tolist())
     assert seen == [[1, 3], [2, 4], [3, 4], [4, 4], [4, 4], [4, 4]]
-
-
-# -- Races: on the host, the other order of blocks and threads; on a GPU, repetition -----------------------------------
-
-
-def test_update_does_not_depend_on_the_order_of_threads(host_library, monkeypatch):
-    monkeypatch.setattr(cuda, "library", lambda: host_library)
-    monkeypatch.setenv("SGM_HOST_ORDER", "reverse")
-    test_update_runs_a_plan_to_its_end_and_stops("cpu")
-    test_update_is_the_definition("cpu", (2, 3, 32, 48), ("nchw",) * 3, "bf16")
-
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-@gpu
-def test_backends_agree_bit_for_bit_on_a_gpu():
-    from sgm_engine.kernels.triton import noise as triton_noise
-    from sgm_engine.kernels.triton import update as triton_update
-
-    seed, sample_id = torch.arange(8, device="cuda") - 4, torch.arange(8, device="cuda") * 2**33
-    a, b = poisoned((8, 3, 32, 32), "nhwc", device="cuda"), poisoned((8, 3, 32, 32), "nhwc", device="cuda")
-    cuda.noise_fill(a, seed, sample_id, 3, 0, "normal")
-    triton_noise.noise_fill(b, seed, sample_id, 3, 0, "normal")
-    assert (bits(a) == bits(b)).all()
-    score = torch.randn(8, 3, 32, 32, device="cuda", dtype=torch.bfloat16)
-    rows = torch.arange(8, device="cuda") % 4, torch.full((8,), 4, device="cuda")
-    for update, x in ((cuda.langevin_update, a), (triton_update.langevin_update, b)):
-        slots_of = (rows[0].clone(), rows[1], seed, sample_id, None)
-        update(Update(x, score, *plan("cuda"), *slots_of, score.float(), x, True))
-    assert (bits(a) == bits(b)).all()
-
-
-@gpu
-def test_a_captured_chain_repeats_250_times_on_a_gpu():
-    """Replays of one captured step walk a whole plan; every chain ends in the same bits and at the plan's last row."""
-    shape, steps = (16, 3, 32, 32), 20
-    coef = torch.tensor([[1, 0.1, 0.2, 0]] * steps, device="cuda")
-    draw, seed = torch.arange(1, steps + 1, device="cuda", dtype=torch.int32), torch.arange(16, device="cuda")
-    row, stop = torch.zeros(16, dtype=torch.int64, device="cuda"), torch.full((16,), steps, device="cuda")
-    bad_row, x = torch.full((16,), NO_BAD_ROW, device="cuda"), torch.zeros(shape, device="cuda")
-    score = torch.empty_like(x)
-
-    def step():
-        torch.neg(x, out=score)
-        cuda.langevin_update(Update(x, score, coef, draw, row, stop, seed, seed, bad_row, None, x, True))
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    first = None
-    for _ in range(250):
-        x.zero_(), row.zero_()
-        for _ in range(steps):
-            graph.replay()
-        assert (row == steps).all()
-        first = x.clone() if first is None else first
-        assert torch.equal(x, first)
-
-
-# -- The library -------------------------------------------------------------------------------------------------------
-
-
-def test_a_missing_library_is_an_answer(tmp_path):
-    assert cuda.library(tmp_path / "libsgm_cuda.so") is None
-
-
-def test_an_empty_batch_is_nothing_to_do(device):
-    empty, none = torch.empty(0, 3, 4, 4, device=device), torch.empty(0, dtype=torch.int64, device=device)
-    cuda.noise_fill(empty, none, none, 0, 0, "normal")
-    cuda.langevin_update(Update(empty, empty, *plan(device), none, none, none, none, none, None, empty, True))
-    cuda.norm(Norm(empty, None, None, None, None, "none", None, 1e-5, empty, None, empty))
-
-
-# -- The choice of it --------------------------------------------------------------------------------------------------
-
-
-def test_the_table_of_backends_leads_here(device, monkeypatch):
-    """Nothing but the table decides (test_backends.py), and what the library is given then is what it takes."""
-    from sgm_engine.kernels import gpu as launchers
-    from sgm_engine.kernels.triton import noise as triton_noise
-    from sgm_engine.kernels.triton import norm as triton_norm
-
-    table = {"norm residual float32 NHWC 8×4×4 at 2^1": "CUDA portable", "noise_fill normal NCHW 2^6": "CUDA"}
-    monkeypatch.setattr(backend_table, "of_device", lambda _: table)
-    for module in (triton_norm, triton_noise):
-        monkeypatch.setattr(module, "norm" if module is triton_norm else "noise_fill", lambda *_: pytest.fail("Triton"))
-    x, residual, total = (poisoned((2, 8, 4, 4), "nhwc", device=device) for _ in range(3))
-    x.normal_()
-    out, residual = torch.empty_like(x), torch.ones_like(x)
-    workspace = torch.empty(launchers.norm_workspace_size(x), device=device)
-    launchers.norm(Norm(x, None, None, None, None, "elu", residual, 1e-5, out, total, workspace))
-    want, both = reference.noise_conditioned_norm(x, activation="elu", residual=residual)
-    torch.testing.assert_close(out, want)
-    assert torch.equal(total, both)
-    fill, seed = poisoned((2, 3, 4, 4), "nchw", device=device), torch.tensor([3, 4])
-    launchers.noise_fill(fill, seed.to(device), seed.to(device), 1, 0, "normal")
-    assert (bits(fill) == noise.fill((2, 3, 4, 4), seed.numpy(), seed.numpy(), 1, 0, "normal").view(np.uint32)).all()

@@ -1,68 +1,16 @@
-"""noise_conditioned_norm in CUDA C++, through the launchers that a GPU uses, there and on the CPU (conftest.py)."""
-
-import itertools
-import random
+"""The CUDA C++ norm, through the launchers that a GPU uses."""
 
 import pytest
 import torch
 
-from sgm_engine.kernels import cuda, reference
+from sgm_engine.kernels import cuda
 from sgm_engine.kernels.arguments import Norm
-from tests.cuda_host import DTYPES, LAYOUTS, each_layout
-
-GUARD = 4096  # floats after a workspace, which must stay as they are
-
-
-def check_norm(
-    device, shape, dtype, layout, variant, activation="elu", residual=True, terms="gab", levels=3, mean=3.0,
-    groups=None, before="none", pool=False,
-):  # fmt: skip
-    """Against float64: at most twice the error of PyTorch's float32 formula, then one rounding to the dtype."""
-    generator = torch.Generator().manual_seed(4)
-    batch, channels = shape[:2]
-    layout = LAYOUTS[layout]
-    x = (torch.randn(shape, generator=generator) * 2 + mean).to(dtype).contiguous(memory_format=layout)
-    r = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout) if residual else None
-    embedding = torch.randn(levels, 3 * channels, generator=generator)
-    parameters = {k: embedding[:, i * channels : (i + 1) * channels] for i, k in enumerate("gab")}
-    level = torch.randint(levels, (batch,), generator=generator)
-    if levels == 1:
-        parameters, level = {k: p[0] for k, p in parameters.items()}, None
-    gamma, alpha, beta = (parameters[k] if k in terms else None for k in "gab")
-
-    on = lambda t: None if t is None else t.to(device)  # noqa: E731
-    out, total = torch.full_like(x, float("nan"), device=device), None
-    if residual or before != "none":
-        total = torch.full_like(out, float("nan"))
-    size = cuda.norm_workspace_size(x)
-    workspace = torch.full((size + GUARD,), float("nan"), device=device)
-    table = on(embedding)
-    views = {
-        k: table[:, i * channels : (i + 1) * channels] if levels > 1 else table[0, i * channels : (i + 1) * channels]
-        for i, k in enumerate("gab")
-    }
-    views = [views[k] if k in terms else None for k in "gab"]
-    tensors = (on(x), *views, on(level), activation, on(r), 1e-5, out, total, workspace)
-    cuda.norm(Norm(*tensors, groups, before, pool), variant)
-    assert workspace[size:].isnan().all(), "written past the end of the workspace"
-
-    summed = x + r if residual else x
-    if before != "none":
-        exact = reference.ACTIVATIONS[before](summed.double())
-        error = (total.cpu().double() - exact).abs()
-        assert (error <= torch.finfo(dtype).eps * exact.abs() + 2**-22).all(), f"{error.max():.3g}"
-        summed = total.cpu()
-    elif residual:
-        assert torch.equal(total.cpu(), summed)
-    f64 = [None if p is None else p.double() for p in (gamma, alpha, beta)]
-    rest = {"groups": groups, "pool": pool}
-    want = reference.noise_conditioned_norm(summed.double(), *f64, level, activation, **rest)
-    eager = reference.noise_conditioned_norm(summed.float(), gamma, alpha, beta, level, activation, **rest)
-    allowed = 2 * (eager.double() - want).abs().max() + 0.505 * torch.finfo(dtype).eps * want.abs() + 1e-5
-    error = (out.cpu().double() - want).abs()
-    assert (error <= allowed).all(), f"{error.max():.3g}"
-    return out
-
+from tests.kernels.cuda_kernels import (
+    DTYPES,
+    check_norm,
+    device,  # noqa: F401 - fixtures
+    each_layout,
+)
 
 SHAPES = [
     (2, 16, 8, 8),
@@ -107,15 +55,6 @@ def test_norm_in_one_pass(device, shape, residual):
     check_norm(device, shape, torch.bfloat16, "nhwc", "cluster", residual=residual)
     if shape[1] < 1024:
         check_norm(device, shape, torch.float32, "nhwc", "cluster", residual=residual)
-
-
-@pytest.mark.parametrize("multiprocessors", [1, 7])
-@pytest.mark.parametrize("shape", [(1, 512, 7, 7), (3, 256, 16, 16), (1, 1152, 6, 7)])
-def test_norm_in_one_pass_whatever_the_device(host_library, monkeypatch, shape, multiprocessors):
-    """(1, 1152, 6, 7) takes eight blocks everywhere, for its registers, and the last one has no pixel."""
-    monkeypatch.setattr(cuda, "library", lambda: host_library)
-    monkeypatch.setenv("SGM_HOST_MULTIPROCESSORS", str(multiprocessors))
-    check_norm("cpu", shape, torch.bfloat16, "nhwc", "cluster")
 
 
 @pytest.mark.parametrize("activation", ["none", "elu", "relu", "silu"])
@@ -203,48 +142,3 @@ def test_what_the_library_refuses(device):
     workspace = torch.empty(cuda.norm_workspace_size(wide), device=device)
     with pytest.raises(RuntimeError, match="invalid argument"):
         cuda.norm(Norm(wide, None, None, None, None, "none", None, 1e-5, wide, None, workspace))
-
-
-# -- The workspace -----------------------------------------------------------------------------------------------------
-
-
-def test_a_workspace_that_wide_packs_fill_more_of(device):
-    """Narrow packs make 59 slabs of these pixels, those of 8 channels 62."""
-    check_norm(device, (1, 96, 72, 144), torch.bfloat16, "nhwc", "portable")
-
-
-def test_no_shape_writes_past_its_workspace(host_library, monkeypatch):
-    """Of what the library would launch, aligned or not: a block of the first kernel writes 2·C floats."""
-    monkeypatch.setenv("SGM_HOST_DRY", "1")
-    draw = random.Random(0)
-    shapes = [(c, p) for c in range(8, 260, 8) for p in (49, 1024, 10368)]
-    shapes += [(draw.randint(1, 1300), draw.randint(1, 2 ** draw.randint(1, 17))) for _ in range(1500)]
-    shapes += [(draw.randint(1, 160) * 8, draw.randint(1, 2 ** draw.randint(1, 14)) * 8) for _ in range(1500)]
-    for (channels, pixels), (dtype, nhwc, address) in itertools.product(
-        shapes, itertools.product((0, 1), (0, 1), (1 << 20, (1 << 20) + 4))
-    ):
-        reserved = host_library.sgm_cuda_norm_workspace(3, channels, pixels, nhwc)
-        sizes = (1e-5, 3, channels, pixels, pixels, 0, 0)
-        error = host_library.sgm_cuda_norm(
-            address, None, address, None, dtype, nhwc, None, None, None, 0, 0, 0, None, 0, 0, *sizes, 1 << 20, 1, None
-        )
-        assert error == 0
-        written = host_library.sgm_host_blocks() * 2 * channels
-        assert written <= reserved, (channels, pixels, dtype, nhwc, address)
-
-
-# -- Races -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("groups", [None, 4])
-@pytest.mark.parametrize("variant", ["cluster", "portable", "pool"])
-def test_norm_does_not_depend_on_the_order_of_threads(host_library, monkeypatch, variant, groups):
-    monkeypatch.setattr(cuda, "library", lambda: host_library)
-    pool = variant == "pool"
-    options = {"terms": "gb" if groups else "gab", "groups": groups, "before": "elu", "pool": pool}
-    how = ("auto", "none") if pool else (variant, "elu")
-    runs = []
-    for order in ("forward", "reverse"):
-        monkeypatch.setenv("SGM_HOST_ORDER", order)
-        runs.append(check_norm("cpu", (2, 32, 16, 16), torch.bfloat16, "nhwc", *how, **options))
-    assert torch.equal(*runs)

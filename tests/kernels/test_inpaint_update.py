@@ -40,7 +40,7 @@ def imposed(x, known, row, seed, sample_id) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("history", [False, True], ids=["", "history, gain"])
-def test_the_fused_update_is_the_update_and_then_the_known_pixels(shape, dtype, history, isa):  # noqa: F811
+def test_the_fused_update_is_the_update_and_then_the_known_pixels(shape, dtype, history, isa):
     """Every row of the table, an idle slot, and all layouts: x, previous, row and bad_row."""
     case, known = Case(shape, dtype, seed=2), some_known(shape)
     case.row, case.stop = torch.tensor([0, 3, 2, 1, 4]), torch.tensor([1, 5, 3, 5, 4])  # the last is idle
@@ -62,7 +62,7 @@ def test_the_fused_update_is_the_update_and_then_the_known_pixels(shape, dtype, 
         assert fused_after[1].tolist() == [1, 4, 3, 2, 4]
 
 
-def test_a_chain_against_float64(isa):  # noqa: F811
+def test_a_chain_against_float64(isa):
     """Five rows: the error against float64 is at most twice that of the float32 formula."""
     case, known = Case((5, 3, 8, 8)), some_known((5, 3, 8, 8))
     case.row = torch.zeros(5, dtype=torch.int64)

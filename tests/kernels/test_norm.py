@@ -6,70 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from sgm_engine import _C
-from sgm_engine.kernels import cpu, ops, reference
-from sgm_engine.kernels.arguments import Norm
+from sgm_engine.kernels import ops, reference
+from tests.kernels.norms import check, embedding, images, launch, worst
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-GUARD = 33  # elements before and after an output: odd, so that nothing is aligned
-
-
-@pytest.fixture(autouse=True)
-def machine():
-    isa, threads = _C.isa(), _C.num_threads()
-    yield
-    _C.set_isa(isa)
-    _C.set_num_threads(threads)
-
-
-def images(shape, dtype=torch.float32, layout=torch.contiguous_format, seed=0, mean=0.0, std=1.0):
-    """[N, C, H, W], each channel with a mean of its own, of the size of ``mean``."""
-    g = torch.Generator().manual_seed(seed)
-    x = std * torch.randn(shape, generator=g) + mean * torch.randn(1, shape[1], 1, 1, generator=g)
-    return x.to(dtype).contiguous(memory_format=layout)
-
-
-def embedding(levels, channels, seed=1):
-    """γ, α, β: [levels, channels] views of one table, row stride 3·channels."""
-    table = torch.randn(levels, 3 * channels, generator=torch.Generator().manual_seed(seed))
-    return table.split(channels, dim=1)
-
-
-def poisoned(x):
-    """NaN in the shape and strides of x, and the buffer round it, to see what was written where."""
-    buffer = torch.full((x.numel() + 2 * GUARD,), float("nan"), dtype=x.dtype)
-    return buffer.as_strided(x.shape, x.stride(), GUARD), buffer
-
-
-def launch(x, gamma=None, alpha=None, beta=None, level=None, activation="none", residual=None, eps=1e-5, groups=None):
-    """The launcher on poisoned memory; (y, sum or None)."""
-    (y, y_buffer), (total, total_buffer) = poisoned(x), poisoned(x)
-    workspace = torch.full((_C.norm_workspace_size(*x.shape[:2]) + GUARD,), float("nan"))
-    sum_out = None if residual is None else total
-    cpu.norm(Norm(x, gamma, alpha, beta, level, activation, residual, eps, y, sum_out, workspace, groups))
-    for buffer in (y_buffer, total_buffer, workspace):
-        assert buffer[-GUARD:].isnan().all(), "written past the end"
-    assert y_buffer[:GUARD].isnan().all() and total_buffer[:GUARD].isnan().all(), "written before the beginning"
-    return y, total if residual is not None else None
-
-
-def worst(y, exact):
-    return (y.double() - exact).abs().max().item() if y.numel() else 0.0
-
-
-def check(y, x, *args, residual=None, **kwargs):
-    """y against float64 on the same input; the formula in float32, rounded to x's dtype, sets the measure."""
-    x = x if residual is None else x + residual
-    double = (None if p is None or p.dtype == torch.int64 else p.double() for p in args[:3])
-    exact = reference.noise_conditioned_norm(x.double(), *double, *args[3:], **kwargs)
-    formula = reference.noise_conditioned_norm(x.float(), *args, **kwargs).to(x.dtype)
-    ulp = torch.finfo(torch.float32).eps * (exact.abs().max().item() if exact.numel() else 0)
-    error, limit = worst(y, exact), 2 * worst(formula, exact) + 2 * ulp
-    assert error <= limit, f"error {error:.3g}, limit {limit:.3g}"
 
 
 @st.composite
@@ -247,86 +195,3 @@ def test_op_takes_any_view():
 def test_level_out_of_range(bad):
     with pytest.raises(ValueError, match=r"level must be in \[0, 4\)"):
         ops.noise_conditioned_norm(images((2, 6, 3, 3)), *embedding(4, 6), torch.tensor([0, bad]))
-
-
-def _formula(x, gamma, alpha, beta, level, defect):
-    """InstanceNorm++ in float32 as someone might get it wrong."""
-    gamma, alpha, beta = (p[level][:, :, None, None] for p in (gamma, alpha, beta))
-    pixels, channels = x.shape[2] * x.shape[3], x.shape[1]
-    mean = x.mean((2, 3), keepdim=True)
-    variance = (x - mean).square().mean((2, 3), keepdim=True)
-    if defect == "E[x²] − E[x]²":
-        variance = (x.square().mean((2, 3), keepdim=True) - mean.square()).clamp(min=0)
-    if defect == "N − 1 over pixels":
-        variance = variance * pixels / (pixels - 1)
-    rstd = 1 / (variance.sqrt() + 1e-5) if defect == "eps outside the root" else torch.rsqrt(variance + 1e-5)
-    spread = mean - mean.mean(1, keepdim=True)
-    across = spread.square().sum(1, keepdim=True) / (channels if defect == "C over channels" else channels - 1)
-    ms = spread * torch.rsqrt(across + 1e-5)
-    if defect == "alpha's rows swapped":
-        alpha = alpha.flip(0)
-    if defect == "alpha outside gamma":
-        return (x - mean) * rstd * gamma + alpha * ms + beta
-    return gamma * ((x - mean) * rstd + alpha * ms) + beta
-
-
-DEFECTS = (
-    "E[x²] − E[x]²",
-    "N − 1 over pixels",
-    "eps outside the root",
-    "C over channels",
-    "alpha's rows swapped",
-    "alpha outside gamma",
-)
-
-
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_the_rule_notices(defect):
-    x, arguments = images((2, 24, 6, 6), mean=30.0), (*embedding(3, 24), torch.tensor([0, 2]))
-    check(_formula(x, *arguments, None), x, *arguments)
-    with pytest.raises(AssertionError, match="limit"):
-        check(_formula(x, *arguments, defect), x, *arguments)
-
-
-def _group_norm(x, groups, defect):
-    """Group norm in float32 as someone might get it wrong."""
-    part = x.unflatten(1, (groups, -1)) if defect != "strided groups" else x.unflatten(1, (-1, groups)).transpose(1, 2)
-    mean, n = part.mean((2, 3, 4), keepdim=True), part[0, 0].numel()
-    variance = (part - mean).square().sum((2, 3, 4), keepdim=True) / (n - 1 if defect == "N − 1" else n)
-    if defect == "no spread between channels":
-        variance = part.var((3, 4), correction=0, keepdim=True).mean(2, keepdim=True)
-    part = (part - mean) * torch.rsqrt(variance + 1e-5)
-    return (part if defect != "strided groups" else part.transpose(1, 2)).reshape(x.shape)
-
-
-@pytest.mark.parametrize("defect", ["strided groups", "N − 1", "no spread between channels"])
-def test_the_rule_notices_wrong_groups(defect):
-    x = images((2, 24, 6, 6), mean=1.0)
-    check(_group_norm(x, 4, None), x, groups=4)
-    with pytest.raises(AssertionError, match="limit"):
-        check(_group_norm(x, 4, defect), x, groups=4)
-
-
-def test_agrees_with_torch_group_norm():
-    x, (gamma, _, beta) = images((3, 18, 10, 10), mean=1.0), (p[0] for p in embedding(1, 18))
-    found = ops.noise_conditioned_norm(x, gamma, None, beta, groups=6)
-    torch.testing.assert_close(found, F.group_norm(x, 6, gamma, beta), rtol=1e-5, atol=2e-6)
-
-
-def test_agrees_with_torch_instance_norm():
-    x = images((3, 18, 10, 10))
-    torch.testing.assert_close(launch(x)[0], F.instance_norm(x, eps=1e-5), rtol=1e-5, atol=2e-6)
-
-
-@pytest.mark.parametrize("name", ["x", "residual", "gamma"])
-def test_a_gradient_for_one_argument_alone(name):
-    """The sum that is returned beside the norm has none if only γ learns."""
-    random = torch.Generator().manual_seed(0)
-    shapes = {"x": (2, 4, 3, 3), "residual": (2, 4, 3, 3), "gamma": (4,)}
-    arguments = {n: torch.randn(shape, generator=random) for n, shape in shapes.items()}
-    found = []
-    for norm in (ops.noise_conditioned_norm, reference.noise_conditioned_norm):
-        tensors = {n: t.clone().requires_grad_(n == name) for n, t in arguments.items()}
-        norm(**tensors, activation="elu")[0].square().sum().backward()
-        found.append(tensors[name].grad)
-    torch.testing.assert_close(*found)

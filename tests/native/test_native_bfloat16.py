@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from sgm_engine import _C
 from sgm_engine.executors.native.executor import NativeNetwork, refusal
 from tests.models.test_models import GOLDEN, golden
-from tests.native.test_native import isa, relative_error, run_layers, tiny  # noqa: F401 - isa is a fixture
+from tests.native.layers import isa, relative_error, run_layers  # noqa: F401 - isa is a fixture
+from tests.native.test_native_networks import tiny
 
 
 def exact(*shape):
@@ -39,14 +40,14 @@ def one_layer(x, weight):
 
 
 @pytest.mark.parametrize(("c_in", "c_out", "kernel"), [(19, 37, 1), (6, 64, 5), (1, 5, 1), (33, 16, 7)])
-def test_every_bit_of_a_layer(isa, c_in, c_out, kernel):  # noqa: F811
+def test_every_bit_of_a_layer(isa, c_in, c_out, kernel):
     """The same on every instruction set, whether it multiplies pairs or expands them. Blocks of 1, 2 and 4 vectors."""
     torch.manual_seed(0)
     x, weight = exact(2, c_in, 5, 7), exact(c_out, c_in, kernel, kernel)
     assert torch.equal(one_layer(x, weight), in_order(x, weight))
 
 
-def test_what_is_not_finite_stays_so(isa):  # noqa: F811
+def test_what_is_not_finite_stays_so(isa):
     """A NaN whose payload would round away to a number, and what overflows bfloat16, each in one pixel."""
     x = torch.ones(1, 2, 2, 2)
     x[0, 0, 0, 0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
@@ -63,7 +64,7 @@ def test_golden(name):
     assert 1e-4 < relative_error(NativeNetwork(model, len(x), *x.shape[2:], "bfloat16")(x, level), want) < 3e-2
 
 
-def test_golden_on_every_instruction_set(isa):  # noqa: F811
+def test_golden_on_every_instruction_set(isa):
     cls, kwargs = GOLDEN["ncsn_28_ngf8"]
     model, x, level, want = golden("ncsn_28_ngf8", cls, **kwargs)
     assert refusal(model, "bfloat16") is None

@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 from sgm_engine.executors.native.executor import NativeNetwork
-from tests.native.test_native import relative_error
-
-score_sde = pytest.importorskip("sgm_engine.models.score_sde", reason="needs the families' own networks")
-from sgm_engine.models.adm import ADMUNet  # noqa: E402
-from sgm_engine.models.edm_unet import DhariwalUNet, SongUNet  # noqa: E402
-from sgm_engine.models.unet2d import UNet2D  # noqa: E402
+from sgm_engine.models import score_sde
+from sgm_engine.models.adm import ADMUNet
+from sgm_engine.models.edm_unet import DhariwalUNet, SongUNet
+from sgm_engine.models.unet2d import UNet2D
+from tests.native.layers import relative_error
 
 TIMES, STEPS = torch.tensor([0.9, 0.5, 0.1, 0.05]), torch.tensor([900, 500, 3, 77])
 

@@ -12,7 +12,9 @@ from sgm_engine import _C
 from sgm_engine.executors.native.graph import Graph
 from sgm_engine.executors.native.kernel import Kernel
 from sgm_engine.executors.native.norm import Table, Unsupported
-from tests.native.test_native import LEVELS, isa, relative_error, run_layers, threads  # noqa: F401, fixtures
+from tests.native.layers import isa, relative_error, run_layers  # noqa: F401, fixtures
+from tests.native.test_native import LEVELS
+from tests.native.test_native_networks import threads  # noqa: F401, fixtures
 
 TOLERANCE = 2e-6
 
@@ -34,7 +36,7 @@ def image_of(y, x):
 @pytest.mark.parametrize(
     "heads, size, pixels", [(1, 8, (1, 1)), (2, 5, (3, 7)), (4, 32, (8, 8)), (3, 64, (12, 5)), (2, 24, (25, 29))]
 )
-def test_attention(isa, heads, size, pixels):  # noqa: F811
+def test_attention(isa, heads, size, pixels):
     """One key to more than a tile; sizes that fill no vector; with keys of no pixel; scores far apart."""
     torch.manual_seed(0)
     x = torch.randn(2, 3 * heads * size, *pixels)
@@ -53,7 +55,7 @@ def test_attention(isa, heads, size, pixels):  # noqa: F811
 
 
 @pytest.mark.parametrize("heads, size, pixels", [(1, 3, (1, 2)), (4, 32, (9, 6)), (2, 20, (28, 28))])
-def test_linear_attention(isa, heads, size, pixels):  # noqa: F811
+def test_linear_attention(isa, heads, size, pixels):
     torch.manual_seed(0)
     x, memory = torch.randn(2, 3 * heads * size, *pixels), torch.randn(2, heads, 4, size)
     q, k, v = heads_of(x.double(), heads)
@@ -102,7 +104,7 @@ CONVS = [
 
 
 @pytest.mark.parametrize("conv", CONVS, ids=str)
-def test_convolutions(isa, conv):  # noqa: F811
+def test_convolutions(isa, conv):
     """Behind a prologue, with an addend times a number, and read by a norm: the statistics are those of the output."""
     torch.manual_seed(0)
     x, norm = torch.randn(2, 8, 9, 7), nn.GroupNorm(2, conv.out_channels)
@@ -129,7 +131,7 @@ def test_padding_of_one_side():
 
 @pytest.mark.parametrize("taps", [[1.0, 3, 3, 1], [1.0, 1], [1.0, 2, 1]])
 @pytest.mark.parametrize("up, down", [(2, 1), (1, 2), (1, 1)])
-def test_filters(isa, taps, up, down):  # noqa: F811
+def test_filters(isa, taps, up, down):
     """upfirdn2d as StyleGAN defines it: zeros behind every pixel, the last too."""
     torch.manual_seed(0)
     x, f = torch.randn(2, 19, 6, 8), torch.tensor(taps) / sum(taps) * up
@@ -147,7 +149,7 @@ def test_filters(isa, taps, up, down):  # noqa: F811
     assert relative_error(y, want / 2) < TOLERANCE
 
 
-def test_a_bias_by_level(isa):  # noqa: F811
+def test_a_bias_by_level(isa):
     """A time embedding after a convolution: in its bias, and in the statistics that the next norm takes."""
     torch.manual_seed(0)
     x, level, shift = torch.randn(3, 6, 8, 8), torch.tensor([2, 0, 1]), torch.randn(LEVELS, 20)
@@ -171,7 +173,7 @@ def test_a_bias_by_level(isa):  # noqa: F811
     ("sigmoid", torch.sigmoid), (("leaky_relu", 0.2), lambda x: F.leaky_relu(x, 0.2)),
     (("clip", 1.5), lambda x: x.clamp(-1.5, 1.5)), ("silu", F.silu), ("elu", F.elu),
 ])  # fmt: skip
-def test_activations(isa, name, function):  # noqa: F811
+def test_activations(isa, name, function):
     """From tiny to huge, against the same function of float32 in PyTorch; NaN stays NaN."""
     magnitudes = torch.logspace(-6, 2, 200)
     x = torch.cat([magnitudes, -magnitudes, torch.linspace(-9, 9, 624)]).view(1, 16, 8, 8)
@@ -183,7 +185,7 @@ def test_activations(isa, name, function):  # noqa: F811
 
 
 @pytest.mark.parametrize("channels, groups", [(5, 1), (32, 1), (36, 6), (64, 2)])
-def test_norms_across_channels(isa, channels, groups):  # noqa: F811
+def test_norms_across_channels(isa, channels, groups):
     """LayerNorm, lucidrains' RMSNorm, and EDM2's; of q, k and v by head. A pixel of zeros stays zeros."""
     torch.manual_seed(0)
     x, level, gain = torch.randn(2, channels, 5, 6) + 20, torch.tensor([1, 2]), torch.randn(LEVELS, channels)
@@ -224,7 +226,7 @@ def emit_all(graph, value):
 
 
 @pytest.mark.parametrize("precision", ["float32", "winograd"])
-def test_bits_on_any_number_of_threads(isa, threads, precision):  # noqa: F811
+def test_bits_on_any_number_of_threads(isa, threads, precision):
     """Few images and many threads: members of a team share an image."""
     torch.manual_seed(0)
     x, found = torch.randn(2, 24, 11, 9), []

@@ -15,8 +15,8 @@ from sgm_engine.executors.native.graph import Graph
 from sgm_engine.executors.native.norm import Unsupported
 from sgm_engine.executors.native.recorded import lower_recorded
 from sgm_engine.models.score_model import as_score
+from tests.native.layers import isa, relative_error  # noqa: F401 - a fixture
 from tests.native.recorded_networks import MIDDLES, Around
-from tests.native.test_native import isa, relative_error  # noqa: F401 - a fixture
 
 
 def recorded(model, levels=4, batch=2):
@@ -47,7 +47,7 @@ def inputs(batch=5):
 
 @pytest.mark.parametrize("middle", MIDDLES, ids=lambda f: f.__name__)
 @torch.no_grad()
-def test_however_it_is_written(isa, middle):  # noqa: F811
+def test_however_it_is_written(isa, middle):
     model = Around(middle).eval()
     x, level = inputs()
     want = exact(model, x, level) if middle.__name__ not in MAKES_FLOAT32 else model(x, level).double()

@@ -15,7 +15,8 @@ from sgm_engine.models.guidance import with_drift
 from sgm_engine.models.score_model import as_score
 from sgm_engine.plans.plan import annealed_langevin
 from sgm_engine.rewriting.acceleration import accelerate
-from tests.native.test_native import isa, network64, relative_error  # noqa: F401 - a fixture
+from tests.native.layers import isa, relative_error  # noqa: F401 - a fixture
+from tests.native.test_native_networks import network64
 from tests.plain_networks import Network
 
 SIGMAS = torch.tensor([1.0, 0.5, 0.2, 0.1])
@@ -131,7 +132,7 @@ def test_same_outputs(name, precision):
 
 
 @pytest.mark.parametrize("name", ["U-Net", "the rest"])
-def test_every_instruction_set(isa, name):  # noqa: F811
+def test_every_instruction_set(isa, name):
     model = MODELS[name]()
     x, level = inputs(model)
     assert relative_error(NativeNetwork(model, 5, *model.shape[1:])(x, level), exact(model, x, level)) < 5e-6

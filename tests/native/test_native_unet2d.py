@@ -10,7 +10,7 @@ from sgm_engine import _C
 from sgm_engine.engine.engine import Engine
 from sgm_engine.models.score_model import as_score
 from sgm_engine.plans.plan import ddim
-from tests.native.test_native import relative_error
+from tests.native.layers import relative_error
 
 diffusers = pytest.importorskip("diffusers", reason="pip install 'sgm-engine[integrations]'")
 ALPHAS = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)

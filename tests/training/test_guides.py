@@ -13,7 +13,7 @@ from sgm_engine.models import NCSN
 
 pytest.importorskip("lightning.pytorch", reason="training needs the extra [train]")
 
-from tests.training.test_training import IMAGES, PLAN, SIGMAS, quiet  # noqa: F401
+from tests.training.runs import IMAGES, PLAN, SIGMAS, quiet  # noqa: F401
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text("utf-8")
 GUIDES = dict(re.findall(r"```python\n# ([\w ]+)([^`]*?\n)```", PAGE))

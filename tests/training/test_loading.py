@@ -19,7 +19,7 @@ pl = pytest.importorskip("lightning.pytorch", reason="training needs the extra [
 from sgm_engine.training.callbacks import EMA, SampleGrid  # noqa: E402
 from sgm_engine.training.loader import ImageBatches  # noqa: E402
 from sgm_engine.training.module import ScoreModule  # noqa: E402
-from tests.training.test_training import IMAGES, PLAN, quiet, tiny_net  # noqa: E402, F401
+from tests.training.runs import IMAGES, PLAN, quiet, tiny_net  # noqa: E402, F401
 
 OFF = {"accelerator": "cpu", "max_epochs": -1, "logger": False, "enable_progress_bar": False}
 OFF |= {"enable_model_summary": False}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file  # noqa: E402
 from sgm_engine.checkpoints.checkpoint import load_checkpoint  # noqa: E402
 from sgm_engine.training import keeping, run  # noqa: E402
 from sgm_engine.training.config import TrainConfig  # noqa: E402
-from tests.training.test_training import IMAGES, TINY, quiet  # noqa: E402, F401
+from tests.training.runs import IMAGES, TINY, quiet  # noqa: E402, F401
 
 ARGUMENTS = ("train", "--config", "tiny.yaml", "--data", "images.npy", "--out", "run", "--accelerator", "cpu", "--set")
 
