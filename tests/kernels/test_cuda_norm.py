@@ -9,6 +9,7 @@ from tests.kernels.cuda_kernels import (
     DTYPES,
     check_norm,
     device,  # noqa: F401 - fixtures
+    host_library,  # noqa: F401
     each_layout,
 )
 
