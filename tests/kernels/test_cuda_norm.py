@@ -9,8 +9,8 @@ from tests.kernels.cuda_kernels import (
     DTYPES,
     check_norm,
     device,  # noqa: F401 - fixtures
-    host_library,  # noqa: F401
     each_layout,
+    host_library,  # noqa: F401
 )
 
 SHAPES = [
