@@ -1,6 +1,8 @@
 // The CUDA kernels on a CPU: force-included (g++ -DSGM_CUDA_ON_HOST -include) before each csrc/cuda/*.cu, it stands in for CUDA's
 // headers. Every CUDA thread is a fiber that runs until a barrier; shared memory starts as NaN; a barrier that not all of its
 // threads reach is fatal. $SGM_HOST_ORDER=reverse runs blocks and threads backwards: a missing barrier then changes the result.
+// With $SGM_HOST_DRY nothing runs, and sgm_host_blocks() says how many blocks the last launch would have had along x.
+// It has the 132 multiprocessors of an H100 or H200, or $SGM_HOST_MULTIPROCESSORS: how work is cut depends on them.
 #pragma once
 
 #include <ucontext.h>
@@ -26,7 +28,9 @@ enum { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
 inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : e == cudaErrorInvalidValue ? "invalid argument" : "not supported"; }
 inline cudaError_t cudaGetDevice(int* index) { return *index = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
-  return *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 4, cudaSuccess;
+  const char* multiprocessors = std::getenv("SGM_HOST_MULTIPROCESSORS");
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : multiprocessors ? std::atoi(multiprocessors) : 132;
+  return cudaSuccess;
 }
 
 struct dim3 {
@@ -71,6 +75,7 @@ struct Machine {
   bool progress = false;
 };
 inline thread_local Machine machine;
+inline unsigned last_blocks = 0;
 
 inline void yield() { swapcontext(&machine.fiber->context, &machine.scheduler); }
 inline unsigned arrive(Barrier& b) {
@@ -172,6 +177,8 @@ inline uint32_t __float_as_uint(float f) { uint32_t u; std::memcpy(&u, &f, 4); r
 inline float rough_exp(float v) { return std::exp(v); }
 inline float __fdividef(float a, float b) { return a / b; }
 
+extern "C" __attribute__((visibility("default"), used)) inline unsigned sgm_host_blocks() { return on_host::last_blocks; }
+
 namespace sgm::cuda {
 
 struct BFloat16 { uint16_t bits; };
@@ -210,6 +217,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, s
   const bool reverse = order && std::strcmp(order, "reverse") == 0;
   if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || threads > 1024 || threads % 32 || shared_bytes > 48 * 1024 || cluster > 8 || grid.x % cluster)
     return cudaErrorInvalidValue;  // as a device would
+  on_host::last_blocks = grid.x;
+  if (std::getenv("SGM_HOST_DRY")) return cudaSuccess;
   on_host::machine.grid = grid;
   on_host::machine.kernel = [&] { kernel(arguments...); };
   const uint64_t clusters = uint64_t{grid.x} / cluster * grid.y;

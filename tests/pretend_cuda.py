@@ -20,7 +20,18 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tests.pretend_graphs import CUDAGraph, Event, Stream, current_stream, graph, refuse_in_capture, use_stream
+from tests.pretend_graphs import (
+    CUDAGraph,
+    Event,
+    Stream,
+    current_stream,
+    end_allocate_to_pool,
+    graph,
+    graph_pool_handle,
+    refuse_in_capture,
+    release_pool,
+    use_stream,
+)  # fmt: skip
 from tests.pretend_tensors import MEMORY, Pretend, capturing, here, on_device, put, tensors_in
 
 CAPABILITY = (9, 0)
@@ -54,9 +65,11 @@ def install():
         "Event": Event,
         "CUDAGraph": CUDAGraph,
         "graph": graph,
+        "graph_pool_handle": graph_pool_handle,
     }
     for name, value in replacements.items():
         setattr(cuda, name, value)
+    torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool = end_allocate_to_pool, release_pool
 
     class Autocast(torch.autocast):
         def __init__(self, device_type, dtype=None, enabled=True, cache_enabled=None):

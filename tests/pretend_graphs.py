@@ -76,8 +76,6 @@ class Capture(Recorder):
 
 
 class CUDAGraph:
-    _pools = 0
-
     def __init__(self, keep_graph=False):
         self._recorder = None
 
@@ -94,12 +92,29 @@ class CUDAGraph:
 
 _alive: weakref.WeakSet = weakref.WeakSet()
 _spoilt: set = set()  # pools in which a capture failed
+_handles: list = []  # pools that were handed out
+_under_way: list = []  # pools that the allocator thinks a capture fills
+
+
+def graph_pool_handle():
+    _handles.append((0, len(_handles) + 1))
+    return _handles[-1]
+
+
+def end_allocate_to_pool(device, pool):
+    _under_way.remove(pool)
+
+
+def release_pool(device, pool):
+    assert pool in _handles
 
 
 @contextmanager
 def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
-    if pool is not None:
-        assert pool not in _spoilt and any(other.pool() == pool for other in _alive), "a pool that is none"
+    assert not _under_way, "the allocator thinks that a capture is under way"
+    used = [other for other in _alive if other.pool() == pool]
+    assert pool in _handles and pool not in _spoilt and (used or pool == _handles[-1]), "a pool that is none"
+    _under_way.append(pool)
     before = current_stream()
     here.stream, here.recorder = stream or Stream(), Capture()
     generator.in_capture = True
@@ -115,9 +130,8 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
     finally:
         here.recorder = None
     here.stream, generator.in_capture = before, False
-    if pool is None:
-        CUDAGraph._pools += 1
-    cuda_graph._pool = pool or (0, CUDAGraph._pools)
+    _under_way.remove(pool)
+    cuda_graph._pool = pool
     cuda_graph._recorder = recorder
     _alive.add(cuda_graph)
     if error is not None:

@@ -130,6 +130,7 @@ def timed_update(
     function: Callable[..., None], x: torch.Tensor, score: torch.Tensor, state: dict[str, torch.Tensor]
 ) -> None:
     """The update without its advance, so that any number of replays reads the one row of the table."""
+    from sgm_engine.kernels.arguments import Update
 
     names = ("coef", "draw", "row", "stop", "seed", "sample_id", "bad_row")
-    function(x, score, *(state[k] for k in names), None, x, False)
+    function(Update(x, score, *(state[k] for k in names), None, x, False))

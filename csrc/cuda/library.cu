@@ -23,8 +23,7 @@ SGM_API const char* sgm_cuda_error(int error) { return cudaGetErrorString(static
 
 // Floats of workspace that sgm_cuda_norm may write, whatever the device.
 SGM_API int64_t sgm_cuda_norm_workspace(int64_t batch, int channels, int pixels, int nhwc) {
-  const Tiling t = portable_tiling(channels, pixels, 1, nhwc != 0);  // the narrowest packs make the most slabs
-  return batch * t.slabs * 2 * channels;
+  return batch * most_slabs(channels, pixels, nhwc != 0) * 2 * channels;
 }
 
 // variant: 0 the one-pass cluster kernel where it can run, else the portable ones; 1 portable; 2 cluster, or an error.

@@ -11,7 +11,7 @@ struct Moments {
 };
 
 // The moments of a union from those of its parts, as deviations from the first part's mean: few digits are lost if the means
-// are large. The first part must not be empty; an empty one must have a finite mean.
+// are large. The first part must not be empty unless all are; an empty one must have a finite mean, which a union of empty ones has.
 template <class Part>
 __device__ __forceinline__ Moments merge(int parts, Part part) {
   const float pivot = part(0).mean;
@@ -21,7 +21,7 @@ __device__ __forceinline__ Moments merge(int parts, Part part) {
     count += p.count;
     offset += p.count * (p.mean - pivot);
   }
-  offset /= count;
+  offset = count > 0 ? offset / count : 0.0f;
   for (int i = 0; i < parts; ++i) {
     const Moments p = part(i);
     const float d = (p.mean - pivot) - offset;

@@ -1,7 +1,9 @@
 // How noise_conditioned_norm is cut into blocks: plain C++, no device needed.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 namespace sgm::cuda {
 
@@ -37,6 +39,14 @@ inline Tiling portable_tiling(int channels, int pixels, int vector, bool nhwc) {
   t.slabs = divide_up(along, t.tile * t.tiles);
   t.channel_blocks = divide_up(across, t.groups);
   return t;
+}
+
+// The most slabs that any width of packs makes: narrow ones split the channels into blocks before they split the pixels.
+inline int most_slabs(int channels, int pixels, bool nhwc) {
+  int most = 0;
+  for (const int vector : {1, 4, 8})
+    if ((nhwc ? channels : pixels) % vector == 0) most = std::max(most, portable_tiling(channels, pixels, vector, nhwc).slabs);
+  return most;
 }
 
 // The one-pass kernel: a cluster of t.slabs blocks holds a whole NHWC sample in registers, `packs` a thread.

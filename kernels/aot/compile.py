@@ -98,7 +98,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.Compile
         if hinted and aligned:
             hints[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
-    return triton.compile(source, target=target, options=launch.options)
+    return triton.compile(source, target=target, options=launch.settings)
 
 
 def report(case: Case, target: str) -> Report:

@@ -132,9 +132,9 @@ def conv_kernel(
     tl.store(out_ptr + offset, y.T, mask=inside[:, None])
     if partial_ptr is not None:  # a tile lies within one image, and is whole
         y = y.to(tl.float32)
-        guess = tl.sum(y, 1) / PIXELS
+        guess = tl.sum(y, 1) * (1.0 / PIXELS)  # a power of two: exact
         centred = y - guess[:, None]
-        correction = tl.sum(centred, 1) / PIXELS
+        correction = tl.sum(centred, 1) * (1.0 / PIXELS)
         at = partial_ptr + tile.to(tl.int64) * (2 * COUT) + channel
         tl.store(at, guess + correction)
         tl.store(at + COUT, tl.sum(centred * centred, 1) - correction * correction * PIXELS)

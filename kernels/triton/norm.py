@@ -111,7 +111,7 @@ def apply_kernel(
         first = slab * SLAB + i * PIXELS
         offset, inside = tile(n, first, end, channel, C, HW, NHWC, CHANNELS, PIXELS)
         x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        y = activate((x - mean) * scale + shift, ACTIVATION)
+        y = activate(tl.fma(x - mean, scale, shift), ACTIVATION)
         if inverse is not None:
             y = quantised(y.to(x_ptr.dtype.element_ty), inverse)
         tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=inside)

@@ -60,16 +60,16 @@ def backward_kernel(
     total = tl.zeros((TILE,), tl.float32)
     for i in range(0, ELEMENTS, TILE):
         total += tl.load(x_ptr + row * HW + i + lane, mask=i + lane < ELEMENTS, other=0.0).to(tl.float32)
-    guess = tl.sum(total, 0) / ELEMENTS
+    guess = tl.div_rn(tl.sum(total, 0), ELEMENTS * 1.0)
     left = tl.zeros((TILE,), tl.float32)
     square = tl.zeros((TILE,), tl.float32)
     for i in range(0, ELEMENTS, TILE):
         x = tl.load(x_ptr + row * HW + i + lane, mask=i + lane < ELEMENTS, other=0.0).to(tl.float32)
         centred = tl.where(i + lane < ELEMENTS, x - guess, 0.0)
         left += centred
-        square += centred * centred
-    rest = tl.sum(left, 0) / ELEMENTS  # what the rounding of the mean left over
-    r = tl.rsqrt(tl.sum(square, 0) / ELEMENTS - rest * rest + eps)
+        square = tl.fma(centred, centred, square)
+    rest = tl.div_rn(tl.sum(left, 0), ELEMENTS * 1.0)  # what the rounding of the mean left over
+    r = tl.rsqrt(tl.div_rn(tl.sum(square, 0), ELEMENTS * 1.0) - rest * rest + eps)
 
     sum_h = 0.0
     sum_hx = 0.0
@@ -86,9 +86,11 @@ def backward_kernel(
             inside = i + lane < HW
             at = (row + c) * HW + i + lane
             xhat = ((tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - guess) - rest) * r
-            h = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * slope(gamma * xhat + beta, ACTIVATION)
+            h = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * slope(
+                tl.fma(gamma, xhat, beta), ACTIVATION
+            )
             part_h += h
-            part_hx += h * xhat
+            part_hx = tl.fma(h, xhat, part_hx)
         dbeta = tl.sum(part_h, 0)
         dgamma = tl.sum(part_hx, 0)
         tl.store(dbeta_ptr + row + c, dbeta)
@@ -96,8 +98,8 @@ def backward_kernel(
         sum_h += gamma * dbeta
         sum_hx += gamma * dgamma
 
-    mean_h = sum_h / ELEMENTS
-    mean_hx = sum_hx / ELEMENTS
+    mean_h = tl.div_rn(sum_h, ELEMENTS * 1.0)
+    mean_hx = tl.div_rn(sum_hx, ELEMENTS * 1.0)
     for c in range(SIZE):
         gamma = 1.0
         beta = 0.0
@@ -109,8 +111,10 @@ def backward_kernel(
             inside = i + lane < HW
             at = (row + c) * HW + i + lane
             xhat = ((tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - guess) - rest) * r
-            h = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * slope(gamma * xhat + beta, ACTIVATION)
-            dx = (gamma * h - (mean_h + xhat * mean_hx)) * r
+            h = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * slope(
+                tl.fma(gamma, xhat, beta), ACTIVATION
+            )
+            dx = (gamma * h - (mean_h + xhat * mean_hx)) * r  # 0 for a group of one element: nothing is fused
             tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 

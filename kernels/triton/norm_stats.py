@@ -90,15 +90,16 @@ def stats_kernel(
         if sum_ptr is not None:
             tl.store(sum_ptr + offset, x, mask=inside)
         x = x.to(tl.float32)
-        pixels = tl.minimum(end - first, PIXELS).to(tl.float32)
-        guess = tl.sum(x, 0) / pixels
+        pixels = tl.minimum(tl.maximum(end - first, 0), PIXELS).to(tl.float32)  # 0: the last slab may be shorter
+        some = tl.maximum(pixels, 1.0)
+        guess = tl.div_rn(tl.sum(x, 0), some)
         centred = tl.where(inside, x - guess[None, :], 0.0)
-        correction = tl.sum(centred, 0) / pixels  # what rounding did to the mean: ms would magnify it
+        correction = tl.div_rn(tl.sum(centred, 0), some)  # what rounding did to the mean: ms would magnify it
         delta = guess + correction - mean
         total = count + pixels
         mean += delta * tl.div_rn(pixels, total)  # 1 at first, which a GPU's own division does not promise of a / a
         m2 += tl.sum(centred * centred, 0) - correction * correction * pixels
-        m2 += delta * delta * (count * pixels / total)
+        m2 += delta * delta * tl.div_rn(count * pixels, total)
         count = total
     to = partial_ptr + (n * SLABS + slab) * 2 * C + channel
     tl.store(to, mean, mask=channel < C)
@@ -125,9 +126,9 @@ def merge(
     m2 = tl.load(at + C, mask=inside, other=0.0)
     count = tl.minimum(tl.maximum(HW - slab * SLAB, 0), SLAB).to(tl.float32)
     guess = tl.load(partial_ptr + n * SLABS * 2 * C + channel, mask=channel < C, other=0.0)  # shift: keeps every digit
-    mean = guess + tl.sum((means - guess) * count, 0, keep_dims=True) / HW
+    mean = guess + tl.div_rn(tl.sum((means - guess) * count, 0, keep_dims=True), HW * 1.0)
     delta = means - mean
-    return mean, tl.sum(m2 + delta * delta * count, 0, keep_dims=True) / HW
+    return mean, tl.div_rn(tl.sum(m2 + delta * delta * count, 0, keep_dims=True), HW * 1.0)
 
 
 @triton.jit
@@ -146,10 +147,10 @@ def group_kernel(
     inside = member < SIZE
     channel = tl.where(inside, tl.program_id(0) % GROUPS * SIZE + member, C)
     means, variances = merge(partial_ptr, n, channel, C, HW, MEMBERS, SLAB, SLABS)
-    guess = tl.sum(means, 1, keep_dims=True) / SIZE
-    mean = guess + tl.sum(tl.where(inside, means - guess, 0.0), 1, keep_dims=True) / SIZE
+    guess = tl.div_rn(tl.sum(means, 1, keep_dims=True), SIZE * 1.0)
+    mean = guess + tl.div_rn(tl.sum(tl.where(inside, means - guess, 0.0), 1, keep_dims=True), SIZE * 1.0)
     delta = means - mean
-    variance = tl.sum(tl.where(inside, variances + delta * delta, 0.0), 1, keep_dims=True) / SIZE
+    variance = tl.div_rn(tl.sum(tl.where(inside, variances + delta * delta, 0.0), 1, keep_dims=True), SIZE * 1.0)
     tl.debug_barrier()  # slab 0 has been read by every thread
     to = partial_ptr + n * SLABS * 2 * C + channel
     tl.store(to, tl.broadcast_to(mean, (1, MEMBERS)), mask=inside)
@@ -193,9 +194,9 @@ def coefficients(
         ALL: tl.constexpr = triton.next_power_of_2(C)
         channels = tl.arange(0, ALL)[None, :]
         means, _ = merge(partial_ptr, n, channels, C, HW, ALL, SLAB, SLABS)
-        centre = tl.sum(means) / C
+        centre = tl.div_rn(tl.sum(means), C * 1.0)
         spread = tl.where(channels < C, means - centre, 0.0)
-        unbiased = tl.sum(spread * spread) / (C - 1)
+        unbiased = tl.div_rn(tl.sum(spread * spread), C - 1.0)
         alpha = tl.load(alpha_ptr + level * alpha_stride + row, mask=row < C, other=0.0)
         shift = alpha * ((mean - centre) * tl.div_rn(1.0, tl.sqrt_rn(unbiased + 1e-5)))
     if gamma_ptr is not None:

@@ -62,5 +62,5 @@ def pool_kernel(
                 x = tl.load(x_ptr + offset + (down * W + right) * step, mask=inside & there, other=0.0).to(tl.float32)
                 total += tl.where(there, x - mean, 0.0) if EXACT else x
                 taps += there.to(tl.float32)
-        y = total * (scale * 0.04) + shift * (taps * 0.04)
+        y = tl.fma(total, scale * 0.04, shift * (taps * 0.04))
         tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=inside)

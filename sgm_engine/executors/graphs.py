@@ -28,8 +28,6 @@ WARM_UPS = 3
 
 # Capture synchronises the device, which is forbidden while any other thread of the process captures.
 _CAPTURING = threading.Lock()
-# Graphs whose capture failed: PyTorch's allocator may go on asking them, at every allocation, which stream is theirs.
-_FAILED: list[torch.cuda.CUDAGraph] = []
 
 
 @dataclass(frozen=True)
@@ -79,49 +77,64 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device, benchmark: bool = False):
-        self.stream, self.benchmark = torch.cuda.Stream(device), benchmark
+        # Of another priority than a user's: streams are dealt from pools, and after 32 the first comes again.
+        self.stream, self.benchmark = torch.cuda.Stream(device, priority=-1), benchmark
         # PyTorch takes the pool of a graph that is alive. One whose graphs are all gone, and one in which a capture
         # failed, it refuses to capture into for as long as a tensor is left there.
         self._sharing: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         with _CAPTURING, self._benchmark():
-            graph = torch.cuda.CUDAGraph()
             try:
-                return self._capture(graph, step)
+                return self._capture(step)
             except (RuntimeError, torch.cuda.CudaError) as error:
-                self._sharing.clear()
-                try:
-                    graph.pool()  # its capture has ended, only the step failed: its memory goes with it
-                except RuntimeError:
-                    _FAILED.append(graph)
-                    self._give_back_generator()
                 if out_of_memory(error):
                     raise
                 raise CaptureFailed(
                     f"the step cannot be captured as a CUDA graph ({error}); use executor='eager'"
                 ) from error
 
-    def _capture(self, graph: torch.cuda.CUDAGraph, step: Callable[[], None]) -> Callable[[], None]:
-        caller = torch.cuda.current_stream(self.stream.device)
-        pool = next((other.pool() for other in self._sharing), None)
+    def _capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        caller, graph, begun = torch.cuda.current_stream(self.stream.device), torch.cuda.CUDAGraph(), False
+        pool = next((other.pool() for other in self._sharing), None) or torch.cuda.graph_pool_handle()
         self.stream.wait_stream(caller)
         with torch.cuda.stream(self.stream):  # round the capture too, which does not leave its stream if it fails
             for _ in range(WARM_UPS):
                 step()
             caller.wait_stream(self.stream)
-            # Other threads may allocate meanwhile: only this one's calls can spoil the capture.
-            with _uncollected(), torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"):
-                step()
+            try:
+                # Other threads may allocate meanwhile: only this one's calls can spoil the capture.
+                with _uncollected(), torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"):
+                    begun = True
+                    step()
+            except BaseException:
+                self._sharing.clear()
+                if begun:
+                    self._abandon(graph, pool)
+                raise
         self._sharing.add(graph)
         return graph.replay
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+        """End for PyTorch's allocator a capture that CUDA has ended. It would think for good that one is under way, and
+        run out of memory with memory to free; and the generator would refuse to draw."""
+        with suppress(RuntimeError):
+            graph.pool()  # its capture has ended well, only the step failed: its memory goes with it
+            return
+        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with suppress(RuntimeError):  # of a PyTorch that has seen to it
+                end(self.stream.device.index, pool)
+        self._give_back_generator()
 
     def _give_back_generator(self) -> None:
         """A capture that fails leaves PyTorch's generator in it, which refuses to draw until another one ends well."""
         with suppress(RuntimeError), torch.cuda.stream(self.stream):
             x = torch.zeros(1, device=self.stream.device)
             graph = torch.cuda.CUDAGraph()
-            with _uncollected(), torch.cuda.graph(graph, None, self.stream, capture_error_mode="thread_local"):
+            with (
+                _uncollected(),
+                torch.cuda.graph(graph, torch.cuda.graph_pool_handle(), self.stream, capture_error_mode="thread_local"),
+            ):
                 x.add_(1)
 
     @contextmanager
@@ -143,10 +156,18 @@ class _Graph(NamedTuple):
     score: Tensor
 
 
+class _Kept(NamedTuple):
+    """The graphs of one kind of request, and the tensors that only they read."""
+
+    reads: list[Tensor]
+    graphs: list[_Graph]
+
+
 class GraphExecutor(EagerExecutor):
     """Captures one step, and ``unroll`` steps at once if more than 1, and replays them.
 
-    Captures again only when a tensor that the graphs read is another than it was, or lies elsewhere.
+    Graphs are kept of a request that samples, and of one that inpaints by each way to redraw. Captures again only when
+    a tensor that the graphs read is another than it was, or lies elsewhere.
     """
 
     name = "graph"
@@ -169,14 +190,20 @@ class GraphExecutor(EagerExecutor):
     def sync_weights(self, force: bool = False) -> None:
         self.network.sync(force)
         s, t = self.slots, self.tables
-        known = s.known.arguments(t).values() if s.known else ()
-        reads = [*self.network.tensors(), *s.tensors(), *t.tensors(), *known]
+        reads = [*self.network.tensors(), *s.tensors(), *t.tensors()]
         if _places(reads) != _places(self._held):
             self._drop()
+        kind = s.known.redraw if s.known else None
+        known = list(s.known.arguments(t).values()) if s.known else []
+        if kind in self._kept and _places(self._kept[kind].reads) != _places(known):
+            del self._kept[kind]
+        self._graphs = []
+        if kind not in self._kept:
             sizes = (self.unroll, 1) if self.unroll > 1 else (1,)  # the largest first: the others fit into its memory
-            self._graphs = [self._capture(steps) for steps in sizes]
-            self._held = reads
+            graphs = [self._capture(steps) for steps in sizes]
+            self._held, self._kept[kind] = reads, _Kept(known, graphs)
             self.captures += len(sizes)
+        self._graphs = self._kept[kind].graphs
 
     def run(self, steps: int) -> None:
         for graph in self._graphs:
@@ -188,6 +215,7 @@ class GraphExecutor(EagerExecutor):
     def _drop(self) -> None:
         """Give up the graphs, and only then what they read."""
         self._graphs: list[_Graph] = []
+        self._kept: dict[str | None, _Kept] = {}
         self.score = None
         self._held: list[Tensor] = []
 

@@ -35,13 +35,14 @@ class Network:
     """``model(x [B, C, H, W] float32, level [B] int64) → score``, checked, in one of these precisions.
 
     float32: the module as it is; its parameters are read where they lie, so that changes in place count at once. On a
-    GPU without TensorFloat-32, whatever PyTorch's switches say: the numerics of the publications.
+    GPU without TensorFloat-32, whatever PyTorch's switches say: the numerics of the publications; and convolutions
+    find their weights channels_last there, in buffers as those of 16 bits: cuDNN would copy others at every step.
     tf32: the same with TensorFloat-32 products (10 bits of mantissa), on a GPU.
     bfloat16, float16: autocast over the module itself (norms and parameters of other layers stay float32), which finds
     the weights of convolutions and linear layers cast already: 16-bit buffers, in place for good; ``sync`` rewrites
     them from the module's current weights.
     float8: bfloat16, and the convolutions that ``float8`` names in 8 bits (float8.py), quantised by ``sync`` likewise.
-    It runs a copy of the module, as an accelerated module in 16 bits on a GPU does; another module, another copy.
+    It runs a copy of the module, as an accelerated module with buffers on a GPU does; another module, another copy.
     direct: float32, by the one executor that has a choice (native) without Winograd.
     shape, levels: (C, H, W) of a sample and the number of levels, for executors that prepare for them.
     """
@@ -60,6 +61,8 @@ class Network:
         self.model, self.precision, self.device, self.shape, self.levels = model, precision, device, shape, levels
         self.module = model if isinstance(model, nn.Module) else None
         self._half = HALVES.get(precision)
+        on_gpu = self.module is not None and device.type == "cuda"
+        self._buffers = self._half or (torch.float32 if on_gpu else None)  # what ``sync`` writes: weights of this dtype
         if self._half is not None and self.module is None:
             raise ValueError(
                 f"precision={precision!r} needs an nn.Module, got a plain callable: cast inside it instead"
@@ -73,7 +76,7 @@ class Network:
             trace_first(self.module, shape, device)
         parts = () if self.module is None else self.module.modules()
         self.accelerated = any(isinstance(m, Accelerated) for m in parts)
-        self._copies = float8 is not None or (self.accelerated and device.type == "cuda" and self._half is not None)
+        self._copies = float8 is not None or (self.accelerated and on_gpu)
         self.watch = Watch(self.module)
         self.spares_x = False  # the model writes to its input, and is given a copy
         self._copied: list[Tensor] = []
@@ -110,7 +113,7 @@ class Network:
         for module in self.module.modules() if self.module is not None else ():
             if hasattr(module, "sync_weights"):  # kernels that a module derives from its own weights
                 module.sync_weights()
-        if self._half is None:
+        if self._buffers is None:
             return
         with torch.no_grad():
             if not same(self._copied, tensors_of(self.module)):
@@ -118,11 +121,11 @@ class Network:
                 self._copied, self._written = tensors_of(self.module), {}
                 if self.float8 is not None:
                     self._quantised = float8_layers(self.module, self.float8)
-                self._casts = _casts(self.module, self._half, self._quantised)
+                self._casts = _casts(self.module, self._buffers, self._quantised)
                 if self._copies:
                     self._forward = _copy(self.module, self._casts, self._quantised)
-                else:
-                    self._mode = _CastAlready(self._casts, self.device.type)
+                elif self._casts:
+                    self._mode = _CastAlready(self._casts, self.device.type if self._half else None)
                 if self._quantised:
                     self._fused = fuse_quantisation(self._forward)
             for parameter, buffer in self._casts:
@@ -211,27 +214,35 @@ def _checked(score: object, x: Tensor) -> Tensor:
 
 
 class _CastAlready(TorchFunctionMode):
-    """Convolutions and products under autocast find their weights cast. What it does not know autocast casts itself."""
+    """Convolutions and products under autocast find their weights cast. What it does not know autocast casts itself.
 
-    def __init__(self, casts: list[tuple[Tensor, Tensor]], device: str):
+    device: of the autocast; None: there is none, and they find weights that lie as they should.
+    """
+
+    def __init__(self, casts: list[tuple[Tensor, Tensor]], device: str | None):
         super().__init__()
         self.known, self.device = {id(p): buffer for p, buffer in casts}, device  # the network keeps the parameters
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _CASTING and torch.is_autocast_enabled(self.device):
+        if func in _CASTING and (self.device is None or torch.is_autocast_enabled(self.device)):
             args = [self.known.get(id(a), a) for a in args]
             kwargs = {name: self.known.get(id(a), a) for name, a in kwargs.items()}
         return func(*args, **kwargs)
 
 
 def _casts(module: nn.Module, dtype: torch.dtype, replaced: dict[nn.Conv2d, Float8Conv]) -> list[tuple[Tensor, Tensor]]:
-    """(parameter, its buffer in ``dtype``) of the layers of _CAST, but for those that ``replaced`` has another for."""
+    """(parameter, its buffer in ``dtype``) of the layers of _CAST, but for those that ``replaced`` has another for.
+
+    In float32, only of weights that do not lie as images do on a GPU.
+    """
     casts = {}
     for layer in module.modules():
         if isinstance(layer, _CAST) and layer not in replaced:
             for p in layer.parameters(recurse=False):
-                layout = torch.channels_last if p.dim() == 4 else torch.preserve_format  # as x in 16 bits
+                layout = torch.channels_last if p.dim() == 4 else torch.preserve_format  # as x
+                if dtype == torch.float32 and (p.dim() != 4 or p.is_contiguous(memory_format=layout)):
+                    continue
                 empty = torch.empty_like(p, dtype=dtype, memory_format=layout)
                 casts[id(p)] = p, nn.Parameter(empty, requires_grad=False)
     return list(casts.values())

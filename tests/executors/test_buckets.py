@@ -77,6 +77,21 @@ def test_every_bucket_of_the_native_executor_follows_replaced_weights():
         _replace(net)
 
 
+def test_turns_of_sampling_and_inpainting_capture_once_each(tiny):
+    """And both again when a weight moves, one at a time in memory."""
+    known, where = torch.rand(1, 8, 8), torch.rand(1, 8, 8) > 0.5
+    engine, alone = graph_engine(tiny), Engine(tiny, 4, executor="eager")
+    backend = engine._executor.backend
+    for moved in range(2):
+        for _ in range(3):
+            assert torch.equal(engine.sample(3, 1, PLAN), alone.sample(3, 1, PLAN))
+            for redraw in ("level", "step"):
+                how = (known, where, 3, 1, PLAN)
+                assert torch.equal(engine.inpaint(*how, redraw=redraw), alone.inpaint(*how, redraw=redraw))
+        assert engine.stats.captures == 3 * (moved + 1) and backend.alive == backend.peak == 3
+        _move(tiny)
+
+
 def test_buckets_inpaint_and_keep_history(tiny):
     known, where = torch.rand(1, 8, 8), torch.rand(1, 8, 8) > 0.5
     engine, plan = graph_engine(tiny, buckets=(2,)), predictor_corrector(SIGMAS)

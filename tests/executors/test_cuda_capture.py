@@ -23,10 +23,17 @@ class FakeCuda:
         self.log, self.now = [], "caller"
         for name in ("stream", "graph", "Event", "current_stream"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(self, "side"))
+        monkeypatch.setattr(torch.cuda, "Stream", self.new_stream)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: f"pool {len(self.log)}")
+        for call in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, call, lambda *a, call=call: self.log.append((call, *a)), raising=False)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(self))
         zeros = torch.zeros
         monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **options: zeros(*size, **options))
+
+    def new_stream(self, device, priority):
+        assert priority < 0, "it may be one of the user's"
+        return Stream(self, "side")
 
     def current_stream(self, device):
         return Stream(self, self.now)
@@ -44,9 +51,9 @@ class FakeCuda:
         """As torch.cuda.graph, which leaves the stream current, and the pool unusable, when a capture fails."""
         assert graphs._CAPTURING.locked()  # capture synchronises the device, which another one would not survive
         self.log.append(("capture", pool, stream.name, capture_error_mode))
-        before, self.now, own = self.now, stream.name, f"pool {len(self.log)}"
+        before, self.now = self.now, stream.name
         yield
-        self.now, graph.of = before, pool or own
+        self.now, graph.of = before, pool
         self.log.append(("end",))
 
     def Event(self):
@@ -68,7 +75,7 @@ class Graph:
 
 class Stream:
     def __init__(self, cuda, name):
-        self.cuda, self.name, self.device = cuda, name, "cuda"
+        self.cuda, self.name, self.device = cuda, name, torch.device("cuda", 3)
 
     def wait_stream(self, other):
         self.cuda.log.append((f"{self.name} waits for {other.name}",))
@@ -101,7 +108,7 @@ def test_the_order_of_a_capture(monkeypatch, chosen, set_by_user):
         ("side waits for caller",),
         *[("step", "side", flag)] * WARM_UPS,
         ("caller waits for side",),
-        ("capture", None, "side", "thread_local"),
+        ("capture", "pool 0", "side", "thread_local"),
         ("step", "side", flag),
         ("end",),
     ]
@@ -118,17 +125,22 @@ def test_the_order_of_a_capture(monkeypatch, chosen, set_by_user):
         (ValueError("of the model itself"), ValueError),
     ],
 )
-def test_a_capture_that_fails(monkeypatch, raised, expected):
+@pytest.mark.parametrize("warming_up", [False, True])
+def test_a_capture_that_fails(monkeypatch, raised, expected, warming_up):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     cuda = FakeCuda(monkeypatch)
 
     def step():
-        raise raised
+        if warming_up or cuda.log[-1][0] == "capture":
+            raise raised
 
     with pytest.raises(expected):
-        CudaGraphs(torch.device("cuda"), True).capture(step)
-    ended_well = cuda.log[-2:] == [("capture", None, "side", "thread_local"), ("end",)]
-    assert ended_well == isinstance(raised, RuntimeError), "PyTorch's generator is still in the capture"
+        CudaGraphs(torch.device("cuda", 3), True).capture(step)
+    ended = [entry for entry in cuda.log if entry[0].startswith("_cuda")]
+    wanted = [] if warming_up else [("_cuda_endAllocateToPool", 3, "pool 0"), ("_cuda_releasePool", 3, "pool 0")]
+    assert ended == wanted, "the allocator still thinks that a capture is under way"
+    ended_well = [entry[0] for entry in cuda.log[-2:]] == ["capture", "end"]
+    assert ended_well == (not warming_up), "PyTorch's generator is still in the capture"
     assert torch.backends.cudnn.benchmark is False and not graphs._CAPTURING.locked()
 
 
@@ -151,15 +163,15 @@ def test_the_pool_is_that_of_graphs_that_are_alive(monkeypatch):
     first = pool_of_capture()
     second = pool_of_capture()
     shared = first.__self__.pool()
-    assert steps == [None, shared] and second.__self__.pool() == shared
+    assert steps[1] == shared and second.__self__.pool() == shared
     with pytest.raises(CaptureFailed):
         pool_of_capture(fails_in_capture)
     assert cuda.now == "caller", "what follows would run on the stream of the capture"
     third = pool_of_capture()
-    assert steps[2:] == [shared, None] and third.__self__.pool() != shared
+    assert steps[2] == shared and steps[3] == third.__self__.pool() != shared
     del third
     pool_of_capture()
-    assert steps[4] is None
+    assert steps[4] not in steps[:4]
 
 
 def test_a_request_waits_for_the_one_before_on_another_stream(tiny, monkeypatch):

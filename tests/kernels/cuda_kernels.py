@@ -24,6 +24,9 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
+GUARD = 4096  # floats after a workspace, which must stay as they are
+
+
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -104,7 +107,8 @@ def check_norm(
     out, total = torch.full_like(x, float("nan"), device=device), None
     if residual or before != "none":
         total = torch.full_like(out, float("nan"))
-    workspace = torch.full((cuda.norm_workspace_size(x),), float("nan"), device=device)
+    size = cuda.norm_workspace_size(x)
+    workspace = torch.full((size + GUARD,), float("nan"), device=device)
     table = on(embedding)
     views = {
         k: table[:, i * channels : (i + 1) * channels] if levels > 1 else table[0, i * channels : (i + 1) * channels]
@@ -113,6 +117,7 @@ def check_norm(
     views = [views[k] if k in terms else None for k in "gab"]
     tensors = (on(x), *views, on(level), activation, on(r), 1e-5, out, total, workspace)
     cuda.norm(Norm(*tensors, groups, before, pool), variant)
+    assert workspace[size:].isnan().all(), "written past the end of the workspace"
 
     summed = x + r if residual else x
     if before != "none":

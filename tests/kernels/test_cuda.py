@@ -19,6 +19,7 @@ from tests.kernels.cuda_kernels import (
     bits,
     device,  # noqa: F401 - fixtures
     each_layout,
+    host_library,  # noqa: F401
     plan,
     poisoned,
     tensors,

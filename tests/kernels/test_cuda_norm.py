@@ -10,6 +10,7 @@ from tests.kernels.cuda_kernels import (
     check_norm,
     device,  # noqa: F401 - fixtures
     each_layout,
+    host_library,  # noqa: F401
 )
 
 SHAPES = [
@@ -31,7 +32,7 @@ def test_norm(device, shape, dtype, layout, variant):
     check_norm(device, shape, DTYPES[dtype], layout, variant)
 
 
-# NCSN's shapes; pixels that do not divide among the blocks; a last block without any; all the channels that fit.
+# NCSN's shapes; pixels that do not divide among the blocks; last blocks without any; all the channels that fit.
 CLUSTER = [
     (2, 128, 32, 32),
     (3, 256, 16, 16),
@@ -40,6 +41,10 @@ CLUSTER = [
     (5, 8, 31, 31),
     (1, 512, 1, 17),
     (1, 1024, 1, 17),
+    (1, 512, 7, 7),
+    (2, 512, 5, 5),
+    (1, 256, 7, 7),
+    (1, 1024, 3, 3),
 ]
 
 

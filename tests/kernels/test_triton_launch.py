@@ -34,6 +34,7 @@ def launched(monkeypatch):
     seen = []
 
     def compile(self, key, signature, device, constants, options, attributes, warmup):
+        assert options.enable_fp_fusion is False, "the compiler may fuse what it likes: Launch says nothing"
         seen.append((self, signature, {self.arg_names[i]: value for (i,), value in constants.items()}))
 
     monkeypatch.setattr(driver, "_active", NoDriver())

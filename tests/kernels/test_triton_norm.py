@@ -63,6 +63,16 @@ def test_norm(shape, layout, dtype):
     assert_as_accurate(run_norm(x, *parameters, "elu"), x, *parameters, "elu")
 
 
+@pytest.mark.parametrize("shape", [(1, 384, 11, 67), (1, 131, 34, 66)], ids=str)
+def test_a_last_slab_of_fewer_tiles(shape):
+    """Its last tile begins where it ends, and after it."""
+    x, _, *parameters = norm_inputs(shape, torch.float32, NHWC)
+    tiling = triton_norm.Tiling.of(shape[1], shape[2] * shape[3], True)
+    tiles = -(-tiling.slab // tiling.pixels)
+    assert shape[2] * shape[3] - (tiling.slabs - 1) * tiling.slab <= (tiles - 1) * tiling.pixels
+    assert_as_accurate(run_norm(x, *parameters, "elu"), x, *parameters, "elu")
+
+
 @pytest.mark.parametrize("dtype", NORM_DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("shape", NORM_SHAPES[2:5], ids=str)
