@@ -6,6 +6,7 @@ found, so that a refusal can say "the model's weight was 1.5 and is now 7.5".
 
 from __future__ import annotations
 
+import dis
 import enum
 import functools
 import hashlib
@@ -196,11 +197,11 @@ class _Walk:
     def _globals(self, path: str, function: types.FunctionType) -> None:
         """Values of the globals that it names; of modules, of the attributes that it names."""
         names, around = _names(function.__code__), function.__globals__
-        for name in sorted(names & around.keys()):
+        for name in sorted(names.of_globals & around.keys()):
             value = around[name]
             self.visit(_join(path, name), value)
             if isinstance(value, types.ModuleType):
-                for inner in sorted(names & vars(value).keys()):
+                for inner in sorted(names.of_attributes & vars(value).keys()):
                     if not isinstance(vars(value)[inner], types.ModuleType):
                         self.visit(_join(path, f"{name}.{inner}"), vars(value)[inner])
 
@@ -262,7 +263,22 @@ def _code_digest(code: types.CodeType) -> str:
     return digest.hexdigest()
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """The globals that a function, or one inside it, names."""
-    inner = (_names(c) for c in code.co_consts if isinstance(c, types.CodeType))
-    return {*code.co_names}.union(*inner)
+class _Names(NamedTuple):
+    of_globals: set[str]
+    of_attributes: set[str]
+
+
+def _names(code: types.CodeType) -> _Names:
+    """What a function, or one inside it, names."""
+    found = _Names(set(), set())
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            found.of_globals.add(instruction.argval)
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            found.of_attributes.add(instruction.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            inner = _names(constant)
+            found.of_globals.update(inner.of_globals)
+            found.of_attributes.update(inner.of_attributes)
+    return found

@@ -135,13 +135,13 @@ def test_ids_that_fail_midway_leave_the_engine_usable():
     assert len(e.sample(3, plan=PLAN)) == 3
 
 
-def poisoned(slot, step, value, pixel=5):
+def poisoned(slot, step, value, pixel=5, batch=4):
     """The exact score, but ``value`` in one pixel of one slot at one network call."""
     calls = count()
 
     def model(x, level):
         score = gaussian(x, level)
-        if len(x) == 4 and next(calls) == step:  # of the steps: one or two images are a question at the start
+        if len(x) == batch and next(calls) == step:  # of the steps: one or two images are a question at the start
             score[slot].view(-1)[pixel] = value
         return score
 
@@ -182,5 +182,5 @@ def test_a_stream_can_report_divergence_as_it_goes():
 def test_a_slot_recovers_for_its_next_sample():
     """NaN in a slot must not reach the sample that takes the slot over."""
     with pytest.raises(SampleDiverged) as error:
-        engine(1, poisoned(0, 2, math.nan)).sample(3, plan=PLAN)
+        engine(1, poisoned(0, 4, math.nan, batch=1)).sample(3, plan=PLAN)  # two questions, then row 2
     assert error.value.sample_ids == [1, 2] and error.value.samples.isfinite().all()

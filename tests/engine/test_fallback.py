@@ -33,22 +33,37 @@ def as_eager(engine, shape=None):
     return bool((found - wanted).norm() <= 1e-4 * wanted.norm()), [str(w.message) for w in said]
 
 
-CHANGES = {
+FOLLOWED = {  # by a recorded run of the module
     "hook": lambda m: m.end_conv.register_forward_hook(lambda s, a, o: o * 2),
     "weight norm": lambda m: nn.utils.parametrizations.weight_norm(m.end_conv),
     "forward": lambda m: setattr(m, "forward", lambda x, level, f=m.forward: f(x, level) * 2),
     "padding": lambda m: (setattr(m.begin_conv, "padding_mode", "circular"),
                           setattr(m.begin_conv, "_reversed_padding_repeated_twice", [1, 1, 1, 1])),
 }  # fmt: skip
+GATES = {  # a product of two feature maps has no layer
+    "hook": lambda m: m.end_conv.register_forward_hook(lambda s, a, o: o * o.flip(-1)),
+    "forward": lambda m: setattr(m, "forward", lambda x, level, f=m.forward: f(x, level) * x.sigmoid()),
+}
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_live_engine_follows_what_has_layers(name):
+    model = ncsn()
+    engine, named = Engine(model, 2), Engine(model, 2, executor="native")
+    engine.sample(1, plan=PLAN)
+    before = named.sample(2, plan=PLAN)
+    FOLLOWED[name](model)
+    assert as_eager(engine) == (True, []) and engine.executor == "native"
+    assert as_eager(named)[0] and (name == "weight norm" or not torch.equal(named.sample(2, plan=PLAN), before))
+
+
+@pytest.mark.parametrize("name", GATES)
 def test_a_live_engine_takes_the_next_best(name):
     model = ncsn()
     engine, named = Engine(model, 2), Engine(model, 2, executor="native")
     assert engine.executor == "native"
     engine.sample(1, plan=PLAN)
-    CHANGES[name](model)
+    GATES[name](model)
     same, said = as_eager(engine)
     assert same and engine.executor in ("hybrid", "eager"), said
     assert len(said) == 1 and "executor='native' cannot run this model" in said[0] and "from now on" in said[0]
@@ -60,8 +75,8 @@ def test_a_live_engine_takes_the_next_best(name):
 
 def test_what_native_cannot_run_from_the_start():
     model = ncsn()
-    CHANGES["padding"](model)
-    with pytest.warns(UserWarning, match=r"padded by zeros.*; running \w+ from now on"):
+    GATES["hook"](model)
+    with pytest.warns(UserWarning, match=r"executor='native' cannot run this model: .*runs it"):
         engine = Engine(model, 2)
     assert as_eager(engine) == (True, [])
     with pytest.warns(UserWarning, match=r"executor='native' cannot run this model: .*runs it"):

@@ -43,6 +43,8 @@ def lowered(
         return graph, None
     if not isinstance(model, nn.Module):
         raise Unsupported(f"{type(model).__name__} is no nn.Module")
+    if next(model.parameters(), None) is None:  # a function in a wrapper, say: there is nothing to look into
+        raise Unsupported("it holds no convolution, nor any other parameter of its own")
     if type(model) is CDM:
         from sgm_engine.executors.native.cdm import lower_cdm
 
