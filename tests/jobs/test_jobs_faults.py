@@ -20,11 +20,7 @@ from sgm_engine.jobs.worker import Worker
 from sgm_engine.plans.plan import annealed_langevin
 from tests import faults
 from tests.faults import toy_engine, toy_job, toy_plan
-from tests.jobs.job_folders import (
-    SHARD,
-    N,
-    copy,  # noqa: F401 - fixtures
-)
+from tests.jobs.job_folders import SHARD, N, copy, whole  # noqa: F401 - fixtures
 
 
 def wait(process):
