@@ -42,7 +42,7 @@ SANITIZERS = {
                 "w.rows = team->allocate(aligned_rows * size)",
                 "w.rows = (float*)((char*)team->allocate(aligned_rows * size) + 1)",
             ),
-            "stack-buffer-overflow": ("hostile", EXECUTOR, "if (row < 0 || end > chain.rows)", "if (row < 0)"),
+            "is located in stack of thread": ("hostile", EXECUTOR, "if (row < 0 || end > chain.rows)", "if (row < 0)"),
             "made again": (
                 "faults",
                 BUILD,
