@@ -31,6 +31,7 @@ from sgm_engine.plans.plan import Plan, annealed_langevin
 from sgm_engine.rewriting.float8.config import Float8Config
 from sgm_engine.training.config import TrainConfig
 from tests.faults import toy_job
+from tests.fuzz.families import family_files
 from tests.fuzz.mutate import damaged
 
 PIXELS = np.random.default_rng(7).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
@@ -210,6 +211,9 @@ def make(folder: Path) -> dict[str, Reader]:
             file = io.BytesIO()
             Image.fromarray(PIXELS[0]).convert(mode).save(file, form)
             add(f"{form} {mode}", f"a.{suffix}", file.getvalue(), _of_folder, _picture_says)
+    (folder / "families").mkdir()
+    for name, file, files, read in family_files(folder / "families"):
+        found[name] = Reader(file, files, read)
     return found
 
 
