@@ -79,7 +79,7 @@ def _class(value: object) -> str:
 
 
 def _meta(value: Made) -> Mapping:
-    return _mapping(value.args[0] if isinstance(value.args, tuple) and value.args else None)
+    return _mapping(value.args[0] if value.args else None)
 
 
 def _attributes(value: object) -> Mapping:
@@ -115,7 +115,10 @@ def _describe(precond: object) -> dict[str, object]:
     size, channels = arguments.get("img_resolution"), arguments.get("in_channels")
     if type(size) is not int or type(channels) is not int:
         raise CheckpointError(f"has a {kind} without img_resolution or in_channels")
-    scheme, low, high = SCHEMES[name]({**_mapping(own.get("_init_kwargs")), **own})
+    try:
+        scheme, low, high = SCHEMES[name]({**_mapping(own.get("_init_kwargs")), **own})
+    except (ValueError, OverflowError, IndexError) as error:
+        raise CheckpointError(f"has a {name} whose constants give no noise levels ({error})") from None
     return {
         "architecture": kind,
         "network": arguments,
@@ -176,12 +179,14 @@ def _collect(module: object, prefix: str, tensors: dict[str, Stored], seen: list
 
 def _described(value: object, name: str) -> Stored:
     if isinstance(value, Made) and value.name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
-        value = value.args[0] if isinstance(value.args, tuple) and value.args else None
+        value = value.args[0] if value.args else None
     if isinstance(value, Made) and value.name in ("_rebuild_tensor", "_rebuild_tensor_v2") and len(value.args) >= 4:
         storage, offset, shape, stride = value.args[:4]
-        shape = shape.args[0] if isinstance(shape, Made) and shape.name == "Size" else shape
+        if isinstance(shape, Made) and shape.name == "Size" and len(shape.args) == 1:
+            shape = shape.args[0]
         numbers = (offset, *shape, *stride) if isinstance(shape, tuple) and isinstance(stride, tuple) else (None,)
         loads = isinstance(storage, Made) and storage.callable == Name("torch.storage", "_load_from_bytes")
+        loads = loads and [type(a) for a in storage.args] == [bytes]
         if loads and len(shape) == len(stride) <= 8 and all(type(n) is int and 0 <= n < 2**48 for n in numbers):
             return Stored(storage.args[0], offset, shape, stride)
     raise CheckpointError(f"describes {name} in a way that PyTorch does not")

@@ -115,6 +115,8 @@ def _interpret(stream) -> object:
             stack.append(Name(str(module), str(last)))
         elif name in ("REDUCE", "NEWOBJ"):
             args, made = stack.pop(), stack.pop()
+            if not isinstance(args, tuple):
+                raise CheckpointError("calls something with arguments that are no tuple")
             stack.append(Made(made, args))
         elif name == "NEWOBJ_EX":
             kwargs, args, made = stack.pop(), stack.pop(), stack.pop()

@@ -49,6 +49,41 @@ def test_other_preconditioning_of_edm(tmp_path, precond, ends):
     assert model(torch.rand(1, 1, 8, 8), torch.tensor([5])).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "precond, own",
+    [
+        ("VPPrecond", {"beta_d": 1e300}),
+        ("VPPrecond", {"beta_min": 10**400}),
+        ("iDDPMPrecond", {"M": 10**9}),
+        ("iDDPMPrecond", {"M": 1e300}),
+        ("iDDPMPrecond", {"C_2": -1}),
+    ],
+)
+def test_constants_that_give_no_levels(tmp_path, precond, own):
+    path = edm_pickle(tmp_path / "n.pkl", SongUNet(**TINY).eval(), TINY, precond, own)
+    assert "constants give no noise levels" in refused(path)
+
+
+def test_storages_that_are_no_bytes(tmp_path):
+    """Neither as the call's arguments, which must be a tuple, nor as the one in it."""
+    path = edm_pickle(tmp_path / "n.pkl", SongUNet(**TINY).eval(), TINY)
+    content = path.read_bytes()
+    call = content.index(b"_load_from_bytes")
+    start = content.index(b"B", call)
+    end = start + 5 + int.from_bytes(content[start + 1 : start + 5], "little")
+    for other in (b"K\x07", b"K\x07\x85", b"K\x07\x85\x85"):
+        tail = content[end:].lstrip(b"\x94")
+        assert tail[:1] == b"\x85"  # TUPLE1
+        path.write_bytes(_unframed(content[:start] + other + tail[1:]))
+        refused(path)
+
+
+def _unframed(content):
+    """Without the lengths of frames, which a pickle may leave out."""
+    assert content[2:3] == b"\x95"
+    return content[:2] + content[11:]
+
+
 def wide(depth):
     """A module in which few modules hold each other so often that a walk would not end."""
     inner = nn.Identity()

@@ -83,7 +83,7 @@ def _same_state(theirs: dict, model: torch.nn.Module) -> None:
 def _pth_says(path: Path, model) -> None:
     try:
         theirs = torch.load(path, weights_only=True)
-    except RuntimeError:  # a disk number in the zip's directory, which nobody but torch minds: no verdict
+    except (RuntimeError, ValueError):  # a disk number or .storage_alignment, which only torch minds: no verdict
         return
     _same_state(theirs, model)
 
