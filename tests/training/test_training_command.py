@@ -153,7 +153,7 @@ def test_a_grid_of_diverged_samples_is_a_warning(tmp_path):
         (("--config", "nothing"), "no such file, and none of cdm_cifar10, "),
         (("--set", "lr=fast"), "lr must be a number, got 'fast'"),
         (("--set", "learning_rate=1"), "unknown learning_rate; there are: "),
-        (("--set", "levels=0"), "at least 2 levels"),
+        (("--set", "levels=0"), "levels must be between 1 and 100000, got 0"),
         (("--set", "lr=: :"), "--set lr: ': :' is no YAML value"),
         (("--out", "tiny.yaml"), "--out tiny.yaml: is a file"),
         (("--out", "."), "--out .: holds something else than a run"),

@@ -44,7 +44,9 @@ def lowered(
     if not isinstance(model, nn.Module):
         raise Unsupported(f"{type(model).__name__} is no nn.Module")
     if next(model.parameters(), None) is None:  # a function in a wrapper, say: there is nothing to look into
-        raise Unsupported("it holds no convolution, nor any other parameter of its own")
+        raise Unsupported(
+            "it holds no convolution, nor any other parameter of its own: pass the nn.Module that holds them"
+        )
     if type(model) is CDM:
         from sgm_engine.executors.native.cdm import lower_cdm
 
