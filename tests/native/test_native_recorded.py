@@ -163,7 +163,7 @@ def test_a_level_that_was_baked_in_is_noticed():
 def test_parameters_of_others_are_refused():
     other = nn.Conv2d(3, 3, 3, padding=1)
     score = as_score(lambda x, sigma: other(x), "denoiser", sigmas=[1.0, 0.5])
-    with pytest.raises(Unsupported, match="pass the nn.Module that holds them"):
+    with pytest.raises(Unsupported, match=r"pass the nn\.Module that holds them"):
         NativeNetwork(score, 1, 8, 8, channels=3)
 
 
