@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from sgm_engine.cli.arguments import BadInput
 
@@ -66,14 +67,32 @@ def bad_input() -> Iterator[None]:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated."""
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt and SIGTERM Terminated, but in no import: amid PyTorch's C++ that aborts."""
+    again: list[threading.Timer] = []
 
-    def handler(number, frame) -> None:
-        raise Terminated
+    def handler(number: int, frame: FrameType | None) -> None:
+        if not _importing(frame):
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        again.append(threading.Timer(0.02, signal.pthread_kill, (threading.main_thread().ident, number)))
+        again[-1].daemon = True
+        again[-1].start()
 
-    with _handling(handler, [signal.SIGTERM]):
-        yield
+    with _handling(handler, [signal.SIGINT, signal.SIGTERM]):
+        try:
+            yield
+        finally:
+            for timer in again:
+                timer.cancel()
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module that the command needs is being imported there."""
+    while frame is not None and frame.f_globals.get("__name__") != "sgm_engine.cli.main":
+        if frame.f_code.co_name == "<module>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

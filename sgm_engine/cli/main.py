@@ -19,9 +19,9 @@ from sgm_engine.cli.console import (
     USAGE,
     Terminated,
     complain,
+    interruptible,
     plainly,
     say,
-    terminable,
 )
 from sgm_engine.errors import JobBusy
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         getattr(sys, name).reconfigure(errors="replace")  # a terminal without σ shows a question mark
     try:
-        with terminable():
+        with interruptible():
             args = parser().parse_args(argv)
             return args.run(args)
     except BadInput as error:

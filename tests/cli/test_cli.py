@@ -1,12 +1,9 @@
 """The command: what it writes, what it refuses and how it stops."""
 
-import functools
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -210,26 +207,6 @@ def test_samples_that_diverge_are_left_out_and_said(draw, tmp_path, monkeypatch)
     well, sick = read(tmp_path / "well.npz"), read(tmp_path / "sick.npz")
     assert sick[1] == [0, 2, 3, 4, 5]
     assert np.array_equal(sick[0], well[0][sick[1]])
-
-
-@pytest.mark.parametrize("when", ["while sampling", "at once"])
-def test_ctrl_c_leaves_nothing_behind(tiny_weights, tmp_path, when):
-    command = [sys.executable, "-m", "sgm_engine", "sample", "--checkpoint", tiny_weights, "--n", "1000000"]
-    command += ["--batch", "4", "--out", "s.npz", "--gif", "s.gif", "--progress"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
-    process = subprocess.Popen(command, cwd=tmp_path, preexec_fn=heed, **pipes)
-    if when == "while sampling":  # the bar has begun
-        seen = ""
-        while "sample" not in seen:
-            seen += process.stderr.read(1)
-    else:
-        time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130, err
-    assert out == "" and err.splitlines()[-1] == "sgm: interrupted; nothing is half-written"
-    assert "Traceback" not in err and os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
