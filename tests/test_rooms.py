@@ -98,8 +98,10 @@ DOCUMENTED = """
 
 @pytest.mark.parametrize("path", DOCUMENTED.split())
 def test_documented_modules_import(path):
-    pytest.importorskip("lightning") if path.startswith("training.") else None
-    pytest.importorskip("diffusers") if path == "integrations.diffusers" else None
+    if path.startswith("training."):
+        pytest.importorskip("lightning", reason="pip install 'sgm-engine[train]'")
+    if path == "integrations.diffusers":
+        pytest.importorskip("diffusers", reason="pip install 'sgm-engine[integrations]'")
     module = importlib.import_module(f"{PACKAGE}.{path}")
     doors = [name for name in getattr(module, "__all__", ()) if not hasattr(module, name)]
     assert doors == []

@@ -68,7 +68,7 @@ def test_folders_that_cannot_be_read(tmp_path):
 
 
 def test_hf_names_from_the_local_cache(tmp_path, monkeypatch):
-    pytest.importorskip("huggingface_hub")
+    pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub")
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

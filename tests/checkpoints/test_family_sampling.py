@@ -58,7 +58,7 @@ def test_heun_of_edm_is_a_loop_in_float64(tmp_path):
 ])  # fmt: skip
 def test_ddpm_and_ddim_of_diffusers(tmp_path, monkeypatch, prediction, clip, variance):
     """Step for step with the same noise; DDIM with clipping as use_clipped_model_output says."""
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="pip install 'sgm-engine[integrations]'")
     from diffusers.schedulers import scheduling_ddpm
 
     own = {"prediction_type": prediction, "clip_sample": clip, "num_train_timesteps": 40, "beta_end": 0.2,

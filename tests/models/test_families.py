@@ -75,7 +75,7 @@ UNETS = {
 
 @pytest.mark.parametrize("kind", UNETS)
 def test_unet2d_is_that_of_diffusers(kind):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="pip install 'sgm-engine[integrations]'")
     common = {"sample_size": 16, "layers_per_block": 1, "block_out_channels": (16, 32), "norm_num_groups": 8}
     torch.manual_seed(0)
     theirs = diffusers.UNet2DModel(**common | UNETS[kind]).eval()
