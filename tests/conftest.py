@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from sgm_engine import _C
+
 # Before PyTorch is imported: tests run side by side, and two of its thread pools on one core wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -47,3 +49,20 @@ def sgm(tmp_path, monkeypatch, capsys):
         return SimpleNamespace(returncode=code, stdout=printed.out, stderr=printed.err)
 
     return run
+
+
+@pytest.fixture(params=_C.isas())
+def isa(request):
+    """Runs the test once for each instruction set of this CPU."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    """A function that sets the number of threads; undone after the test."""
+    before = _C.num_threads()
+    yield _C.set_num_threads
+    _C.set_num_threads(before)

@@ -1,6 +1,5 @@
 """What the tests of graphs share."""
 
-import pytest
 import torch
 from torch import nn
 
@@ -51,16 +50,6 @@ class Tiny(nn.Module):
 
     def forward(self, x, level):
         return self.end_conv(x) / self.variance[level][:, None, None, None]
-
-
-@pytest.fixture
-def net():
-    return small_net()
-
-
-@pytest.fixture
-def tiny():
-    return Tiny()
 
 
 def _replace(net):

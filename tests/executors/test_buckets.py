@@ -14,7 +14,7 @@ from sgm_engine.executors.graphs import GraphExecutor
 from sgm_engine.jobs.job import generate
 from sgm_engine.plans.samplers import predictor_corrector
 from sgm_engine.service.service import SamplerService
-from tests.executors.graph_engines import (  # noqa: F401 - fixtures
+from tests.executors.graph_engines import (
     PLAN,
     SHAPE,
     SIGMAS,
@@ -22,9 +22,7 @@ from tests.executors.graph_engines import (  # noqa: F401 - fixtures
     _replace,
     eager_engine,
     graph_engine,
-    net,
     small_net,
-    tiny,
 )
 from tests.fake_graphs import FakeGraphs
 

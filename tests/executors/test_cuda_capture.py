@@ -12,7 +12,6 @@ from sgm_engine.executors.graphs import WARM_UPS, CudaGraphs
 from tests.executors.graph_engines import (
     PLAN,
     eager_engine,
-    tiny,  # noqa: F401 - fixtures
 )
 
 

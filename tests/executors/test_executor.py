@@ -11,30 +11,11 @@ from sgm_engine.executors.choice import make_executor
 from sgm_engine.executors.eager import EagerExecutor
 from sgm_engine.executors.network import Network
 from sgm_engine.executors.slots import Job, Slots, Tables
-from sgm_engine.models.ncsn import NCSN
 from sgm_engine.plans.plan import annealed_langevin, consistent_annealed
-from sgm_engine.plans.schedule import geometric
+from tests.executors.graph_engines import PLAN, SHAPE, SIGMAS, eager_engine
 from tests.recorder import Recorder
 
 CPU = torch.device("cpu")
-SIGMAS = geometric(1, 0.1, 3)
-SHAPE = (1, 8, 8)
-PLAN = annealed_langevin(SIGMAS, 2, step_lr=1e-3)
-
-
-def small_net(seed=0, **options):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return NCSN(SIGMAS, channels=1, ngf=4, divide_by_sigma=True, image_size=8, **options).eval()
-
-
-def eager_engine(model, **options):
-    return Engine(model, 4, executor="eager", **options)
-
-
-@pytest.fixture
-def net():
-    return small_net()
 
 
 @pytest.mark.parametrize("model", ["net", "gaussian"])

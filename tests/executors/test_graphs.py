@@ -13,7 +13,7 @@ from sgm_engine.executors.graphs import WARM_UPS, GraphConfig, GraphExecutor
 from sgm_engine.executors.network import Network
 from sgm_engine.executors.slots import Job, Slots, Tables
 from sgm_engine.plans.plan import annealed_langevin, consistent_annealed
-from tests.executors.graph_engines import (  # noqa: F401 - fixtures
+from tests.executors.graph_engines import (
     PLAN,
     SHAPE,
     SIGMAS,
@@ -21,9 +21,7 @@ from tests.executors.graph_engines import (  # noqa: F401 - fixtures
     _replace,
     eager_engine,
     graph_engine,
-    net,
     small_net,
-    tiny,
 )
 from tests.fake_graphs import FakeGraphs
 

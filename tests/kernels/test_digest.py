@@ -8,14 +8,6 @@ from sgm_engine import _C
 from sgm_engine.kernels.digest import digests
 
 
-@pytest.fixture(params=_C.isas())
-def isa(request):
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
 def one(t):
     return digests([t])[0]
 

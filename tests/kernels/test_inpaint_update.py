@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sgm_engine.kernels import noise, ops, reference
-from tests.kernels.test_update import COEF, DRAW, KEEP, LAYOUTS, Case, isa, same_bits  # noqa: F401 - isa is a fixture
+from tests.kernels.test_update import COEF, DRAW, KEEP, LAYOUTS, Case, same_bits
 
 KNOWN_SIGMA = torch.tensor([0.7, 0.2, 3.0, 0, 1e-3])  # 0: after a plan's last row
 KNOWN_DRAW = torch.tensor([2, -1, 0, 4, 1], dtype=torch.int32)

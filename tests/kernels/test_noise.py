@@ -25,14 +25,6 @@ FLAGS = {
 }
 
 
-@pytest.fixture(params=_C.isas())
-def isa(request):
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
 def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
     counter, key = (np.ascontiguousarray(a, np.uint32).reshape(len(a), -1) for a in (counter, key))
     out = np.zeros_like(counter)

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgm_engine import _C
 from sgm_engine.kernels import noise, ops, reference
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -27,21 +26,6 @@ SHAPES = [
 COEF = torch.tensor([[1, 0.1, 0.5, 0], [0.9, -0.3, 0, 0.7], [1.1, 0.2, 0.3, -0.4], [1, 0.02, 0, 0], [1, 0, 0, 0]])
 DRAW = torch.tensor([1, 2, -1, 4, 5], dtype=torch.int32)  # −1 is draw 2^32 − 1
 KEEP = torch.tensor([[1, 0.3], [0, 1], [0, 0], [1, 0], [-0.7, 2]])  # e, f
-
-
-@pytest.fixture(params=_C.isas())
-def isa(request):
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
-@pytest.fixture
-def threads():
-    before = _C.num_threads()
-    yield _C.set_num_threads
-    _C.set_num_threads(before)
 
 
 class Case:

@@ -1,20 +1,9 @@
 """What the tests of native share."""
 
-import pytest
 import torch
 from torch import nn
 
-from sgm_engine import _C
 from sgm_engine.executors.native.graph import Graph
-
-
-@pytest.fixture(params=_C.isas())
-def isa(request):
-    """Runs the test once for each instruction set of this CPU."""
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 def relative_error(y, want):

@@ -14,7 +14,6 @@ from sgm_engine.executors.native.norm import Norm, Table, affine
 from sgm_engine.kernels import reference
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus, InstanceNormPlus
 from tests.native.layers import (
-    isa,  # noqa: F401 - fixtures
     relative_error,
     run_layers,
 )

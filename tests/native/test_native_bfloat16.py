@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from sgm_engine import _C
 from sgm_engine.executors.native.executor import NativeNetwork, refusal
 from tests.models.test_models import GOLDEN, golden
-from tests.native.layers import isa, relative_error, run_layers  # noqa: F401 - isa is a fixture
+from tests.native.layers import relative_error, run_layers
 from tests.native.test_native_networks import tiny
 
 

@@ -11,8 +11,7 @@ from sgm_engine.executors.native.executor import NativeNetwork
 from sgm_engine.executors.native.kernel import Kernel
 from sgm_engine.executors.native.norm import Norm, Table
 from tests.native.classifiers import LEVELS, gradient_of, question, score64, small, worst
-from tests.native.layers import isa, relative_error  # noqa: F401, fixtures
-from tests.native.test_native_networks import threads  # noqa: F401, fixtures
+from tests.native.layers import relative_error
 
 SHAPES = {
     "one resolution": {"multipliers": (1,), "attention": ()},

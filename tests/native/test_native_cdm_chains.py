@@ -16,7 +16,6 @@ from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.cdm.networks import MLP
 from tests.native.classifiers import LEVELS, gradient_of, question, score64, small, worst
 from tests.native.layers import relative_error
-from tests.native.test_native_networks import threads  # noqa: F401, fixtures
 
 
 def test_weights_follow_training():

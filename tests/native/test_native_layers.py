@@ -12,9 +12,8 @@ from sgm_engine import _C
 from sgm_engine.executors.native.graph import Graph
 from sgm_engine.executors.native.kernel import Kernel
 from sgm_engine.executors.native.norm import Table, Unsupported
-from tests.native.layers import isa, relative_error, run_layers  # noqa: F401, fixtures
+from tests.native.layers import relative_error, run_layers
 from tests.native.test_native import LEVELS
-from tests.native.test_native_networks import threads  # noqa: F401, fixtures
 
 TOLERANCE = 2e-6
 

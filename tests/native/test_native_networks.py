@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from sgm_engine import _C
 from sgm_engine.engine.engine import Engine
 from sgm_engine.executors.native.executor import NativeExecutor, NativeNetwork
 from sgm_engine.executors.native.norm import Unsupported
@@ -15,18 +14,9 @@ from sgm_engine.models import NCSN
 from sgm_engine.plans.plan import annealed_langevin
 from tests.models.test_models import GOLDEN, golden
 from tests.native.layers import (
-    isa,  # noqa: F401 - fixtures
     relative_error,
     run_layers,
 )
-
-
-@pytest.fixture
-def threads():
-    """A function that sets the number of threads; undone after the test."""
-    before = _C.num_threads()
-    yield _C.set_num_threads
-    _C.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", GOLDEN)

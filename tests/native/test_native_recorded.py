@@ -15,7 +15,7 @@ from sgm_engine.executors.native.graph import Graph
 from sgm_engine.executors.native.norm import Unsupported
 from sgm_engine.executors.native.recorded import lower_recorded
 from sgm_engine.models.score_model import as_score
-from tests.native.layers import isa, relative_error  # noqa: F401 - a fixture
+from tests.native.layers import relative_error
 from tests.native.recorded_networks import MIDDLES, Around
 
 

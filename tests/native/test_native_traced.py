@@ -15,7 +15,7 @@ from sgm_engine.models.guidance import with_drift
 from sgm_engine.models.score_model import as_score
 from sgm_engine.plans.plan import annealed_langevin
 from sgm_engine.rewriting.acceleration import accelerate
-from tests.native.layers import isa, relative_error  # noqa: F401 - a fixture
+from tests.native.layers import relative_error
 from tests.native.test_native_networks import network64
 from tests.plain_networks import Network
 
