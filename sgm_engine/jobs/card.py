@@ -7,6 +7,7 @@ from typing import Any
 
 from sgm_engine.jobs.formats import FORMATS
 from sgm_engine.jobs.spec import JobSpec
+from sgm_engine.plans.report import plan_words
 
 CARD = """\
 # {count} samples
@@ -38,8 +39,7 @@ def model_card(spec: JobSpec, notes: Mapping[str, Any]) -> str:
     """Nothing in it depends on when or by which worker it was written."""
     values = "float32, as drawn" if FORMATS[spec.format].lossless else "8 bits a value, from [0, 1]"
     checkpoint = f" ({notes['checkpoint']})" if notes.get("checkpoint") else ""
-    options = ", ".join(f"{name}={value}" for name, value in spec.plan.metadata.items())
-    facts = spec.identity | vars(spec.geometry) | {"plan": f"{spec.plan.name}({options})", "nfe": spec.plan.nfe}
+    facts = spec.identity | vars(spec.geometry) | {"plan": plan_words(spec.plan), "nfe": spec.plan.nfe}
     facts |= {"count": len(spec.ids), "shards": spec.shards, "run": spec.run, "first": spec.ids[0] if spec.ids else 0}
     facts |= {"shape": " × ".join(map(str, spec.shape)), "values": values, "checkpoint": checkpoint}
     return CARD.format(**facts)

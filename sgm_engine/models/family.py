@@ -23,6 +23,8 @@ from sgm_engine.models.lucidrains import Unet
 from sgm_engine.models.score_model import checked_score
 from sgm_engine.models.score_sde import NCSNpp
 from sgm_engine.models.unet2d import UNet2D
+from sgm_engine.plans.front import Front
+from sgm_engine.plans.law import DataLaw
 from sgm_engine.plans.schedule import check_sigmas, karras
 
 NETWORKS = {cls.__name__: cls for cls in (NCSNpp, SongUNet, DhariwalUNet, ADMUNet, UNet2D, Unet)}
@@ -154,6 +156,8 @@ class FamilyModel(nn.Module):
     """
 
     averaged: bool | None = None
+    law: DataLaw | None = None  # of the data, where it came with the weights
+    front: Front | None = None  # tuned plans, likewise
 
     def __init__(self, network: nn.Module, config: FamilyConfig, sigmas: Sequence[float] | None = None):
         super().__init__()
@@ -222,7 +226,7 @@ class FamilyModel(nn.Module):
         return self._like(FamilyModel(self.network, config, self.sigmas))
 
     def _like(self, other: FamilyModel) -> FamilyModel:
-        other.averaged = self.averaged
+        other.averaged, other.law, other.front = self.averaged, self.law, self.front
         return other.train(self.training).to(self.sigmas.device)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:

@@ -111,6 +111,14 @@ class ScoreModel(nn.Module):
     def plan(self):
         return getattr(self.model, "plan", None)
 
+    @property
+    def law(self):
+        return getattr(self.model, "law", None)
+
+    @property
+    def front(self):
+        return getattr(self.model, "front", None)
+
     def at_sigmas(self, sigmas) -> ScoreModel:
         """The same network at other levels; see conditioning.at_sigmas. A DDPM is told timesteps between its own."""
         if self.options["condition"] == "level":

@@ -22,6 +22,7 @@ class Plan(Protocol):
     """What is read of a plan here; plan.py has the class."""
 
     name: str
+    metadata: Mapping[str, object]
     nfe: int
     level: np.ndarray
     sigma: np.ndarray
@@ -35,7 +36,7 @@ class Plan(Protocol):
     stores: np.ndarray
     start: str
     start_scale: float
-    start_shift: float
+    start_shift: float | np.ndarray
 
 
 def propagate(plan: Plan, variance: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -135,11 +136,9 @@ def describe(plan: Plan, sigmas=None) -> str:
     names = ["sigma", "a", "b", "c", "d", *(n for n in ("e", "f", "adaptive") if getattr(plan, n).any())]
     table = np.stack([plan.level, *(getattr(plan, name) for name in names)], 1)
     first = [0, *(np.flatnonzero((table[1:] != table[:-1]).any(1)) + 1)]
-    law = "U[0, 1)" if plan.start == "uniform" else "N(0, 1)"
     found = examine(plan, sigmas)
     lines = [
-        f"{plan.name}: {plan.nfe} network evaluations a sample; "
-        f"start {plan.start_shift:g} + {plan.start_scale:g}·{law}",
+        f"{plan.name}: {plan.nfe} network evaluations a sample; start {start_words(plan)}",
         f"noise left in a sample: {found.residual:.3g}; data N(0, 1) comes out with std {found.narrowing:.4g}",
         *(f"note: {remark}" for remark in found.remarks),
         f"{'rows':>11} {'level':>5} " + " ".join(f"{name:>10}" for name in names),
@@ -148,6 +147,18 @@ def describe(plan: Plan, sigmas=None) -> str:
         rows = f"{i}" if j == i + 1 else f"{i}–{j - 1}"
         lines.append(f"{rows:>11} {plan.level[i]:>5} " + " ".join(f"{value:>10.5g}" for value in table[i, 1:]))
     return "\n".join(lines)
+
+
+def plan_words(plan: Plan) -> str:
+    """name(options), without the sigmas that it was made from."""
+    return f"{plan.name}({', '.join(f'{k}={v}' for k, v in plan.metadata.items() if k != 'path')})"
+
+
+def start_words(plan: Plan) -> str:
+    """Where its chains begin, such as 0.13 + 5·N(0, 1)."""
+    shift = plan.start_shift
+    mean = f"{shift:g}" if np.ndim(shift) == 0 else f"a mean of each pixel (around {np.mean(shift):.3g})"
+    return f"{mean} + {plan.start_scale:.6g}·{'U[0, 1)' if plan.start == 'uniform' else 'N(0, 1)'}"
 
 
 def check_label(name: object, metadata: object) -> None:

@@ -12,12 +12,13 @@ from torch import Tensor
 from sgm_engine.data.sets import ImageSet
 from sgm_engine.engine.engine import Engine
 from sgm_engine.evaluation.distances import mmd, sliced_wasserstein
-from sgm_engine.evaluation.draw import conditioned, drawn
+from sgm_engine.evaluation.draw import drawn
 from sgm_engine.evaluation.evaluate import MMD_VECTORS, Summary, summarise
 from sgm_engine.evaluation.features import Extractor
 from sgm_engine.evaluation.frechet import frechet, frechet_difference, frechet_distance
 from sgm_engine.evaluation.report import Estimate
 from sgm_engine.files.reading import open_safetensors
+from sgm_engine.models.conditioning import conditioned
 from sgm_engine.plans.plan import Plan
 from sgm_engine.tuning.front import Outcome, Point, label
 from sgm_engine.tuning.search import Trial, front, halve

@@ -1,6 +1,7 @@
 """Tuning: which plans are tried, which survive, and that the figures of the front are of samples not searched on."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,6 +21,10 @@ from sgm_engine.tuning.tune import Drawn, Tuner, plan_of_samples
 SIGMAS = geometric(5, 0.05, 12)
 
 
+def start(shift, sigma):
+    return {"start_scale": sigma, "start_shift": shift}
+
+
 class Fake:
     """A trial whose quality is known from the start."""
 
@@ -35,7 +40,7 @@ class Fake:
 
 
 def test_candidates_are_distinct_runnable_and_within_the_budget():
-    plans = draw_candidates(SIGMAS, 30, 60, seed=1, start_shift=0.13)
+    plans = draw_candidates(SIGMAS, 30, 60, seed=1, start=partial(start, 0.13))
     assert len({p.digest for p in plans}) == 60 and {p.name for p in plans} == set(FAMILIES)
     for p in plans:
         assert 2 <= p.nfe <= 30 and p.start_shift == 0.13
@@ -121,7 +126,7 @@ def tuner():
 
 
 def test_the_chosen_plan_reaches_the_floor_and_beats_a_poor_baseline(tuner):
-    plans = draw_candidates(SIGMAS, 24, 12, seed=3, start_shift=0.5)
+    plans = draw_candidates(SIGMAS, 24, 12, seed=3, start=partial(start, 0.5))
     survivors = tuner.search(plans, 0, 64, 256)
     poor = annealed_langevin(SIGMAS[:8], 3, 0.5 * SIGMAS[7] ** 2, start_shift=0.5, denoise=False)  # stops at σ = 0.27
     outcome = tuner.confirm(survivors, 1000, 256, baseline=poor)
