@@ -33,6 +33,9 @@ def register(commands) -> None:
     budget = group.add_mutually_exclusive_group(required=True).add_argument
     budget("--budget", type=at_least(2), metavar="NFE", help="network evaluations a sample, at most")
     budget(
+        "--at", type=evaluations, metavar="N,N,…", help="the best plan of at most so many, for each of these numbers"
+    )
+    budget(
         "--seconds", type=float, metavar="X", help="seconds a sample, at most; a short measurement turns them into NFE"
     )
     add = group.add_argument
@@ -96,15 +99,18 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError(f"{s.name} holds images {tuple(s.shape)}, the model draws {engine.shape}")
         baseline = _baseline(args, model)
         extractor = open_extractor(args.features, training, say, args.trust_features)
-        budget = args.budget or _evaluations(args.seconds, engine, say)
+        budget = args.budget or max(args.at or (0,)) or _evaluations(args.seconds, engine, say)
         families = args.families.split(",") if args.families else tuple(FAMILIES)
         if getattr(model, "law", None) is None and training is not None:
             model.law = DataLaw.of(training.blocks())
             say(f"the weights have no law of the data, so that of {training.name} is taken: {model.law}")
         start = partial(start_at, model)
-        plans = draw_candidates(
-            engine.sigmas, budget, args.candidates, args.seed, families, partial(_start, model), _between(model)
-        )
+        draw = partial(draw_candidates, engine.sigmas, seed=args.seed, families=families, start=partial(_start, model))
+        draw = partial(draw, between=_between(model))
+        if args.at:
+            groups = [draw(nfe, max(1, args.candidates // len(args.at)), least=nfe) for nfe in args.at]
+        else:
+            groups = [draw(budget, args.candidates)]
         if args.write and baseline is not None:
             recipe_of(getattr(baseline, "plan", baseline), engine.sigmas, start)  # refused now rather than at the end
 
@@ -112,9 +118,11 @@ def run(args: argparse.Namespace) -> int:
     floor = summarise(training.take(args.held_out).blocks(), extractor) if training else None
     tuner = Tuner(model, make_engine, extractor, reference, args.measure)
     began = time.perf_counter()
-    survivors = tuner.search(plans, args.seed, args.first, args.last, say)
+    survivors = []
+    for plans in groups:
+        survivors += tuner.search(plans, args.seed, args.first, args.last, say, one=bool(args.at))
     outcome = tuner.confirm(survivors, args.held_out_seed, args.held_out, floor, baseline, say)
-    outcome.about |= {"budget": budget, "candidates": len(plans), "seed": args.seed, "features": extractor.name,
+    outcome.about |= {"budget": budget, "candidates": sum(map(len, groups)), "seed": args.seed, "features": extractor.name,
         "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed,
         "seconds": round(time.perf_counter() - began), "precision": engine.numerics,
         "executor": engine.executor, "batch": engine.batch}  # fmt: skip
@@ -137,8 +145,10 @@ def _start(model, sigma: float) -> dict[str, object]:
 
 def _command(args: argparse.Namespace) -> str:
     """What was typed, without the places of files."""
-    names = ("budget", "seconds", "families", "candidates", "first", "last", "seed", "held_out_seed", "held_out")
-    given = [f"--{name.replace('_', '-')} {value}" for name in names if (value := getattr(args, name)) is not None]
+    names = ("budget", "at", "seconds", "families", "candidates", "first", "last", "seed", "held_out_seed", "held_out")
+    values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    values |= {"at": ",".join(map(str, args.at))} if args.at else {}
+    given = [f"--{name.replace('_', '-')} {value}" for name, value in values.items()]
     return f"sgm tune {' '.join(given)} --precision {args.precision}"
 
 
@@ -147,12 +157,16 @@ def _write(model, args: argparse.Namespace, front) -> None:
     from sgm_engine.checkpoints.checkpoint import save_checkpoint
     from sgm_engine.checkpoints.notes import is_ours, write_notes
 
-    model.front = front
+    model.front = front if model.front is None else front.beside(model.front)
     source, target = weights_path(args), Path(args.write).expanduser()
     if is_ours(source):
         write_notes(source, target, model)
     else:
         save_checkpoint(model, target)
+
+
+def evaluations(text: str) -> tuple[int, ...]:
+    return tuple(map(at_least(2), text.split(",")))
 
 
 def _baseline(args: argparse.Namespace, model):

@@ -202,8 +202,11 @@ class FamilyModel(nn.Module):
 
     def start_at(self, sigma: float) -> dict[str, float]:
         """The law of a first state at noise ``sigma``, as options of a plan: around the middle of y's range, 0."""
-        y_sigma = sigma * self.span
-        scale = math.hypot(1, y_sigma) if self.config.preconditioning["name"] in ("vp", "sub_vp", "ddpm") else y_sigma
+        scheme, scale = self.config.preconditioning, sigma * self.span
+        if scheme["name"] in ("vp", "sub_vp", "ddpm"):
+            scale = math.hypot(1, scale)
+        elif scheme["name"] == "edm":
+            scale = math.hypot(scheme.get("sigma_data", 0.5), scale)
         return {"start_scale": scale / self.span, "start_shift": -self.low / self.span}
 
     @property

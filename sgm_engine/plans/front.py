@@ -22,6 +22,7 @@ Start = Callable[[float], Mapping[str, object]]  # σ → where chains begin at 
 
 QUALITIES = ("draft", "good", "best")
 TEXTS = ("measure", "reference", "features", "precision", "command")
+ALIKE = ("measure", "reference", "features", "precision", "n", "seed")
 MAX_POINTS, MAX_NFE, BAR = 64, 10_000, 24
 OWN = 1e-5  # of log σ: what float32 makes of a level
 
@@ -122,6 +123,17 @@ class Front:
         """The part of it that keeps to these levels, None where nothing does."""
         own = [p for p in self.points if p.on_own_levels(levels)]
         return Front(own, *(getattr(self, name) for name in (*TEXTS, "n", "seed"))) if own else None
+
+    def beside(self, other: Front) -> Front:
+        """The points of both that no other beats, where both were measured alike; else this front alone."""
+        if any(getattr(self, name) != getattr(other, name) for name in ALIKE):
+            return self
+        kept: list[Point] = []
+        for p in sorted((*self.points, *other.points), key=lambda p: (p.nfe, p.value)):
+            if not kept or p.value < kept[-1].value:
+                kept.append(p)
+        command = self.command if self.command == other.command else f"{other.command}; {self.command}"
+        return Front(kept, self.measure, self.reference, self.features, self.precision, command, self.n, self.seed)
 
     def table(self) -> str:
         """Text: a line a point, with a bar as long as its value."""

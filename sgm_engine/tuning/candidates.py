@@ -68,10 +68,11 @@ def draw_candidates(
     families: Sequence[str] = tuple(FAMILIES),
     start: Start = around_zero,
     between: bool = True,
+    least: int | None = None,
 ) -> list[Plan]:
     """``count`` different plans of at most ``budget`` evaluations for a model with levels ``sigmas`` [L].
 
-    Evaluations are drawn log-uniformly between an eighth of the budget and the budget. Half of the schedules (all,
+    Evaluations are drawn log-uniformly between ``least``, an eighth of the budget, and the budget. Half of the schedules (all,
     without ``between``) keep to a subset of the model's own levels; the others want it conditioned between them
     (at_sigmas). start(σ): where chains begin at noise σ, as options of a sampler. metadata says what was drawn.
     ValueError if the ranges hold no ``count`` plans.
@@ -83,7 +84,7 @@ def draw_candidates(
         raise ValueError(f"budget must be at least 2 and count at least 1, got {budget} and {count}")
     rng, found = np.random.default_rng(seed), {}
     for _ in range(TRIES * count):
-        plan = _draw(rng, sigmas, budget, families, start, between)
+        plan = _draw(rng, sigmas, budget, families, start, between, least)
         if plan is not None:
             found.setdefault(plan.digest, plan)
         if len(found) == count:
@@ -91,13 +92,14 @@ def draw_candidates(
     raise ValueError(f"found only {len(found)} different plans within a budget of {budget}: ask for fewer candidates")
 
 
-def _draw(rng, sigmas, budget, families, start, between) -> Plan | None:
+def _draw(rng, sigmas, budget, families, start, between, least) -> Plan | None:
     """One plan, or None where what was drawn cannot be had: too few rows, an eta out of range, a step that diverges."""
     family = str(rng.choice(list(families)))
     schedule, own_levels = str(rng.choice(list(SCHEDULES))), bool(rng.random() < 0.5) or not between
     begin = sigmas[nearest_level(rng.choice(SPANS_BEGIN) * sigmas[0], sigmas)]
     end = sigmas[nearest_level(rng.choice(SPANS_END) * sigmas[-1], sigmas)]
-    wanted = int(np.exp(rng.uniform(np.log(max(2, budget // 8)), np.log(budget + 1))))
+    least = max(2, budget // 8) if least is None else least
+    wanted = min(int(np.exp(rng.uniform(np.log(least), np.log(budget + 1)))), budget)
     if not end < begin:
         return None
     options = FAMILIES[family](rng, np.array([begin, end])) | started(family, start(float(begin)))

@@ -55,9 +55,16 @@ class Tuner:
         self._target = reference.moments.moments()
 
     def search(
-        self, plans: list[Plan], seed: int, first: int, last: int, report: Callable[[str], object] = lambda line: None
+        self,
+        plans: list[Plan],
+        seed: int,
+        first: int,
+        last: int,
+        report: Callable[[str], object] = lambda line: None,
+        one: bool = False,
     ) -> list[Trial]:
-        """The survivors of successive halving, with ``last`` samples each of ``seed``."""
+        """The survivors of successive halving, with ``last`` samples each of ``seed``; one: the best alone, by quality
+        whatever its evaluations."""
 
         def extend(trial: Trial, n: int) -> None:
             lost: list = []
@@ -67,7 +74,10 @@ class Tuner:
             trial.quality = float("inf") if lost else self.quality(trial.summary)
 
         trials = [Trial(plan, Summary(self.extractor, plan.name)) for plan in plans]
-        return halve(trials, extend, first, last, report=report)
+        if not one:
+            return halve(trials, extend, first, last, report=report)
+        alive = halve(trials, extend, first, last, report=report, goals=lambda t: (0.0, t.quality))
+        return [min(alive, key=lambda t: t.quality)]
 
     def quality(self, summary: Summary) -> float:
         if self.measure == "frechet":

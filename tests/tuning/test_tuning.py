@@ -224,7 +224,24 @@ def test_tune_writes_a_front_and_a_plan_that_can_be_used_again(sgm, tiny_weights
     assert json.loads((tmp_path / "e.json").read_text())["rows"][0]["value"] == pytest.approx(chosen[0]["value"])
 
 
+def test_tune_writes_the_front_into_the_weights(sgm, tiny_weights, data, tmp_path):
+    from sgm_engine.checkpoints.checkpoint import load_checkpoint
+
+    pytest.importorskip("matplotlib", reason="pip install 'sgm-engine[test]'")
+    size = ("--candidates", 4, "--first", 8, "--last", 8, "--held-out", 16, "--batch", 16)
+    done = sgm("tune", "--budget", 6, "--checkpoint", tiny_weights, "--reference", data, "--training", data, *size,
+               "--baseline", "annealed_langevin", "--write", "w.safetensors")  # fmt: skip
+    assert done.returncode == 0 and "written: w.safetensors" in done.stdout, done.stderr
+    assert "the weights have no law of the data" in done.stderr
+    model, found = load_checkpoint(tmp_path / "w.safetensors"), json.loads((tmp_path / "tuned/front.json").read_text())
+    assert model.law.mean.shape == (1, 8, 8) and model.front.n == 16 and model.front.reference == "reference.npy"
+    held = {p["nfe"]: p["value"] for p in found["points"]}
+    assert {p.nfe: p.value for p in model.front.points}.items() <= {n: round(v, 3) for n, v in held.items()}.items()
+    assert sgm("sample", "--checkpoint", "w.safetensors", "--nfe", 6, "--n", 2).returncode == 0
+
+
 BAD = [
+    (["--budget", "9", "--write", "x.pt"], ["--write", "must end in .safetensors"]),
     ([], ["--budget", "--seconds"]),
     (["--budget", "1"], ["--budget", "at least 2"]),
     (["--budget", "9", "--seconds", "1"], ["not allowed with"]),
