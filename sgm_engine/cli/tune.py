@@ -32,9 +32,7 @@ def register(commands) -> None:
     group = p.add_argument_group("goal")
     budget = group.add_mutually_exclusive_group(required=True).add_argument
     budget("--budget", type=at_least(2), metavar="NFE", help="network evaluations a sample, at most")
-    budget(
-        "--at", type=evaluations, metavar="N,N,…", help="the best plan of at most so many, for each of these numbers"
-    )
+    budget("--at", type=evaluations, metavar="N,N,…", help="the best plan of at most N, for each of these numbers")
     budget(
         "--seconds", type=float, metavar="X", help="seconds a sample, at most; a short measurement turns them into NFE"
     )
@@ -122,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
     for plans in groups:
         survivors += tuner.search(plans, args.seed, args.first, args.last, say, one=bool(args.at))
     outcome = tuner.confirm(survivors, args.held_out_seed, args.held_out, floor, baseline, say)
-    outcome.about |= {"budget": budget, "candidates": sum(map(len, groups)), "seed": args.seed, "features": extractor.name,
-        "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed,
+    outcome.about |= {"budget": budget, "candidates": sum(map(len, groups)), "seed": args.seed,
+        "features": extractor.name, "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed,
         "seconds": round(time.perf_counter() - began), "precision": engine.numerics,
         "executor": engine.executor, "batch": engine.batch}  # fmt: skip
     with staged_folder(out) as tmp:

@@ -72,9 +72,10 @@ def draw_candidates(
 ) -> list[Plan]:
     """``count`` different plans of at most ``budget`` evaluations for a model with levels ``sigmas`` [L].
 
-    Evaluations are drawn log-uniformly between ``least``, an eighth of the budget, and the budget. Half of the schedules (all,
-    without ``between``) keep to a subset of the model's own levels; the others want it conditioned between them
-    (at_sigmas). start(σ): where chains begin at noise σ, as options of a sampler. metadata says what was drawn.
+    Evaluations are drawn log-uniformly between ``least``, an eighth of the budget, and the budget. Half of the
+    schedules (all, without ``between``) keep to a subset of the model's own levels; the others want it conditioned
+    between them (at_sigmas). start(σ): where chains begin at noise σ, as options of a sampler. metadata says what was
+    drawn, its path the sigmas that a plan was made from.
     ValueError if the ranges hold no ``count`` plans.
     """
     sigmas = check_sigmas(sigmas)

@@ -133,6 +133,15 @@ def test_the_table_has_a_line_a_point_and_the_text_survives():
     assert [line.count("█") for line in lines] == [24, 8, 8] and "eta 0.5" in lines[2]
 
 
+def test_fronts_measured_alike_stand_beside_each_other():
+    first, second = front(point(5, 20.0), point(10, 7.0), point(40, 6.8)), front(point(6, 9.0), point(10, 6.5))
+    both = second.beside(first)
+    assert [(p.nfe, p.value) for p in both.points] == [(5, 20.0), (6, 9.0), (10, 6.5)]
+    assert both.command == "sgm tune" and replace(second, command="b").beside(first).command == "sgm tune; b"
+    for other in ({"seed": 8}, {"n": 999}, {"features": "pixels"}, {"precision": "float32"}):
+        assert second.beside(replace(first, **other)) == second
+
+
 @pytest.mark.parametrize(
     "change, says",
     [

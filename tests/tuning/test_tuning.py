@@ -238,6 +238,11 @@ def test_tune_writes_the_front_into_the_weights(sgm, tiny_weights, data, tmp_pat
     held = {p["nfe"]: p["value"] for p in found["points"]}
     assert {p.nfe: p.value for p in model.front.points}.items() <= {n: round(v, 3) for n, v in held.items()}.items()
     assert sgm("sample", "--checkpoint", "w.safetensors", "--nfe", 6, "--n", 2).returncode == 0
+    done = sgm("tune", "--at", "3,5", "--checkpoint", "w.safetensors", "--reference", data, *size,
+               "--families", "ddim,ancestral", "--out", "more", "--write", "w.safetensors")  # fmt: skip
+    assert done.returncode == 0 and "no law" not in done.stderr, done.stderr
+    drawn = [int(line.split()[2]) for line in done.stderr.splitlines() if line.startswith("n ")]
+    assert drawn == [3, 3, 5, 5] and len(load_checkpoint(tmp_path / "w.safetensors").front.command.split("; ")) == 2
 
 
 BAD = [
