@@ -16,8 +16,7 @@ from typing import Any
 import sgm_engine
 from sgm_engine.cli.arguments import at_least
 from sgm_engine.cli.console import DONE, bad_input, shown
-from sgm_engine.cli.model import said
-from sgm_engine.cli.plans import described
+from sgm_engine.cli.model import described, said
 
 OPS = {"noise_fill_": "noise_fill", "langevin_update_": "langevin_update", "noise_conditioned_norm": "norm"}
 

@@ -56,6 +56,36 @@ def said(model) -> str:
     )
 
 
+def described(model) -> str:
+    """The front as a table, or what is done without one; and where chains start."""
+    front = getattr(model, "front", None)
+    return f"{front.table() if front is not None else none_came(model)}\nstart: {start_said(model)}"
+
+
+def none_came(model) -> str:
+    from sgm_engine.checkpoints.bundled import plan_for
+    from sgm_engine.checkpoints.good_plan import BY_RULE
+
+    plan = plan_for(model)
+    rule = ", ".join(f"{quality} {nfe}" for quality, nfe in BY_RULE.items())
+    return (
+        f"no front of plans came with these weights: the default is {plan.name} of {plan.nfe} evaluations, --nfe N a "
+        f"second-order sampler by rule, --quality that of {rule}; `sgm tune --write` puts a front into a file"
+    )
+
+
+def start_said(model) -> str:
+    """Where chains start, and whether that was measured or is assumed."""
+    from sgm_engine.checkpoints.good_plan import start_at
+
+    if (law := getattr(model, "law", None)) is not None:
+        return f"from the data's law, which came with the weights: {law}"
+    sigma = float(model.sigmas[0])
+    start = {"start_shift": 0.0, "start_scale": sigma} | start_at(model, sigma)
+    said = f"{start['start_shift']:g} + {start['start_scale']:.6g}·N(0, 1)"
+    return f"{said}, assumed: no law of the data came with the weights"
+
+
 def assumed(model) -> str:
     """What is added to a plan's start where the file does not say how its data are distributed."""
     known = getattr(model, "law", None) is not None or hasattr(model, "start_at")
