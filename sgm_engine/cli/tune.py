@@ -45,6 +45,7 @@ def register(commands) -> None:
     add("--baseline", metavar="PLAN|SAMPLES", help="a plan to beat, or samples of one drawn with --held-out-seed")
     add = p.add_argument_group("search").add_argument
     add("--families", metavar="A,B", help="samplers to try (default: all)")
+    add("--own-levels", action="store_true", help="only plans on the model's levels, which an Engine takes by itself")
     add("--candidates", type=at_least(2), default=48, metavar="N", help="plans to begin with (default: 48)")
     add("--first", type=at_least(2), default=128, metavar="N", help="samples of each, at first (default: 128)")
     add("--last", type=at_least(2), default=1024, metavar="N", help="of the survivors, at last (default: 1024)")
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             say(f"the weights have no law of the data, so that of {training.name} is taken: {model.law}")
         start = partial(start_at, model)
         draw = partial(draw_candidates, engine.sigmas, seed=args.seed, families=families, start=partial(_start, model))
-        draw = partial(draw, between=_between(model))
+        draw = partial(draw, between=not args.own_levels and _between(model))
         if args.at:
             groups = [draw(nfe, max(1, args.candidates // len(args.at)), least=nfe) for nfe in args.at]
         else:
@@ -146,7 +147,8 @@ def _command(args: argparse.Namespace) -> str:
     names = ("budget", "at", "seconds", "families", "candidates", "first", "last", "seed", "held_out_seed", "held_out")
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     values |= {"at": ",".join(map(str, args.at))} if args.at else {}
-    given = [f"--{name.replace('_', '-')} {value}" for name, value in values.items()]
+    given = ["--own-levels"] if args.own_levels else []
+    given += [f"--{name.replace('_', '-')} {value}" for name, value in values.items()]
     return f"sgm tune {' '.join(given)} --precision {args.precision}"
 
 

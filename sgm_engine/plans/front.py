@@ -108,16 +108,15 @@ class Front:
         return min((p for p in self.points if p.nfe <= nfe), key=lambda p: (p.value, p.nfe), default=None)
 
     def named(self, quality: str) -> Point:
-        """draft: the fewest evaluations. best: the lowest value. good: the trade, the fewest evaluations from which no
-        point improves by more than half the width of the interval."""
+        """draft: the fewest evaluations. best: the lowest value. good: the trade, the fewest evaluations whose interval
+        has no other one wholly below it."""
         if quality not in QUALITIES:
             raise ValueError(f"quality must be one of {', '.join(QUALITIES)}, got {quality!r}")
-        best = self.within(self.points[-1].nfe)
         if quality == "best":
-            return best
+            return self.within(self.points[-1].nfe)
         if quality == "draft":
             return self.points[0]
-        return next(p for p in self.points if p.value - best.value <= (p.high - p.low) / 2)
+        return next(p for p in self.points if all(q.high >= p.low for q in self.points))
 
     def on_own_levels(self, levels) -> Front | None:
         """The part of it that keeps to these levels, None where nothing does."""

@@ -23,8 +23,8 @@ VALUES = (
 FIRM = ["--checkpoint", "m.safetensors", "--device", "cpu", "--batch", "2"]
 DRAWN = ["--n", "2", "--steps-per-level", "1", "--step-lr", "1e-5"]
 OF_SAMPLE = (
-    "--ids --seed --checkpoint --config --plan --sampler --nfe --quality --schedule --conditioning --step-lr --convention --eta "
-    "--precision --executor --out --gif --format --shard-size --worker --float8 --actors"
+    "--ids --seed --checkpoint --config --plan --sampler --nfe --quality --schedule --conditioning --step-lr --eta "
+    "--convention --precision --executor --out --gif --format --shard-size --worker --float8 --actors"
 )
 COMMANDS = (
     (["sample", *FIRM, *DRAWN], OF_SAMPLE.split()),

@@ -102,8 +102,8 @@ def test_the_best_within_a_number_and_by_quality():
     f = front(point(5, 20.0), point(6, 9.0), point(10, 7.0), point(20, 7.2), point(40, 6.8))
     assert [f.within(n) and f.within(n).nfe for n in (4, 5, 9, 10, 30, 40, 99)] == [None, 5, 6, 10, 10, 40, 40]
     assert [f.named(q).nfe for q in ("draft", "good", "best")] == [5, 10, 40]
-    assert front(point(5, 20.0), point(10, 7.0), point(40, 6.4)).named("good").nfe == 40  # beyond half the interval
-    assert front(point(5, 20.0), point(10, 7.0, 0.7), point(40, 6.4)).named("good").nfe == 10
+    assert front(point(5, 20.0), point(10, 7.0), point(40, 5.9)).named("good").nfe == 40  # its interval lies below
+    assert front(point(5, 20.0), point(10, 7.0, 0.7), point(40, 5.9)).named("good").nfe == 10
     with pytest.raises(ValueError, match="quality must be one of draft, good, best, got 'fine'"):
         f.named("fine")
 
