@@ -147,6 +147,7 @@ def _command(args: argparse.Namespace) -> str:
     names = ("budget", "at", "seconds", "families", "candidates", "first", "last", "seed", "held_out_seed", "held_out")
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     values |= {"at": ",".join(map(str, args.at))} if args.at else {}
+    values |= {"baseline": Path(args.baseline).name} if args.baseline else {}
     given = ["--own-levels"] if args.own_levels else []
     given += [f"--{name.replace('_', '-')} {value}" for name, value in values.items()]
     return f"sgm tune {' '.join(given)} --precision {args.precision}"
