@@ -3,7 +3,8 @@
 diffusers' UNet2DModel (``pip install 'sgm-engine[integrations]'``) in the configuration of google/ddpm-cifar10-32 and
 in a small one; a U-Net as tutorials write it: a function as activation, an embedding of sines, additive skips; and the
 published networks of sgm_engine.models in the configurations of their papers: DDPM++ and NCSN++ (Song et al. 2021),
-EDM's (Karras et al. 2022), ADM's at 64² (Dhariwal and Nichol 2021) with 128 channels for 192, denoising-diffusion-pytorch's.
+EDM's (Karras et al. 2022), ADM's at 64² (Dhariwal and Nichol 2021) with 128 channels for 192; and
+denoising-diffusion-pytorch's.
 """
 
 from __future__ import annotations
