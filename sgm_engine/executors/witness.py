@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,10 +63,16 @@ class Witness:
         return difference if difference > AGREEMENT[self.network.precision] and not moved else None
 
     def _question(self, n: int) -> tuple[Tensor, Tensor]:
-        """x [n, C, H, W], of which the first image is always the same, and level [n]."""
+        """x [n, C, H, W], of which the first image is always the same but for its scale, and level [n].
+
+        x grows with σ, as states do: a network that divides it by σ would see a constant, and rounding in its norms.
+        """
         network, random = self.network, torch.Generator("cpu").manual_seed(0)
-        x = torch.rand(n, *network.shape, generator=random, dtype=torch.float32, device="cpu") * 2 - 0.5
-        level = torch.full((n,), self.turn % (network.levels or 1), dtype=torch.int64, device=network.device)
+        at, sigmas = self.turn % (network.levels or 1), getattr(network.model, "sigmas", None)
+        known = isinstance(sigmas, (Tensor, np.ndarray, list, tuple)) and np.shape(sigmas) == (network.levels,)
+        scale = max(1.0, float(sigmas[at])) if known else 1.0
+        x = (torch.rand(n, *network.shape, generator=random, dtype=torch.float32, device="cpu") * 2 - 0.5) * scale
+        level = torch.full((n,), at, dtype=torch.int64, device=network.device)
         return x.to(network.device), level
 
     def _asked(self, n: int) -> Tensor:

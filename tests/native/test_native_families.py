@@ -10,6 +10,7 @@ from sgm_engine.executors.native.executor import NativeNetwork
 from sgm_engine.models import score_sde
 from sgm_engine.models.adm import ADMUNet
 from sgm_engine.models.edm_unet import DhariwalUNet, SongUNet
+from sgm_engine.models.lucidrains import Unet
 from sgm_engine.models.unet2d import UNet2D
 from tests.native.layers import relative_error
 
@@ -53,6 +54,7 @@ NETWORKS = {
         ADMUNet(16, 32, 1, (1, 2), (8,), num_heads=2, resblock_updown=True, use_new_attention_order=True), STEPS
     ),
     "ADM, legacy order": lambda: Told(ADMUNet(16, 32, 1, (1, 2), (8,), num_head_channels=16), STEPS),
+    "denoising-diffusion-pytorch": lambda: Told(Unet(16, (1, 2), 3, (False, True), (2, 2), (8, 8), (4, 3)), STEPS),
     "UNet2DModel": lambda: Told(
         UNet2D(16, block_out_channels=(32, 64), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
                up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=8), STEPS),
