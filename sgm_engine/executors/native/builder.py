@@ -55,6 +55,7 @@ class Builder:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
         self.native = _C.NativeExecutor(batch, getattr(_C.Precision, precision))
         self.weights: list[Packed] = []
+        self._synced: dict[int, tuple | None] = {}  # what all tensors held when every weight was last asked
         self.convs: list[int] = []
         self.layers: list[Layer] = []
 
@@ -71,7 +72,12 @@ class Builder:
         states = dict(states or {})
         others = {id(t): t for w in self.weights for t in w.tensors if t is not None and id(t) not in states}
         states |= zip(others, digests(others.values()), strict=True)
-        return sum(w.refresh(states, force) for w in self.weights)
+        if not force and states == self._synced and None not in states.values():
+            return 0
+        self._synced = {}  # if one of them fails, the next time asks each again
+        changed = sum(w.refresh(states, force) for w in self.weights)
+        self._synced = states
+        return changed
 
     def run(self, x: Tensor, level: Tensor, score: Tensor) -> Tensor:
         """One evaluation of x [B, C, H, W] at level [B] into score; all contiguous, nothing checked but the levels."""
