@@ -4,6 +4,7 @@ import copy
 import os
 import random
 import threading
+from itertools import count
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_training_in_another_thread():
         done.set()
 
     thread = threading.Thread(target=train)
-    stream = engine.stream(range(200), plan=PLAN)
+    stream = engine.stream(count(), plan=PLAN)
     drawn = [next(stream)]
     thread.start()
     while not done.is_set():
