@@ -72,7 +72,8 @@ def describe(state: State, path: Path, config: object, image_size: int | None) -
             "holds a UNet2DModel's tensors without its config: load its folder with both config files"
         )
     raise CheckpointError(
-        "holds an EDM network's tensors alone, without its preconditioning and σ_data: load the network-snapshot .pkl"
+        f"holds an {state.family} network's tensors alone, without its preconditioning and σ_data: "
+        "load the network-snapshot .pkl"
     )
 
 

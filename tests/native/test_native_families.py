@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import one_hot
 
 from sgm_engine.executors.native.executor import NativeNetwork
 from sgm_engine.models import score_sde
@@ -12,6 +13,7 @@ from sgm_engine.models.adm import ADMUNet
 from sgm_engine.models.edm_unet import DhariwalUNet, SongUNet
 from sgm_engine.models.lucidrains import Unet
 from sgm_engine.models.unet2d import UNet2D
+from tests.family_files import edm2_network
 from tests.native.layers import relative_error
 
 TIMES, STEPS = torch.tensor([0.9, 0.5, 0.1, 0.05]), torch.tensor([900, 500, 3, 77])
@@ -50,6 +52,8 @@ NETWORKS = {
         SongUNet, embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=(1, 3, 3, 1)
     ),
     "EDM adm": lambda: edm(DhariwalUNet),
+    "EDM2": lambda: Told(edm2_network(img_channels=3), TIMES, one_hot(torch.tensor([3]), 5)),
+    "EDM2, no class": lambda: Told(edm2_network(label_dim=0, channel_mult=(1, 1)), TIMES),
     "ADM, new order": lambda: Told(
         ADMUNet(16, 32, 1, (1, 2), (8,), num_heads=2, resblock_updown=True, use_new_attention_order=True), STEPS
     ),
