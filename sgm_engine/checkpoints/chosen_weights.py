@@ -44,9 +44,12 @@ class Chosen(NamedTuple):
     where: str
 
 
-def choose(content: object, ema: bool | None) -> Chosen | None:
-    """The weights of a known family, None where there is none. ema as of load_checkpoint. Raises CheckpointError."""
-    found = list(_candidates(content))
+def choose(content: object, ema: bool | None, name: str = "") -> Chosen | None:
+    """The weights of a known family, None where there is none. ema as of load_checkpoint. Raises CheckpointError.
+
+    name: of the file, which says it for weights without a name: ema_0.9999_050000.pt.
+    """
+    found = [c._replace(averaged=c.averaged or (not c.where and is_average(name))) for c in _candidates(content)]
     if not found:
         return None
     raw = [c for c in found if not c.averaged]
