@@ -1,6 +1,7 @@
 """``sgm train`` of the diffusion families: a config that names one, to weights that ``sgm sample`` draws from."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_a_family_trains_and_is_drawn_from(sgm, tmp_path, name):
     torch.manual_seed(config.seed)
     before, after = (loss(m.at_sigmas(levels).eval()) for m in (config.model(1, 8).build(), model))
     assert after < 0.95 * before, (before, after)
-    drawn = sgm("sample", "--checkpoint", "run/model.safetensors", "--n", 2, "--nfe", 5, "--out", "x.npz")
+    drawn = sgm("sample", "--checkpoint", "run/model.safetensors", "--n", 2, "--batch", 2, "--nfe", 5, "--out", "x.npz")
     assert drawn.returncode == 0, drawn.stderr
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (2, 8, 8, 1)
 
@@ -97,6 +98,12 @@ def small(**changed):
 def test_a_config_that_cannot_be_had(changed, said):
     with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
         small(**changed).model(1, 8)
+
+
+def test_the_config_of_the_documentation(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text("utf-8")
+    (tmp_path / "doc.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    assert TrainConfig.read(tmp_path / "doc.yaml").model(3, 32).build().shape == (3, 32, 32)
 
 
 def test_levels_of_training():
