@@ -1,13 +1,21 @@
 """Networks of other families as they come, random weights, told by level: module(x [N, C, H, W], level [N]).
 
 diffusers' UNet2DModel (``pip install 'sgm-engine[integrations]'``) in the configuration of google/ddpm-cifar10-32 and
-in a small one, and a U-Net as tutorials write it: a function as activation, an embedding of sines, additive skips.
+in a small one; a U-Net as tutorials write it: a function as activation, an embedding of sines, additive skips; and the
+published networks of sgm_engine.models in the configurations of their papers: DDPM++ and NCSN++ (Song et al. 2021),
+EDM's (Karras et al. 2022), ADM's at 64² (Dhariwal and Nichol 2021) with 128 channels for 192; and
+denoising-diffusion-pytorch's.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from sgm_engine.models.adm import ADMUNet
+from sgm_engine.models.edm_unet import SongUNet
+from sgm_engine.models.lucidrains import Unet
+from sgm_engine.models.score_sde import NCSNpp
 
 TIMESTEPS = torch.arange(900, 0, -100)
 
@@ -76,8 +84,35 @@ class Small(nn.Module):
         return self.last(h + skips[0]) / ((25 ** (2 * t) - 1) / 6.4377516).sqrt()[:, None, None, None]
 
 
+def score_sde(told: Tensor, **options) -> nn.Module:
+    return Told(NCSNpp(128, (1, 2, 2, 2), 4, (16,), 32, **options), told, (3, 32, 32))
+
+
+def lucidrains() -> nn.Module:
+    full, tokens = (False, False, True), (4, 4, 4)
+    return Told(Unet(32, (1, 2, 4), 3, full, (4,) * 3, (32,) * 3, tokens), TIMESTEPS, (3, 32, 32))
+
+
+def adm_64() -> nn.Module:
+    network = ADMUNet(
+        64, 128, 3, (1, 2, 3, 4), (32, 16, 8), num_head_channels=64, resblock_updown=True, use_new_attention_order=True
+    )
+    return Told(network, TIMESTEPS, (3, 64, 64))
+
+
 NETWORKS = {
     "UNet2DModel CIFAR-10": unet2d_cifar10,
     "UNet2DModel 28×28": lambda: unet2d(28, 1, (32, 64, 64), (0, 1, 0), norm_num_groups=8),
     "tutorial U-Net": lambda: Told(Small(), torch.linspace(0.9, 0.1, 9), (1, 28, 28)),
+    "DDPM++": lambda: score_sde(torch.linspace(900, 100, 9)),
+    "NCSN++": lambda: score_sde(
+        torch.linspace(40, 0.1, 9),
+        fir=True,
+        embedding_type="fourier",
+        progressive_input="residual",
+        scale_by_sigma=True,
+    ),
+    "EDM": lambda: Told(SongUNet(32, 3, 3, channel_mult=(2, 2, 2)), torch.linspace(1, -1, 9), (3, 32, 32)),
+    "ADM 64": adm_64,
+    "denoising-diffusion-pytorch": lucidrains,
 }

@@ -115,11 +115,15 @@ def _onnx(model: nn.Module, x: Tensor, level: Tensor) -> bytes:
         import onnx  # noqa: F401
     except ImportError:
         raise Unavailable("needs onnx: pip install 'sgm-engine[peers]'") from None
-    file = BytesIO()
+    file, settings = BytesIO(), {"input_names": ["x", "level"], "opset_version": 18, "verbose": False}
     with torch.no_grad():
-        torch.onnx.export(
-            plain(model), (x, level), file, dynamo=False, input_names=["x", "level"], opset_version=18, verbose=False
-        )
+        try:
+            torch.onnx.export(plain(model), (x, level), file, dynamo=False, **settings)
+        except (
+            torch.onnx.errors.OnnxExporterError
+        ):  # filters that the network makes as it runs; the other needs onnxscript
+            file = BytesIO()
+            torch.onnx.export(plain(model), (x, level), dynamo=True, **settings).save(file)
     return file.getvalue()
 
 

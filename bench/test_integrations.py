@@ -195,24 +195,33 @@ def test_edm_loop(benchmark):
     report(benchmark, "EDM, its first-order loop with churn, a small network", theirs, ours, 1.0)
 
 
-def test_diffusers_pipeline(benchmark):
+NETWORKS = {
+    "of 16 and 32 channels": ((32, (16, 32), ("", "")), {"norm_num_groups": 8, "layers_per_block": 1}, 0.8),
+    "28×28, with attention": ((28, (32, 64, 64), ("", "Attn", "")), {"norm_num_groups": 8}, 2.0),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_diffusers_pipeline(benchmark, network):
+    """Ten evaluations of its network in its loop, against ours: DDPMPipeline / PlanPipeline."""
     diffusers = pytest.importorskip("diffusers", reason="pip install 'sgm-engine[integrations]'")
     from sgm_engine.integrations.diffusers import PlanPipeline, PlanScheduler
 
     torch.manual_seed(0)
+    (size, widths, kinds), options, floor = NETWORKS[network]
+    down, up = ([f"{kind}{way}Block2D" for kind in kinds] for way in ("Down", "Up"))
     unet = diffusers.UNet2DModel(
-        32, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-    ).eval()  # fmt: skip
+        size, block_out_channels=widths, down_block_types=down, up_block_types=up[::-1], **options
+    ).eval()
     theirs, ours = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()), PlanPipeline(unet, PlanScheduler())
     for pipe in (theirs, ours):
         pipe.set_progress_bar_config(disable=True)
     report(
         benchmark,
-        "diffusers, DDPMPipeline, UNet2DModel of 16 and 32 channels",
+        f"diffusers, DDPMPipeline, UNet2DModel {network}",
         lambda: theirs(4, num_inference_steps=10, output_type="pt"),
         lambda: ours(4, num_inference_steps=10, output_type="pt"),
-        0.8,
+        floor,
     )
 
 

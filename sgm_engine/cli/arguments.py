@@ -91,6 +91,7 @@ def add_weights(add: Callable) -> None:
     add("--config", metavar="PATH", help="what came with them: config.yml, score_sde's config .py, ADM's flags")
     add("--image-size", type=at_least(1), metavar="N", help="in pixels, where neither weights nor config say it")
     add("--class-labels", type=at_least(0), metavar="N", help="the class to draw, of a network with classes")
+    add("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)")
 
 
 def add_precision(add: Callable) -> None:

@@ -28,9 +28,13 @@ def load_model(args: argparse.Namespace):
     """The module that --checkpoint and --config name, drawing the class that --class-labels names."""
     from sgm_engine.checkpoints.checkpoint import load_checkpoint
 
-    named = {"image_size": args.image_size, "class_labels": args.class_labels}
-    options = {name: value for name, value in named.items() if value is not None}
-    return load_checkpoint(weights_path(args), args.config, **options)
+    return load_checkpoint(weights_path(args), args.config, **how_to_load(args))
+
+
+def how_to_load(args: argparse.Namespace) -> dict[str, object]:
+    """Options of load_checkpoint that were given."""
+    named = {name: getattr(args, name) for name in ("image_size", "class_labels", "ema")}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def weights_path(args: argparse.Namespace) -> Path:

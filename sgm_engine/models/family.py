@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from sgm_engine.models import preconditioning
 from sgm_engine.models.adm import ADMUNet
+from sgm_engine.models.edm2_unet import EDM2UNet
 from sgm_engine.models.edm_unet import DhariwalUNet, SongUNet
 from sgm_engine.models.lucidrains import Unet
 from sgm_engine.models.score_model import checked_score
@@ -27,8 +28,8 @@ from sgm_engine.plans.front import Front
 from sgm_engine.plans.law import DataLaw
 from sgm_engine.plans.schedule import check_sigmas, karras
 
-NETWORKS = {cls.__name__: cls for cls in (NCSNpp, SongUNet, DhariwalUNet, ADMUNet, UNet2D, Unet)}
-ONE_HOT = (SongUNet, DhariwalUNet)
+NETWORKS = {cls.__name__: cls for cls in (NCSNpp, SongUNet, DhariwalUNet, EDM2UNet, ADMUNet, UNet2D, Unet)}
+ONE_HOT = (SongUNet, DhariwalUNet, EDM2UNet)
 MAX_CHANNELS, MAX_SIZE = 1024, 8192
 ENOUGH = 300.0  # where few steps begin at most: of a cosine schedule the last level is σ 20,000, all noise
 
@@ -201,7 +202,10 @@ class FamilyModel(nn.Module):
         return found
 
     def start_at(self, sigma: float) -> dict[str, float]:
-        """The law of a first state at noise ``sigma``, as options of a plan: around the middle of y's range, 0."""
+        """The law of a first state at noise ``sigma``, as options of a plan: that of the data where it came with the
+        weights, else around the middle of y's range, 0."""
+        if self.law is not None:
+            return self.law.start(sigma)
         scheme, scale = self.config.preconditioning, sigma * self.span
         if scheme["name"] in ("vp", "sub_vp", "ddpm"):
             scale = math.hypot(1, scale)

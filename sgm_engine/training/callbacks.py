@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sgm_engine.checks import check_int
 from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import SampleDiverged
+from sgm_engine.models.family import FamilyModel
 from sgm_engine.outputs.images import grid, save_png, to_uint8
 from sgm_engine.plans.plan import Plan
 from sgm_engine.training.module import weights_dtype
@@ -93,10 +94,10 @@ class SampleGrid(Callback):
         if weights_dtype(network) != torch.float32:
             network = self._in_float32(network, getattr(pl_module, "sigmas", None))
         with evaluating(network):
-            if self.engine is None or self.engine.model is not network:
+            if self.engine is None or _weights(self.engine.model) is not _weights(network):
                 on_gpu = pl_module.device.type == "cuda"
                 batch = min(self.n, 128 if on_gpu else 16)
-                self.engine = Engine(network, **{"batch": batch} | self.engine_options)
+                self.engine = Engine(_drawing(network), **{"batch": batch} | self.engine_options)
             try:
                 x = self.engine.sample(self.n, self.seed, self.plan)
             except SampleDiverged as error:  # an early network may well; what is finite is worth a look
@@ -123,6 +124,16 @@ class SampleGrid(Callback):
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_image"):  # TensorBoard
                 logger.experiment.add_image("samples", image, trainer.global_step, dataformats="HWC")
+
+
+def _drawing(network: nn.Module) -> nn.Module:
+    """A network of a diffusion family, which trains at many levels, at the few of its plan; the weights are shared."""
+    return network.at_sigmas(network.config.sigmas) if isinstance(network, FamilyModel) else network
+
+
+def _weights(network: nn.Module) -> nn.Module:
+    """What holds the weights: FamilyModels of several levels may share it."""
+    return network.network if isinstance(network, FamilyModel) else network
 
 
 @contextmanager

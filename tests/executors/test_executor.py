@@ -31,6 +31,24 @@ def test_a_step_reads_nothing_back(net, model):
     assert names[0].startswith("aten.index_select") and names[-1].startswith("sgm_engine.langevin_update_")
 
 
+def test_a_model_is_asked_about_states_of_its_levels():
+    """One that divides its input by σ sees numbers of order 1, not the rounding of a constant."""
+    sigmas, seen = torch.tensor([150.0, 1.0]), []
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("sigmas", sigmas)
+
+        def forward(self, x, level):
+            seen.append((x.detach().abs().amax((1, 2, 3)) / self.sigmas[level]).tolist())
+            return -x / self.sigmas[level][:, None, None, None] ** 2
+
+    for _ in range(2):
+        Engine(Scaled(), 2, shape=SHAPE, executor="eager").sample(1, plan=annealed_langevin([150.0, 1.0]))
+    assert seen[:2] == [[pytest.approx(1.5, rel=0.2)], [pytest.approx(1.5, rel=0.2)] * 2]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_cannot_be_had_is_refused(net):
     with pytest.raises(ValueError, match="executor='graph' needs a CUDA device, got cpu"):

@@ -92,6 +92,25 @@ def linear_attention(m, h, level):
     return rearrange(out, "b h c (x y) -> b (h c) x y", x=h.shape[2])
 
 
+def _of_heads(m, h):
+    n, c, height, width = h.shape
+    return m.qkv(h).reshape(n, 3, 2, c // 2, height * width).transpose(3, 4).unbind(1)
+
+
+def remembered_attention(m, h, level):
+    """Constant keys and values before the pixels'; torch.sdpa scales keys that hold both."""
+    (q, k, v), memory = _of_heads(m, h), m.memory.transpose(2, 3).unsqueeze(1).expand(-1, len(h), -1, -1, -1)
+    k, v = torch.cat((memory[0], k), dim=2), torch.cat((memory[1], v), dim=2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(h.shape)
+
+
+def scaled_before_it_remembers(m, h, level):
+    """Of keys and values that are scaled alone, the constants before them are not."""
+    (q, k, v), memory = _of_heads(m, h), m.memory.transpose(2, 3).unsqueeze(1).expand(-1, len(h), -1, -1, -1)
+    k, v = torch.cat((memory[0], 0.3 * k), dim=2), torch.cat((memory[1], 2 * v), dim=2)
+    return ((q @ k.transpose(2, 3)).softmax(-1) @ (0.5 * v)).transpose(2, 3).reshape(h.shape)
+
+
 def space_to_depth(m, h, level):
     from einops import rearrange
 
@@ -197,6 +216,7 @@ def magnitude_preserving(m, h, level):
 
 MIDDLES = [
     einsum_over_pixels, heads_outside, heads_interleaved, linear_layers, transformer, linear_attention,
+    remembered_attention, scaled_before_it_remembers,
     space_to_depth, by_reshape, filtered, channel_norms, in_place, borders, sinusoids_in_place, by_shape,
     weights_normalised, transposed, maxima_and_bilinear, told_at_every_pixel,
     magnitude_preserving,

@@ -55,6 +55,17 @@ def test_however_it_is_written(isa, middle):
     assert relative_error(run(x, level), want) < 5e-6
 
 
+@torch.no_grad()
+def test_a_last_layer_that_grows_the_image(isa):
+    """A transposed convolution of stride 1 is one with a wider border, and the last layer as any other."""
+    model = Around(lambda m, h, level: 0).eval()
+    model.first, model.last = nn.Conv2d(3, 16, 3), nn.ConvTranspose2d(16, 3, 3)
+    x, level = inputs()
+    native = NativeNetwork(model, 2, 8, 8, channels=3, levels=4)
+    assert len(native.graph.convs) == 2
+    assert relative_error(native(x, level), exact(model, x, level)) < 1e-6
+
+
 # Casts of their own, so that float64 is none.
 MAKES_FLOAT32 = {
     "filtered", "in_place", "sinusoids_in_place", "heads_outside", "heads_interleaved", "channel_norms",

@@ -10,6 +10,7 @@
 namespace sgm::SGM_ISA::executor {
 
 constexpr int kKeys = kRegisters == 32 ? 8 : 4;      // that meet a block at once
+constexpr int kChannels = kRegisters == 32 ? 4 : 2;  // whose sums run side by side: one waits for its last product
 constexpr int kQueryBlock = kQueryVectors * kWidth;
 constexpr int kKeyTile = 256;                        // keys whose values are summed before they join the others
 constexpr float kSmallScore = 60.f;                  // 2^60 · keys · values stay far inside a float, and so does 2^−60
@@ -29,10 +30,9 @@ struct HeadLayout {
   }
 };
 
-// 2^x for |x| < 126, of x below −126 what 2^−126 is (Cephes exp2f; the exponent is added to the bits of the float).
+// 2^x for |x| < 126 (Cephes exp2f; the exponent is added to the bits of the float).
 SGM_INLINE Vec exp2_bounded(Vec x) {
-  const Vec held = x < -126.f ? splat(-126.f) : x, rounded = held + 12582912.f;  // 1.5·2²³: the integer lies in the low bits
-  const Vec f = held - (rounded - 12582912.f);
+  const Vec rounded = x + 12582912.f, f = x - (rounded - 12582912.f);  // 1.5·2²³: the integer lies in the low bits
   Vec p = f * 1.535336188e-4f + 1.339887440e-3f;
   p = p * f + 9.618437357e-3f;
   p = p * f + 5.550332471e-2f;
@@ -103,24 +103,50 @@ struct QueryBlock {
     }
   }
 
-  // part += Σ 2^(score − high)·value over up to kKeys keys, and their weights to `total`.
-  void meet(int first, const Vec (&high)[kVectors], Vec (&total)[kVectors]) const {
+  template <int kCount>
+  SGM_INLINE void add_values(float* part, const float* const (&values)[kKeys], int c, const Vec (&weight)[kKeys][kVectors]) {
+    Vec sum[kCount][kVectors];
+    SGM_UNROLL for (int d = 0; d < kCount; d++) SGM_UNROLL for (int j = 0; j < kVectors; j++)
+        sum[d][j] = load(part + d * kLanes + j * kWidth);
+    SGM_UNROLL for (int i = 0; i < kKeys; i++) SGM_UNROLL for (int d = 0; d < kCount; d++) {
+      const float v = values[i][c + d];
+      SGM_UNROLL for (int j = 0; j < kVectors; j++) sum[d][j] += weight[i][j] * v;
+    }
+    SGM_UNROLL for (int d = 0; d < kCount; d++) SGM_UNROLL for (int j = 0; j < kVectors; j++)
+        store(part + d * kLanes + j * kWidth, sum[d][j]);
+  }
+
+  // part += Σ 2^(score − high)·value over kKeys keys, or the first `count` of them, and their weights to `total`. Small
+  // scores have high = 0; of others those below −126 weigh what 2^−126 is.
+  template <bool kSmall, bool kFull>
+  SGM_INLINE void meet(const QueryBlock& block, int first, int count, const Vec (&high)[kVectors], Vec (&total)[kVectors]) {
     const float *keys[kKeys], *values[kKeys];
     Vec weight[kKeys][kVectors];
-    rows(0, first, keys), rows(1, first, values);
-    scores(*this, keys, weight);
+    block.rows(0, first, keys), block.rows(1, first, values);
+    scores(block, keys, weight);
     SGM_UNROLL for (int i = 0; i < kKeys; i++) SGM_UNROLL for (int j = 0; j < kVectors; j++) {
-      weight[i][j] = first + i < at.keys ? exp2_bounded(weight[i][j] - high[j]) : Vec{};
+      Vec x = weight[i][j];
+      if (!kSmall) x -= high[j], x = x < -126.f ? splat(-126.f) : x;
+      weight[i][j] = kFull || i < count ? exp2_bounded(x) : Vec{};
       total[j] += weight[i][j];
     }
-    for (int c = 0; c < at.heads.size; c++) {
-      Vec sum[kVectors];
-      SGM_UNROLL for (int j = 0; j < kVectors; j++) sum[j] = load(part + c * kLanes + j * kWidth);
-      SGM_UNROLL for (int i = 0; i < kKeys; i++) {
-        const float v = values[i][c];
-        SGM_UNROLL for (int j = 0; j < kVectors; j++) sum[j] += weight[i][j] * v;
-      }
-      SGM_UNROLL for (int j = 0; j < kVectors; j++) store(part + c * kLanes + j * kWidth, sum[j]);
+    int c = 0;
+    for (; c + kChannels <= block.at.heads.size; c += kChannels) add_values<kChannels>(block.part + c * kLanes, values, c, weight);
+    for (; c < block.at.heads.size; c++) add_values<1>(block.part + c * kLanes, values, c, weight);
+  }
+
+  // sums and total over all keys, a tile at a time.
+  template <bool kSmall>
+  void meet_all(const Vec (&high)[kVectors], Vec (&total)[kVectors]) const {
+    const int size = at.heads.size * kLanes;
+    for (int tile = 0; tile < at.keys; tile += kKeyTile) {
+      const int end = least(tile + kKeyTile, at.keys), whole = end - end % kKeys;
+      Vec of_tile[kVectors] = {};
+      memset(part, 0, size * sizeof(float));
+      for (int key = tile; key < whole; key += kKeys) meet<kSmall, true>(*this, key, kKeys, high, of_tile);
+      if (whole < end) meet<kSmall, false>(*this, whole, end - whole, high, of_tile);
+      for (int i = 0; i < size; i += kWidth) store(sums + i, load(sums + i) + load(part + i));
+      SGM_UNROLL for (int j = 0; j < kVectors; j++) total[j] += of_tile[j];
     }
   }
 
@@ -129,15 +155,9 @@ struct QueryBlock {
     const int size = at.heads.size * kLanes;
     read_queries(first, rows);
     Vec high[kVectors] = {}, total[kVectors] = {};
-    if (!is_small(greatest)) find_highest(high);
     memset(sums, 0, size * sizeof(float));
-    for (int tile = 0; tile < at.keys; tile += kKeyTile) {
-      Vec of_tile[kVectors] = {};
-      memset(part, 0, size * sizeof(float));
-      for (int key = tile; key < least(tile + kKeyTile, at.keys); key += kKeys) meet(key, high, of_tile);
-      for (int i = 0; i < size; i += kWidth) store(sums + i, load(sums + i) + load(part + i));
-      SGM_UNROLL for (int j = 0; j < kVectors; j++) total[j] += of_tile[j];
-    }
+    if (is_small(greatest)) meet_all<true>(high, total);
+    else find_highest(high), meet_all<false>(high, total);
     for (int c = 0; c < at.heads.size; c++)
       SGM_UNROLL for (int j = 0; j < kVectors; j++) {
         float* const mean = sums + c * kLanes + j * kWidth;

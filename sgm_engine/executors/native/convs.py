@@ -221,7 +221,9 @@ def _constant(walk: Walk, ref: Ref, image: View, dim: int) -> View:
 
 
 def _remembered(walk: Walk, memory: Ref, view: View, dim: int) -> View:
-    """A constant before the pixels of keys or values."""
+    """A constant before the pixels of keys or values, whose gain so far is none of the constant's."""
+    if view.gain != 1:
+        view = replace(view, form=walk.forms.scaled(view.form, view.gain), gain=1.0)
     dim = normal(dim, len(view.dims))
     total = walk.recording.shape(memory)[dim] + sizes(view.dims)[dim]
     if not only(view.dims[dim], "h") and names(view.dims[dim]) != "hw":

@@ -124,9 +124,9 @@ class Forms:
         free = isinstance(form, Conv) and not form.add and form.kernel.groups == 1 and not self.is_made(form)
         if free and (not form.shared or len(channels) <= form.shape[0] // 2):
             return Conv(form.read, form.kernel.rearranged(channels), shape)
-        x, first = self.value(form), channels[0]
+        x, first, emit = self.value(form), channels[0], self.graph.slice  # self keeps the layer: no circle
         if channels == list(range(first, first + len(channels))):
-            return Layer(shape, lambda add: self.graph.slice(x, first, len(channels), add))
+            return Layer(shape, lambda add: emit(x, first, len(channels), add))
         return self.conv(Read(x), identity(form.shape[0]).rearranged(channels))
 
     def settled(self, view: View) -> View:

@@ -122,7 +122,7 @@ class View:
 
 def is_plain(kernel: Kernel) -> bool:
     """Whether it may be the network's last."""
-    return (kernel.stride, kernel.up, kernel.groups) == (1, 1, 1) and kernel.output(9, 9) == (9, 9)
+    return (kernel.stride, kernel.up, kernel.groups) == (1, 1, 1)
 
 
 def identity(channels: int) -> Kernel:

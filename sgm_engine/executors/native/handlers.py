@@ -93,9 +93,9 @@ def _by_moment(walk: Walk, i: int, a: object, b: object, divides: bool) -> View:
 
 
 def _scaled(walk: Walk, i: int, a: Ref, view: View, number: float) -> View:
-    """number · view: within the convolution, if it is all that reads it."""
+    """number · view: within the convolution, if it is all that reads it, and all there is of the view."""
     form = view.form
-    if isinstance(form, Conv) and len(walk.users[a.node]) == 1 and not walk.forms.is_made(form):
+    if isinstance(form, Conv) and view.memory is None and len(walk.users[a.node]) == 1 and not walk.forms.is_made(form):
         form = replace(walk.forms.scaled(replace(form, shared=False), number * view.gain), shared=form.shared)
         return replace(view, form=form, gain=1.0)
     return replace(view, gain=view.gain * number)
