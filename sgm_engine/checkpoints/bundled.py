@@ -48,7 +48,7 @@ def plan_for(model: nn.Module, name: str | None = None, **options) -> plans.Plan
     """
     front = getattr(model, "front", None)
     if front is not None and name is None and not options and (own := front.on_own_levels(model.sigmas)) is not None:
-        return own.named("good").plan(model.sigmas, partial(start_at, model)).on_levels(model.sigmas)
+        return own.named("good").plan(partial(start_at, model)).on_levels(model.sigmas)
     recommended = dict(getattr(model, "plan", None) or {})
     own_name = recommended.pop("name", "annealed_langevin")
     name = name or own_name

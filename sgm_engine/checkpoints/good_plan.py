@@ -56,7 +56,7 @@ def good_plan(model, nfe: int | None = None, quality: str | None = None, between
     levels = check_sigmas(model.sigmas if sigmas is None else sigmas)
     point = _point(getattr(model, "front", None), levels, nfe, quality, between)
     if point is not None:
-        plan = point.plan(levels, partial(start_at, model))
+        plan = point.plan(partial(start_at, model))
     else:
         plan = plan_by_rule(model, nfe or BY_RULE[quality], levels, between)
     return plan if between else plan.on_levels(levels)
@@ -99,9 +99,10 @@ def sampler_plan(model, name: str, nfe: int, schedule: str | None = None, **opti
 def good_sampler(model, nfe: int) -> str:
     """The sampler that the weights recommend, where it takes that many evaluations; else one of second order.
 
-    Below 20 evaluations the probability flow's DPM-Solver++(2M), from there on that of the diffusion, with noise.
+    With few evaluations the probability flow's DPM-Solver++(2M), then that of the diffusion, whose noise mends what the
+    network gets wrong: from 20 evaluations on, of networks of discrete levels from 8 on.
     """
     own = (getattr(model, "plan", None) or {}).get("name")
     if own == "heun":
         return "heun" if nfe % 2 and nfe > 2 else "dpm_solver_2m"
-    return "sde_dpm_solver_2m" if nfe >= 20 else "dpm_solver_2m"
+    return "sde_dpm_solver_2m" if nfe >= (20 if hasattr(model, "levels") else 8) else "dpm_solver_2m"

@@ -42,7 +42,7 @@ def take_notes(model: nn.Module, metadata: Mapping[str, str]) -> None:
         if FRONT in metadata:
             front = Front.from_json(metadata[FRONT])
             for point in front.points:
-                point.plan(model.sigmas, partial(start_at, model))
+                point.plan(partial(start_at, model))
             model.front = front
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise CheckpointError(f"has a bad {what} in its metadata: {short(error)}") from None

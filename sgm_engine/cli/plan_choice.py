@@ -45,8 +45,9 @@ def as_begun(model: nn.Module, args: argparse.Namespace, begun: Plan) -> tuple[n
     if not few and not args.plan:
         meant.append((model, plan_for(model, (getattr(model, "plan", None) or {}).get("name", "annealed_langevin"))))
     if few.keys() == {"nfe"}:
-        plan = sampler_plan(model, good_sampler(model, args.nfe), args.nfe, **_given(args, PLAN_OPTIONS))
-        meant.append(_conditioned(model, plan, args.conditioning))
+        for name in dict.fromkeys((good_sampler(model, args.nfe), "dpm_solver_2m")):
+            plan = sampler_plan(model, name, args.nfe, **_given(args, PLAN_OPTIONS))
+            meant.append(_conditioned(model, plan, args.conditioning))
     law = {name: getattr(begun, name) for name in ("start", "start_scale", "start_shift")}
     same = (conditioned for conditioned, plan in meant if replace(plan, **law) == begun)
     return next(((conditioned, begun) for conditioned in same), found)

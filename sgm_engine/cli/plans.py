@@ -18,6 +18,9 @@ def register(commands) -> None:
     )
     p.add_argument("--config", metavar="PATH", help="what came with it")
     p.add_argument("--image-size", type=at_least(1), metavar="N", help="in pixels, where neither says it")
+    p.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)"
+    )
     p.add_argument("--picture", metavar="FILE.png", help="draw it there as well: evaluations against quality")
     p.add_argument("--json", action="store_true", help="for programs")
     p.set_defaults(run=plans, class_labels=None)

@@ -23,14 +23,14 @@ Start = Callable[[float], Mapping[str, object]]  # σ → where chains begin at 
 QUALITIES = ("draft", "good", "best")
 TEXTS = ("measure", "reference", "features", "precision", "command")
 ALIKE = ("measure", "reference", "features", "precision", "n", "seed")
-MAX_POINTS, MAX_NFE, BAR = 64, 10_000, 24
+MAX_POINTS, MAX_NFE, MAX_TEXT, BAR = 64, 10_000, 100_000, 24
 OWN = 1e-5  # of log σ: what float32 makes of a level
 
 
 @dataclass(frozen=True)
 class Point:
-    """recipe: {"name": a sampler, "sigmas": [L], left out where they are the model's levels, and its options}.
-    value: measured, lower is better, with its 95% interval. ValueError names what is wrong."""
+    """recipe: {"name": a sampler, "sigmas": [L], descending, and its options}. value: measured, lower is better, with
+    its 95% interval. ValueError names what is wrong."""
 
     nfe: int
     value: float
@@ -46,21 +46,24 @@ class Point:
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         if not isinstance(self.recipe, Mapping) or self.recipe.get("name") not in SAMPLERS:
             raise ValueError(f"a plan's name must be one of {', '.join(SAMPLERS)}, got {self.recipe!r:.60}")
+        if not isinstance(self.recipe.get("sigmas"), list):
+            raise ValueError(f"a plan's sigmas must be a list of numbers, got {self.recipe.get('sigmas')!r:.60}")
         known = {"name", "sigmas", *_options_of(self.recipe["name"])}
         if unknown := sorted(map(str, self.recipe.keys() - known)):
             raise ValueError(f"a plan of {self.recipe['name']} takes no {', '.join(unknown)}")
 
-    def sigmas(self, levels) -> np.ndarray:
-        return check_sigmas(self.recipe.get("sigmas", levels))
+    @property
+    def sigmas(self) -> np.ndarray:
+        return check_sigmas(self.recipe["sigmas"])
 
     def on_own_levels(self, levels) -> bool:
         """Whether its sigmas are among these levels [L]."""
-        sigmas, levels = self.sigmas(levels), check_sigmas(levels)
+        sigmas, levels = self.sigmas, check_sigmas(levels)
         return bool(np.abs(np.log(sigmas / levels[nearest_level(sigmas, levels)])).max() < OWN)
 
-    def plan(self, levels, start: Start) -> Plan:
-        """The plan for a model with these levels [L]. ValueError if it has another number of rows than ``nfe``."""
-        sigmas, options = self.sigmas(levels), {k: v for k, v in self.recipe.items() if k not in ("name", "sigmas")}
+    def plan(self, start: Start) -> Plan:
+        """The plan, its rows at its own sigmas. ValueError if it has another number of rows than ``nfe``."""
+        sigmas, options = self.sigmas, {k: v for k, v in self.recipe.items() if k not in ("name", "sigmas")}
         name = self.recipe["name"]
         if levels_of_nfe(name, self.nfe, options) != len(sigmas):
             raise ValueError(f"{name} of {len(sigmas)} sigmas does not take nfe = {self.nfe} evaluations")
@@ -68,11 +71,11 @@ class Point:
 
     def words(self) -> str:
         """The plan in a few words."""
-        name, sigmas = self.recipe["name"], self.recipe.get("sigmas")
-        where = "" if sigmas is None else f"{len(sigmas)} σ {sigmas[0]:.3g} → {sigmas[-1]:.3g}"
+        name, sigmas = self.recipe["name"], self.sigmas
+        where = f"{len(sigmas)} σ {sigmas[0]:.3g} → {sigmas[-1]:.3g}"
         shown = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.recipe.items()
                  if k not in ("name", "sigmas"))  # fmt: skip
-        return f"{name}: {', '.join(filter(None, [where, *shown]))}".removesuffix(": ")
+        return f"{name}: {', '.join([where, *shown])}"
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,9 @@ class Front:
             raise ValueError(f"a front's points must be of rising evaluations, got {rows}")
         for name in TEXTS:
             text = getattr(self, name)
-            if not isinstance(text, str) or not text.isprintable() or len(text) > 1000:
-                raise ValueError(f"{name} must be at most 1000 characters that can be printed, got {text!r:.60}")
+            if not isinstance(text, str) or not text.isprintable() or len(text) > MAX_TEXT:
+                most = f"at most {MAX_TEXT:,} characters"
+                raise ValueError(f"{name} must be {most} that can be printed, got {text!r:.60}")
         for name in ("n", "seed"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be an integer >= 0, got {getattr(self, name)!r}")
@@ -172,23 +176,22 @@ class Front:
 
 
 def recipe_of(plan: Plan, levels, start: Start) -> dict[str, object]:
-    """The recipe that makes ``plan`` for a model with these levels [L], where chains begin at ``start``.
+    """The recipe that makes ``plan``, where chains begin at ``start``.
 
-    plan.metadata["path"]: the sigmas that it was made from, where they are not the levels. ValueError: no sampler with
-    the options that the plan names makes it.
+    plan.metadata["path"]: the sigmas that it was made from; without it the model's levels [L]. ValueError: no sampler
+    with the options that the plan names makes it.
     """
     if plan.name not in SAMPLERS:
         raise ValueError(f"{plan.name} is the name of no sampler, so the plan cannot travel as one")
     known = set(_options_of(plan.name)) - {"start", "start_scale", "start_shift"}
     recipe = {"name": plan.name} | {k: v for k, v in plan.metadata.items() if k in known and v is not None}
-    if "path" in plan.metadata:
-        recipe["sigmas"] = list(plan.metadata["path"])
+    recipe["sigmas"] = check_sigmas(plan.metadata.get("path", levels)).tolist()
     own = {"start_scale": plan.start_scale, "start_shift": plan.start_shift}
     own |= {"start": plan.start} if plan.name == "annealed_langevin" else {}
     for extra in ({}, own):  # the law's start, or the plan's own
         point = Point(plan.nfe, 0.0, 0.0, 0.0, recipe | extra)
         try:
-            made = point.plan(levels, start)
+            made = point.plan(start)
         except ValueError:
             break
         if np.array_equal(_table(made), _table(plan)) and _law(made) == _law(plan):

@@ -22,7 +22,8 @@ from sgm_engine.plans.samplers import dpm_solver_2m, sde_dpm_solver_2m
 from sgm_engine.plans.schedule import karras
 
 LAW = DataLaw(np.linspace(0, 0.5, 64).reshape(1, 8, 8).round(3), 0.25)
-TWO, THREE = {"name": "ddim", "sigmas": [1.0, 0.1]}, {"name": "sde_dpm_solver_2m"}
+LEVELS = np.float32([1.0, 0.3, 0.1]).tolist()
+TWO, THREE = {"name": "ddim", "sigmas": [1.0, 0.1]}, {"name": "sde_dpm_solver_2m", "sigmas": LEVELS}
 FIVE = {"name": "dpm_solver_2m", "sigmas": karras(1, 0.1, 5).tolist()}
 
 
@@ -113,6 +114,9 @@ def test_the_default_is_the_trade_and_the_config_is_one_argument_away(model):
     assert np.array_equal(plan_for(model, "ddim").start_shift, LAW.mean)
     model.front = front(FRONT.points[2])  # between the levels only: not for an engine of the model itself
     assert plan_for(model).name == "annealed_langevin"
+    model.front = front(*FRONT.points[:2])
+    other = at_sigmas(model, [1.0, 0.1])  # of the front what its levels hold
+    assert plan_for(other).nfe == 2 and Engine(other, 2).sample(1).isfinite().all()
     model.front = None
     assert plan_for(model).name == "annealed_langevin"
 
@@ -137,13 +141,13 @@ def test_a_number_or_a_quality_takes_the_best_of_the_front(model):
 
 def test_without_a_front_a_rule_serves(model):
     model.front = None
-    plan = good_plan(model, 10)
-    assert (plan.name, plan.nfe) == ("dpm_solver_2m", 10) and np.array_equal(plan.start_shift, LAW.mean)
+    plan = good_plan(model, 7)
+    assert (plan.name, plan.nfe) == ("dpm_solver_2m", 7) and np.array_equal(plan.start_shift, LAW.mean)
     assert good_plan(model, quality="good").name == "sde_dpm_solver_2m"
     own = good_plan(model, 10, between=False)
     assert own.nfe == 3 and np.array_equal(own.sigma, np.float64(model.sigmas))
     assert Engine(lambda x, level: -x, 2, sigmas=[1.0, 0.3, 0.1], shape=(1, 4, 4)).sample(1, nfe=2).shape[0] == 1
-    assert conditioned(model, plan)[1].nfe == 10
+    assert conditioned(model, plan)[1].nfe == 7 and good_plan(model, 10).name == "sde_dpm_solver_2m"
 
 
 def test_an_engine_takes_them(model):

@@ -98,6 +98,15 @@ def test_a_job_goes_on_with_the_plan_that_it_was_begun_with(sgm, weights, tiny_w
     assert done.returncode == 2 and "job holds another job:" in done.stderr and "plan was" in done.stderr
 
 
+def test_a_job_of_the_rule_as_it_was_goes_on(sgm, tiny_weights, tmp_path):
+    """--nfe 9 alone meant DPM-Solver++(2M)."""
+    job = ("sample", "--checkpoint", tiny_weights, *SMALL, "--out", "job/")
+    assert sgm(*job, "--sampler", "dpm_solver_2m", "--nfe", 9).returncode == 0
+    done = sgm(*job, "--nfe", 9)
+    assert done.returncode == 0 and "found: 1 shards" in done.stdout and "dpm_solver_2m" in done.stdout, done.stderr
+    assert sgm(*job[:-1], "new/", "--nfe", 9).stdout.count("sde_dpm_solver_2m") == 1
+
+
 def test_a_plan_file_is_what_it_says_in_a_job_too(sgm, weights, tmp_path):
     """It is complete, its start too: another start is another job."""
     from sgm_engine.plans.samplers import sde_dpm_solver_2m
