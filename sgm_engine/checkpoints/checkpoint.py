@@ -72,6 +72,7 @@ def load_checkpoint(
     ema: bool | None = None,
     sha256: str | None = None,
     class_labels: int | None = None,
+    data_range: tuple[float, float] | None = None,
 ) -> nn.Module:
     """The network of a checkpoint, float32, on the CPU, in evaluation mode; ``.config`` and ``.plan`` describe it.
 
@@ -86,6 +87,8 @@ def load_checkpoint(
             1].
     ema: the averaged weights: None takes them where there are any, True insists, False refuses them.
     sha256: hexadecimal digest that the file must have. class_labels: the class of the samples, where there are classes.
+    data_range: (low, high) of what the network was trained on, where the file does not say it or says it wrongly: the
+        samples of an NCSN are then of that range, those of a diffusion family in [0, 1] as ever.
 
     Raises CheckpointError (a ValueError): one line with the path, the reason and the remedy. Memory stays below twice
     the file plus 500 MB. Nothing in a file is ever executed.
@@ -107,6 +110,8 @@ def load_checkpoint(
                 sigmas = None
             if class_labels is not None:
                 own_config = _with_class(own_config, class_labels)
+            if data_range is not None:
+                own_config = _with_range(own_config, data_range)
             size = path.stat().st_size if path.is_file() else None
             model = _fill(own_config, state, size)
             return model if sigmas is None else model.at_sigmas(sigmas)
@@ -166,6 +171,15 @@ def _with_class(config, class_labels: int):
         raise CheckpointError(f"has no classes, so class_labels {class_labels} means nothing")
     try:
         return dataclasses.replace(config, class_label=class_labels)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _with_range(config, data_range: tuple[float, float]):
+    if isinstance(config, CDMConfig):
+        raise CheckpointError(f"is a CDM of data in [0, 1], so data_range {tuple(data_range)} means nothing")
+    try:
+        return dataclasses.replace(config, data_range=data_range)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
 

@@ -89,6 +89,8 @@ def add_weights(add: Callable) -> None:
         help="weights: a file of any family, a diffusers folder, hf:owner/name (default: bundled, MNIST)")  # fmt: skip
     add("--config", metavar="PATH", help="what came with them: config.yml, score_sde's config .py, ADM's flags")
     add("--image-size", type=at_least(1), metavar="N", help="in pixels, where neither weights nor config say it")
+    add("--data-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="of the data that the network was trained on, where the file does not say it: -1 1")  # fmt: skip
     add("--class-labels", type=at_least(0), metavar="N", help="the class to draw, of a network with classes")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,9 +67,10 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             check_writable(Path(args.json))
         metrics, extra = _metrics(args, e.METRICS)
-        reference_set = open_images(args.reference)
-        training = open_images(args.training) if args.training else None
-        sets = [open_images(*files) for files in (args.samples, args.against) if files]
+        open_set = partial(open_images, data_range=args.data_range)
+        reference_set = open_set(args.reference)
+        training = open_set(args.training) if args.training else None
+        sets = [open_set(*files) for files in (args.samples, args.against) if files]
         engine = plan = None
         if not args.samples:
             own = load_model(args)

@@ -23,7 +23,7 @@ from sgm_engine.cli.console import (
     some,
     stoppable,
 )
-from sgm_engine.cli.model import chosen_model, device_of, said
+from sgm_engine.cli.model import chosen_model, device_of, load_options, said
 
 JOB_OPTIONS = ("format", "shard_size", "worker", "ray", "actors")
 LINE_EVERY = 60.0  # seconds between two lines of progress where stderr is no terminal
@@ -135,7 +135,7 @@ def resample(args: argparse.Namespace) -> int:
         from sgm_engine.engine.engine import Engine
         from sgm_engine.jobs.folder import Folder
         from sgm_engine.jobs.resample import model_of, resample
-        from sgm_engine.outputs.images import save_png, to_uint8
+        from sgm_engine.outputs.images import save_png
         from sgm_engine.outputs.output import Output
         from sgm_engine.rewriting.float8.config import Float8Config
 
@@ -153,9 +153,9 @@ def resample(args: argparse.Namespace) -> int:
         engine = Engine(model, geometry.batch, device, precision, geometry.executor, float8=float8)
         x, compared = resample(engine, args.folder, args.id)
     if out.form == "grid":  # the picture itself, as a folder of PNG files holds it
-        save_png(out.path, to_uint8(x[None])[0])
+        save_png(out.path, engine.pictures(x[None])[0])
     else:
-        out.write(x[None], [args.id])
+        out.write(x[None], [args.id], data_range=engine.data_range)
     how = "equal to" if compared else "not compared, for it is missing or damaged there, with"
     print(f"written: {out.path} ({how} sample {args.id} of {args.folder})")
     return DONE
@@ -171,8 +171,7 @@ def _job(args: argparse.Namespace):
     paths = {"checkpoint": args.checkpoint and str(weights.resolve())}
     is_path = args.config and not args.config.startswith("--")  # ADM's flags are none
     paths["config"] = str(Path(args.config).expanduser().resolve()) if is_path else args.config
-    given = {name: getattr(args, name) for name in ("image_size", "class_labels") if getattr(args, name) is not None}
-    paths |= {"load": json.dumps(given)} if given else {}
+    paths |= {"load": json.dumps(given)} if (given := load_options(args)) else {}
     options = {"n": args.n if args.ids is None else None, "ids": args.ids, "seed": args.seed, "plan": plan}
     options |= {"format": args.format or "png", "shard_size": args.shard_size or SHARD_SIZE, "notes": paths}
     if args.ray:

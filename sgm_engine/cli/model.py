@@ -27,9 +27,13 @@ def load_model(args: argparse.Namespace):
     """The module that --checkpoint and --config name, drawing the class that --class-labels names."""
     from sgm_engine.checkpoints.checkpoint import load_checkpoint
 
-    named = {"image_size": args.image_size, "class_labels": args.class_labels}
-    options = {name: value for name, value in named.items() if value is not None}
-    return load_checkpoint(weights_path(args), args.config, **options)
+    return load_checkpoint(weights_path(args), args.config, **load_options(args))
+
+
+def load_options(args: argparse.Namespace) -> dict[str, object]:
+    """Those of load_checkpoint that were given."""
+    given = {name: getattr(args, name) for name in ("image_size", "class_labels", "data_range")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def weights_path(args: argparse.Namespace) -> Path:
@@ -41,11 +45,15 @@ def weights_path(args: argparse.Namespace) -> Path:
 
 def said(model) -> str:
     """What was loaded, in one line: family, preconditioning, range, shape, class, averages or not, plan."""
+    from sgm_engine.outputs.images import UNIT
+
     config, shape = model.config, "×".join(map(str, model.shape))
     averaged = {True: ", averaged", False: ", not averaged", None: ""}[getattr(model, "averaged", None)]
     if not hasattr(config, "preconditioning"):
         ngf = f", ngf {config.ngf}" if hasattr(config, "ngf") else ""
-        return f"{config.architecture}, {shape}{ngf}, {len(model.sigmas)} levels{averaged}"
+        low, high = getattr(model, "data_range", None) or UNIT
+        of = "" if (low, high) == UNIT else f", of data in [{low:g}, {high:g}]"
+        return f"{config.architecture}, {shape}{ngf}, {len(model.sigmas)} levels{averaged}{of}"
     low, high = config.data_range
     label = "" if not config.classes else f", class {'none' if config.class_label is None else config.class_label}"
     return (

@@ -135,7 +135,7 @@ def sample(args: argparse.Namespace) -> int:
     from sgm_engine.cli.film import Film
 
     bar = not args.quiet and (sys.stderr.isatty() if args.progress is None else args.progress)
-    film = Film(ids[:FILMED], plan, engine.shape) if gif else None
+    film = Film(ids[:FILMED], plan, engine.shape, data_range=engine.data_range) if gif else None
     parts = [(ids[:FILMED], film), (ids[FILMED:], None)] if gif else [(ids, None)]
     drawn, diverged = [], []
     start = time.perf_counter()
@@ -153,7 +153,7 @@ def sample(args: argparse.Namespace) -> int:
     how = f"{engine.numerics} on {cpu_or_gpu}, executor {engine.executor}, batch {engine.batch}"
     about = {"sgm_engine": sgm_engine.__version__, "weights": weights.name, "seed": str(args.seed), "how": how}
     about |= {"plan": plan.to_json()} | ({"float8": engine.float8.to_json()} if engine.float8 else {})
-    out.write(samples[: len(drawn)], drawn, about)
+    out.write(samples[: len(drawn)], drawn, about, engine.data_range)
     if film:
         film.save(gif, drawn)
     if not args.quiet:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sgm_engine.checks import MAX_SEED, check_chains, check_int, check_plan, check_shape, own_sigmas, place
+from sgm_engine.engine.defaults import default_plan
 from sgm_engine.engine.lanes import Turns, check_buckets
 from sgm_engine.engine.loop import Loop
 from sgm_engine.engine.progress import StepInfo
@@ -29,7 +30,8 @@ from sgm_engine.executors.known import REDRAWS, check_known
 from sgm_engine.executors.network import Network
 from sgm_engine.executors.slots import NO_BAD_ROW
 from sgm_engine.numerics import undisturbed
-from sgm_engine.plans.plan import Plan, annealed_langevin
+from sgm_engine.outputs.images import check_range, range_of, to_uint8
+from sgm_engine.plans.plan import Plan
 from sgm_engine.rewriting.float8.config import Float8Config
 
 
@@ -45,6 +47,8 @@ class Engine(Loop):
     buckets: smaller batches. A call of sample or inpaint for n samples runs in the smallest that holds n: cheaper, and
         its bits are then those of that batch. stream, jobs and services always use ``batch``.
     sigmas [L] descending and shape (C, H, W): None takes ``model.sigmas`` and ``model.shape``.
+    data_range: (low, high) of the model's data, and of its samples, which pictures are made of. None takes
+        ``model.data_range``, else [0, 1].
     precision: of the network, "float32", "bfloat16", "float16", on a GPU "tf32" or, with executor "native", "direct":
         float32 without Winograd convolutions, slower and with a smaller error. x is float32 always. "float8": bfloat16,
         and large convolutions in 8 bits (e4m3) on a GPU that has them; opt in with docs/float8.md, its measured effect
@@ -69,11 +73,13 @@ class Engine(Loop):
         buckets: Sequence[int] = (),
         graph: GraphConfig | None = None,
         float8: Float8Config | None = None,
+        data_range: tuple[float, float] | None = None,
     ):
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, level), got {type(model).__name__}")
         self.model, self.precision = model, precision
         self.sigmas = own_sigmas(model, sigmas)
+        self.data_range = range_of(model) if data_range is None else check_range(data_range)
         self.shape = check_shape(getattr(model, "shape", None) if shape is None else shape)
         self.device = place(model, device)
         batch = check_int("batch", (128 if self.device.type == "cuda" else 16) if batch is None else batch, 1, 2**31)
@@ -106,19 +112,9 @@ class Engine(Loop):
     def default_plan(self) -> Plan:
         """The plan of a request that names none: what the model's weights recommend, else annealed Langevin (NCSN).
 
-        A DDPM's, told timesteps: DPM-Solver++(2M) over at most 30 of its levels.
+        Of what as_score makes of a denoiser, a noise or a velocity predictor: DPM-Solver++(2M), at most 30 evaluations.
         """
-        if getattr(self.model, "plan", None):
-            from sgm_engine.checkpoints.bundled import plan_for
-
-            return plan_for(self.model)
-        options = getattr(self.model, "options", None)  # as_score's
-        if isinstance(options, dict) and options.get("condition") == "timestep":
-            from sgm_engine.plans.samplers import dpm_solver_2m
-
-            some = np.linspace(0, len(self.sigmas) - 1, min(len(self.sigmas), 30)).round().astype(int)
-            return dpm_solver_2m(self.sigmas[some]).on_levels(self.sigmas)
-        return annealed_langevin(self.sigmas)
+        return default_plan(self.model, self.sigmas)
 
     def sample(
         self,
@@ -138,6 +134,10 @@ class Engine(Loop):
         """
         chains = check_chains(n, seed, first_id, init, self.shape, self.device)
         return self._sample(chains, self._check(plan, callback), callback, progress, None)
+
+    def pictures(self, x: Tensor) -> np.ndarray:
+        """Samples x [N, C, H, W] as 8 bits of the data range: uint8 [N, H, W, C], what ``images.grid`` takes."""
+        return to_uint8(x, self.data_range)
 
     def inpaint(
         self,

@@ -68,7 +68,7 @@ class Job:
 
     engine: draws the samples; its precision, executor and batch are part of the job, as are the weights.
     out: the folder. n: sample ids 0 to n − 1; or ids: SampleIds, their text ("0-63,100") or an iterable of integers.
-    format: "png", "npz" (uint8, for data in [0, 1]), "webdataset", or "safetensors" (float32, as drawn).
+    format: "png", "npz" and "webdataset" (8 bits, of engine.data_range), or "safetensors" (float32, as drawn).
     shard_size: sample ids in a shard. Shards do not depend on who draws them.
     weights: what tells this model from others. None: the sha256 of its parameters and buffers, and every other value
         that decides its samples (identity.py); ValueError if one cannot be told from another.
@@ -95,7 +95,8 @@ class Job:
             raise TypeError(f"engine must be an Engine, got {type(engine).__name__}: Engine(model, batch=…)")
         plan, source = engine._check(plan, None), EngineSource(engine, weights)
         model = identity_of(engine.model, weights)
-        self.spec = make_spec(Geometry.of(engine), engine.shape, model, plan, seed, n, ids, format, shard_size)
+        drawn = Geometry.of(engine), engine.shape, engine.data_range
+        self.spec = make_spec(*drawn, model, plan, seed, n, ids, format, shard_size)
         self._prepare(source, out, with_scales(notes, engine.float8))
 
     @classmethod
@@ -179,7 +180,8 @@ class Job:
 
     def _write(self, report: Report, on_shard: Callable | None, start: float, drawn: Drawn) -> None:
         shard, ids, samples, diverged = drawn
-        self.folder.publish(self.spec, shard, FORMATS[self.spec.format].encode(shard, ids, samples), diverged)
+        files = FORMATS[self.spec.format].encode(shard, ids, samples, self.spec.data_range)
+        self.folder.publish(self.spec, shard, files, diverged)
         report.shards += 1
         report.samples += len(ids)
         report.diverged += diverged
@@ -216,7 +218,7 @@ def with_scales(notes: Mapping[str, Any] | None, float8: Float8Config | None) ->
     return dict(notes or {}) | ({} if float8 is None else {"float8": float8.to_json()})
 
 
-def make_spec(geometry, shape, model: ModelIdentity, plan, seed, n, ids, format, shard_size) -> JobSpec:
+def make_spec(geometry, shape, data_range, model: ModelIdentity, plan, seed, n, ids, format, shard_size) -> JobSpec:
     """The spec from a job's arguments, checked."""
     if (n is None) == (ids is None):
         raise ValueError(f"pass n (sample ids 0 to n − 1) or ids, one of them; got n={n!r} and ids={ids!r}")
@@ -233,4 +235,5 @@ def make_spec(geometry, shape, model: ModelIdentity, plan, seed, n, ids, format,
     if not isinstance(model.weights, str) or not model.weights:
         raise TypeError(f"weights must be a text that names the model's weights, got {model.weights!r}")
     seed, shard_size = check_int("seed", seed, 0, MAX_SEED), check_int("shard_size", shard_size, 1)
-    return JobSpec(model.weights, plan, seed, ids, tuple(shape), format, shard_size, geometry, model.settings)
+    told = {"model": model.settings, "data_range": data_range}
+    return JobSpec(model.weights, plan, seed, ids, tuple(shape), format, shard_size, geometry, **told)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import sgm_engine
 from sgm_engine.files.reading import parse_json
+from sgm_engine.outputs.images import UNIT, Range, check_range
 from sgm_engine.outputs.sample_ids import SampleIds
 from sgm_engine.plans.plan import Plan
 
@@ -55,6 +56,7 @@ class JobSpec:
     """weights: sha256 of the network's parameters. shape: (C, H, W). seed: uint64. ids: in the order of the shards.
 
     model: whatever else of the model decides its samples, by where it is found (identity.settings).
+    data_range: (low, high) of the samples, which their 8 bits are made of.
     shard_size: sample ids a shard, the last one may have fewer. Shard k holds ids[k·shard_size : (k+1)·shard_size].
     """
 
@@ -68,6 +70,7 @@ class JobSpec:
     geometry: Geometry
     model: Mapping[str, str] = field(default_factory=dict)
     engine: str = sgm_engine.__version__
+    data_range: Range = UNIT
 
     @property
     def shards(self) -> int:
@@ -86,6 +89,7 @@ class JobSpec:
             "seed": str(self.seed),  # JSON readers keep 53 bits of a number
             "ids": str(self.ids),
             "shape": list(self.shape),
+            **({} if self.data_range == UNIT else {"data_range": list(self.data_range)}),
             **vars(self.geometry),
             "engine": self.engine,
             "format": self.format,
@@ -125,7 +129,7 @@ class JobSpec:
             geometry = Geometry(**{name: job[name] for name in Geometry.__dataclass_fields__})
             own = {name: job[name] for name in ("weights", "format", "shard_size", "engine")}
             ids, shape = SampleIds.parse(job["ids"]), tuple(job["shape"])
-            own["model"] = job.get("model", {})
+            own |= {"model": job.get("model", {}), "data_range": check_range(job.get("data_range", UNIT))}
             spec = cls(plan=plan, seed=int(job["seed"]), ids=ids, shape=shape, geometry=geometry, **own)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"not a job's run.json: {type(error).__name__}: {error}") from None

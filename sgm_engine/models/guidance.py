@@ -47,6 +47,14 @@ class Guided(nn.Module):
     def plan(self):
         return getattr(self.model, "plan", None)
 
+    @property
+    def data_range(self):
+        return getattr(self.model, "data_range", None)
+
+    @property
+    def predicts(self):
+        return getattr(self.model, "predicts", "score")
+
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         score, sigma = self.model(x, level).float(), self.sigmas[level][:, None, None, None]
         for term in self.terms:
@@ -96,6 +104,18 @@ class ClassifierFree(nn.Module):
     @property
     def shape(self):
         return getattr(self.conditional, "shape", None)
+
+    @property
+    def plan(self):
+        return getattr(self.conditional, "plan", None)
+
+    @property
+    def data_range(self):
+        return getattr(self.conditional, "data_range", None)
+
+    @property
+    def predicts(self):
+        return getattr(self.conditional, "predicts", "score")
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         other = self.unconditional(x, level).float()

@@ -23,6 +23,7 @@ FORMAT, VERSION = "sgm-plan", 2
 COLUMNS = ("level", "sigma", "a", "b", "c", "d", "e", "f", "adaptive")
 SINCE_2 = ("e", "f", "adaptive")  # columns that version 1 does not have; all zero unless given
 STARTS = ("uniform", "normal")
+NCSN_STEP = 2e-5  # step_lr of NCSN
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +184,7 @@ class Plan:
 def annealed_langevin(
     sigmas,
     steps_per_level: int = 100,
-    step_lr: float = 2e-5,
+    step_lr: float | None = None,
     convention: str = "code",
     denoise: bool = True,
     start: str = "uniform",
@@ -194,11 +195,13 @@ def annealed_langevin(
 
     The step size at σ is α = step_lr·(σ/σ_L)². convention "code": x + α·s + √(2α)·z, as in the authors' programs;
     "paper": x + (α/2)·s + √α·z, half of it. denoise: one more row x + σ_L²·s without noise.
-    Defaults are those of NCSN on images in [0, 1]; NCSNv2 (arXiv 2006.09011) on CIFAR-10 has T = 5, step_lr = 6.2e-6.
+    Defaults are those of NCSN on images in [0, 1]: step_lr 2e-5, for σ_L = 0.01; where that exceeds σ_L², 0.2·σ_L², as
+    it is there. NCSNv2 (arXiv 2006.09011) on CIFAR-10 has T = 5, step_lr = 6.2e-6.
     """
     sigmas = check_sigmas(sigmas)
     check_count("steps_per_level", steps_per_level, len(sigmas))
-    step_lr = check_number("step_lr", step_lr)
+    last = float(sigmas[-1]) ** 2
+    step_lr = check_number("step_lr", (NCSN_STEP if last >= NCSN_STEP else 0.2 * last) if step_lr is None else step_lr)
     if not 0 < step_lr < np.inf:
         raise ValueError(f"step_lr must be positive and finite, got {step_lr}")
     if convention not in ("code", "paper"):
@@ -208,6 +211,11 @@ def annealed_langevin(
     if not isinstance(denoise, (bool, np.bool_)):
         raise TypeError(f"denoise must be True or False, got {denoise!r}")
     drift = alpha if convention == "code" else alpha / 2
+    if drift[0] >= 2 * sigmas[0] ** 2 * (1 - 1e-9):
+        raise ValueError(
+            f"step_lr = {step_lr:g} must diverge: for σ_L = {sigmas[-1]:g} (sigmas[-1]) it has to stay below "
+            f"{(2 if convention == 'code' else 4) * last:.3g}, {'2' if convention == 'code' else '4'}·σ_L²"
+        )
     options = {"steps_per_level": int(steps_per_level), "step_lr": step_lr, "convention": convention}
     options["denoise"] = bool(denoise)
     table = (level, np.ones(len(level)), drift, np.sqrt(2 * drift))

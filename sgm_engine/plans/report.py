@@ -36,6 +36,7 @@ class Plan(Protocol):
     start: str
     start_scale: float
     start_shift: float
+    metadata: Mapping[str, object]
 
 
 def propagate(plan: Plan, variance: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -76,9 +77,13 @@ def refuse_divergence(plan: Plan, curvature: np.ndarray | float = 0.0) -> None:
     if len(bad):
         i = bad[0]
         what = "b/sigma²" if np.ndim(curvature) == 0 else "b·(1/sigma² + the curvature of the terms)"
+        step, share = plan.metadata.get("step_lr"), (1 + plan.a[i]) / ratio[i]
+        remedy = f"make it smaller, below {share * plan.b[i]:.3g}"
+        if isinstance(step, float) and i + 1 < plan.nfe:  # the last row may be the denoising one
+            remedy = f"take a step_lr below {share * step:.3g}, it is {step:g}"
         raise ValueError(
             f"b[{i}] = {plan.b[i]:g} must diverge at sigma[{i}] = {plan.sigma[i]:g}: {what} is {ratio[i]:.3g} and has "
-            f"to stay below 1 + a = {1 + plan.a[i]:g}; lower the step size (step_lr)"
+            f"to stay below 1 + a = {1 + plan.a[i]:g}; {remedy}"
         )
     if plan.d.any():
         factor = np.abs(propagate(plan)[0])

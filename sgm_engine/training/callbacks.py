@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sgm_engine.checks import check_int
 from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import SampleDiverged
-from sgm_engine.outputs.images import grid, save_png, to_uint8
+from sgm_engine.outputs.images import grid, save_png
 from sgm_engine.plans.plan import Plan
 from sgm_engine.training.module import weights_dtype
 
@@ -103,7 +103,7 @@ class SampleGrid(Callback):
                 rank_zero_warn(f"step {trainer.global_step}: {len(error.divergences)} of {self.n} samples diverged")
                 x = error.samples
         if len(x):
-            self._write(trainer, grid(to_uint8(x)))
+            self._write(trainer, grid(self.engine.pictures(x)))
         return x
 
     @torch.no_grad()
