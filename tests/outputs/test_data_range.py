@@ -193,6 +193,8 @@ def test_the_command(sgm, tmp_path, tiny_weights):
     assert sgm("resample", "run", "--id", 3, "--out", "three.png").returncode == 0
     for picture in ("three.png", "run/000003.png"):
         assert np.array_equal(np.asarray(Image.open(tmp_path / picture)), want[3, :, :, 0])
+    assert sgm("convert", tiny_weights, "new.safetensors", "--data-range", -2, 3).returncode == 0
+    assert load_checkpoint(tmp_path / "new.safetensors").data_range == (-2, 3)
     figures = []
     for measured in (["x.npz"], ["x.safetensors"], ["--checkpoint", tiny_weights, "--batch", 4, "--data-range", -2, 3]):
         done = sgm("eval", *measured, "--n", 5, "--reference", "x.npz", "--metrics", "sliced", "--json", "report.json")
