@@ -194,7 +194,7 @@ if __name__ == "__main__":
         packages=[*find_packages(include=["sgm_engine", "sgm_engine.*"]), *kernels],
         package_dir={"sgm_engine.kernels": "kernels"},
         package_data={
-            "sgm_engine": ["weights/*", "training/configs/*.yaml", "_cuda/*.so"],
+            "sgm_engine": ["py.typed", "weights/*", "training/configs/*.yaml", "_cuda/*.so"],
             "sgm_engine.kernels.tables": ["*.json"],
         },
         ext_modules=[Extension("sgm_engine._C", ["csrc/binding.cpp"])],

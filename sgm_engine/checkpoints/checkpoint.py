@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -31,7 +31,7 @@ from sgm_engine.models import ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.models.family import FamilyConfig
 from sgm_engine.outputs.output import is_folder, sorted_header
-from sgm_engine.plans.schedule import check_sigmas
+from sgm_engine.plans.schedule import Sigmas, check_sigmas
 
 __all__ = ["CheckpointError", "convert", "load_checkpoint", "read_config", "save_checkpoint"]
 
@@ -67,7 +67,7 @@ def load_checkpoint(
     path: str | os.PathLike,
     config: ModelConfig | str | os.PathLike | Mapping | None = None,
     *,
-    sigmas=None,
+    sigmas: Sigmas | None = None,
     image_size: int | None = None,
     ema: bool | None = None,
     sha256: str | None = None,
@@ -139,7 +139,9 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, dtype: torch.dtyp
     write_file(path, sorted_header(save(state, metadata)))
 
 
-def convert(source: str | os.PathLike, target: str | os.PathLike, **options) -> ModelConfig | CDMConfig | FamilyConfig:
+def convert(
+    source: str | os.PathLike, target: str | os.PathLike, **options: Any
+) -> ModelConfig | CDMConfig | FamilyConfig:
     """load_checkpoint(source, **options), saved under ``target``; returns its configuration.
 
     target: NEW.safetensors is our own format, FOLDER/ a diffusers pipeline, which can hold a UNet2DModel.
@@ -184,7 +186,7 @@ def _with_range(config, data_range: tuple[float, float]):
         raise CheckpointError(str(error)) from None
 
 
-def _hints(config, sigmas, image_size) -> dict[str, object]:
+def _hints(config, sigmas: Sigmas, image_size) -> dict[str, object]:
     """Fields of ModelConfig that the caller knows."""
     if isinstance(config, ModelConfig):
         hints = {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__}

@@ -7,6 +7,7 @@ two different batches the network's own arithmetic may differ in the last bits.
 
 from __future__ import annotations
 
+import html
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ from sgm_engine.executors.slots import NO_BAD_ROW
 from sgm_engine.numerics import undisturbed
 from sgm_engine.outputs.images import check_range, range_of, to_uint8
 from sgm_engine.plans.plan import Plan
+from sgm_engine.plans.schedule import Sigmas
 from sgm_engine.rewriting.float8.config import Float8Config
 
 
@@ -68,7 +70,7 @@ class Engine(Loop):
         device: torch.device | str | None = None,
         precision: str = "float32",
         executor: str = "auto",
-        sigmas=None,
+        sigmas: Sigmas | None = None,
         shape: tuple[int, int, int] | None = None,
         buckets: Sequence[int] = (),
         graph: GraphConfig | None = None,
@@ -97,6 +99,19 @@ class Engine(Loop):
 
     def __reduce__(self):
         raise TypeError("an Engine cannot be copied or pickled: send the model, and make an Engine of it there")
+
+    def __repr__(self) -> str:
+        shape, of = "×".join(map(str, self.shape)), type(self.model).__name__
+        return (
+            f"<Engine of {of}: {shape}, {len(self.sigmas)} levels σ {self.sigmas[0]:.4g} → {self.sigmas[-1]:.3g}, "
+            f"executor {self.executor}, {self.numerics}, batch {self.batch}, on {self.device}>"
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what runs, and the plan of a request that names none."""
+        return (
+            f"<pre>{html.escape(repr(self))}<br>{html.escape(self.describe())}</pre>{self.default_plan._repr_html_()}"
+        )
 
     @property
     def numerics(self) -> str:

@@ -100,7 +100,9 @@ class Job:
         self._prepare(source, out, with_scales(notes, engine.float8))
 
     @classmethod
-    def from_source(cls, source: Source, spec: JobSpec, out: str | os.PathLike, notes=None) -> Job:
+    def from_source(
+        cls, source: Source, spec: JobSpec, out: str | os.PathLike, notes: Mapping[str, Any] | None = None
+    ) -> Job:
         """A job whose shards come from elsewhere than an engine in this process."""
         job = cls.__new__(cls)
         job.spec = spec
@@ -207,7 +209,7 @@ def generate(
     worker: Worker | None = None,
     progress: bool = False,
     on_shard: Callable[[Progress], object] | None = None,
-    **job,
+    **job: Any,
 ) -> Report:
     """``Job(engine, out, n, **job).run(…)``: start a job, or go on with it; call it again until ``.complete``."""
     return Job(engine, out, n, **job).run(worker, progress, on_shard)

@@ -9,7 +9,7 @@ With x = data + σ·noise, D the denoised image and F the network, every kind is
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sgm_engine.outputs.images import Range, check_range, range_of
-from sgm_engine.plans.schedule import check_number, check_sigmas
+from sgm_engine.plans.schedule import Sigmas, check_number, check_sigmas
 
 
 class Row(NamedTuple):
@@ -102,15 +102,8 @@ class ScoreModel(nn.Module):
     def shape(self):
         return getattr(self.model, "shape", None)
 
-    @property
-    def data_range(self) -> Range:
-        """(low, high) of the data that x is noised from."""
-        return self._data_range
-
-    @property
-    def predicts(self) -> str:
-        """The kind that as_score was given."""
-        return self.options["kind"]
+    data_range = property(lambda self: self._data_range, doc="(low, high) of the data that x is noised from")
+    predicts = property(lambda self: self.options["kind"], doc="the kind that as_score was given")
 
     def _given(self, name: str, value: object, n: int) -> object:
         """A further argument of the network, for n images."""
@@ -125,7 +118,7 @@ class ScoreModel(nn.Module):
     def plan(self):
         return getattr(self.model, "plan", None)
 
-    def at_sigmas(self, sigmas) -> ScoreModel:
+    def at_sigmas(self, sigmas: Sigmas) -> ScoreModel:
         """The same network at other levels; see conditioning.at_sigmas. A DDPM is told timesteps between its own."""
         if self.options["condition"] == "level":
             raise ValueError(
@@ -172,10 +165,10 @@ fx.wrap("checked_score")  # one call in a traced graph: it asks for types, which
 def as_score(
     model: Callable[[Tensor, Tensor], Tensor],
     kind: str = "score",
-    sigmas=None,
+    sigmas: Sigmas | None = None,
     condition: str | Callable[[np.ndarray], object] | None = None,
-    alphas_cumprod=None,
-    timesteps=None,
+    alphas_cumprod: Sequence[float] | np.ndarray | Tensor | None = None,
+    timesteps: Sequence[int] | np.ndarray | None = None,
     sigma_data: float = 0.5,
     given: Mapping[str, object] | None = None,
     learned_variance: bool = False,
@@ -261,7 +254,7 @@ def _checked(given: Mapping[str, object] | None) -> dict[str, object]:
     return dict(given or {})
 
 
-def _ddpm_levels(alphas_cumprod, timesteps, sigmas) -> tuple[np.ndarray, np.ndarray]:
+def _ddpm_levels(alphas_cumprod, timesteps, sigmas: Sigmas) -> tuple[np.ndarray, np.ndarray]:
     """σ = √((1−ᾱ)/ᾱ) and the timesteps, the noisiest first; at ``sigmas``, the timesteps between."""
     alphas = alphas_cumprod.detach().cpu().numpy() if isinstance(alphas_cumprod, Tensor) else alphas_cumprod
     alphas = np.asarray(alphas, dtype=np.float64)

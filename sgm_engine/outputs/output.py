@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,10 +54,14 @@ class Output:
         check_writable(self.path)
 
     def write(
-        self, samples, sample_ids, about: Mapping[str, str] | None = None, data_range: images.Range = images.UNIT
+        self,
+        samples: np.ndarray,
+        sample_ids: Iterable[int],
+        about: Mapping[str, str] | None = None,
+        data_range: images.Range = images.UNIT,
     ) -> None:
         """samples [N, C, H, W] float, in the order of sample_ids [N]. about: notes kept inside a .safetensors file."""
-        ids = np.asarray(sample_ids, np.int64)
+        ids = np.fromiter(sample_ids, np.int64)
         if len(ids) != len(samples):
             raise ValueError(f"write: {len(samples)} samples came with {len(ids)} sample ids")
         write_file(self.path, _CONTENT[self.form](samples, ids, about or {}, data_range))
