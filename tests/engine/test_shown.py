@@ -14,7 +14,7 @@ def test_one_line():
     plan = heun([10.0, 1.0, 0.1])
     assert repr(plan) == "<Plan heun: 5 evaluations, σ 10 → 0.1, start 0 + 10·N(0, 1)>"
     says = repr(engine())
-    assert "<Engine of function: 1×8×8, 3 levels σ 1 → 0.1, executor eager, float32, batch 4, on cpu>" == says
+    assert says == "<Engine of function: 1×8×8, 3 levels σ 1 → 0.1, executor eager, float32, batch 4, on cpu>"
 
 
 def test_notebooks_show_the_table_and_its_figure(monkeypatch):
