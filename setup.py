@@ -5,7 +5,8 @@
     csrc/cpu/**/*.cpp                         compiled once, for the baseline of the platform
     csrc/cuda/*.cu                            compiled by nvcc into sgm_engine/_cuda/libsgm_cuda.so
 
-A new file that follows these names needs no line here. SGM_WITH_CUDA=auto|1|0 (default auto: when nvcc is there).
+A new file that follows these names needs no line here. SGM_WITH_CUDA=auto|1|0 (default auto: where nvcc and a GPU are;
+the CUDA library takes minutes to compile).
 SGM_CUDA_ARCHS="90": CUDA for these GPUs alone, where one is at hand (default: CUDA_ARCHS below, and PTX).
 """
 
@@ -49,11 +50,22 @@ def find_nvcc() -> str | None:
     want = os.environ.get("SGM_WITH_CUDA", "auto")
     if want not in ("auto", "0", "1"):
         raise SystemExit(f"SGM_WITH_CUDA must be auto, 1 or 0, got {want!r}")
+    if want == "auto" and not has_gpu():
+        print("no CUDA library: there is no NVIDIA GPU here (SGM_WITH_CUDA=1 builds it all the same, in some minutes)")
+        return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = None if want == "0" else shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     if want == "1" and nvcc is None:
         raise SystemExit("SGM_WITH_CUDA=1 but no nvcc on PATH or in $CUDA_HOME/bin: install it or set SGM_WITH_CUDA=0")
     return nvcc
+
+
+def has_gpu() -> bool:
+    """Whether the driver shows a device: as a file, or to nvidia-smi (WSL)."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return True
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and b"GPU 0" in subprocess.run([smi, "-L"], capture_output=True).stdout
 
 
 def cuda_archs() -> list[str]:
