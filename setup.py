@@ -1,6 +1,6 @@
 """Builds csrc with pybind11 and ninja. No torch at build time: Python passes data pointers.
 
-    csrc/binding*.cpp, csrc/**/binding*.cpp   the only files that see Python's headers
+    csrc/binding*.cpp, csrc/**/binding*.cpp   the only files that see Python's headers; compiled as one
     csrc/cpu/**/*_isa.cpp                     compiled once per instruction set, each in its own namespace (csrc/isa.h)
     csrc/cpu/**/*.cpp                         compiled once, for the baseline of the platform
     csrc/cuda/*.cu                            compiled by nvcc into sgm_engine/_cuda/libsgm_cuda.so
@@ -115,6 +115,15 @@ def ninja_command() -> list[str]:
         raise SystemExit("no ninja: pip install ninja") from None
 
 
+def together(folder: Path, sources: list[Path]) -> Path:
+    """One file that includes them: pybind11's headers are most of what they take to compile, and no loop is hot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unit, text = folder / "bindings.cpp", "".join(f'#include "{source}"\n' for source in sources)
+    if not unit.is_file() or unit.read_text() != text:
+        unit.write_text(text)
+    return unit
+
+
 def build_cpu(ninja: Ninja, module: Path) -> None:
     import pybind11
 
@@ -127,12 +136,13 @@ def build_cpu(ninja: Ninja, module: Path) -> None:
     # Linked beside and moved into place: a process that has the old module loaded keeps it.
     link = f"{cxx} -shared -pthread $in -o $out.new {os.environ.get('LDFLAGS', '')} && mv -f $out.new $out"
     ninja.rule("link", link, deps=False)
-    objects = []
-    for source in sorted(CSRC.rglob("*.cpp")):
+    bindings = [source for source in sorted(CSRC.rglob("*.cpp")) if source.name.startswith("binding")]
+    objects = [
+        ninja.edge("cxx", ninja.folder / "bindings.o", [together(ninja.folder, bindings)], flags=f"{python} -O1")
+    ]
+    for source in sorted(set(CSRC.rglob("*.cpp")) - set(bindings)):
         name = str(source.relative_to(CSRC)).replace("/", ".")
-        if source.name.startswith("binding"):
-            objects.append(ninja.edge("cxx", ninja.folder / f"{name}.o", [source], flags=python))
-        elif source.stem.endswith("_isa"):
+        if source.stem.endswith("_isa"):
             for isa, flags in ISAS.items():
                 quiet = ["-Wno-psabi", "-Wno-maybe-uninitialized"]  # GCC 12's AVX-512 headers trip the second
                 variant = " ".join([contraction(source), *flags, f"-DSGM_ISA={isa}", *quiet])

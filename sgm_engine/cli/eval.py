@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         lost: list = []
         if engine:
             name = f"{plan.name}, {plan.nfe} NFE, seed {args.seed}"
-            blocks = drawn(engine, plan, range(args.n), args.seed, lost, progress=sys.stderr.isatty())
+            blocks = drawn(engine, plan, range(args.n), args.seed, lost, progress=True)
             samples = e.summarise(blocks, extractor, name, total=args.n)
         else:
             samples = e.summarise(sets[0].blocks(), extractor, sets[0].name, total=len(sets[0]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from sgm_engine.cli.console import (
 from sgm_engine.cli.model import chosen_model, device_of, load_options, said
 
 JOB_OPTIONS = ("format", "shard_size", "worker", "ray", "actors")
-LINE_EVERY = 60.0  # seconds between two lines of progress where stderr is no terminal
+LINE_EVERY = 60.0  # seconds between two lines of progress of Ray's actors
 
 
 def register(commands) -> None:
@@ -81,10 +80,10 @@ def sample(args: argparse.Namespace) -> int:
     with bad_input():
         worker = Worker.parse(args.worker) if args.worker else Worker() if args.ray else Worker.from_environment()
         job, weights = _job(args)
-    bar = not args.quiet and (sys.stderr.isatty() if args.progress is None else args.progress)
+    bar = False if args.quiet or args.progress is False else "bar" if args.progress else True
     with stoppable(job.stop) as caught:
         try:
-            report = job.run(worker, bar, None if bar or args.quiet else _Lines())
+            report = job.run(worker, bar, _Lines() if bar and args.ray else None)
         except OSError as error:
             error.filename = error.filename or str(job.folder.path)  # a full disk does not say which
             raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -103,7 +102,7 @@ def register(commands) -> None:
         help=".png: one grid; .npz: uint8; .safetensors: float32; name/: shards (default: samples.png)")  # fmt: skip
     add("--gif", metavar="PATH", help="the annealing of the first 64 samples, as the network denoises them")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--progress", action=yes_no, help="a bar (default: on a terminal)")
+    add("--progress", action=yes_no, help="a bar (default: on a terminal; elsewhere a line now and then)")
     add("--quiet", action="store_true", help="print nothing but errors")
 
     add = p.add_argument_group("jobs", "For --out FOLDER/. The same command goes on with what is missing.").add_argument
@@ -134,13 +133,15 @@ def sample(args: argparse.Namespace) -> int:
 
     from sgm_engine.cli.film import Film
 
-    bar = not args.quiet and (sys.stderr.isatty() if args.progress is None else args.progress)
+    bar = False if args.quiet or args.progress is False else "bar" if args.progress else True
     film = Film(ids[:FILMED], plan, engine.shape, data_range=engine.data_range) if gif else None
     parts = [(ids[:FILMED], film), (ids[FILMED:], None)] if gif else [(ids, None)]
     drawn, diverged = [], []
     start = time.perf_counter()
     for part, callback in parts:
-        for sample_id, x in engine.stream(part, args.seed, plan, callback, bar and len(part) > 0, diverged.append):
+        for sample_id, x in engine.stream(
+            part, args.seed, plan, callback, bar if len(part) else False, diverged.append
+        ):
             samples[len(drawn)] = x.cpu()
             drawn.append(sample_id)
     seconds = time.perf_counter() - start

@@ -27,16 +27,23 @@ def default_plan(model: object, sigmas: np.ndarray) -> Plan:
         return plan if curvature is None or _stable(plan, curvature) else _langevin(sigmas, sigmas, curvature)
     if getattr(model, "predicts", "score") == "score":
         return _langevin(sigmas, sigmas, curvature)
-    some = sigmas[np.linspace(0, len(sigmas) - 1, min(len(sigmas), FEW)).round().astype(int)]
-    return _few(some).on_levels(sigmas) if curvature is None else _langevin(some, sigmas, curvature)
+    return few_steps(sigmas) if curvature is None else _langevin(_some(sigmas), sigmas, curvature)
 
 
-def _few(sigmas: np.ndarray) -> Plan:
-    """Second order where the levels are even enough for it."""
+def few_steps(sigmas: np.ndarray) -> Plan:
+    """A first look at what a network of these levels [L] draws: DPM-Solver++(2M), at most FEW evaluations.
+
+    DDIM instead where the levels are too uneven for second order.
+    """
+    some = _some(sigmas)
     try:
-        return dpm_solver_2m(sigmas)
+        return dpm_solver_2m(some).on_levels(sigmas)
     except ValueError:  # it would diverge; ddim does on no levels
-        return ddim(sigmas)
+        return ddim(some).on_levels(sigmas)
+
+
+def _some(sigmas: np.ndarray) -> np.ndarray:
+    return sigmas[np.linspace(0, len(sigmas) - 1, min(len(sigmas), FEW)).round().astype(int)]
 
 
 def _langevin(sigmas: np.ndarray, own: np.ndarray, curvature: Callable | None) -> Plan:

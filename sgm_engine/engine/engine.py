@@ -138,13 +138,14 @@ class Engine(Loop):
         plan: Plan | None = None,
         first_id: int = 0,
         callback: Callable[[StepInfo], object] | None = None,
-        progress: bool = False,
+        progress: bool | str = False,
         init: Tensor | None = None,
     ) -> Tensor:
         """Samples first_id … first_id + n − 1 of ``seed`` (uint64): float32 [n, C, H, W] on the engine's device.
 
         seed: one for all, or n of them, one a sample; each sample then has id first_id. init: [n, C, H, W], where the
-        chains start, instead of the plan's start law. callback: called after every step. progress: a bar on stderr.
+        chains start, instead of the plan's start law. callback: called after every step. progress: a bar on stderr,
+            off a terminal a line now and then; "bar": a bar wherever that goes.
         SampleDiverged, Cancelled: carry what is finished.
         """
         chains = check_chains(n, seed, first_id, init, self.shape, self.device)
@@ -164,7 +165,7 @@ class Engine(Loop):
         first_id: int = 0,
         redraw: str = "level",
         callback: Callable[[StepInfo], object] | None = None,
-        progress: bool = False,
+        progress: bool | str = False,
     ) -> Tensor:
         """Samples whose pixels agree with ``known`` where ``mask`` is True: float32 [n, C, H, W], otherwise as sample.
 
@@ -186,7 +187,7 @@ class Engine(Loop):
         seed: int = 0,
         plan: Plan | None = None,
         callback: Callable[[StepInfo], object] | None = None,
-        progress: bool = False,
+        progress: bool | str = False,
         on_diverged: Callable[[Divergence], object] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yields (sample_id, x float32 [C, H, W]) in the order of ``sample_ids``, an iterable read as slots fall free.

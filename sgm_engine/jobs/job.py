@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from sgm_engine.checks import check_int
-from sgm_engine.engine.engine import MAX_SEED, Engine
+from sgm_engine.checks import MAX_SEED, check_int
+from sgm_engine.engine.engine import Engine
+from sgm_engine.engine.progress import clock
 from sgm_engine.errors import Divergence
 from sgm_engine.jobs.card import model_card
 from sgm_engine.jobs.folder import Folder, ShardError
@@ -40,11 +41,9 @@ class Progress:
     seconds_left: float
 
     def __str__(self) -> str:
-        left = time.strftime("%H:%M:%S", time.gmtime(self.seconds_left % 86400))
-        days = f"{int(self.seconds_left // 86400)} d " if self.seconds_left >= 86400 else ""
         return (
             f"{self.samples} of {self.samples_in_all} samples, {self.shards} of {self.shards_in_all} shards, "
-            f"{self.rate:.3g} samples/s, {days}{left} left"
+            f"{self.rate:.3g} samples/s, {clock(self.seconds_left)} left"
         )
 
 
@@ -117,12 +116,12 @@ class Job:
     def run(
         self,
         worker: Worker | None = None,
-        progress: bool = False,
+        progress: bool | str = False,
         on_shard: Callable[[Progress], object] | None = None,
     ) -> Report:
         """Draw and write what is missing of this worker's share.
 
-        worker: its share; None: from torchrun's or Slurm's variables, else everything. progress: a bar on stderr.
+        worker: its share; None: from torchrun's or Slurm's variables, else everything. progress: as of Engine.sample.
         on_shard: called, from the writing thread, with a Progress after each shard.
 
         Shards that are there are read and compared with their records; damaged ones are drawn again. Samples that
@@ -151,7 +150,7 @@ class Job:
         """The quarantined samples of a complete job, whoever drew them."""
         return [d for shard in range(self.spec.shards) for d in self.folder.record(self.spec, shard).diverged]
 
-    def _run(self, report: Report, progress: bool, on_shard: Callable | None) -> None:
+    def _run(self, report: Report, progress: bool | str, on_shard: Callable | None) -> None:
         worker = report.worker
         with self.folder.writing(self.spec, worker, self.notes, model_card(self.spec, self.notes)):
             missing = self._missing(report)
@@ -207,7 +206,7 @@ def generate(
     n: int | None = None,
     *,
     worker: Worker | None = None,
-    progress: bool = False,
+    progress: bool | str = False,
     on_shard: Callable[[Progress], object] | None = None,
     **job: Any,
 ) -> Report:

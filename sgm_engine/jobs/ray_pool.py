@@ -83,7 +83,12 @@ class RaySource:
         """``draw`` looks by itself, every POLL seconds."""
 
     def draw(
-        self, spec: JobSpec, shards: Sequence[int], settle: Callable[[], None], stopped: Callable[[], bool], bar: bool
+        self,
+        spec: JobSpec,
+        shards: Sequence[int],
+        settle: Callable[[], None],
+        stopped: Callable[[], bool],
+        bar: bool | str,
     ) -> Iterator[Drawn]:
         ray, spec_there = self._ray, self._ray.put(spec)
         waiting, failures = deque(shards), Counter()

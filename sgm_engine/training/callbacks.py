@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,10 +12,11 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from sgm_engine.checks import check_int
+from sgm_engine.engine.defaults import few_steps
 from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import SampleDiverged
 from sgm_engine.outputs.images import grid, save_png
@@ -56,8 +58,10 @@ class SampleGrid(Callback):
     same noise every time, so the pictures show one set of samples as it improves.
 
     network: name of the module's attribute that is the score network, with ``sigmas`` and ``shape``.
-    plan: None takes the network's own. folder: None is <default_root_dir>/samples. engine: arguments for Engine, such
-    as batch, precision or executor. With DDP the first process draws and the others wait for it.
+    plan: None takes few steps, at most 30 evaluations on the network's levels; its own plan, ``engine.default_plan``,
+        may take hundreds. say: told once what a grid costs. folder: None is <default_root_dir>/samples. engine:
+        arguments for Engine, such as batch, precision or executor. With DDP the first process draws and the others
+        wait for it.
     """
 
     def __init__(
@@ -68,10 +72,11 @@ class SampleGrid(Callback):
         folder: str | Path | None = None,
         network: str = "network",
         seed: int = 0,
+        say: Callable[[str], object] = rank_zero_info,
         **engine,
     ):
         self.every, self.n = check_int("every", every, 1), check_int("n", n, 1)
-        self.plan, self.seed, self.network = plan, seed, network
+        self.plan, self.seed, self.network, self.say = plan, seed, network, say
         self.folder, self.engine_options = folder and Path(folder), engine
         self.engine: Engine | None = None  # from the first grid on
         self._copy: nn.Module | None = None
@@ -97,11 +102,18 @@ class SampleGrid(Callback):
                 on_gpu = pl_module.device.type == "cuda"
                 batch = min(self.n, 128 if on_gpu else 16)
                 self.engine = Engine(network, **{"batch": batch} | self.engine_options)
+            plan, began = self.plan or few_steps(self.engine.sigmas), time.perf_counter()
             try:
-                x = self.engine.sample(self.n, self.seed, self.plan)
+                x = self.engine.sample(self.n, self.seed, plan)
             except SampleDiverged as error:  # an early network may well; what is finite is worth a look
                 rank_zero_warn(f"step {trainer.global_step}: {len(error.divergences)} of {self.n} samples diverged")
                 x = error.samples
+        if self.say is not None:
+            seconds = time.perf_counter() - began
+            self.say(
+                f"a grid of {self.n} samples, {plan.nfe} evaluations each: {seconds:.1f} s, every {self.every} steps"
+            )
+            self.say = None
         if len(x):
             self._write(trainer, grid(self.engine.pictures(x)))
         return x

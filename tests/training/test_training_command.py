@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +47,9 @@ def test_command_and_resume_after_a_kill(sgm, data):
     arguments = ("--config", "tiny.yaml", "--data", "images.npy", *changes)
     straight = sgm("train", *arguments, "--out", "straight")
     assert straight.returncode == 0, straight.stderr
+    lines = straight.stdout.splitlines()
+    assert re.fullmatch(r"step +1/40  loss [\d.]+  [\d.]+ s/step  \d\d:\d\d:\d\d left", lines[0]), lines
+    assert re.search(r"step +40/40  loss [\d.]+  [\d.]+ s/step  00:00:00 left", straight.stdout)
     process = subprocess.Popen(
         train_command("--out", "killed", *changes), cwd=data,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
