@@ -134,7 +134,12 @@ def build_cpu(ninja: Ninja, module: Path) -> None:
     common = f"{' '.join(CXX)} -I{CSRC} {os.environ.get('CXXFLAGS', '')}"
     ninja.rule("cxx", f"{cxx} -MD -MF $out.d {common} $flags -c $in -o $out")
     # Linked beside and moved into place: a process that has the old module loaded keeps it.
-    link = f"{cxx} -shared -pthread $in -o $out.new {os.environ.get('LDFLAGS', '')} && mv -f $out.new $out"
+    python_later = (
+        "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
+    )  # its symbols, as it loads the module
+    link = (
+        f"{cxx} -shared {python_later} -pthread $in -o $out.new {os.environ.get('LDFLAGS', '')} && mv -f $out.new $out"
+    )
     ninja.rule("link", link, deps=False)
     bindings = [source for source in sorted(CSRC.rglob("*.cpp")) if source.name.startswith("binding")]
     objects = [
@@ -216,7 +221,7 @@ if __name__ == "__main__":
         packages=[*find_packages(include=["sgm_engine", "sgm_engine.*"]), *kernels],
         package_dir={"sgm_engine.kernels": "kernels"},
         package_data={
-            "sgm_engine": ["py.typed", "weights/*", "training/configs/*.yaml", "_cuda/*.so"],
+            "sgm_engine": ["py.typed", "weights/*", "evaluation/weights/*", "training/configs/*.yaml", "_cuda/*.so"],
             "sgm_engine.kernels.tables": ["*.json"],
         },
         ext_modules=[Extension("sgm_engine._C", ["csrc/binding.cpp"])],

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  sgm eval digits.npz --reference DATA:test --training DATA:train --features classifier:digits-classifier.safetensors
+  sgm eval digits.npz --reference DATA:test --training DATA:train --features digits
   sgm eval --n 1000 --plan fast.json --reference DATA:test …        draws them itself, from the bundled weights
   sgm eval fast.npz --against slow.npz --reference DATA:test …      and the difference of the two, with its interval
   sgm eval part-*.npz --reference images/ --features torchscript:mine.pt --trust-features --json report.json
@@ -36,8 +36,8 @@ def register(commands) -> None:
     add("--training", metavar="IMAGES", help="what the model was trained on: gives the floor and finds copies")
     add("--against", nargs="+", default=[], metavar="SAMPLES", help="another set: is its Fréchet distance the same?")
     add("--features", default="pixels", metavar="KIND:FILE",
-        help="classifier:FILE (trained on --training if FILE is new), torchscript:FILE, export:FILE (.pt2), "
-        "inception:FILE, or pixels (default)")  # fmt: skip
+        help="digits (a classifier of MNIST, bundled), classifier:FILE (trained on --training if FILE is new), "
+        "torchscript:FILE, export:FILE (.pt2), inception:FILE, or pixels (default)")  # fmt: skip
     add("--trust-features", action="store_true",
         help="open torchscript:, export: and inception: FILEs, which run what is in them")  # fmt: skip
     add("--metrics", metavar="A,B",
