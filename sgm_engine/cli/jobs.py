@@ -16,6 +16,7 @@ from sgm_engine.cli.console import (
     TERMINATED,
     bad_input,
     complain,
+    plan_line,
     rate,
     say,
     shown,
@@ -141,6 +142,11 @@ def resample(args: argparse.Namespace) -> int:
         spec, notes = Folder(args.folder).load()
         out = Output.parse(args.out or f"sample-{args.id}.safetensors")
         out.check()
+        if args.checkpoint is None and "checkpoint" not in notes:
+            raise ValueError(
+                f"{args.folder} was made by a program and does not say where its weights are: pass --checkpoint, or "
+                "call sgm_engine.jobs.resample.resample(engine, folder, id) with the program's own engine"
+            )
         checkpoint = args.checkpoint or notes.get("checkpoint")
         options = json.loads(notes.get("load") or "{}")
         model = load_checkpoint(checkpoint or bundled_path(), args.config or notes.get("config"), **options)
@@ -193,7 +199,7 @@ def _print(job, report, weights: str) -> None:
         f"{rate(speed * spec.plan.nfe)} NFE/s"
     )
     print(shown(f"weights: {weights}"))
-    print(shown(f"plan: {spec.plan.name}({', '.join(f'{k}={v}' for k, v in spec.plan.metadata.items())})"))
+    print(plan_line(spec.plan))
     print(f"how: {geometry.precision} on {geometry.device}, executor {geometry.executor}, batch {geometry.batch}")
     share = f", worker {report.worker.index} of {report.worker.count}" if report.worker.count > 1 else ""
     there = len(job.folder.recorded(spec))

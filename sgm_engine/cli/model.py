@@ -32,7 +32,7 @@ def load_model(args: argparse.Namespace):
 
 def load_options(args: argparse.Namespace) -> dict[str, object]:
     """Those of load_checkpoint that were given."""
-    given = {name: getattr(args, name) for name in ("image_size", "class_labels", "data_range")}
+    given = {name: getattr(args, name) for name in ("image_size", "class_labels", "data_range", "sigmas")}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -24,7 +24,7 @@ from sgm_engine.cli.arguments import (
     plan_name,
     sample_ids,
 )
-from sgm_engine.cli.console import DIVERGED, DONE, bad_input, complain, rate, shown, some
+from sgm_engine.cli.console import DIVERGED, DONE, bad_input, complain, plan_line, rate, shown, some
 from sgm_engine.cli.model import chosen_model, device_of, processor, said
 
 FILMED = 64  # samples in a GIF
@@ -150,7 +150,6 @@ def sample(args: argparse.Namespace) -> int:
         return complain(
             DIVERGED, f"all {len(diverged)} samples became non-finite, nothing is written: {some(diverged)}"
         )
-    options = ", ".join(f"{name}={value}" for name, value in plan.metadata.items())
     how = f"{engine.numerics} on {cpu_or_gpu}, executor {engine.executor}, batch {engine.batch}"
     about = {"sgm_engine": sgm_engine.__version__, "weights": weights.name, "seed": str(args.seed), "how": how}
     about |= {"plan": plan.to_json()} | ({"float8": engine.float8.to_json()} if engine.float8 else {})
@@ -162,7 +161,7 @@ def sample(args: argparse.Namespace) -> int:
         print(f"{len(drawn)} samples in {seconds:.2f} s: {rate(speed)} samples/s, {nfe} NFE a sample, "
               f"{rate(speed * nfe)} NFE/s")  # fmt: skip
         print(shown(f"weights: {said(engine.model)}"))
-        print(shown(f"plan: {plan.name}({options})"))
+        print(plan_line(plan))
         print(f"how: {how}")
         print(f"written: {out.path}" + (f" and {gif}" if gif else ""))
     if diverged:

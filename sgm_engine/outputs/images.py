@@ -64,7 +64,8 @@ def to_uint8(x: Tensor | np.ndarray, data_range: Range = UNIT, quiet: bool = Fal
     if not quiet and outside(x, data_range) > SHARE:
         warnings.warn(
             f"more than 1% of these values lie outside the data range [{low:g}, {high:g}], by a quarter of it or more, "
-            "and are clamped: say what range the model's data have, data_range=(-1, 1) or --data-range -1 1",
+            "and are clamped. If the model's data have another range, name it: data_range=(-1, 1), --data-range -1 1. "
+            "If not, these samples are far from its data",
             stacklevel=2,
         )
     unit = x if data_range == UNIT else (x - low) / (high - low)

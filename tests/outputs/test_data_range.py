@@ -204,7 +204,7 @@ def test_the_command(sgm, tmp_path, tiny_weights):
 
 
 def test_clamping_is_said_once_with_the_remedy(tmp_path):
-    remedy = r"lie outside the data range \[0, 1\], .*: say what range .*, data_range=\(-1, 1\) or --data-range -1 1"
+    remedy = r"lie outside the data range \[0, 1\], .* name it: data_range=\(-1, 1\), --data-range -1 1\."
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         generate(engine(named=False), tmp_path / "job", N, shard_size=SHARD)
