@@ -63,7 +63,8 @@ class Report:
 
 
 class Job:
-    """Samples of one seed and plan, in shards in a folder. Equal arguments resume; other arguments are refused.
+    """Samples of one seed and plan, in shards in a folder. Equal arguments resume, further ids (a larger n) extend a
+    job; other arguments are refused.
 
     engine: draws the samples; its precision, executor and batch are part of the job, as are the weights.
     out: the folder. n: sample ids 0 to n − 1; or ids: SampleIds, their text ("0-63,100") or an iterable of integers.
@@ -111,7 +112,7 @@ class Job:
     def _prepare(self, source: Source, out: str | os.PathLike, notes: Mapping[str, Any] | None) -> None:
         self.source, self.folder, self.notes = source, Folder(out), dict(notes or {})
         self._stop = threading.Event()
-        self.folder.check(self.spec)
+        self.spec = self.folder.check(self.spec)
 
     def run(
         self,
@@ -175,7 +176,7 @@ class Job:
                 report.diverged += record.diverged
             except ShardError as error:
                 missing.append(shard)
-                if shard in recorded:
+                if shard in recorded and error.kind != "outgrown":
                     report.redrawn.append(error)
         return missing
 

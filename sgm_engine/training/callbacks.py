@@ -93,7 +93,7 @@ class SampleGrid(Callback):
         self.engine = self._copy = None  # the average is another module in the next fit
 
     def draw(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
-        """Draw the grid of the present weights, write it, show it to TensorBoard: float32 [n, C, H, W]."""
+        """Draw the grid of the present weights, write it, give it to the loggers: float32 [n, C, H, W]."""
         network = live_network(trainer, pl_module, self.network)
         if weights_dtype(network) != torch.float32:
             network = self._in_float32(network, getattr(pl_module, "sigmas", None))
@@ -133,7 +133,9 @@ class SampleGrid(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         save_png(folder / f"{trainer.global_step:08d}.png", image)
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_image"):  # TensorBoard
+            if hasattr(logger, "log_image"):  # W&B's, and others that Lightning gives one
+                logger.log_image("samples", [image], step=trainer.global_step)
+            elif hasattr(logger.experiment, "add_image"):  # TensorBoard
                 logger.experiment.add_image("samples", image, trainer.global_step, dataformats="HWC")
 
 

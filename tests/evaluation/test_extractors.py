@@ -37,6 +37,16 @@ def test_the_classifier_learns_repeats_and_leaves_the_global_generator_alone(mni
     assert loaded(x)[0].shape == (3, 64) and loaded(x)[1].shape == (3, 2)
 
 
+def test_the_classifier_trains_on_one_thread(mnist):
+    before, seen = torch.get_num_threads(), set()
+    try:
+        torch.set_num_threads(2)
+        train_classifier(open_images(mnist), epochs=1, report=lambda line: seen.add(torch.get_num_threads()))
+        assert seen == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_classifier_is_made_once_and_kept(mnist, tmp_path):
     file, said = tmp_path / "c.safetensors", []
     first = open_extractor(f"classifier:{file}", open_images(mnist), said.append)

@@ -4,6 +4,7 @@ import copy
 import gc
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,6 +91,17 @@ def test_a_grid_takes_few_steps_and_says_once_what_it_costs(tmp_path):
     levels = len(tiny_net().sigmas)
     assert len(said) == 1 and said[0].startswith(f"a grid of 2 samples, {levels} evaluations each: ")
     assert said[0].endswith(" s, every 1 steps")
+
+
+def test_every_logger_that_takes_pictures_gets_the_grid(tmp_path):
+    """Lightning's W&B logger has log_image, TensorBoard's experiment add_image, CSV's neither."""
+    got, image = [], np.zeros((8, 8, 1), np.uint8)
+    board = SimpleNamespace(add_image=lambda name, x, step, dataformats: got.append((name, x is image, step)))
+    wandb = SimpleNamespace(log_image=lambda key, images, step: got.append((key, images[0] is image, step)))
+    loggers = [wandb, SimpleNamespace(experiment=board), SimpleNamespace(experiment=object())]
+    trainer = SimpleNamespace(loggers=loggers, global_step=7, default_root_dir=tmp_path)
+    SampleGrid()._write(trainer, image)
+    assert got == [("samples", True, 7)] * 2 and (tmp_path / "samples" / "00000007.png").is_file()
 
 
 def test_a_run_is_never_silent_for_long(tmp_path, capsys, monkeypatch):
