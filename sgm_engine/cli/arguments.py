@@ -125,7 +125,7 @@ def add_weights(add: Callable) -> None:
         help="noise levels, descending, where neither weights nor config say them",
     )
     add("--data-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="of the data that the network was trained on, where the file does not say it: -1 1")  # fmt: skip
+        help="of the data, the network's and that of floating point images, where no file says it: -1 1")  # fmt: skip
     add("--class-labels", type=at_least(0), metavar="N", help="the class to draw, of a network with classes")
 
 
