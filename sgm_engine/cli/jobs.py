@@ -155,7 +155,8 @@ def resample(args: argparse.Namespace) -> int:
         model = model_of(spec, model)
         precision = geometry.precision.split()[0]  # a digest of the scales follows on "float8"
         float8 = Float8Config.from_json(notes["float8"]) if "float8" in notes else None
-        engine = Engine(model, geometry.batch, device, precision, geometry.executor, float8=float8)
+        options = {"float8": float8, "data_range": spec.data_range}
+        engine = Engine(model, geometry.batch, device, precision, geometry.executor, **options)
         x, compared = resample(engine, args.folder, args.id)
     if out.form == "grid":  # the picture itself, as a folder of PNG files holds it
         save_png(out.path, engine.pictures(x[None])[0])

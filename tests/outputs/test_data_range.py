@@ -193,6 +193,9 @@ def test_the_command(sgm, tmp_path, tiny_weights):
     assert sgm("resample", "run", "--id", 3, "--out", "three.png").returncode == 0
     for picture in ("three.png", "run/000003.png"):
         assert np.array_equal(np.asarray(Image.open(tmp_path / picture)), want[3, :, :, 0])
+    generate(Engine(load_checkpoint(tiny_weights), 4, data_range=(-2, 3)), tmp_path / "made", 5)
+    assert sgm("resample", "made", "--id", 3, "--checkpoint", tiny_weights, "--out", "same.png").returncode == 0
+    assert (tmp_path / "same.png").read_bytes() == (tmp_path / "three.png").read_bytes()
     assert sgm("convert", tiny_weights, "new.safetensors", "--data-range", -2, 3).returncode == 0
     assert load_checkpoint(tmp_path / "new.safetensors").data_range == (-2, 3)
     figures = []
