@@ -75,9 +75,16 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(text)
 
 
+def main_device(rows: list[dict]) -> list[dict]:
+    """The rows of the device that most of them come from."""
+    devices = [row["device"] for row in rows]
+    return [row for row in rows if row["device"] == max(set(devices), key=devices.count)]
+
+
 def short(rows: list[dict], threads: int = 1) -> str:
     """The README's table: medians, batch 1, 8 and 32 in one cell."""
     names = ["OpenVINO", "ONNX Runtime", "torch.compile, freezing", "eager, channels-last"]
+    rows = main_device(rows)
     cases = dict.fromkeys((row["network"], row["dtype"]) for row in rows if row["threads"] == threads)
     text = ["| network | precision | " + " | ".join(names) + " |", "|" + "---|" * (2 + len(names))]
     for network, dtype in cases:
@@ -100,17 +107,18 @@ def write_readme(file: Path = README) -> None:
 
 
 def chart(rows: list[dict], file: Path, batch: int = 8) -> None:
-    """Bars: how many times longer each peer takes, at one batch and thread."""
+    """Bars: how many times longer each peer takes, at one batch and thread, on one device."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    some = [row for row in rows if row["batch"] == batch and row["threads"] == 1]
+    some = [row for row in main_device(rows) if row["batch"] == batch and row["threads"] == 1]
     if not some:
         return
-    dtypes = list(dict.fromkeys(row["dtype"] for row in some))
-    figure, axes = plt.subplots(1, len(dtypes), figsize=(4.6 * len(dtypes), 3.8), sharey=True, squeeze=False)
+    dtypes = [row["dtype"] for row in some]
+    most, dtypes = max(map(dtypes.count, dtypes)), list(dict.fromkeys(dtypes))
+    figure, axes = plt.subplots(1, len(dtypes), figsize=(4.6 * len(dtypes), 0.7 + 0.7 * most), squeeze=False)
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         panel = [row for row in some if row["dtype"] == dtype]
         names = [name for name in PEERS if any(name in row["ratios"] for row in panel)]

@@ -15,6 +15,7 @@ from torch import nn
 from sgm_engine import load_checkpoint
 from sgm_engine.checkpoints.checkpoint import CheckpointError
 from sgm_engine.models.adm import ADMUNet
+from sgm_engine.models.edm2_unet import EDM2UNet
 from sgm_engine.models.edm_unet import DhariwalUNet, SongUNet
 from sgm_engine.models.lucidrains import Unet
 from sgm_engine.models.score_sde import NCSNpp
@@ -153,12 +154,42 @@ def _module(module, class_name=None, made=None, **own):
 def edm_pickle(path, network, arguments, precond="EDMPrecond", own=None):
     """{"ema": precond(network)} as a network-snapshot .pkl."""
     inner = _module(network, type(network).__name__, _init_args=(), _init_kwargs=_EasyDict(arguments))
+    return _snapshot(path, precond, {"model": inner}, own)
+
+
+def edm2_pickle(path, network, arguments, unnamed=(), encoder="StandardRGBEncoder", precond="Precond"):
+    """The same of EDM2: its network is called UNet, and stands beside the layer that learns uncertainties."""
+    inner = _module(network, "UNet", _init_args=unnamed, _init_kwargs=_EasyDict(arguments))
+    logvar = _module(nn.Linear(4, 1, bias=False), "MPConv")
+    encoder = None if encoder is None else _Persistent(encoder, {"_init_args": (), "_init_kwargs": _EasyDict()})
+    return _snapshot(path, precond, {"unet": inner, "logvar_linear": logvar}, {"sigma_data": 0.5}, encoder=encoder)
+
+
+def _snapshot(path, precond, modules, own, **beside):
     outer = _module(nn.Module(), precond, _init_args=(), _init_kwargs=_EasyDict(own or {}), **(own or {}))
-    outer.meta["state"]["_modules"] = {"model": inner}
+    outer.meta["state"]["_modules"] = modules
+    content = {"ema": outer, "loss_fn": None, "dataset_kwargs": {"path": "cifar10.zip"}} | beside
     buffer = io.BytesIO()
-    _Pickler(buffer, protocol=4).dump({"ema": outer, "loss_fn": None, "dataset_kwargs": {"path": "cifar10.zip"}})
+    _Pickler(buffer, protocol=4).dump(content)
     path.write_bytes(buffer.getvalue())
     return path
+
+
+TINY_EDM2 = {
+    "img_resolution": 16, "img_channels": 3, "label_dim": 5, "model_channels": 32, "channel_mult": [1, 2],
+    "num_blocks": 1, "attn_resolutions": [8], "channels_per_head": 16,
+}  # fmt: skip
+
+
+def edm2_network(**changed):
+    """Small, of random weights; its gains are not 0, where nothing could be seen."""
+    torch.manual_seed(0)
+    network = EDM2UNet(**TINY_EDM2 | changed).eval()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("gain"):
+                parameter.uniform_(0.5, 1.5)
+    return network
 
 
 def edm_arguments(config):

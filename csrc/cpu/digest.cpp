@@ -8,7 +8,7 @@
 namespace sgm {
 namespace {
 
-constexpr int64_t kPiece = 1 << 18;  // bytes: what one thread takes at a time
+constexpr int64_t kPiece = 1 << 19;  // bytes: what one thread takes at a time
 constexpr int64_t kAlone = 1 << 20;  // below it the caller is sooner done than the pool is awake
 
 struct Piece {
@@ -32,7 +32,7 @@ void digest(const Bytes* memory, int64_t count, uint64_t* out) {
     for (int64_t i = begin; i < end; ++i) found[i] = of_piece(pieces[i].data, pieces[i].size);
   };
   if (total < kAlone) range(0, static_cast<int64_t>(pieces.size()));
-  else parallel_for(static_cast<int64_t>(pieces.size()), 4, range);
+  else parallel_for(static_cast<int64_t>(pieces.size()), 2, range);
   size_t next = 0;
   for (int64_t i = 0; i < count; ++i) {
     out[i] = static_cast<uint64_t>(memory[i].size);

@@ -15,6 +15,7 @@ constexpr int kWidth = 8;
 constexpr int kWidth = 4;
 #endif
 constexpr int kLanes = 64, kVectors = kLanes / kWidth, kBlock = 4 * kLanes;  // a block in bytes
+constexpr int64_t kPage = 4096;
 using Lanes = uint32_t __attribute__((vector_size(4 * kWidth)));
 
 struct State {
@@ -41,8 +42,9 @@ uint64_t digest_piece(const void* data, int64_t size) {
   const char* byte = static_cast<const char*>(data);
   int64_t at = 0;
   for (; at + kBlock <= size; at += kBlock) {
-    __builtin_prefetch(byte + at + 4096);
-    __builtin_prefetch(byte + at + 4096 + 128);
+#pragma GCC unroll 4
+    for (int line = 0; line < kBlock; line += 64) __builtin_prefetch(byte + at + kPage + line);
+    if (at % kPage == 0) __builtin_prefetch(byte + at + 4 * kPage);  // so that its address is translated by then
     take(state, byte + at);
   }
   if (at < size) {
@@ -50,12 +52,12 @@ uint64_t digest_piece(const void* data, int64_t size) {
     __builtin_memcpy(rest, byte + at, size - at);
     take(state, rest);
   }
-  uint64_t hash = static_cast<uint64_t>(size);
-  for (int i = 0; i < kVectors; ++i)
-    for (int j = 0; j < kWidth; ++j) {
-      hash = (hash ^ state.lanes[i][j]) * 0x9e3779b97f4a7c15u;
-      hash ^= hash >> 32;
-    }
+  uint64_t pairs[kLanes / 2], hash = static_cast<uint64_t>(size);
+  __builtin_memcpy(pairs, state.lanes, sizeof pairs);
+  for (const uint64_t pair : pairs) {
+    hash = (hash ^ pair) * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 32;
+  }
   return hash;
 }
 

@@ -77,14 +77,15 @@ def load_checkpoint(
     """The network of a checkpoint, float32, on the CPU, in evaluation mode; ``.config`` and ``.plan`` describe it.
 
     path: our .safetensors; an original .pth of NCSN or NCSNv2; a checkpoint of score_sde, EDM, ADM,
-        improved-diffusion or denoising-diffusion-pytorch; a diffusers folder; Lightning's .ckpt with one of these
-            inside; or "hf:owner/name".
+        EDM2, improved-diffusion or denoising-diffusion-pytorch; a diffusers folder; Lightning's .ckpt with one of these
+        inside; or "hf:owner/name".
     config: a ModelConfig, or the path of the config.yml beside an original, of the config .py beside one of
-        score_sde, or ADM's flags. Without it the architecture follows from names and shapes, and what those cannot
-        tell from the published settings; where there are none, the error says which argument decides.
+        score_sde, or ADM's flags; for tensors alone a FamilyConfig, or the path of its JSON.
+        Without it the architecture follows from names and shapes, and what those cannot tell from the published
+        settings; where there are none, the error says which argument decides.
     sigmas [L] descending, image_size in pixels: given, they win over config and published settings, not over the file;
-        our own say all three themselves, and none may be given. sigmas of a diffusion family: in units of data in [0,
-            1].
+        our own say all three themselves, and none may be given. sigmas of a diffusion family: in units of data in
+        [0, 1].
     ema: the averaged weights: None takes them where there are any, True insists, False refuses them.
     sha256: hexadecimal digest that the file must have. class_labels: the class of the samples, where there are classes.
     data_range: (low, high) of what the network was trained on, where the file does not say it or says it wrongly: the

@@ -17,6 +17,7 @@ from sgm_engine.checkpoints.torch_file import CheckpointError, StoredTensor
 FAMILIES = {
     "NCSN": (r"begin_conv\.weight", r"(begin_conv|end_conv|normalizer|res\d+|refine\d+)\."),
     "score_sde": (r"all_modules\.0\.(?:W|weight|Conv_0\.weight)", r"all_modules\.\d+\."),
+    "EDM2": (r"emb_noise\.weight", r"((emb_\w+|(enc|dec)\.\d+x\d+_\w+|out_conv)\.|out_gain$)"),
     "EDM": (r"map_layer0\.weight", r"(map_\w+|(enc|dec)\.\d+x\d+_\w+|out_norm|out_conv)\."),
     "ADM": (r"time_embed\.0\.weight", r"(time_embed|label_emb|input_blocks|middle_block|output_blocks|out)\."),
     "diffusers": (
@@ -26,7 +27,7 @@ FAMILIES = {
     "lucidrains": (r"init_conv\.weight", r"(init_conv|time_mlp|downs|ups|mid_(block|attn)\w*|final_\w+)\."),
 }
 UNTRAINED = re.compile(
-    r"(^|\.)(sigmas|resample_filter|freqs|num_batches_tracked|running_mean|running_var)$|all_modules\.0\.W$"
+    r"(^|\.)(sigmas|resample_filter|freqs|phases|num_batches_tracked|running_mean|running_var)$|all_modules\.0\.W$"
 )
 AVERAGES = {"ema", "swa", "shadow", "averaged", "average", "avg"}
 MAX_DEPTH, MAX_CONTAINERS = 5, 10_000
@@ -43,9 +44,12 @@ class Chosen(NamedTuple):
     where: str
 
 
-def choose(content: object, ema: bool | None) -> Chosen | None:
-    """The weights of a known family, None where there is none. ema as of load_checkpoint. Raises CheckpointError."""
-    found = list(_candidates(content))
+def choose(content: object, ema: bool | None, name: str = "") -> Chosen | None:
+    """The weights of a known family, None where there is none. ema as of load_checkpoint. Raises CheckpointError.
+
+    name: of the file, which says it for weights without a name: ema_0.9999_050000.pt.
+    """
+    found = [c._replace(averaged=c.averaged or (not c.where and is_average(name))) for c in _candidates(content)]
     if not found:
         return None
     raw = [c for c in found if not c.averaged]

@@ -124,33 +124,36 @@ def _fields(network: dict[str, object], scheduler: Mapping) -> dict[str, object]
     for field, only in REFUSED.items():
         if scheduler.get(field, only) != only:
             raise CheckpointError(f"has {field} {scheduler[field]!r} in its scheduler; only {only!r} is supported")
-    prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
-        raise CheckpointError(f"has prediction_type {prediction!r}; {', '.join(PREDICTIONS)} are supported")
-    alphas = np.cumprod(1 - _betas(scheduler))
-    trained = ddpm_levels(alphas)
+    scheme, first, last = ddpm_scheme(scheduler)
     clip = None
     if scheduler.get("clip_sample", name in ("DDPMScheduler", "DDIMScheduler")):
         clip = float(scheduler.get("clip_sample_range", 1.0))
-    steps = {"spacing": scheduler.get("timestep_spacing", "leading"), "offset": scheduler.get("steps_offset", 0)}
     return {
         "architecture": "UNet2D",
         "network": network,
         "channels": network.get("in_channels", 3),
         "image_size": network["sample_size"],
-        "preconditioning": {
-            "name": "ddpm",
-            "alphas_cumprod": alphas.tolist(),
-            "prediction": prediction,
-            "steps": steps | {"scheduler": dict(scheduler)},
-        },
+        "preconditioning": scheme,
         "data_range": (-1.0, 1.0),
-        "sigma_min": float(trained[0]),
-        "sigma_max": float(trained[-1]),
+        "sigma_min": first,
+        "sigma_max": last,
         "plan": {"name": "sde_dpm_solver_2m", "nfe": 30},
         "clip": clip,
-        "family": f"diffusers UNet2DModel, {name}, {prediction}",
+        "family": f"diffusers UNet2DModel, {name}, {scheme['prediction']}",
     }
+
+
+def ddpm_scheme(scheduler: Mapping) -> tuple[dict[str, object], float, float]:
+    """(preconditioning, σ_min, σ_max) of a scheduler's configuration."""
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise CheckpointError(f"has prediction_type {prediction!r}; {', '.join(PREDICTIONS)} are supported")
+    alphas = np.cumprod(1 - _betas(scheduler))
+    trained = ddpm_levels(alphas)
+    steps = {"spacing": scheduler.get("timestep_spacing", "leading"), "offset": scheduler.get("steps_offset", 0)}
+    steps["scheduler"] = dict(scheduler)
+    scheme = {"name": "ddpm", "alphas_cumprod": alphas.tolist(), "prediction": prediction, "steps": steps}
+    return scheme, float(trained[0]), float(trained[-1])
 
 
 def _betas(scheduler: Mapping) -> np.ndarray:

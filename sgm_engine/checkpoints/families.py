@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -61,6 +61,10 @@ def open_elsewhere(path: Path, ema: bool | None, opened: ExitStack, given: Mappi
 
 def describe(state: State, path: Path, config: object, image_size: int | None) -> FamilyConfig:
     """The record of the family that ``state`` was found to be of. CheckpointError names the argument that decides."""
+    if isinstance(config, FamilyConfig):
+        return config
+    if isinstance(config, (str, os.PathLike)) and str(config).endswith(".json"):
+        return _config(diffusers_folder.read_json(Path(config).expanduser()), FamilyConfig.from_dict)
     if state.family == "score_sde":
         return _config(score_sde.describe(state, config))
     if state.family == "ADM":
@@ -69,15 +73,17 @@ def describe(state: State, path: Path, config: object, image_size: int | None) -
         return _config(lucidrains.describe(state, config, image_size))
     if state.family == "diffusers":
         raise CheckpointError(
-            "holds a UNet2DModel's tensors without its config: load its folder with both config files"
+            "holds a UNet2DModel's tensors without its config: load its folder with both config files, or pass "
+            "config=, the FamilyConfig of such a model or the JSON of one"
         )
     raise CheckpointError(
-        "holds an EDM network's tensors alone, without its preconditioning and σ_data: load the network-snapshot .pkl"
+        f"holds an {state.family} network's tensors alone, without its preconditioning and σ_data: load the "
+        "network-snapshot .pkl, or pass config=, the FamilyConfig of such a model or the JSON of one"
     )
 
 
-def _config(fields: Mapping) -> FamilyConfig:
+def _config(fields: Mapping, made: Callable[..., FamilyConfig] = lambda fields: FamilyConfig(**fields)) -> FamilyConfig:
     try:
-        return FamilyConfig(**fields)
+        return made(fields)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"does not describe a network: {error}") from None

@@ -1,4 +1,4 @@
-"""EDM's network pickles: class name, arguments and tensors of the network, read as inert data (pickled.py).
+"""EDM's and EDM2's network pickles: class, arguments and tensors of the network, read as inert data (pickled.py).
 
 Such a file is {"ema": network, …} where every object carries the source of its class. That source is not looked at: the
 class's name and arguments say which of our own networks to build, and its tensors fill it.
@@ -23,7 +23,8 @@ from sgm_engine.files.reading import open_file
 from sgm_engine.models.preconditioning import iddpm_levels
 
 REBUILD = "_reconstruct_persistent_obj"
-NETWORKS = ("SongUNet", "DhariwalUNet")
+NETWORKS = {"SongUNet": "SongUNet", "DhariwalUNet": "DhariwalUNet", "UNet": "EDM2UNet"}  # ours, by their name
+POSITIONAL = {"UNet": ("img_resolution", "img_channels", "label_dim")}  # what is given without its name, in order
 MAX_DEPTH, MAX_MODULES = 12, 20_000
 
 
@@ -46,16 +47,17 @@ def open_network(path: Path, ema: bool | None) -> tuple[State, dict]:
         which = {True: "averaged network (ema)", False: "network beside its average", None: "network"}[ema]
         raise CheckpointError(f"is a pickle that holds no {which}; it holds: {held}. Nothing in it was run")
     chosen = content[wanted[0]]
-    fields = _describe(chosen)
-    network = _mapping(_attributes(chosen).get("_modules")).get("model")
+    fields = _describe(chosen, content.get("encoder"))
     tensors: dict[str, Stored] = {}
-    _collect(network, "", tensors, [0])
+    _collect(_network(chosen), "", tensors, [0])
+    if fields["architecture"] == "EDM2UNet":
+        _check_phases(tensors.get("emb_fourier.phases"))
     return (
         State(
             {name: t.shape for name, t in tensors.items()},
             lambda name: _read(tensors[name]),
             {name: math.prod(t.shape) * 2 for name, t in tensors.items()},
-            family="EDM",
+            family="EDM2" if fields["architecture"] == "EDM2UNet" else "EDM",
             averaged=wanted[0] == "ema",
         ),
         fields,
@@ -96,31 +98,50 @@ def _mapping(value: object) -> Mapping:
     return value if isinstance(value, dict) else {}
 
 
-def _describe(precond: object) -> dict[str, object]:
-    name, own = _class(precond), _attributes(precond)
-    network = _mapping(own.get("_modules")).get("model")
-    kind, arguments = _class(network), dict(_mapping(_attributes(network).get("_init_kwargs")))
+def _network(precond: object) -> object:
+    modules = _mapping(_attributes(precond).get("_modules"))
+    return modules.get("unet", modules.get("model"))
+
+
+def _arguments(network: object) -> dict[str, object]:
+    """What a network was made with, by name."""
+    own, kind = _attributes(network), _class(network)
+    unnamed, known = own.get("_init_args") or (), POSITIONAL.get(kind, ())
+    if not isinstance(unnamed, (tuple, list)) or len(unnamed) > len(known):
+        raise CheckpointError(f"made its {kind} with arguments without names, which are not understood")
+    arguments = dict(zip(known, unnamed, strict=False)) | _mapping(own.get("_init_kwargs"))
+    if not arguments:
+        raise CheckpointError(f"does not say with which arguments it made its {kind}")
+    return {k: v for k, v in arguments.items() if k not in ("label_dropout", "dropout", "use_fp16")}
+
+
+def _describe(precond: object, encoder: object) -> dict[str, object]:
+    name, own, network = _class(precond), _attributes(precond), _network(precond)
+    kind = _class(network)
     if name not in SCHEMES:
         raise CheckpointError(f"holds a network of class {name!r:.60}; {', '.join(SCHEMES)} are supported")
-    if kind not in NETWORKS:
-        raise CheckpointError(f"holds a {name} around a {kind!r:.60}; {' and '.join(NETWORKS)} are supported")
-    if _attributes(network).get("_init_args") or not arguments:
-        raise CheckpointError(f"made its {kind} with arguments without names, which are not understood")
-    arguments = {k: v for k, v in arguments.items() if k not in ("label_dropout", "dropout", "use_fp16")}
+    if kind not in NETWORKS or (name == "Precond") != (kind == "UNet"):
+        raise CheckpointError(f"holds a {name} around a {kind!r:.60}; {', '.join(NETWORKS)} are supported")
+    if encoder is not None and _class(encoder) != "StandardRGBEncoder":
+        raise CheckpointError(
+            f"draws latents, which its {_class(encoder):.60} decodes: networks of pixels are supported"
+        )
+    arguments = _arguments(network)
     plain = (int, float, str, bool, type(None))
     arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
     for key, value in arguments.items():
         if not all(isinstance(v, plain) for v in (value if isinstance(value, list) else [value])):
             raise CheckpointError(f"has {key} of {kind} as {type(value).__name__}, where numbers and names belong")
-    size, channels = arguments.get("img_resolution"), arguments.get("in_channels")
+    given = "img_channels" if kind == "UNet" else "in_channels"
+    size, channels = arguments.get("img_resolution"), arguments.get(given)
     if type(size) is not int or type(channels) is not int:
-        raise CheckpointError(f"has a {kind} without img_resolution or in_channels")
+        raise CheckpointError(f"has a {kind} without img_resolution or {given}")
     try:
         scheme, low, high = SCHEMES[name]({**_mapping(own.get("_init_kwargs")), **own})
     except (ValueError, OverflowError, IndexError) as error:
         raise CheckpointError(f"has a {name} whose constants give no noise levels ({error})") from None
     return {
-        "architecture": kind,
+        "architecture": NETWORKS[kind],
         "network": arguments,
         "channels": channels,
         "image_size": size,
@@ -128,8 +149,8 @@ def _describe(precond: object) -> dict[str, object]:
         "data_range": (-1.0, 1.0),
         "sigma_min": low,
         "sigma_max": high,
-        "plan": {"name": "heun", "nfe": 35},
-        "family": f"EDM {kind}, {name}",
+        "plan": {"name": "heun", "nfe": 63 if kind == "UNet" else 35},
+        "family": f"{'EDM2' if kind == 'UNet' else 'EDM'} {kind}, {name}",
     }
 
 
@@ -159,7 +180,13 @@ def _iddpm(own: Mapping) -> tuple[dict, float, float]:
     return {"name": "iddpm"} | scheme, float(u[-2]), float(u[0])
 
 
-SCHEMES = {"EDMPrecond": _edm, "VPPrecond": _vp, "VEPrecond": _ve, "iDDPMPrecond": _iddpm}
+SCHEMES = {"EDMPrecond": _edm, "VPPrecond": _vp, "VEPrecond": _ve, "iDDPMPrecond": _iddpm, "Precond": _edm}
+
+
+def _check_phases(stored: Stored | None) -> None:
+    """The paper counts phases of Fourier features in turns, the files in radians: a file of turns is refused."""
+    if stored is not None and not (_read(stored).float() > 1).any():
+        raise CheckpointError("has emb_fourier.phases of at most 1, where radians up to 2π belong")
 
 
 def _collect(module: object, prefix: str, tensors: dict[str, Stored], seen: list[int]) -> None:

@@ -49,7 +49,7 @@ def open_state(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, 
         # The first eight bytes are the header's length, and lengths that begin like a .pth are as common as others.
         return _open_safetensors(path, ema, opened)
     file = opened.enter_context(TorchFile(path))
-    return _pick(file, ema), None
+    return _pick(file, ema, path.name), None
 
 
 def _open_safetensors(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, Config | None]:
@@ -66,7 +66,7 @@ def _open_safetensors(path: Path, ema: bool | None, opened: ExitStack) -> tuple[
 
     if "format" not in metadata or metadata["format"] == "pt":  # what safetensors' own savers write
         named = {n: StoredTensor(Storage(torch.float32, n, 0), 0, shape, ()) for n, shape in shapes.items()}
-        if (chosen := choose(named, ema)) is not None:
+        if (chosen := choose(named, ema, path.name)) is not None:
             return _of(chosen, lambda t: read(t.storage.key), sized=False), None
     if ema:
         raise CheckpointError("holds one set of weights and no separate average: leave out ema=True")
@@ -90,10 +90,10 @@ def _config(fields: object) -> Config:
     return (CDMConfig if architecture == CDMConfig.architecture else ModelConfig).from_dict(fields)
 
 
-def _pick(file: TorchFile, ema: bool | None) -> State:
+def _pick(file: TorchFile, ema: bool | None, name: str) -> State:
     """The weights among what was saved: of a known family, else the first that look like a network's."""
     content = file.content
-    if (chosen := choose(content, ema)) is not None:
+    if (chosen := choose(content, ema, name)) is not None:
         return _of(chosen, file.read)
     if isinstance(content, (list, tuple)) and content:
         content = content[0]
@@ -109,7 +109,8 @@ def _pick(file: TorchFile, ema: bool | None) -> State:
 def _of(chosen: Chosen, read: Callable[[StoredTensor], Tensor], sized: bool = True) -> State:
     state = _tensors(chosen.tensors, read, sized)
     beside = _tensors(chosen.beside, read, sized)
-    return state._replace(family=chosen.family, beside=beside, averaged=chosen.averaged)
+    averaged = chosen.averaged or (False if chosen.where else None)  # weights without a name may be either
+    return state._replace(family=chosen.family, beside=beside, averaged=averaged)
 
 
 def _tensors(stored: Mapping[str, StoredTensor], read: Callable[[StoredTensor], Tensor], sized: bool = True) -> State:

@@ -127,6 +127,7 @@ def add_weights(add: Callable) -> None:
     add("--data-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="of the data, the network's and that of floating point images, where no file says it: -1 1")  # fmt: skip
     add("--class-labels", type=at_least(0), metavar="N", help="the class to draw, of a network with classes")
+    add("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)")
 
 
 def add_precision(add: Callable) -> None:

@@ -28,6 +28,9 @@ def register(commands) -> None:
     p.add_argument("checkpoint", nargs="?", metavar="FILE", help="a checkpoint of any family: what was recognised")
     p.add_argument("--config", metavar="PATH", help="what came with it")
     p.add_argument("--image-size", type=at_least(1), metavar="N", help="in pixels, where neither says it")
+    p.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)"
+    )
     p.add_argument("--json", action="store_true", help="for programs")
     p.set_defaults(run=doctor)
 
@@ -37,7 +40,8 @@ def doctor(args: argparse.Namespace) -> int:
         with bad_input():
             from sgm_engine.checkpoints.checkpoint import load_checkpoint
 
-            line = said(load_checkpoint(args.checkpoint, args.config, image_size=args.image_size))
+            options = {"image_size": args.image_size, "ema": args.ema}
+            line = said(load_checkpoint(args.checkpoint, args.config, **options))
         print(json.dumps({args.checkpoint: line}) if args.json else f"{args.checkpoint}: {line}")
         return DONE
     found = facts()

@@ -23,7 +23,7 @@ from sgm_engine.cli.console import (
     some,
     stoppable,
 )
-from sgm_engine.cli.model import chosen_model, device_of, load_options, said
+from sgm_engine.cli.model import chosen_model, device_of, how_to_load, said
 
 JOB_OPTIONS = ("format", "shard_size", "worker", "ray", "actors")
 LINE_EVERY = 60.0  # seconds between two lines of progress of Ray's actors
@@ -177,7 +177,8 @@ def _job(args: argparse.Namespace):
     paths = {"checkpoint": args.checkpoint and str(weights.resolve())}
     is_path = args.config and not args.config.startswith("--")  # ADM's flags are none
     paths["config"] = str(Path(args.config).expanduser().resolve()) if is_path else args.config
-    paths |= {"load": json.dumps(given)} if (given := load_options(args)) else {}
+    given = how_to_load(args)
+    paths |= {"load": json.dumps(given)} if given else {}
     options = {"n": args.n if args.ids is None else None, "ids": args.ids, "seed": args.seed, "plan": plan}
     options |= {"format": args.format or "png", "shard_size": args.shard_size or SHARD_SIZE, "notes": paths}
     if args.ray:

@@ -27,13 +27,13 @@ def load_model(args: argparse.Namespace):
     """The module that --checkpoint and --config name, drawing the class that --class-labels names."""
     from sgm_engine.checkpoints.checkpoint import load_checkpoint
 
-    return load_checkpoint(weights_path(args), args.config, **load_options(args))
+    return load_checkpoint(weights_path(args), args.config, **how_to_load(args))
 
 
-def load_options(args: argparse.Namespace) -> dict[str, object]:
-    """Those of load_checkpoint that were given."""
-    given = {name: getattr(args, name) for name in ("image_size", "class_labels", "data_range", "sigmas")}
-    return {name: value for name, value in given.items() if value is not None}
+def how_to_load(args: argparse.Namespace) -> dict[str, object]:
+    """Options of load_checkpoint that were given."""
+    named = {name: getattr(args, name) for name in ("image_size", "class_labels", "ema", "data_range", "sigmas")}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def weights_path(args: argparse.Namespace) -> Path:

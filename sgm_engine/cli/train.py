@@ -34,7 +34,7 @@ def register(commands) -> None:
     add("--data", metavar="PATH", help="MNIST's IDX files, CIFAR-10's .bin files, a .npy, or a folder of pictures")
     add("--out", metavar="FOLDER", help="the run; resumed if it has checkpoints")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes to the config")
-    add("--init", metavar="PATH", help="start from these weights (.safetensors), of the same network")
+    add("--init", metavar="PATH", help="start from these weights, of the same network")
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="Lightning's (default: auto)")
     add("--tensorboard", action="store_true", help="write TensorBoard logs too")
     add("--list", action="store_true", help="list the bundled configs and stop")

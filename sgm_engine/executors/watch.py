@@ -44,8 +44,15 @@ class Watch:
 
     def look(self) -> dict[int, tuple | None]:
         """id → what the tensor holds, of each, None where the CPU cannot read it; also kept as ``states``."""
-        self.states = dict(zip(map(id, self.tensors), digests(self.tensors), strict=True))
+        self.states = self._now()
         return self.states
+
+    def moved(self) -> bool:
+        """Whether a tensor holds something else than at the last ``look``."""
+        return self._now() != self.states
+
+    def _now(self) -> dict[int, tuple | None]:
+        return dict(zip(map(id, self.tensors), digests(self.tensors), strict=True))
 
 
 def _counting(watch: weakref.ref[Watch]):

@@ -28,16 +28,18 @@ class Witness:
         Notices a model that writes to its input. batch: asked about if the model takes no other number of images.
         """
         allowed = REPEATED[self.network.precision] * (10 if self.network.device.type == "cuda" else 1)
+        watch = self.network.watch
         for sizes in ((1, min(2, batch)), (batch, batch)):
-            before = self.network.watch.glance()
+            before, _ = watch.glance(), watch.look()
             try:
                 first, second = (self._asked(n) for n in sizes)
             except Exception as error:  # it takes another number of images, or none: then a step says what is wrong
                 if out_of_memory(error):
                     raise
                 continue
-            moved = self.network.watch.glance() != before  # weights that are trained meanwhile prove nothing
-            if not moved and (difference := relative(second[:1], first[:1])) > allowed:
+            difference = relative(second[:1], first[:1])
+            # Weights that are trained meanwhile prove nothing.
+            if difference > allowed and watch.glance() == before and not watch.moved():
                 raise ValueError(
                     f"model must be a function of x and level, but two calls with one image differ by {difference:.1e}:"
                     " it draws random numbers, or an image's score depends on the others of its batch (model.eval()?)"
@@ -45,7 +47,11 @@ class Witness:
             return
 
     def disagreement(self, executor: Executor) -> float | None:
-        """By how much the executor's answer to one image differs from the user's module's, if that is no rounding."""
+        """By how much the executor's answer to one image differs from the user's module's, if that is no rounding.
+
+        Asked after the executor's ``sync_weights``, which has looked at them. Weights that are trained meanwhile prove
+        nothing; a fused step that is under way shows in what they hold alone.
+        """
         before = self.network.watch.glance()
         x, level = self._question(1)
         ours = executor.answer(x, level)
@@ -59,8 +65,10 @@ class Witness:
             return None
         difference = relative(ours.float(), theirs)
         self.turn += 1
-        moved = self.network.watch.glance() != before
-        return difference if difference > AGREEMENT[self.network.precision] and not moved else None
+        if difference <= AGREEMENT[self.network.precision]:
+            return None
+        moved = self.network.watch.glance() != before or self.network.watch.moved()
+        return None if moved else difference
 
     def _question(self, n: int) -> tuple[Tensor, Tensor]:
         """x [n, C, H, W], of which the first image is always the same but for its scale, and level [n].

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from sgm_engine.models import preconditioning
 from sgm_engine.models.adm import ADMUNet
+from sgm_engine.models.edm2_unet import EDM2UNet
 from sgm_engine.models.edm_unet import DhariwalUNet, SongUNet
 from sgm_engine.models.lucidrains import Unet
 from sgm_engine.models.score_model import checked_score
@@ -25,8 +26,8 @@ from sgm_engine.models.score_sde import NCSNpp
 from sgm_engine.models.unet2d import UNet2D
 from sgm_engine.plans.schedule import Sigmas, check_sigmas, karras
 
-NETWORKS = {cls.__name__: cls for cls in (NCSNpp, SongUNet, DhariwalUNet, ADMUNet, UNet2D, Unet)}
-ONE_HOT = (SongUNet, DhariwalUNet)
+NETWORKS = {cls.__name__: cls for cls in (NCSNpp, SongUNet, DhariwalUNet, EDM2UNet, ADMUNet, UNet2D, Unet)}
+ONE_HOT = (SongUNet, DhariwalUNet, EDM2UNet)
 MAX_CHANNELS, MAX_SIZE = 1024, 8192
 ENOUGH = 300.0  # where few steps begin at most: of a cosine schedule the last level is σ 20,000, all noise
 

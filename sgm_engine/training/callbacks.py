@@ -16,9 +16,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from sgm_engine.checks import check_int
-from sgm_engine.engine.defaults import few_steps
+from sgm_engine.engine.defaults import FEW, few_steps
 from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import SampleDiverged
+from sgm_engine.models.family import FamilyModel
 from sgm_engine.outputs.images import grid, save_png
 from sgm_engine.plans.plan import Plan
 from sgm_engine.training.module import weights_dtype
@@ -58,10 +59,9 @@ class SampleGrid(Callback):
     same noise every time, so the pictures show one set of samples as it improves.
 
     network: name of the module's attribute that is the score network, with ``sigmas`` and ``shape``.
-    plan: None takes few steps, at most 30 evaluations on the network's levels; its own plan, ``engine.default_plan``,
-        may take hundreds. say: told once what a grid costs. folder: None is <default_root_dir>/samples. engine:
-        arguments for Engine, such as batch, precision or executor. With DDP the first process draws and the others
-        wait for it.
+    plan: None takes the network's own if that has at most 30 evaluations, else as few steps on its levels. say: told
+        once what a grid costs. folder: None is <default_root_dir>/samples. engine: arguments for Engine, such as batch,
+        precision or executor. With DDP the first process draws and the others wait for it.
     """
 
     def __init__(
@@ -98,11 +98,12 @@ class SampleGrid(Callback):
         if weights_dtype(network) != torch.float32:
             network = self._in_float32(network, getattr(pl_module, "sigmas", None))
         with evaluating(network):
-            if self.engine is None or self.engine.model is not network:
+            if self.engine is None or _weights(self.engine.model) is not _weights(network):
                 on_gpu = pl_module.device.type == "cuda"
                 batch = min(self.n, 128 if on_gpu else 16)
-                self.engine = Engine(network, **{"batch": batch} | self.engine_options)
-            plan, began = self.plan or few_steps(self.engine.sigmas), time.perf_counter()
+                self.engine = Engine(_drawing(network), **{"batch": batch} | self.engine_options)
+            own, began = self.engine.default_plan, time.perf_counter()
+            plan = self.plan or (own if own.nfe <= FEW else few_steps(self.engine.sigmas))
             try:
                 x = self.engine.sample(self.n, self.seed, plan)
             except SampleDiverged as error:  # an early network may well; what is finite is worth a look
@@ -137,6 +138,16 @@ class SampleGrid(Callback):
                 logger.log_image("samples", [image], step=trainer.global_step)
             elif hasattr(logger.experiment, "add_image"):  # TensorBoard
                 logger.experiment.add_image("samples", image, trainer.global_step, dataformats="HWC")
+
+
+def _drawing(network: nn.Module) -> nn.Module:
+    """A network of a diffusion family, which trains at many levels, at the few of its plan; the weights are shared."""
+    return network.at_sigmas(network.config.sigmas) if isinstance(network, FamilyModel) else network
+
+
+def _weights(network: nn.Module) -> nn.Module:
+    """What holds the weights: FamilyModels of several levels may share it."""
+    return network.network if isinstance(network, FamilyModel) else network
 
 
 @contextmanager

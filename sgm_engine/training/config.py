@@ -15,7 +15,9 @@ from sgm_engine.files.reading import MAX_YAML, parse_yaml, read_text
 from sgm_engine.models import ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.models.config import MAX_LEVELS
+from sgm_engine.models.family import NETWORKS, FamilyConfig
 from sgm_engine.plans.schedule import geometric
+from sgm_engine.training import families
 from sgm_engine.training.objectives import OBJECTIVES
 
 FOLDER = Path(__file__).parent / "configs"
@@ -29,6 +31,9 @@ class TrainConfig:
 
     architecture, ngf, divide_by_sigma: as models.ModelConfig. sigma_begin, sigma_end, levels: geometric, in units of
     pixels in [0, 1]. architecture "CDM": as cdm.CDMConfig, ngf its width, ``network`` the fields that are not here.
+    A network of models.family: ngf its width, ``network`` its other arguments; preconditioning: {"name" of a scheme of
+    models.preconditioning, its constants}, empty for the usual one, and for ddpm the fields of a diffusers scheduler;
+    levels: also of a ddpm's timesteps, evenly; plan: with "nfe", evaluations.
     image_size: of a folder of pictures; other data know theirs. objective: of OBJECTIVES ("cdm" for a CDM), and its
     keyword arguments in objective_options. steps: optimizer steps in all; batch: images a step, over all processes.
     warmup: steps; decay: share of the steps, at the end, over which lr falls to 0; ema: 0 keeps no average; clip: of
@@ -38,11 +43,12 @@ class TrainConfig:
     """
 
     architecture: str
-    ngf: int
     levels: int
+    ngf: int | None = None
     sigma_begin: float | None = None
     sigma_end: float = 0.01
     network: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    preconditioning: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     divide_by_sigma: bool = True
     image_size: int | None = None
     flip: bool = False
@@ -87,8 +93,12 @@ class TrainConfig:
         self._need("objective", cdm == (self.objective == "cdm"), "cdm if, and only if, the architecture is CDM")
         self.model(1, 32 if self.image_size is None else self.image_size)  # checks what the network's config checks
 
-    def model(self, channels: int, image_size: int) -> ModelConfig | CDMConfig:
+    def model(self, channels: int, image_size: int) -> ModelConfig | CDMConfig | FamilyConfig:
         """The network for images [channels, image_size, image_size]."""
+        if self.architecture in NETWORKS:
+            return families.record(self, channels, image_size)
+        if self.preconditioning:
+            raise ValueError(f"preconditioning must be empty for {self.architecture}, got {dict(self.preconditioning)}")
         if self.architecture == CDMConfig.architecture:
             fields = {"channels": channels, "image_size": image_size, "width": self.ngf, "levels": self.levels}
             return CDMConfig.from_dict(fields | dict(self.network) | {"plan": self.plan})

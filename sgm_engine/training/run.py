@@ -25,8 +25,10 @@ from sgm_engine.engine.progress import clock
 from sgm_engine.files.reading import read_text
 from sgm_engine.files.writing import append_line, remove, write_file
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
+from sgm_engine.models.family import FamilyModel
 from sgm_engine.training.callbacks import EMA, SampleGrid, live_network
 from sgm_engine.training.config import PRECISIONS, WEIGHTS, TrainConfig
+from sgm_engine.training.families import differences, training_levels
 from sgm_engine.training.keeping import Keep, WholeFiles, lock, newest_checkpoint
 from sgm_engine.training.module import ScoreModule
 from sgm_engine.training.objectives import OBJECTIVES
@@ -171,6 +173,8 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
         torch.manual_seed(config.seed)
         network = config.model(channels, height).build()
     plan_for(network)  # a plan that cannot be had is refused now
+    if isinstance(network, FamilyModel):
+        network = network.at_sigmas(training_levels(config, network.config))
     if init is not None:
         _initialise(network, init)
     options = dict(config.objective_options)
@@ -211,6 +215,11 @@ def _initialise(network: nn.Module, weights: str | Path) -> None:
     start = load_checkpoint(weights)
     if type(start.config) is not type(network.config):
         raise ValueError(f"--init {weights}: holds a {start.config.architecture}, not a {network.config.architecture}")
+    if isinstance(network, FamilyModel):
+        if differing := differences(start.config, network.config):
+            raise ValueError(f"--init {weights}: holds another network: {'; '.join(differing)}")
+        network.load_state_dict(start.state_dict())
+        return
     theirs, ours = (dataclasses.replace(n.config, plan=None, sigmas=(1.0,)) for n in (start, network))
     same = len(start.sigmas) == len(network.sigmas) and torch.allclose(start.sigmas, network.sigmas, rtol=1e-4)
     if theirs != ours or not same:

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from sgm_engine import load_checkpoint
 from sgm_engine.checkpoints.checkpoint import CheckpointError
 from sgm_engine.models import NCSNv2
+from tests.family_files import golden, refused
 
 SIGMAS, COUNT = torch.linspace(1.0, 0.1, 5), torch.tensor(3)
 
@@ -104,3 +105,16 @@ def test_ema_that_is_asked_for_must_be_there(tmp_path, model):
     torch.save({"ema": half(model)}, tmp_path / "d.pth")
     with pytest.raises(CheckpointError, match="holds averaged weights only"):
         load_checkpoint(tmp_path / "d.pth", image_size=8, ema=False)
+
+
+def test_the_name_of_a_file_says_what_its_weights_do_not(tmp_path):
+    """ADM's and others' averages are files of their own; of weights without a name nothing is said."""
+    flags = {"config": "--image_size 32 --num_heads 4 --class_cond True --attention_resolutions 16,32 "
+             "--use_scale_shift_norm False"}  # fmt: skip
+    state = golden("improved_diffusion_32_labels")[1]
+    for name, averaged in (("ema_0.9999_050000.pt", True), ("model050000.pt", None)):
+        torch.save(state, tmp_path / name)
+        assert load_checkpoint(tmp_path / name, **flags).averaged is averaged
+    assert load_checkpoint(tmp_path / "ema_0.9999_050000.pt", ema=True, **flags).averaged
+    assert "holds averaged weights only" in refused(tmp_path / "ema_0.9999_050000.pt", ema=False, **flags)
+    assert "holds no averaged weights" in refused(tmp_path / "model050000.pt", ema=True, **flags)

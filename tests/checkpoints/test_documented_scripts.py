@@ -8,7 +8,15 @@ import torch
 
 from sgm_engine.models.adm import ADMUNet
 from sgm_engine.models.edm_unet import SongUNet
-from tests.family_files import diffusers_folder, edm_pickle, lucidrains_file, score_sde_files
+from tests.family_files import (
+    TINY_EDM2,
+    diffusers_folder,
+    edm2_network,
+    edm2_pickle,
+    edm_pickle,
+    lucidrains_file,
+    score_sde_files,
+)
 
 DOCS = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 SCRIPTS = re.findall(r"```python\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
@@ -21,6 +29,8 @@ SMALL = {
 def write(script, folder):
     if "checkpoint_7" in script:
         score_sde_files(folder, "score_sde_ddpmpp_vp_32")
+    elif "edm2" in script:
+        edm2_pickle(folder / "edm2-img64.pkl", edm2_network(), TINY_EDM2)
     elif ".pkl" in script:
         edm_pickle(folder / "network-snapshot.pkl", SongUNet(**SMALL).eval(), SMALL)
     elif "ema_0.9999" in script:
@@ -44,4 +54,4 @@ def test_script(script, tmp_path, monkeypatch):
 
 
 def test_there_is_a_script_for_every_family():
-    assert len(SCRIPTS) == 5
+    assert len(SCRIPTS) == 6

@@ -5,7 +5,19 @@ import torch
 
 from sgm_engine import Engine, load_checkpoint, save_checkpoint
 from sgm_engine.checkpoints.checkpoint import convert
-from tests.family_files import golden, listed, lucidrains_file, refused, relative, same_network, score_sde_files
+from tests.family_files import (
+    TINY_EDM2,
+    diffusers_folder,
+    edm2_network,
+    edm2_pickle,
+    golden,
+    listed,
+    lucidrains_file,
+    refused,
+    relative,
+    same_network,
+    score_sde_files,
+)
 
 ADM_FLAGS = "--image_size 32 --num_heads 4 --class_cond True --attention_resolutions 16,32 --use_scale_shift_norm False"
 
@@ -140,3 +152,24 @@ def test_lightning_with_an_average_beside_the_network(tmp_path):
     assert model.averaged
     same_network(model, "score_sde_ddpmpp_vp_32", 0.5)
     same_network(load_checkpoint(tmp_path / "last.ckpt", config, ema=False), "score_sde_ddpmpp_vp_32")
+
+
+def test_tensors_alone_and_the_record_of_their_family(tmp_path):
+    """Networks of EDM2 and diffusers in Lightning's file: config= says what it lacks, a record or its JSON."""
+    diffusers_folder(tmp_path / "pipe")
+    edm2_pickle(tmp_path / "n.pkl", edm2_network(), TINY_EDM2)
+    for source, said in (("n.pkl", "holds an EDM2 network's tensors alone"), ("pipe", "holds a UNet2DModel's tensors")):
+        model = load_checkpoint(tmp_path / source)
+        state = {f"net.{k}": v for k, v in model.network.state_dict().items()}
+        torch.save({"state_dict": state, "epoch": 3, "pytorch-lightning_version": "2.6.6"}, tmp_path / "last.ckpt")
+        assert said in refused(tmp_path / "last.ckpt")
+        (tmp_path / "record.json").write_text(model.config.to_json())
+        for config in (model.config, tmp_path / "record.json"):
+            found = load_checkpoint(tmp_path / "last.ckpt", config)
+            assert found.config == model.config
+            assert all(torch.equal(v, found.network.state_dict()[k]) for k, v in model.network.state_dict().items())
+    other = load_checkpoint(tmp_path / "n.pkl").config
+    assert "does not fit EDM2UNet: lacks " in refused(tmp_path / "last.ckpt", other)
+    (tmp_path / "record.json").write_text('{"architecture": "UNet2D"}')
+    assert "config lacks fields: channels" in refused(tmp_path / "last.ckpt", tmp_path / "record.json")
+    assert "nothing.json" in refused(tmp_path / "last.ckpt", tmp_path / "nothing.json")

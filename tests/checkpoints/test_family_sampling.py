@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sgm_engine import Engine, ancestral, ddim, heun, karras, load_checkpoint
 from sgm_engine.kernels import reference
@@ -68,18 +69,21 @@ def test_ddpm_and_ddim_of_diffusers(tmp_path, monkeypatch, prediction, clip, var
     unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "pipe" / "unet")
     start = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
-    def drawn(plan_of, levels):
-        sigmas = model.levels(levels, own=True)
+    def states(plan_of, levels):
+        """After every step, in the scheduler's units."""
+        sigmas, seen = model.levels(levels, own=True), []
         y = start / 2 * (1 + (2 * sigmas[0]) ** 2) ** 0.5 + 0.5
         plan = plan_of(sigmas, **model.options_of(plan_of.__name__, sigmas[0]))
-        return Engine(model.at_sigmas(sigmas), batch=1, executor="eager").sample(1, seed=3, plan=plan, init=y)
+        engine = Engine(model.at_sigmas(sigmas), batch=1, executor="eager")
+        engine.sample(1, seed=3, plan=plan, init=y, callback=lambda info: seen.append(info.x.clone()))
+        return [(2 * x - 1) / np.hypot(1, 2 * after) for x, after in zip(seen, [*sigmas[1:], 0.0], strict=True)]
 
     scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path / "pipe" / "scheduler")
     scheduler.set_timesteps(10)
     y = start
-    for t in scheduler.timesteps:
+    for t, x in zip(scheduler.timesteps, states(ddim, 10), strict=True):
         y = scheduler.step(unet(y, t).sample, t, y, use_clipped_model_output=clip).prev_sample
-    assert relative(2 * drawn(ddim, 10) - 1, y.double()) < 1e-5
+        assert relative(x, y.double()) < 1e-5
 
     scheduler = diffusers.DDPMScheduler.from_pretrained(tmp_path / "pipe" / "scheduler")
     scheduler.set_timesteps(40)
@@ -89,9 +93,43 @@ def test_ddpm_and_ddim_of_diffusers(tmp_path, monkeypatch, prediction, clip, var
         return reference.noise((1, 3, 8, 8), torch.tensor([3]), torch.tensor([0]), draw)
 
     monkeypatch.setattr(scheduling_ddpm, "randn_tensor", noise)
-    for draw, t in enumerate(scheduler.timesteps, 1):  # noqa: B007 - of noise()
+    found = states(ancestral, 40)
+    for draw, t in enumerate(scheduler.timesteps, 1):  # draw: of noise()
         y = scheduler.step(unet(y, t).sample, t, y).prev_sample
-    assert relative(2 * drawn(ancestral, 40) - 1, y.double()) < 1e-5
+        assert relative(found[draw - 1], y.double()) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
+def test_the_command_draws_what_the_pipeline_draws(sgm, tmp_path, monkeypatch, sampler):
+    """DDIMPipeline and DDPMPipeline themselves, given our noise; their pictures are clamped, and so are ours."""
+    diffusers = pytest.importorskip("diffusers", reason="pip install 'sgm-engine[integrations]'")
+    from diffusers.pipelines.ddim import pipeline_ddim
+    from diffusers.pipelines.ddpm import pipeline_ddpm
+    from diffusers.schedulers import scheduling_ddpm
+
+    clip = {"clip_sample": True, "num_train_timesteps": 40, "beta_end": 0.2}
+    diffusers_folder(tmp_path / "pipe", clip)
+    nfe, draws = {"ddim": 10, "ancestral": 40}[sampler], iter(range(100))
+
+    def noise(shape, **_):
+        return reference.noise(shape, torch.tensor([3]), torch.tensor([0]), next(draws))
+
+    for module in (pipeline_ddim, pipeline_ddpm, scheduling_ddpm):
+        monkeypatch.setattr(module, "randn_tensor", noise)
+    unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "pipe" / "unet")
+    kind, options = (diffusers.DDPMScheduler, {}) if sampler == "ancestral" else (
+        diffusers.DDIMScheduler, {"use_clipped_model_output": True})  # fmt: skip
+    pipeline = diffusers.DDPMPipeline if sampler == "ancestral" else diffusers.DDIMPipeline
+    pipeline = pipeline(unet, kind.from_pretrained(tmp_path / "pipe" / "scheduler"))
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(num_inference_steps=nfe, output_type="np", **options).images
+    run = sgm("sample", "--checkpoint", "pipe", "--sampler", sampler, "--nfe", nfe, "--n", 1, "--batch", 1, "--seed", 3,
+              "--out", "x.safetensors")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    ours = load_file(tmp_path / "x.safetensors")["samples"].clamp(0, 1)
+    theirs = torch.from_numpy(theirs).permute(0, 3, 1, 2).double()
+    assert theirs.std() > 0.1 and relative(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["score_sde", "edm", "lucidrains", "diffusers", "clipped"])

@@ -106,7 +106,7 @@ def test_a_pickle_of_something_else(tmp_path):
     network = SongUNet(**TINY)
     path = edm_pickle(tmp_path / "g.pkl", wide(30), TINY)
     assert "nests its modules deeper" in refused(path)
-    assert "class 'Precond'" in refused(edm_pickle(tmp_path / "d.pkl", network, TINY, "Precond"))
+    assert "class 'FlowPrecond'" in refused(edm_pickle(tmp_path / "d.pkl", network, TINY, "FlowPrecond"))
     wider = TINY | {"model_channels": 32}
     assert "of shape [" in refused(edm_pickle(tmp_path / "e.pkl", network, wider))
     path = edm_pickle(tmp_path / "f.pkl", network, TINY)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sgm_engine.engine.engine import Engine
+from sgm_engine.engine.loop import STRIDE
 from sgm_engine.engine.progress import StepInfo
 from sgm_engine.errors import Cancelled, EngineBusy, SampleDiverged
 from sgm_engine.plans.plan import annealed_langevin, consistent_annealed
@@ -67,20 +68,22 @@ def test_cancel_from_a_callback_keeps_what_is_finished():
 
 
 def test_cancel_from_another_thread_stops_within_a_stride():
-    running = threading.Event()
+    running, cancelled, calls = threading.Event(), threading.Event(), count()
 
     def model(x, level):
-        running.set()
+        if next(calls) == 50:
+            running.set()
+            assert cancelled.wait(30)
         return gaussian(x, level)
 
     e = engine(4, model)
-    thread = threading.Thread(target=lambda: (running.wait(), e.cancel()))
+    thread = threading.Thread(target=lambda: (running.wait(), e.cancel(), cancelled.set()))
     thread.start()
     with pytest.raises(Cancelled, match="the stream was cancelled"):
         for _ in e.stream(count(), plan=annealed_langevin(SIGMAS, 10000, 1e-3)):
             pass
     thread.join()
-    assert e.stats.harvested == 0
+    assert e.stats.harvested == 0 and STRIDE < e.stats.steps <= 50 + STRIDE
 
 
 def test_cancel_too_late_or_for_nothing():

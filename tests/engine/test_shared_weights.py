@@ -4,11 +4,13 @@ import copy
 import os
 import random
 import threading
+from itertools import count
 
 import pytest
 import torch
 
 from sgm_engine.engine.engine import Engine
+from sgm_engine.executors.network import Network
 from sgm_engine.integrations.deepinv import Denoiser
 from sgm_engine.jobs.job import Job
 from sgm_engine.models import NCSN
@@ -127,7 +129,7 @@ def test_training_in_another_thread():
         done.set()
 
     thread = threading.Thread(target=train)
-    stream = engine.stream(range(200), plan=PLAN)
+    stream = engine.stream(count(), plan=PLAN)
     drawn = [next(stream)]
     thread.start()
     while not done.is_set():
@@ -191,3 +193,21 @@ def test_an_engine_leaves_no_hook_behind():
     assert len(optimizer._global_optimizer_post_hooks) == before + 1
     del engine
     assert len(optimizer._global_optimizer_post_hooks) == before
+
+
+@pytest.mark.parametrize("executor", ["native", "hybrid"])
+def test_a_step_that_is_under_way_is_no_disagreement(executor, monkeypatch):
+    """A fused optimizer writes before anything tells of it: the proof, where a request begins, sees that it did."""
+    net, original = tiny_net(), Network.original
+    engine, writes = Engine(net, 2, executor=executor), [lambda: net.end.weight.data.mul_(2.0)]
+
+    def meanwhile(self, x, level):
+        for write in writes:
+            write()
+        return original(self, x, level)
+
+    monkeypatch.setattr(Network, "original", meanwhile)
+    for _ in range(3):  # the first also asks whether it draws, two calls of one image
+        engine.sample(2, plan=PLAN)
+    writes.clear()
+    assert error(engine.sample(2, plan=PLAN), fresh(net, executor, "float32").sample(2, plan=PLAN)) < 2e-4

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import one_hot
 
 from sgm_engine.executors.native.executor import NativeNetwork
 from sgm_engine.models import score_sde
@@ -12,6 +13,7 @@ from sgm_engine.models.adm import ADMUNet
 from sgm_engine.models.edm_unet import DhariwalUNet, SongUNet
 from sgm_engine.models.lucidrains import Unet
 from sgm_engine.models.unet2d import UNet2D
+from tests.family_files import GOLDEN, edm2_network, golden, network_of
 from tests.native.layers import relative_error
 
 TIMES, STEPS = torch.tensor([0.9, 0.5, 0.1, 0.05]), torch.tensor([900, 500, 3, 77])
@@ -50,6 +52,8 @@ NETWORKS = {
         SongUNet, embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=(1, 3, 3, 1)
     ),
     "EDM adm": lambda: edm(DhariwalUNet),
+    "EDM2": lambda: Told(edm2_network(img_channels=3), TIMES, one_hot(torch.tensor([3]), 5)),
+    "EDM2, no class": lambda: Told(edm2_network(label_dim=0, channel_mult=(1, 1)), TIMES),
     "ADM, new order": lambda: Told(
         ADMUNet(16, 32, 1, (1, 2), (8,), num_heads=2, resblock_updown=True, use_new_attention_order=True), STEPS
     ),
@@ -73,3 +77,36 @@ def test_whole(name):
     native = NativeNetwork(model, 2, 16, 16, channels=3, levels=4)
     found, want = native(x, level), copy.deepcopy(model).double()(x.double(), level)
     assert relative_error(found, want) < max(1e-5, 2 * relative_error(model(x, level), want))
+
+
+class Original(nn.Module):
+    """What a golden file holds, by sample: its network's output, or D of EDM's preconditioning around it."""
+
+    def __init__(self, name):
+        super().__init__()
+        config, state, tensors = golden(name)
+        self.network, told, labels = network_of(name, config), tensors["told"], config.get("labels")
+        self.network.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k != "sigmas"})
+        self.labels = None if labels is None else torch.tensor(labels)
+        one = torch.ones(len(told), 1, 1, 1)
+        self.c_in, self.c_skip, self.c_out = one, 0 * one, one
+        if name.startswith("edm"):
+            sigma = told[:, None, None, None].float()
+            total, told = sigma**2 + 0.25, told.log() / 4
+            self.c_in, self.c_skip, self.c_out = total.rsqrt(), 0.25 / total, sigma / 2 * total.rsqrt()
+            self.labels = None if labels is None else one_hot(self.labels, config["label_dim"])
+        self.told, self.x, self.expected = told, tensors["x"], tensors["out_f64"][:, : tensors["x"].shape[1]]
+
+    def forward(self, x, level):
+        labels = [] if self.labels is None else [self.labels[level]]
+        found = self.network(self.c_in[level] * x, self.told[level], *labels)
+        return self.c_skip[level] * x + self.c_out[level] * found
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@torch.no_grad()
+def test_golden_outputs(name):
+    model = Original(name).eval()
+    n, c, h, w = model.x.shape
+    native = NativeNetwork(model, n, h, w, channels=c, levels=len(model.told))
+    assert relative_error(native(model.x, torch.arange(n)), model.expected) < 5e-6

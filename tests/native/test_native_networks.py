@@ -10,6 +10,7 @@ from torch import nn
 from sgm_engine.engine.engine import Engine
 from sgm_engine.executors.native.executor import NativeExecutor, NativeNetwork
 from sgm_engine.executors.native.norm import Unsupported
+from sgm_engine.executors.watch import Watch, tensors_of
 from sgm_engine.models import NCSN
 from sgm_engine.plans.plan import annealed_langevin
 from tests.models.test_models import GOLDEN, golden
@@ -81,13 +82,33 @@ def test_sync_packs_what_changed():
     x, level = torch.rand(2, 1, 8, 8), torch.tensor([0, 2])
     network = NativeNetwork(model, 2, 8, 8)
     before = network(x, level)
-    assert network.sync() == 0
+    assert network.sync() == network.sync({}) == 0
     with torch.no_grad():
         model.res1[0].conv1.weight.mul_(1.5)
         model.normalizer.embed.weight.add_(0.1)
     assert torch.equal(network(x, level), before)
-    assert network.sync() == 2
+    assert network.sync({}) == 2  # tensors of which nothing is said are looked at
     assert relative_error(network(x, level), network64(model)(x, level)) < 5e-6
+
+
+def test_packing_that_fails_is_done_again():
+    """Half of it new, and the weights then as they were: every layer is asked."""
+    model = tiny()
+    x, level, watch = torch.rand(2, 1, 8, 8), torch.tensor([0, 2]), Watch(model)
+    network = NativeNetwork(model, 2, 8, 8)
+    assert network.sync(watch.look()) == network.sync(watch.look()) == 0
+    want = network(x, level)
+    for t in tensors_of(model):
+        t.data.mul_(2)
+    last = network.graph.weights[-1]
+    pack, last.pack = last.pack, lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        network.sync(watch.look())
+    last.pack = pack
+    for t in tensors_of(model):
+        t.data.div_(2)
+    assert network.sync(watch.look()) > 0
+    assert torch.equal(network(x, level), want)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

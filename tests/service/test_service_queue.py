@@ -4,6 +4,7 @@ import asyncio
 import multiprocessing
 import os
 import threading
+import time
 from concurrent.futures import CancelledError
 
 import pytest
@@ -35,26 +36,29 @@ def test_the_queue_is_bounded(gate):
     assert torch.equal(got[0], engine(gate).sample(10, seed=3)) and all(f.done() for f in first)
 
 
+def waits(service, n):
+    """Return when n callers wait for room."""
+    while len(service._door.waiting) < n:
+        time.sleep(0.001)
+
+
 def test_callers_enter_in_the_order_of_arrival(gate):
     entered = []
     with SamplerService(engine(gate, batch=8), capacity=5) as service:
+        enter = service._door.enter
+        service._door.enter = lambda n, wait: (enter(n, wait), entered.append(n))  # under the service's lock
         service.submit(4, plan=LONG)
         service.submit(1, plan=PLAN)  # ends first: then there is room for 1
 
-        def client(n):
-            service.submit(n, plan=PLAN)
-            entered.append(n)
-
         threads = []
         for n in (4, 1):  # there might never be room for 4 if 1 could go first
-            threads.append(threading.Thread(target=client, args=(n,)))
+            threads.append(threading.Thread(target=service.submit, args=(n,), kwargs={"plan": PLAN}))
             threads[-1].start()
-            while len(service._door.waiting) < len(threads):
-                pass
+            waits(service, len(threads))
         gate.open.set()
         for thread in threads:
             thread.join()
-    assert entered == [4, 1]
+    assert entered == [4, 1, 4, 1]
 
 
 def test_cancel_frees_slots_and_changes_nobody_else(gate):
@@ -106,8 +110,8 @@ def test_an_exception_in_the_block_cancels(gate):
 
         waiting = threading.Thread(target=client)
         waiting.start()
-        assert gate.entered.wait(30)
-        threading.Timer(0.1, gate.open.set).start()
+        waits(service, 1)
+        futures[0].add_done_callback(lambda _: gate.open.set())  # nothing ends before it is cancelled
         raise KeyError("the caller's own")
     waiting.join()
     assert futures[0].cancelled() and len(refused) == 1
@@ -131,9 +135,9 @@ def test_the_engine_is_free_between_requests(free):
         assert torch.equal(one.sample(5, 3, PLAN), x)
 
 
-def test_callbacks_may_submit_but_not_wait(free):
+def test_callbacks_may_submit_but_not_wait(gate):
     told, out = [], threading.Event()
-    one = engine(free)
+    one = engine(gate)
 
     def callback(_):
         told.append(service.submit(1, plan=PLAN))
@@ -145,6 +149,7 @@ def test_callbacks_may_submit_but_not_wait(free):
 
     with SamplerService(one) as service:
         service.submit(1, plan=PLAN).add_done_callback(callback)
+        gate.open.set()  # so that it is the service's thread that calls back
         assert out.wait(30)
     assert told[0].result().shape == (1, *SHAPE) and isinstance(told[1], EngineBusy)
 
