@@ -42,6 +42,16 @@ def test_it_ends_as_the_larger_job(tmp_path, form, first):
     assert toy_job(tmp_path / "job", 45, 10, format=form).run().shards == 0
 
 
+def test_a_short_shard_of_a_job_that_grew_is_said_until_it_is_drawn_again(tmp_path):
+    toy_job(tmp_path / "job", 25, 10).run()
+    grown = toy_job(tmp_path / "job", 30, 10)
+    share = next(i for i in range(3) if 2 not in Worker(i, 3).share(3))
+    grown.run(Worker(share, 3))  # somebody else's shard is the one
+    found = verify(tmp_path / "job")
+    assert [(p.shard, p.kind) for p in found.problems] == [(2, "outgrown")] and "1 outgrown" in str(found)
+    assert grown.run().complete and verify(tmp_path / "job").ok
+
+
 def test_records_do_not_come_from_another_job(tmp_path):
     """A record with the hash of a job that this one has not grown from is foreign, as ever."""
     toy_job(tmp_path / "job", 20, 10).run()
