@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sgm_engine.plans import plan as plans
 from sgm_engine.plans.samplers import SAMPLERS
@@ -36,7 +36,7 @@ def load_bundled(name: str = DEFAULT) -> tuple[nn.Module, plans.Plan]:
     return model, plan_for(model)
 
 
-def plan_for(model: nn.Module, name: str | None = None, **options) -> plans.Plan:
+def plan_for(model: nn.Module, name: str | None = None, **options: Any) -> plans.Plan:
     """The plan that came with the weights, with ``options`` changed; another name starts from that plan's defaults.
 
     A model without one (``model.plan`` is None) gets ``annealed_langevin`` with its defaults, those of NCSN. Whatever

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -35,10 +36,13 @@ def chosen(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Plan]
         count = levels_of_nfe(name, args.nfe, given)
         if hasattr(model, "levels") and not args.schedule:
             sigmas = model.levels(count, own=name in ("ancestral", "ddim"))  # where the file's own sampler steps
+            schedule = "the weights' own"
         else:
-            sigmas = SCHEDULES[args.schedule or "karras"](float(model.sigmas[0]), float(model.sigmas[-1]), count)
+            schedule = args.schedule or "karras"
+            sigmas = SCHEDULES[schedule](float(model.sigmas[0]), float(model.sigmas[-1]), count)
         own = model.options_of(name, sigmas[0]) if hasattr(model, "options_of") else {}
         plan = SAMPLERS[name](sigmas, **own | given)
+        plan = replace(plan, metadata=plan.metadata | {"schedule": schedule})
         return _conditioned(model, plan, args.conditioning)
     return model, plan_for(model, args.plan, **given)
 

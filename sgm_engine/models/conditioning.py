@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
 from sgm_engine.models.ncsn import RefineNet
-from sgm_engine.plans.schedule import check_sigmas
+from sgm_engine.plans.schedule import Sigmas, check_sigmas
 
 
-def at_sigmas(model: nn.Module, sigmas) -> nn.Module:
+def at_sigmas(model: nn.Module, sigmas: Sigmas) -> nn.Module:
     """``model`` with ``sigmas`` [L'], descending, as its levels. Weights are shared, except what depends on the level.
 
     - a model of ``as_score`` that is told σ, in whatever form, is asked at those σ: exact.
