@@ -19,9 +19,6 @@ JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-# nvcc takes minutes: without a GPU its library is left out, unless SGM_WITH_CUDA=1 asks for it.
-export SGM_WITH_CUDA ?= $(if $(shell command -v nvidia-smi 2>/dev/null),auto,0)
-
 .PHONY: help setup sample test test-isa lint bench sanitize fuzz clean
 help:
 	@sed -n 's/^#: \{0,1\}//p' Makefile

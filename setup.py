@@ -1,11 +1,12 @@
 """Builds csrc with pybind11 and ninja. No torch at build time: Python passes data pointers.
 
-    csrc/binding*.cpp, csrc/**/binding*.cpp   the only files that see Python's headers
+    csrc/binding*.cpp, csrc/**/binding*.cpp   the only files that see Python's headers; compiled as one
     csrc/cpu/**/*_isa.cpp                     compiled once per instruction set, each in its own namespace (csrc/isa.h)
     csrc/cpu/**/*.cpp                         compiled once, for the baseline of the platform
     csrc/cuda/*.cu                            compiled by nvcc into sgm_engine/_cuda/libsgm_cuda.so
 
-A new file that follows these names needs no line here. SGM_WITH_CUDA=auto|1|0 (default auto: when nvcc is there).
+A new file that follows these names needs no line here. SGM_WITH_CUDA=auto|1|0 (default auto: where nvcc and a GPU are;
+the CUDA library takes minutes to compile).
 SGM_CUDA_ARCHS="90": CUDA for these GPUs alone, where one is at hand (default: CUDA_ARCHS below, and PTX).
 """
 
@@ -49,11 +50,22 @@ def find_nvcc() -> str | None:
     want = os.environ.get("SGM_WITH_CUDA", "auto")
     if want not in ("auto", "0", "1"):
         raise SystemExit(f"SGM_WITH_CUDA must be auto, 1 or 0, got {want!r}")
+    if want == "auto" and not has_gpu():
+        print("no CUDA library: there is no NVIDIA GPU here (SGM_WITH_CUDA=1 builds it all the same, in some minutes)")
+        return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = None if want == "0" else shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     if want == "1" and nvcc is None:
         raise SystemExit("SGM_WITH_CUDA=1 but no nvcc on PATH or in $CUDA_HOME/bin: install it or set SGM_WITH_CUDA=0")
     return nvcc
+
+
+def has_gpu() -> bool:
+    """Whether the driver shows a device: as a file, or to nvidia-smi (WSL)."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return True
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and b"GPU 0" in subprocess.run([smi, "-L"], capture_output=True).stdout
 
 
 def cuda_archs() -> list[str]:
@@ -103,6 +115,15 @@ def ninja_command() -> list[str]:
         raise SystemExit("no ninja: pip install ninja") from None
 
 
+def together(folder: Path, sources: list[Path]) -> Path:
+    """One file that includes them: pybind11's headers are most of what they take to compile, and no loop is hot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unit, text = folder / "bindings.cpp", "".join(f'#include "{source}"\n' for source in sources)
+    if not unit.is_file() or unit.read_text() != text:
+        unit.write_text(text)
+    return unit
+
+
 def build_cpu(ninja: Ninja, module: Path) -> None:
     import pybind11
 
@@ -113,14 +134,20 @@ def build_cpu(ninja: Ninja, module: Path) -> None:
     common = f"{' '.join(CXX)} -I{CSRC} {os.environ.get('CXXFLAGS', '')}"
     ninja.rule("cxx", f"{cxx} -MD -MF $out.d {common} $flags -c $in -o $out")
     # Linked beside and moved into place: a process that has the old module loaded keeps it.
-    link = f"{cxx} -shared -pthread $in -o $out.new {os.environ.get('LDFLAGS', '')} && mv -f $out.new $out"
+    python_later = (
+        "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
+    )  # its symbols, as it loads the module
+    link = (
+        f"{cxx} -shared {python_later} -pthread $in -o $out.new {os.environ.get('LDFLAGS', '')} && mv -f $out.new $out"
+    )
     ninja.rule("link", link, deps=False)
-    objects = []
-    for source in sorted(CSRC.rglob("*.cpp")):
+    bindings = [source for source in sorted(CSRC.rglob("*.cpp")) if source.name.startswith("binding")]
+    objects = [
+        ninja.edge("cxx", ninja.folder / "bindings.o", [together(ninja.folder, bindings)], flags=f"{python} -O1")
+    ]
+    for source in sorted(set(CSRC.rglob("*.cpp")) - set(bindings)):
         name = str(source.relative_to(CSRC)).replace("/", ".")
-        if source.name.startswith("binding"):
-            objects.append(ninja.edge("cxx", ninja.folder / f"{name}.o", [source], flags=python))
-        elif source.stem.endswith("_isa"):
+        if source.stem.endswith("_isa"):
             for isa, flags in ISAS.items():
                 quiet = ["-Wno-psabi", "-Wno-maybe-uninitialized"]  # GCC 12's AVX-512 headers trip the second
                 variant = " ".join([contraction(source), *flags, f"-DSGM_ISA={isa}", *quiet])
@@ -194,7 +221,7 @@ if __name__ == "__main__":
         packages=[*find_packages(include=["sgm_engine", "sgm_engine.*"]), *kernels],
         package_dir={"sgm_engine.kernels": "kernels"},
         package_data={
-            "sgm_engine": ["weights/*", "training/configs/*.yaml", "_cuda/*.so"],
+            "sgm_engine": ["py.typed", "weights/*", "evaluation/weights/*", "training/configs/*.yaml", "_cuda/*.so"],
             "sgm_engine.kernels.tables": ["*.json"],
         },
         ext_modules=[Extension("sgm_engine._C", ["csrc/binding.cpp"])],

@@ -84,16 +84,15 @@ def main_device(rows: list[dict]) -> list[dict]:
 def short(rows: list[dict], threads: int = 1) -> str:
     """The README's table: medians, batch 1, 8 and 32 in one cell."""
     names = ["OpenVINO", "ONNX Runtime", "torch.compile, freezing", "eager, channels-last"]
-    rows = main_device(rows)
-    cases = dict.fromkeys((row["network"], row["dtype"]) for row in rows if row["threads"] == threads)
-    text = ["| network | precision | " + " | ".join(names) + " |", "|" + "---|" * (2 + len(names))]
-    for network, dtype in cases:
-        some = [r for r in rows if (r["network"], r["dtype"], r["threads"]) == (network, dtype, threads)]
+    rows = [row for row in main_device(rows) if row["dtype"] == "float32"]
+    text = ["| network | " + " | ".join(names) + " |", "|" + "---|" * (1 + len(names))]
+    for network in dict.fromkeys(row["network"] for row in rows if row["threads"] == threads):
+        some = [r for r in rows if (r["network"], r["threads"]) == (network, threads)]
         cells = []
         for name in names:
             found = {r["batch"]: r["ratios"][name].median for r in some if name in r["ratios"]}
             cells.append(" / ".join(f"{found[b]:.1f}" if b in found else "–" for b in (1, 8, 32)) if found else "")
-        text.append(f"| {network} | {dtype} | " + " | ".join(cells) + " |")
+        text.append(f"| {network} | " + " | ".join(cells) + " |")
     return "\n".join(text)
 
 

@@ -36,7 +36,7 @@ def launchers(device_type: str) -> Launchers:
             from sgm_engine.kernels import gpu
             from sgm_engine.kernels.triton import norm_backward as triton_norm_backward
         except ImportError as error:
-            raise RuntimeError(f"a CUDA tensor needs Triton >= 3.6 ({error}): pip install triton") from error
+            raise RuntimeError(f"a CUDA tensor needs Triton >= 3.6 ({error}): pip install 'sgm-engine[gpu]'") from error
         backward = triton_norm_backward.norm_backward
         return Launchers(gpu.noise_fill, gpu.langevin_update, gpu.norm, gpu.norm_workspace_size, backward)
     raise ValueError(f"tensors must be on cpu or cuda, got {device_type}")

@@ -4,11 +4,14 @@ from os import path as _path
 from typing import TYPE_CHECKING
 
 from sgm_engine.lazy import lazily
+from sgm_engine.whereabouts import built, elsewhere
 
 __version__ = "0.1.0"
 
-# An installation has kernels/ in here (setup.py). A source tree that is not installed has it beside this folder.
 _here = _path.dirname(__file__)
+if not built(_here) and (_found := elsewhere(_here)):  # a clone that stands before an installation on sys.path
+    __path__[:], __file__, _here = [_found], _path.join(_found, "__init__.py"), _found
+# An installation has kernels/ in here (setup.py). A source tree that is not installed has it beside this folder.
 if not _path.isdir(_path.join(_here, "kernels")):
     __path__.append(_path.dirname(_here))
 

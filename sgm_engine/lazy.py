@@ -13,9 +13,23 @@ def lazily(package: str, homes: Mapping[str, str | tuple[str, ...]]) -> tuple[Ca
     home = {name: module for module, names in homes.items() for name in ([names] if isinstance(names, str) else names)}
 
     def find(name: str) -> object:
+        if name == "_C" and "." not in package:
+            return _compiled(package)
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module = home[name] if home[name].startswith("sgm_engine.") else f"{package}.{home[name]}"
         return getattr(import_module(module), name)
 
     return find, lambda: sorted({*vars(sys.modules[package]), *home}), sorted(home)
+
+
+def _compiled(package: str) -> object:
+    """The compiled module of ``package``; ImportError says where it would be built."""
+    try:
+        return import_module(f"{package}._C")
+    except ModuleNotFoundError as error:
+        if error.name != f"{package}._C":
+            raise
+        from sgm_engine.whereabouts import NOT_BUILT
+
+        raise ImportError(NOT_BUILT.format(next(iter(sys.modules[package].__path__)))) from None

@@ -3,5 +3,6 @@
 import sys
 
 from sgm_engine.evaluation import likelihood
+from sgm_engine.evaluation.likelihood import *  # noqa: F403 - what type checkers see
 
 sys.modules[__name__] = likelihood

@@ -72,6 +72,61 @@ def test_a_source_tree_imports_without_an_installation(tmp_path):
     assert run.stdout.startswith(str(setup.ROOT / "kernels" / "dispatch.py")), run.stderr
 
 
+@pytest.fixture
+def clone(tmp_path):
+    """A source tree that is not built."""
+    skip = shutil.ignore_patterns("*.so", "__pycache__", "weights")
+    shutil.copytree(setup.ROOT / "sgm_engine", tmp_path / "clone" / "sgm_engine", ignore=skip)
+    shutil.copytree(setup.ROOT / "kernels", tmp_path / "clone" / "kernels", ignore=skip)
+    return tmp_path / "clone"
+
+
+def started_in(folder, *path, script):
+    """``python -c script`` in a folder, which Python puts first, with further folders behind it."""
+    script = f"import sys; sys.path[1:1] = {list(map(str, path))!r}; {script}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p and p != str(setup.ROOT))}
+    command = [sys.executable, "-S", "-c", script]  # without the hooks of an editable installation
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+def test_a_clone_that_is_not_built_hands_over_to_an_installation(clone, tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    for name in ("sgm_engine", "kernels"):
+        (site / name).symlink_to(setup.ROOT / name)
+    script = "import sgm_engine as s; from sgm_engine import _C, plans; print(s.__file__, _C.__file__, plans.__file__)"
+    run = started_in(clone, site, script=script + "; import sgm_engine.kernels.dispatch as d; print(d.__file__)")
+    assert run.returncode == 0, run.stderr
+    assert all(name.startswith(str(site)) for name in run.stdout.split()), run.stdout
+    assert (
+        f"the C++ of the source tree {clone} is not built, so the installation in {site}/sgm_engine is used"
+        in run.stderr
+    )
+    run = started_in(site, clone, script=script)  # the other way round there is nothing to say
+    assert (run.returncode, run.stderr) == (0, "") and str(clone) not in run.stdout
+
+
+def test_a_clone_without_an_installation_says_what_to_do(clone):
+    run = started_in(
+        clone, script="import sgm_engine; print(sgm_engine.geometric(1, 0.1, 2)); from sgm_engine import _C"
+    )
+    assert run.stdout == "[1.  0.1]\n" and run.returncode == 1
+    says = f"ImportError: the C++ of sgm_engine is not built in {clone}/sgm_engine: `pip install -e .` builds it there"
+    assert says in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "want, gpu, nvcc, built", [("auto", 1, 1, 1), ("auto", 0, 1, 0), ("auto", 1, 0, 0), ("0", 1, 1, 0), ("1", 0, 1, 1)]
+)
+def test_the_cuda_library_is_built_where_a_gpu_is_or_on_request(monkeypatch, tmp_path, capsys, want, gpu, nvcc, built):
+    (tmp_path / "nvcc").touch(mode=0o755 if nvcc else 0o644)
+    for name, value in (("SGM_WITH_CUDA", want), ("PATH", str(tmp_path)), ("CUDA_HOME", str(tmp_path / "none"))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(setup, "has_gpu", lambda: bool(gpu))
+    assert setup.find_nvcc() == (str(tmp_path / "nvcc") if built else None)
+    assert ("SGM_WITH_CUDA=1 builds it all the same" in capsys.readouterr().out) == (want == "auto" and not gpu)
+
+
 def test_a_shared_function_would_be_seen():
     listing = "W std::vector<int>::push_back(int&&)\nW sgm::avx2::f<int>(int)\nT sgm::avx2::g()\n"
     assert shared_names(listing, "avx2") == ["std::vector<int>::push_back(int&&)"]

@@ -1,5 +1,6 @@
 """Every example runs as it stands, in under 15 lines, and its pictures are pictures."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+import sgm_engine
 from bench import stand_ins
+from sgm_engine.checkpoints.bundled import plan_for
+from sgm_engine.checkpoints.checkpoint import load_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {
@@ -38,3 +42,15 @@ def test_example(name, tmp_path, monkeypatch, capsys):
     if name == "with_deepinv":
         measured, restored = (float(word) for word in printed.split() if word.replace(".", "").isdigit())
         assert restored > measured + 1
+
+
+def test_the_readmes_program_runs(tiny_weights, monkeypatch, capsys):
+    """As printed, on a smaller network than the bundled one."""
+    model = load_checkpoint(tiny_weights)
+    monkeypatch.setattr(sgm_engine, "load_bundled", lambda: (model, plan_for(model)), raising=False)
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    names = {}
+    exec(block, names)
+    assert names["pictures"].shape == (64, 8, 8, 1) and "<Engine of NCSN" in capsys.readouterr().out
+    assert len(readme.splitlines()) <= 120

@@ -23,7 +23,7 @@ from sgm_engine.kernels import ops
 from sgm_engine.kernels.noise import STREAM
 from sgm_engine.keys import as_int64, to_device
 from sgm_engine.plans.plan import Plan
-from sgm_engine.plans.schedule import check_sigmas
+from sgm_engine.plans.schedule import Sigmas, check_sigmas
 
 
 class Density(nn.Module):
@@ -32,7 +32,7 @@ class Density(nn.Module):
     sigmas [L], descending: the levels that a plan may use; shape (C, H, W). forward(x, level) is its score.
     """
 
-    def __init__(self, log_prob: Callable[[Tensor, Tensor], Tensor], sigmas, shape: tuple[int, int, int]):
+    def __init__(self, log_prob: Callable[[Tensor, Tensor], Tensor], sigmas: Sigmas, shape: tuple[int, int, int]):
         super().__init__()
         self.log_prob, self.shape = log_prob, check_shape(shape)
         self.register_buffer("sigmas", torch.tensor(check_sigmas(sigmas), dtype=torch.float32), persistent=False)

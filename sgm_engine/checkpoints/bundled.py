@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sgm_engine.checkpoints.good_plan import start_at, start_options
 from sgm_engine.plans import plan as plans
@@ -38,7 +38,7 @@ def load_bundled(name: str = DEFAULT) -> tuple[nn.Module, plans.Plan]:
     return model, plan_for(model)
 
 
-def plan_for(model: nn.Module, name: str | None = None, **options) -> plans.Plan:
+def plan_for(model: nn.Module, name: str | None = None, **options: Any) -> plans.Plan:
     """The plan that came with the weights, with ``options`` changed; another name starts from that plan's defaults.
 
     The plan that came with them is the trade of their front (plans/front.py) where it keeps to the model's own levels;

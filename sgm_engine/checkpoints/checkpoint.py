@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -32,7 +32,7 @@ from sgm_engine.models import ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.models.family import FamilyConfig
 from sgm_engine.outputs.output import is_folder, sorted_header
-from sgm_engine.plans.schedule import check_sigmas
+from sgm_engine.plans.schedule import Sigmas, check_sigmas
 
 __all__ = ["CheckpointError", "convert", "load_checkpoint", "read_config", "save_checkpoint"]
 
@@ -68,11 +68,12 @@ def load_checkpoint(
     path: str | os.PathLike,
     config: ModelConfig | str | os.PathLike | Mapping | None = None,
     *,
-    sigmas=None,
+    sigmas: Sigmas | None = None,
     image_size: int | None = None,
     ema: bool | None = None,
     sha256: str | None = None,
     class_labels: int | None = None,
+    data_range: tuple[float, float] | None = None,
 ) -> nn.Module:
     """The network of a checkpoint, float32, on the CPU, in evaluation mode; ``.config`` and ``.plan`` describe it, the
     data's law ``.law`` and the front of plans ``.front`` are what our own files hold beside it, else None.
@@ -89,6 +90,8 @@ def load_checkpoint(
         [0, 1].
     ema: the averaged weights: None takes them where there are any, True insists, False refuses them.
     sha256: hexadecimal digest that the file must have. class_labels: the class of the samples, where there are classes.
+    data_range: (low, high) of what the network was trained on, where the file does not say it or says it wrongly: the
+        samples of an NCSN are then of that range, those of a diffusion family in [0, 1] as ever.
 
     Raises CheckpointError (a ValueError): one line with the path, the reason and the remedy. Memory stays below twice
     the file plus 500 MB. Nothing in a file is ever executed.
@@ -110,6 +113,8 @@ def load_checkpoint(
                 sigmas = None
             if class_labels is not None:
                 own_config = _with_class(own_config, class_labels)
+            if data_range is not None:
+                own_config = _with_range(own_config, data_range)
             size = path.stat().st_size if path.is_file() else None
             model = _fill(own_config, state, size)
             return model if sigmas is None else model.at_sigmas(sigmas)
@@ -137,7 +142,9 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, dtype: torch.dtyp
     write_file(path, sorted_header(save(state, metadata)))
 
 
-def convert(source: str | os.PathLike, target: str | os.PathLike, **options) -> ModelConfig | CDMConfig | FamilyConfig:
+def convert(
+    source: str | os.PathLike, target: str | os.PathLike, **options: Any
+) -> ModelConfig | CDMConfig | FamilyConfig:
     """load_checkpoint(source, **options), saved under ``target``; returns its configuration.
 
     target: NEW.safetensors is our own format, FOLDER/ a diffusers pipeline, which can hold a UNet2DModel.
@@ -173,7 +180,16 @@ def _with_class(config, class_labels: int):
         raise CheckpointError(str(error)) from None
 
 
-def _hints(config, sigmas, image_size) -> dict[str, object]:
+def _with_range(config, data_range: tuple[float, float]):
+    if isinstance(config, CDMConfig):
+        raise CheckpointError(f"is a CDM of data in [0, 1], so data_range {tuple(data_range)} means nothing")
+    try:
+        return dataclasses.replace(config, data_range=data_range)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _hints(config, sigmas: Sigmas, image_size) -> dict[str, object]:
     """Fields of ModelConfig that the caller knows."""
     if isinstance(config, ModelConfig):
         hints = {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__}

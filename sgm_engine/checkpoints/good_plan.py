@@ -4,6 +4,7 @@ rule where none did."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -90,10 +91,12 @@ def sampler_plan(model, name: str, nfe: int, schedule: str | None = None, **opti
     """
     count = levels_of_nfe(name, nfe, options)
     if hasattr(model, "levels") and not schedule:
-        sigmas = model.levels(count, own=name in ("ancestral", "ddim"))
+        sigmas, schedule = model.levels(count, own=name in ("ancestral", "ddim")), "the weights' own"
     else:
-        sigmas = SCHEDULES[schedule or "karras"](float(model.sigmas[0]), float(model.sigmas[-1]), count)
-    return SAMPLERS[name](sigmas, **start_options(model, name, float(sigmas[0])) | options)
+        schedule = schedule or "karras"
+        sigmas = SCHEDULES[schedule](float(model.sigmas[0]), float(model.sigmas[-1]), count)
+    plan = SAMPLERS[name](sigmas, **start_options(model, name, float(sigmas[0])) | options)
+    return replace(plan, metadata=plan.metadata | {"schedule": schedule})
 
 
 def good_sampler(model, nfe: int) -> str:

@@ -5,7 +5,9 @@ imported here, and no command: ``sgm --help`` answers at once.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import difflib
+import re
+from collections.abc import Callable, Iterator
 
 from sgm_engine.outputs.sample_ids import SampleIds
 
@@ -39,7 +41,26 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message: str):
-        raise BadInput(f"{message} (see `{self.prog} --help`)")
+        raise BadInput(f"{message}{self._meant(message)} (see `{self.prog} --help`)")
+
+    def _meant(self, message: str) -> str:
+        """What comes near to a word that is none."""
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            known = [word.strip(" '") for word in found[2].split(",")]
+        elif found := re.search(r"unrecognized arguments: (-[^ =]*)", message):
+            known = list(self._all_options())
+        else:
+            return ""
+        near = difflib.get_close_matches(found[1], known, 1)
+        return f"; did you mean {near[0]}?" if near else ""
+
+    def _all_options(self) -> Iterator[str]:
+        """Those of the commands too: the parser above them reports what is left."""
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    yield from command._all_options()
 
 
 def at_least(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -63,6 +84,14 @@ def plan_name(text: str) -> str:
     if text not in PLANS and not text.endswith(".json"):
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(PLANS)}, or FILE.json, got {text!r}")
     return text
+
+
+def levels(text: str) -> list[float]:
+    """Noise levels, separated by commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers separated by commas, got {text!r}") from None
 
 
 def sample_ids(text: str) -> SampleIds:
@@ -90,6 +119,14 @@ def add_weights(add: Callable) -> None:
         help="weights: a file of any family, a diffusers folder, hf:owner/name (default: bundled, MNIST)")  # fmt: skip
     add("--config", metavar="PATH", help="what came with them: config.yml, score_sde's config .py, ADM's flags")
     add("--image-size", type=at_least(1), metavar="N", help="in pixels, where neither weights nor config say it")
+    add(
+        "--sigmas",
+        type=levels,
+        metavar="A,B,…",
+        help="noise levels, descending, where neither weights nor config say them",
+    )
+    add("--data-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="of the data, the network's and that of floating point images, where no file says it: -1 1")  # fmt: skip
     add("--class-labels", type=at_least(0), metavar="N", help="the class to draw, of a network with classes")
     add("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)")
 

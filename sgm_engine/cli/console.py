@@ -50,6 +50,13 @@ def rate(per_second: float) -> str:
     return f"{per_second:.3g}" if per_second < 1000 else f"{per_second:.0f}"
 
 
+def plan_line(plan) -> str:
+    """What was sampled with: name, options, evaluations, noise."""
+    from sgm_engine.plans.report import plan_words
+
+    return f"plan: {shown(plan_words(plan))}, {plan.nfe} evaluations, σ {plan.sigma[0]:.4g} → {plan.sigma[-1]:.2g}"
+
+
 def some(things: list) -> str:
     """The first few of them, as text."""
     return ", ".join(map(str, things[:4])) + (", …" if len(things) > 4 else "")

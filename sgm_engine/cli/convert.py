@@ -21,6 +21,8 @@ def register(commands) -> None:
         "--config", metavar="PATH", help="what came with it: config.yml, score_sde's config .py, ADM's flags"
     )
     p.add_argument("--image-size", type=int, metavar="N", help="in pixels, where neither file nor config says it")
+    p.add_argument("--data-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="of the data that it was trained on, where the file does not say it: -1 1")  # fmt: skip
     p.add_argument("--sha256", metavar="HEX", help="digest that OLD.pth must have: finds any damage")
     p.add_argument(
         "--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)"
@@ -36,6 +38,7 @@ def convert(args: argparse.Namespace) -> int:
         if Path(args.target).suffix:
             check_writable(Path(args.target))
         options = {"config": args.config, "image_size": args.image_size, "ema": args.ema, "sha256": args.sha256}
+        options["data_range"] = args.data_range
         model = load_checkpoint(args.source, **options)
         save_as(model, args.target)
     print(f"written: {args.target} ({said(model)})")

@@ -17,6 +17,7 @@ import sgm_engine
 from sgm_engine.cli.arguments import at_least
 from sgm_engine.cli.console import DONE, bad_input, shown
 from sgm_engine.cli.model import described, said
+from sgm_engine.whereabouts import NOT_BUILT
 
 OPS = {"noise_fill_": "noise_fill", "langevin_update_": "langevin_update", "noise_conditioned_norm": "norm"}
 
@@ -98,6 +99,8 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        if package == "triton":
+            return "not installed: a GPU needs it, and brings it with PyTorch (or pip install 'sgm-engine[gpu]')"
         return f"not installed: pip install {package}"
 
 
@@ -106,7 +109,7 @@ def _native():
     try:
         return importlib.import_module("sgm_engine._C"), None
     except ModuleNotFoundError:
-        return None, "not built: pip install . builds them"
+        return None, NOT_BUILT.format(Path(sgm_engine.__file__).parent)
     except ImportError as error:
         return None, f"built, but cannot be loaded ({error}): build them again with pip install ."
 
@@ -215,7 +218,9 @@ def _nvcc() -> str:
 
 def _cuda_library() -> str:
     libraries = sorted((Path(sgm_engine.__file__).parent / "_cuda").glob("*.so"))
-    return str(libraries[0]) if libraries else "not built: SGM_WITH_CUDA=1 pip install . builds it where there is nvcc"
+    if libraries:
+        return str(libraries[0])
+    return "not built, as where there is no GPU: SGM_WITH_CUDA=1 pip install . builds it with nvcc, in some minutes"
 
 
 def _weights() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  sgm eval digits.npz --reference DATA:test --training DATA:train --features classifier:digits-classifier.safetensors
+  sgm eval digits.npz --reference DATA:test --training DATA:train --features digits
   sgm eval --n 1000 --plan fast.json --reference DATA:test …        draws them itself, from the bundled weights
   sgm eval fast.npz --against slow.npz --reference DATA:test …      and the difference of the two, with its interval
   sgm eval part-*.npz --reference images/ --features torchscript:mine.pt --trust-features --json report.json
@@ -35,8 +36,8 @@ def register(commands) -> None:
     add("--training", metavar="IMAGES", help="what the model was trained on: gives the floor and finds copies")
     add("--against", nargs="+", default=[], metavar="SAMPLES", help="another set: is its Fréchet distance the same?")
     add("--features", default="pixels", metavar="KIND:FILE",
-        help="classifier:FILE (trained on --training if FILE is new), torchscript:FILE, export:FILE (.pt2), "
-        "inception:FILE, or pixels (default)")  # fmt: skip
+        help="digits (a classifier of MNIST, bundled), classifier:FILE (trained on --training if FILE is new), "
+        "torchscript:FILE, export:FILE (.pt2), inception:FILE, or pixels (default)")  # fmt: skip
     add("--trust-features", action="store_true",
         help="open torchscript:, export: and inception: FILEs, which run what is in them")  # fmt: skip
     add("--metrics", metavar="A,B",
@@ -69,9 +70,10 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             check_writable(Path(args.json))
         metrics, extra = _metrics(args, e.METRICS)
-        reference_set = open_images(args.reference)
-        training = open_images(args.training) if args.training else None
-        sets = [open_images(*files) for files in (args.samples, args.against) if files]
+        open_set = partial(open_images, data_range=args.data_range)
+        reference_set = open_set(args.reference)
+        training = open_set(args.training) if args.training else None
+        sets = [open_set(*files) for files in (args.samples, args.against) if files]
         engine = plan = None
         if not args.samples:
             own = load_model(args)
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         lost: list = []
         if engine:
             name = f"{plan.name}, {plan.nfe} NFE, seed {args.seed}"
-            blocks = drawn(engine, plan, range(args.n), args.seed, lost, progress=sys.stderr.isatty())
+            blocks = drawn(engine, plan, range(args.n), args.seed, lost, progress=True)
             samples = e.summarise(blocks, extractor, name, total=args.n)
         else:
             samples = e.summarise(sets[0].blocks(), extractor, sets[0].name, total=len(sets[0]))

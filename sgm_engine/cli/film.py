@@ -19,12 +19,19 @@ class Film:
     """``engine.stream(ids, callback=film)``, then ``film.save(path, ids)``.
 
     Frames are evenly spaced over the rows of the plan, the last row included. Each holds the denoised image of every
-    sample, whichever step and slot it reached that row in. shape: (C, H, W) of a sample.
+    sample, whichever step and slot it reached that row in. shape: (C, H, W) of a sample. data_range: the engine's.
     """
 
-    def __init__(self, sample_ids: Sequence[int], plan: Plan, shape: tuple[int, int, int], frames: int = 60):
+    def __init__(
+        self,
+        sample_ids: Sequence[int],
+        plan: Plan,
+        shape: tuple[int, int, int],
+        frames: int = 60,
+        data_range: images.Range = images.UNIT,
+    ):
         rows = np.unique(np.linspace(0, plan.nfe - 1, frames).round().astype(int))
-        c, h, w = shape
+        (c, h, w), self._data_range = shape, data_range
         self._frame = {int(row): i for i, row in enumerate(rows)}
         self._place = {sample_id: i for i, sample_id in enumerate(sample_ids)}
         self._pixels = np.zeros((len(rows), len(self._place), h, w, c), np.uint8)
@@ -38,7 +45,8 @@ class Film:
         if shown:
             slots, frames, places = map(list, zip(*shown, strict=True))
             # A sample that diverges is left out by save; until then its pixels only have to be something.
-            self._pixels[frames, places] = images.to_uint8(info.denoised[slots].nan_to_num(0, 1, 0))
+            denoised = info.denoised[slots].nan_to_num(0, 1, 0)
+            self._pixels[frames, places] = images.to_uint8(denoised, self._data_range, quiet=True)
 
     def __len__(self) -> int:
         return len(self._pixels)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from sgm_engine.cli.console import (
     TERMINATED,
     bad_input,
     complain,
+    plan_line,
     rate,
     say,
     shown,
@@ -26,7 +26,7 @@ from sgm_engine.cli.console import (
 from sgm_engine.cli.model import chosen_model, device_of, how_to_load, said
 
 JOB_OPTIONS = ("format", "shard_size", "worker", "ray", "actors")
-LINE_EVERY = 60.0  # seconds between two lines of progress where stderr is no terminal
+LINE_EVERY = 60.0  # seconds between two lines of progress of Ray's actors
 
 
 def register(commands) -> None:
@@ -81,10 +81,10 @@ def sample(args: argparse.Namespace) -> int:
     with bad_input():
         worker = Worker.parse(args.worker) if args.worker else Worker() if args.ray else Worker.from_environment()
         job, weights = _job(args)
-    bar = not args.quiet and (sys.stderr.isatty() if args.progress is None else args.progress)
+    bar = False if args.quiet or args.progress is False else "bar" if args.progress else True
     with stoppable(job.stop) as caught:
         try:
-            report = job.run(worker, bar, None if bar or args.quiet else _Lines())
+            report = job.run(worker, bar, _Lines() if bar and args.ray else None)
         except OSError as error:
             error.filename = error.filename or str(job.folder.path)  # a full disk does not say which
             raise
@@ -135,13 +135,18 @@ def resample(args: argparse.Namespace) -> int:
         from sgm_engine.engine.engine import Engine
         from sgm_engine.jobs.folder import Folder
         from sgm_engine.jobs.resample import model_of, resample
-        from sgm_engine.outputs.images import save_png, to_uint8
+        from sgm_engine.outputs.images import save_png
         from sgm_engine.outputs.output import Output
         from sgm_engine.rewriting.float8.config import Float8Config
 
         spec, notes = Folder(args.folder).load()
         out = Output.parse(args.out or f"sample-{args.id}.safetensors")
         out.check()
+        if args.checkpoint is None and "checkpoint" not in notes:
+            raise ValueError(
+                f"{args.folder} was made by a program and does not say where its weights are: pass --checkpoint, or "
+                "call sgm_engine.jobs.resample.resample(engine, folder, id) with the program's own engine"
+            )
         checkpoint = args.checkpoint or notes.get("checkpoint")
         options = json.loads(notes.get("load") or "{}")
         model = load_checkpoint(checkpoint or bundled_path(), args.config or notes.get("config"), **options)
@@ -150,12 +155,13 @@ def resample(args: argparse.Namespace) -> int:
         model = model_of(spec, model)
         precision = geometry.precision.split()[0]  # a digest of the scales follows on "float8"
         float8 = Float8Config.from_json(notes["float8"]) if "float8" in notes else None
-        engine = Engine(model, geometry.batch, device, precision, geometry.executor, float8=float8)
+        options = {"float8": float8, "data_range": spec.data_range}
+        engine = Engine(model, geometry.batch, device, precision, geometry.executor, **options)
         x, compared = resample(engine, args.folder, args.id)
     if out.form == "grid":  # the picture itself, as a folder of PNG files holds it
-        save_png(out.path, to_uint8(x[None])[0])
+        save_png(out.path, engine.pictures(x[None])[0])
     else:
-        out.write(x[None], [args.id])
+        out.write(x[None], [args.id], data_range=engine.data_range)
     how = "equal to" if compared else "not compared, for it is missing or damaged there, with"
     print(f"written: {out.path} ({how} sample {args.id} of {args.folder})")
     return DONE
@@ -197,7 +203,7 @@ def _begun(out: str):
 
 
 def _print(job, report, weights: str) -> None:
-    from sgm_engine.plans.report import plan_words, start_words
+    from sgm_engine.plans.report import start_words
 
     spec, geometry = job.spec, job.spec.geometry
     speed = report.samples / report.seconds if report.samples else 0.0
@@ -208,7 +214,7 @@ def _print(job, report, weights: str) -> None:
         f"{rate(speed * spec.plan.nfe)} NFE/s"
     )
     print(shown(f"weights: {weights}"))
-    print(shown(f"plan: {plan_words(spec.plan)}"))
+    print(plan_line(spec.plan))
     print(shown(f"start: {start_words(spec.plan)}"))
     print(f"how: {geometry.precision} on {geometry.device}, executor {geometry.executor}, batch {geometry.batch}")
     share = f", worker {report.worker.index} of {report.worker.count}" if report.worker.count > 1 else ""

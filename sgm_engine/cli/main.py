@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import warnings
@@ -61,10 +62,30 @@ def main(argv: list[str] | None = None) -> int:
         return complain(FAULT, f"{plainly(error)} (SGM_DEBUG=1 shows where)")
 
 
+class Completion(argparse.Action):
+    """Prints what a shell needs to complete the command's words, and ends."""
+
+    def __call__(self, parser, namespace, shell, option=None):
+        try:
+            import shtab
+        except ImportError:
+            raise BadInput("--print-completion needs shtab: pip install 'sgm-engine[completion]'") from None
+        if shell not in shtab.SUPPORTED_SHELLS:
+            raise BadInput(f"--print-completion: must be one of {', '.join(shtab.SUPPORTED_SHELLS)}, got {shell!r}")
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
+
 def parser() -> Parser:
     """The parser; ``args.run(args)`` does what was asked for and returns an exit code."""
     top = Parser(prog="sgm", description=sgm_engine.__doc__, epilog=OVERVIEW)
     top.add_argument("--version", action="version", version=f"sgm-engine {sgm_engine.__version__}")
+    top.add_argument(
+        "--print-completion",
+        action=Completion,
+        metavar="SHELL",
+        help="a script that completes these words (needs shtab)",
+    )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.register(commands)

@@ -33,7 +33,7 @@ def load_model(args: argparse.Namespace):
 
 def how_to_load(args: argparse.Namespace) -> dict[str, object]:
     """Options of load_checkpoint that were given."""
-    named = {name: getattr(args, name) for name in ("image_size", "class_labels", "ema")}
+    named = {name: getattr(args, name) for name in ("image_size", "class_labels", "ema", "data_range", "sigmas")}
     return {name: value for name, value in named.items() if value is not None}
 
 
@@ -46,11 +46,15 @@ def weights_path(args: argparse.Namespace) -> Path:
 
 def said(model) -> str:
     """What was loaded, in one line: family, preconditioning, range, shape, class, averages or not, plan."""
+    from sgm_engine.outputs.images import UNIT
+
     config, shape = model.config, "×".join(map(str, model.shape))
     averaged = {True: ", averaged", False: ", not averaged", None: ""}[getattr(model, "averaged", None)]
     if not hasattr(config, "preconditioning"):
         ngf = f", ngf {config.ngf}" if hasattr(config, "ngf") else ""
-        return f"{config.architecture}, {shape}{ngf}, {len(model.sigmas)} levels{averaged}"
+        low, high = getattr(model, "data_range", None) or UNIT
+        of = "" if (low, high) == UNIT else f", of data in [{low:g}, {high:g}]"
+        return f"{config.architecture}, {shape}{ngf}, {len(model.sigmas)} levels{averaged}{of}"
     low, high = config.data_range
     label = "" if not config.classes else f", class {'none' if config.class_label is None else config.class_label}"
     return (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from sgm_engine.cli.arguments import (
     plan_name,
     sample_ids,
 )
-from sgm_engine.cli.console import DIVERGED, DONE, bad_input, complain, rate, shown, some
+from sgm_engine.cli.console import DIVERGED, DONE, bad_input, complain, plan_line, rate, shown, some
 from sgm_engine.cli.model import assumed, chosen_model, device_of, processor, said
 
 FILMED = 64  # samples in a GIF
@@ -107,7 +106,7 @@ def register(commands) -> None:
         help=".png: one grid; .npz: uint8; .safetensors: float32; name/: shards (default: samples.png)")  # fmt: skip
     add("--gif", metavar="PATH", help="the annealing of the first 64 samples, as the network denoises them")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--progress", action=yes_no, help="a bar (default: on a terminal)")
+    add("--progress", action=yes_no, help="a bar (default: on a terminal; elsewhere a line now and then)")
     add("--quiet", action="store_true", help="print nothing but errors")
 
     add = p.add_argument_group("jobs", "For --out FOLDER/. The same command goes on with what is missing.").add_argument
@@ -137,15 +136,17 @@ def sample(args: argparse.Namespace) -> int:
         samples = _memory(len(ids), engine.shape)
 
     from sgm_engine.cli.film import Film
-    from sgm_engine.plans.report import plan_words, start_words
+    from sgm_engine.plans.report import start_words
 
-    bar = not args.quiet and (sys.stderr.isatty() if args.progress is None else args.progress)
-    film = Film(ids[:FILMED], plan, engine.shape) if gif else None
+    bar = False if args.quiet or args.progress is False else "bar" if args.progress else True
+    film = Film(ids[:FILMED], plan, engine.shape, data_range=engine.data_range) if gif else None
     parts = [(ids[:FILMED], film), (ids[FILMED:], None)] if gif else [(ids, None)]
     drawn, diverged = [], []
     start = time.perf_counter()
     for part, callback in parts:
-        for sample_id, x in engine.stream(part, args.seed, plan, callback, bar and len(part) > 0, diverged.append):
+        for sample_id, x in engine.stream(
+            part, args.seed, plan, callback, bar if len(part) else False, diverged.append
+        ):
             samples[len(drawn)] = x.cpu()
             drawn.append(sample_id)
     seconds = time.perf_counter() - start
@@ -157,7 +158,7 @@ def sample(args: argparse.Namespace) -> int:
     how = f"{engine.numerics} on {cpu_or_gpu}, executor {engine.executor}, batch {engine.batch}"
     about = {"sgm_engine": sgm_engine.__version__, "weights": weights.name, "seed": str(args.seed), "how": how}
     about |= {"plan": plan.to_json()} | ({"float8": engine.float8.to_json()} if engine.float8 else {})
-    out.write(samples[: len(drawn)], drawn, about)
+    out.write(samples[: len(drawn)], drawn, about, engine.data_range)
     if film:
         film.save(gif, drawn)
     if not args.quiet:
@@ -165,7 +166,7 @@ def sample(args: argparse.Namespace) -> int:
         print(f"{len(drawn)} samples in {seconds:.2f} s: {rate(speed)} samples/s, {nfe} NFE a sample, "
               f"{rate(speed * nfe)} NFE/s")  # fmt: skip
         print(shown(f"weights: {said(engine.model)}"))
-        print(shown(f"plan: {plan_words(plan)}"))
+        print(plan_line(plan))
         print(shown(f"start: {start_words(plan)}{assumed(engine.model)}"))
         print(f"how: {how}")
         print(f"written: {out.path}" + (f" and {gif}" if gif else ""))

@@ -16,7 +16,7 @@ MEASURES = ("frechet", "sliced", "mmd")
 
 EXAMPLES = """\
 examples:
-  sgm tune --budget 50 --reference DATA:test --training DATA:train --features classifier:digits-classifier.safetensors
+  sgm tune --budget 50 --reference DATA:test --training DATA:train --features digits
   sgm tune --seconds 0.2 --checkpoint mine.safetensors --reference images/ --features classifier:mine.safetensors
   sgm tune --budget 50 --baseline annealed_langevin …               and how the chosen plan compares with that one
 
@@ -91,8 +91,9 @@ def run(args: argparse.Namespace) -> int:
         model = load_model(args)
         make_engine = engines(args, model)
         engine = make_engine(model)
-        reference_set = open_images(args.reference)
-        training = open_images(args.training) if args.training else None
+        open_set = partial(open_images, data_range=args.data_range)
+        reference_set = open_set(args.reference)
+        training = open_set(args.training) if args.training else None
         for s in (reference_set, training):
             if s is not None and tuple(s.shape) != engine.shape:
                 raise ValueError(f"{s.name} holds images {tuple(s.shape)}, the model draws {engine.shape}")
@@ -179,7 +180,7 @@ def _baseline(args: argparse.Namespace, model):
         return None
     path = Path(args.baseline).expanduser()
     if path.is_dir() or path.suffix in (".npz", ".safetensors"):
-        images = open_images(path)
+        images = open_images(path, data_range=args.data_range)
         if len(images) < args.held_out:
             raise ValueError(f"argument --baseline: {len(images)} samples, fewer than --held-out {args.held_out}")
         return Drawn(images.take(args.held_out), plan_of_samples(path))
@@ -199,11 +200,11 @@ def _between(model) -> bool:
 
 def _evaluations(seconds: float, engine, say) -> int:
     """How many evaluations a sample fit into ``seconds``, from two short runs of the engine."""
-    from sgm_engine.plans.plan import annealed_langevin
+    from sgm_engine.plans.plan import ancestral
 
     if not seconds > 0:
         raise ValueError(f"argument --seconds: must be positive, got {seconds}")
-    plan = annealed_langevin(engine.sigmas, 1)
+    plan = ancestral(engine.sigmas)
     engine.sample(engine.batch, plan=plan)  # captures, packs
     start = time.perf_counter()
     engine.sample(engine.batch, plan=plan)

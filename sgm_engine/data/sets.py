@@ -6,8 +6,9 @@
     x.safetensors            `samples` float [N, C, H, W], as `sgm sample` writes
     folder/                  PNG, JPEG, BMP or WebP files of one size, at any depth; or parts, .npz or .safetensors
 
-Floating point is clamped to [0, 1] and rounded to 8 bits, as in the files that `sgm sample` writes: a set scores the
-same in every form. Values of 0 to 255, or of −1 to 1, are refused. What pictures may be: files/pictures.py.
+Floating point is clamped to its data range and rounded to 8 bits, as in the files that `sgm sample` writes: a set
+scores the same in every form. The range is the file's own (a .safetensors that names it), else data_range=, else
+[0, 1]; sets with more than 1% of their values far outside are refused. What pictures may be: files/pictures.py.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ from torch import Tensor
 
 from sgm_engine.data.images import channels_first, cifar_records, find_pictures, load_images, read_idx, read_picture
 from sgm_engine.files.limits import Refused
-from sgm_engine.files.reading import map_npy, npy_header, open_file, open_safetensors, open_zip
-from sgm_engine.outputs.images import to_uint8
+from sgm_engine.files.reading import map_npy, npy_header, open_file, open_safetensors, open_zip, parse_json
+from sgm_engine.outputs.images import SHARE, UNIT, Range, check_range, outside, to_uint8
 
 PARTS = (".npz", ".safetensors")
-OVERSHOOT, SHARE = 0.25, 0.01  # floats further outside [0, 1], and how many of them are no samples' noise
 SPLITS = {"train": "train", "test": "t10k"}  # and the first part of the names of MNIST's label files
 
 
@@ -70,37 +70,44 @@ class ImageSet:
         return ImageSet(f"{count} of {self.name}", self.shape, count, read, labels)
 
 
-def from_array(x: Tensor | np.ndarray, name: str = "array", labels: Tensor | None = None) -> ImageSet:
-    """A set in memory: uint8 [N, C, H, W], or floating point in [0, 1] of that shape."""
+def from_array(
+    x: Tensor | np.ndarray, name: str = "array", labels: Tensor | None = None, data_range: Range | None = None
+) -> ImageSet:
+    """A set in memory: uint8 [N, C, H, W], or floating point of that shape, in data_range (None: [0, 1])."""
+    data_range = UNIT if data_range is None else check_range(data_range)
     x = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
     if x.ndim != 4 or len(x) == 0:
         raise ValueError(f"{name}: images must be [N, C, H, W] with N > 0, got shape {list(x.shape)}")
-    return ImageSet(name, x.shape[1:], len(x), lambda size: _slices(x, size, name), labels)
+    return ImageSet(name, x.shape[1:], len(x), lambda size: _slices(x, size, name, data_range), labels)
 
 
-def open_images(*paths: str | Path) -> ImageSet:
-    """The images at ``paths`` as one set, in the order given. ValueError or OSError says what is wrong with which."""
+def open_images(*paths: str | Path, data_range: Range | None = None) -> ImageSet:
+    """The images at ``paths`` as one set, in the order given. ValueError or OSError says what is wrong with which.
+
+    data_range: (low, high) of floating point images whose file does not say it; None: [0, 1].
+    """
     if not paths:
         raise ValueError("open_images needs at least one path")
-    sets = [_open(str(path)) for path in paths]
+    data_range = None if data_range is None else check_range(data_range)
+    sets = [_open(str(path), data_range) for path in paths]
     return sets[0] if len(sets) == 1 else _join(sets, f"{len(sets)} files from {sets[0].name}")
 
 
-def _open(text: str) -> ImageSet:
+def _open(text: str, data_range: Range | None) -> ImageSet:
     head, colon, split = text.rpartition(":")
     path = Path(head if colon and split in SPLITS else text).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"there are no images at {text}: no such file or folder")
     if path.is_dir():
-        return _open_folder(path, split if colon and split in SPLITS else None)
+        return _open_folder(path, split if colon and split in SPLITS else None, data_range)
     if colon and split in SPLITS:
         raise ValueError(f"{text}: a split is for folders of MNIST or CIFAR-10, {path} is a file")
     if path.suffix not in _FILES:
         raise ValueError(f"cannot read images from {path}: use {', '.join(_FILES)} or a folder")
-    return _FILES[path.suffix](path)
+    return _FILES[path.suffix](path, data_range)
 
 
-def _open_folder(path: Path, split: str | None) -> ImageSet:
+def _open_folder(path: Path, split: str | None, data_range: Range | None) -> ImageSet:
     if any(path.glob("*-images-idx3-ubyte*")):
         return _mnist(path, split or "train")
     if any(path.glob("*_batch*.bin*")):
@@ -112,7 +119,7 @@ def _open_folder(path: Path, split: str | None) -> ImageSet:
     if bool(files) == bool(parts):
         has = "both pictures and" if files else "neither pictures nor"
         raise ValueError(f"{path}: there are {has} parts ({', '.join(PARTS)}) there; name the files instead")
-    return _pictures(path, files) if files else _join([_open(str(p)) for p in parts], str(path))
+    return _pictures(path, files) if files else _join([_open(str(p), data_range) for p in parts], str(path))
 
 
 def _mnist(folder: Path, split: str) -> ImageSet:
@@ -134,11 +141,11 @@ def _cifar(folder: Path, split: str) -> ImageSet:
     return from_array(records[:, 1:].reshape(-1, 3, 32, 32), f"{folder}:{split}", labels)
 
 
-def _npy(path: Path) -> ImageSet:
-    return from_array(channels_first(map_npy(path), path), str(path))
+def _npy(path: Path, data_range: Range | None) -> ImageSet:
+    return from_array(channels_first(map_npy(path), path), str(path), data_range=data_range)
 
 
-def _npz(path: Path) -> ImageSet:
+def _npz(path: Path, data_range: Range | None) -> ImageSet:
     """The array is read from within the archive as it is needed."""
     with open_file(path) as file, open_zip(file, path) as archive:
         if "arr_0.npy" not in archive.namelist():
@@ -157,7 +164,7 @@ def _npz(path: Path) -> ImageSet:
                 count = min(block, shape[0] - first)
                 raw = entry.read(count * int(np.prod(shape[1:])) * dtype.itemsize)
                 x = channels_first(np.frombuffer(raw, dtype).reshape(count, *shape[1:]), path)
-                yield from _slices(x, block, path)
+                yield from _slices(x, block, path, data_range or UNIT)
 
     probe = channels_first(np.broadcast_to(np.empty((), dtype), shape), path)
     return ImageSet(str(path), probe.shape[1:], shape[0], read)
@@ -170,22 +177,31 @@ def _arr_0(entry) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def _safetensors(path: Path) -> ImageSet:
+def _safetensors(path: Path, data_range: Range | None) -> ImageSet:
     with open_safetensors(path, "np") as file:
         names = list(file.keys())
         if "samples" not in names:
             raise ValueError(f"{path}: has no tensor 'samples', only {names[:9]}")
-        shape = file.get_slice("samples").get_shape()
+        shape, note = file.get_slice("samples").get_shape(), (file.metadata() or {}).get("data_range")
     if len(shape) != 4 or shape[0] == 0 or 0 in shape[1:]:
         raise ValueError(f"{path}: samples must be [N, C, H, W] with N > 0, got {shape}")
+    own = data_range or UNIT if note is None else _noted(note, path)
 
     def read(size: int) -> Iterator[np.ndarray]:
         with open_safetensors(path, "np") as file:
             samples = file.get_slice("samples")
             for start in range(0, shape[0], size):
-                yield from _slices(samples[start : min(start + size, shape[0])], size, path)
+                yield from _slices(samples[start : min(start + size, shape[0])], size, path, own)
 
     return ImageSet(str(path), tuple(shape[1:]), shape[0], read)
+
+
+def _noted(note: str, path: Path) -> Range:
+    """The data range that a file names."""
+    try:
+        return check_range(parse_json(note))
+    except ValueError as error:
+        raise Refused(f"{path}: names no data range in its metadata: {error}") from None
 
 
 def _pictures(folder: Path, files: list[Path]) -> ImageSet:
@@ -216,23 +232,22 @@ def _join(sets: list[ImageSet], name: str) -> ImageSet:
     return ImageSet(name, sets[0].shape, sum(map(len, sets)), read)
 
 
-def _slices(x: np.ndarray, size: int, name: object) -> Iterator[np.ndarray]:
+def _slices(x: np.ndarray, size: int, name: object, data_range: Range) -> Iterator[np.ndarray]:
     for start in range(0, len(x), size):
         block = np.asarray(x[start : start + size])
-        yield block if block.dtype == np.uint8 else _rounded(block, name)
+        yield block if block.dtype == np.uint8 else _rounded(block, name, data_range)
 
 
-def _rounded(x: np.ndarray, name: object) -> np.ndarray:
-    """Floating point [b, C, H, W] in [0, 1], but for the noise of samples → uint8. ValueError names the set."""
-    if np.issubdtype(x.dtype, np.floating) and x.size:
-        outside = np.count_nonzero((x < -OVERSHOOT) | (x > 1 + OVERSHOOT)) / x.size
-        if outside > SHARE:
-            raise Refused(
-                f"{name}: floating point images lie in [0, 1], and {outside:.0%} of these values do not: they go from "
-                f"{x.min():.3g} to {x.max():.3g}; scale them first"
-            )
+def _rounded(x: np.ndarray, name: object, data_range: Range) -> np.ndarray:
+    """Floating point [b, C, H, W] in the range, but for the noise of samples → uint8. ValueError names the set."""
+    if np.issubdtype(x.dtype, np.floating) and (share := outside(x, data_range)) > SHARE:
+        low, high = data_range
+        raise Refused(
+            f"{name}: floating point images lie in [{low:g}, {high:g}], and {share:.0%} of these values do not: they "
+            f"go from {x.min():.3g} to {x.max():.3g}; name their range, data_range=(-1, 1) or --data-range -1 1"
+        )
     try:
-        return to_uint8(x).transpose(0, 3, 1, 2)
+        return to_uint8(x, data_range).transpose(0, 3, 1, 2)
     except ValueError as error:
         raise Refused(f"{name}: {error}") from None
 

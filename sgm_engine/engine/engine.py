@@ -7,6 +7,7 @@ two different batches the network's own arithmetic may differ in the last bits.
 
 from __future__ import annotations
 
+import html
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sgm_engine.checks import MAX_SEED, check_chains, check_int, check_plan, check_shape, own_sigmas, place
+from sgm_engine.engine.defaults import default_plan
 from sgm_engine.engine.lanes import Turns, check_buckets
 from sgm_engine.engine.loop import Loop
 from sgm_engine.engine.progress import StepInfo
@@ -29,7 +31,9 @@ from sgm_engine.executors.known import REDRAWS, check_known
 from sgm_engine.executors.network import Network
 from sgm_engine.executors.slots import NO_BAD_ROW
 from sgm_engine.numerics import undisturbed
-from sgm_engine.plans.plan import Plan, annealed_langevin
+from sgm_engine.outputs.images import check_range, range_of, to_uint8
+from sgm_engine.plans.plan import Plan
+from sgm_engine.plans.schedule import Sigmas
 from sgm_engine.rewriting.float8.config import Float8Config
 
 
@@ -45,6 +49,8 @@ class Engine(Loop):
     buckets: smaller batches. A call of sample or inpaint for n samples runs in the smallest that holds n: cheaper, and
         its bits are then those of that batch. stream, jobs and services always use ``batch``.
     sigmas [L] descending and shape (C, H, W): None takes ``model.sigmas`` and ``model.shape``.
+    data_range: (low, high) of the model's data, and of its samples, which pictures are made of. None takes
+        ``model.data_range``, else [0, 1].
     precision: of the network, "float32", "bfloat16", "float16", on a GPU "tf32" or, with executor "native", "direct":
         float32 without Winograd convolutions, slower and with a smaller error. x is float32 always. "float8": bfloat16,
         and large convolutions in 8 bits (e4m3) on a GPU that has them; opt in with docs/float8.md, its measured effect
@@ -64,16 +70,18 @@ class Engine(Loop):
         device: torch.device | str | None = None,
         precision: str = "float32",
         executor: str = "auto",
-        sigmas=None,
+        sigmas: Sigmas | None = None,
         shape: tuple[int, int, int] | None = None,
         buckets: Sequence[int] = (),
         graph: GraphConfig | None = None,
         float8: Float8Config | None = None,
+        data_range: tuple[float, float] | None = None,
     ):
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, level), got {type(model).__name__}")
         self.model, self.precision = model, precision
         self.sigmas = own_sigmas(model, sigmas)
+        self.data_range = range_of(model) if data_range is None else check_range(data_range)
         self.shape = check_shape(getattr(model, "shape", None) if shape is None else shape)
         self.device = place(model, device)
         batch = check_int("batch", (128 if self.device.type == "cuda" else 16) if batch is None else batch, 1, 2**31)
@@ -92,6 +100,19 @@ class Engine(Loop):
     def __reduce__(self):
         raise TypeError("an Engine cannot be copied or pickled: send the model, and make an Engine of it there")
 
+    def __repr__(self) -> str:
+        shape, of = "×".join(map(str, self.shape)), type(self.model).__name__
+        return (
+            f"<Engine of {of}: {shape}, {len(self.sigmas)} levels σ {self.sigmas[0]:.4g} → {self.sigmas[-1]:.3g}, "
+            f"executor {self.executor}, {self.numerics}, batch {self.batch}, on {self.device}>"
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what runs, and the plan of a request that names none."""
+        return (
+            f"<pre>{html.escape(repr(self))}<br>{html.escape(self.describe())}</pre>{self.default_plan._repr_html_()}"
+        )
+
     @property
     def numerics(self) -> str:
         """precision, and for "float8" a digest of its scales: what the bits of a job's samples depend on."""
@@ -106,19 +127,9 @@ class Engine(Loop):
     def default_plan(self) -> Plan:
         """The plan of a request that names none: what the model's weights recommend, else annealed Langevin (NCSN).
 
-        A DDPM's, told timesteps: DPM-Solver++(2M) over at most 30 of its levels.
+        Of what as_score makes of a denoiser, a noise or a velocity predictor: DPM-Solver++(2M), at most 30 evaluations.
         """
-        if getattr(self.model, "plan", None) or getattr(self.model, "front", None):
-            from sgm_engine.checkpoints.bundled import plan_for
-
-            return plan_for(self.model)
-        options = getattr(self.model, "options", None)  # as_score's
-        if isinstance(options, dict) and options.get("condition") == "timestep":
-            from sgm_engine.plans.samplers import dpm_solver_2m
-
-            some = np.linspace(0, len(self.sigmas) - 1, min(len(self.sigmas), 30)).round().astype(int)
-            return dpm_solver_2m(self.sigmas[some]).on_levels(self.sigmas)
-        return annealed_langevin(self.sigmas)
+        return default_plan(self.model, self.sigmas)
 
     def sample(
         self,
@@ -127,7 +138,7 @@ class Engine(Loop):
         plan: Plan | None = None,
         first_id: int = 0,
         callback: Callable[[StepInfo], object] | None = None,
-        progress: bool = False,
+        progress: bool | str = False,
         init: Tensor | None = None,
         nfe: int | None = None,
         quality: str | None = None,
@@ -135,7 +146,8 @@ class Engine(Loop):
         """Samples first_id … first_id + n − 1 of ``seed`` (uint64): float32 [n, C, H, W] on the engine's device.
 
         seed: one for all, or n of them, one a sample; each sample then has id first_id. init: [n, C, H, W], where the
-        chains start, instead of the plan's start law. callback: called after every step. progress: a bar on stderr.
+        chains start, instead of the plan's start law. callback: called after every step. progress: a bar on stderr,
+            off a terminal a line now and then; "bar": a bar wherever that goes.
         nfe: instead of a plan, the best one of at most so many evaluations that keeps to the model's levels; quality:
         "draft", "good" or "best" likewise (good_plan). SampleDiverged, Cancelled: carry what is finished.
         """
@@ -148,6 +160,10 @@ class Engine(Loop):
         chains = check_chains(n, seed, first_id, init, self.shape, self.device)
         return self._sample(chains, self._check(plan, callback), callback, progress, None)
 
+    def pictures(self, x: Tensor) -> np.ndarray:
+        """Samples x [N, C, H, W] as 8 bits of the data range: uint8 [N, H, W, C], what ``images.grid`` takes."""
+        return to_uint8(x, self.data_range)
+
     def inpaint(
         self,
         known: Tensor,
@@ -158,7 +174,7 @@ class Engine(Loop):
         first_id: int = 0,
         redraw: str = "level",
         callback: Callable[[StepInfo], object] | None = None,
-        progress: bool = False,
+        progress: bool | str = False,
     ) -> Tensor:
         """Samples whose pixels agree with ``known`` where ``mask`` is True: float32 [n, C, H, W], otherwise as sample.
 
@@ -180,7 +196,7 @@ class Engine(Loop):
         seed: int = 0,
         plan: Plan | None = None,
         callback: Callable[[StepInfo], object] | None = None,
-        progress: bool = False,
+        progress: bool | str = False,
         on_diverged: Callable[[Divergence], object] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yields (sample_id, x float32 [C, H, W]) in the order of ``sample_ids``, an iterable read as slots fall free.

@@ -6,7 +6,8 @@ For digits and the like, where Inception's features mean little. Its penultimate
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,13 +45,26 @@ class Classifier(nn.Module):
         return features, self.out(features)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for PyTorch's operators inside, and as many as before after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def train_classifier(
     images: ImageSet, seed: int = 0, epochs: int = EPOCHS, report: Callable[[str], object] = lambda line: None
 ) -> tuple[Classifier, float]:
     """A classifier of labelled ``images``, and its accuracy on images of the set that were kept out of the training.
 
-    Every random choice comes from one torch.Generator; the global one is left alone. Bits repeat on one machine, build
-    and number of threads.
+    Every random choice comes from one torch.Generator; the global one is left alone. Bits repeat on one machine and
+    build. It runs on one thread of PyTorch's: its layers are so small that several would wait for each other, and on a
+    busy machine spin.
     """
     if images.labels is None:
         raise ValueError(f"{images.name} has no labels to train a classifier with: name MNIST's or CIFAR-10's folder")

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import Divergence
-from sgm_engine.outputs.images import to_uint8
 from sgm_engine.plans.plan import Plan
 
 
@@ -27,11 +26,11 @@ def drawn(
     for _, x in engine.stream(ids, seed, plan, progress=progress, on_diverged=lost.append):
         block.append(x.cpu())
         if len(block) == size:
-            yield _bytes(block)
+            yield _bytes(block, engine)
             block = []
     if block:
-        yield _bytes(block)
+        yield _bytes(block, engine)
 
 
-def _bytes(block: list[Tensor]) -> Tensor:
-    return torch.from_numpy(to_uint8(torch.stack(block))).permute(0, 3, 1, 2).contiguous()
+def _bytes(block: list[Tensor], engine: Engine) -> Tensor:
+    return torch.from_numpy(engine.pictures(torch.stack(block))).permute(0, 3, 1, 2).contiguous()

@@ -15,7 +15,8 @@ from torch import Tensor
 from sgm_engine.data.sets import ImageSet
 from sgm_engine.files.reading import read_bytes
 
-FORMS = "pixels, classifier:FILE, torchscript:FILE, export:FILE, inception:FILE"
+FORMS = "pixels, digits, classifier:FILE, torchscript:FILE, export:FILE, inception:FILE"
+DIGITS = Path(__file__).parent / "weights" / "digits.safetensors"  # weights/CARD.md says whence
 
 
 class Features(NamedTuple):
@@ -56,14 +57,17 @@ def open_extractor(
 ) -> Extractor:
     """The extractor that ``text`` names:
 
-    pixels · classifier:FILE, the evaluation's own; FILE is made from the labelled ``training`` images if it does not
-    exist · torchscript:FILE · export:FILE (.pt2) · inception:FILE, torch-fidelity's Inception-v3 with these weights.
+    pixels · digits, the evaluation's classifier of MNIST, which comes with it · classifier:FILE, one of one's own; FILE
+    is made from the labelled ``training`` images if it does not exist · torchscript:FILE · export:FILE (.pt2) ·
+    inception:FILE, torch-fidelity's Inception-v3 with these weights.
     The last three run what is in FILE, and are refused unless ``trust``.
     A user's network takes float32 [b, C, H, W] in [0, 1] and returns features [b, D], or (features, logits).
     """
     kind, colon, path = text.partition(":")
     if text == "pixels":
         return pixels()
+    if text == "digits":
+        return _classifier(DIGITS, None, report)
     if kind not in _KINDS or not colon or not path:
         raise ValueError(f"features must be one of {FORMS}, got {text!r}")
     file = Path(path).expanduser()

@@ -23,7 +23,7 @@ from sgm_engine.kernels.noise import STREAM
 from sgm_engine.keys import as_int64
 from sgm_engine.models.score_model import checked_score
 from sgm_engine.numerics import undisturbed
-from sgm_engine.plans.schedule import check_number, check_sigmas
+from sgm_engine.plans.schedule import Sigmas, check_number, check_sigmas
 from sgm_engine.rewriting.altered import in_training
 
 
@@ -33,7 +33,7 @@ def log_likelihood(
     probes: int | None = 1,
     seed: int = 0,
     first_id: int = 0,
-    sigmas=None,
+    sigmas: Sigmas | None = None,
     prior_mean: float = 0.0,
     prior_std: float | None = None,
 ) -> Tensor:
@@ -54,7 +54,7 @@ def log_likelihood(
 
 
 @torch.no_grad()
-def _integrated(model, x, probes, seed, first_id, sigmas, prior_mean, prior_std) -> Tensor:
+def _integrated(model, x, probes, seed, first_id, sigmas: Sigmas, prior_mean, prior_std) -> Tensor:
     sigmas = getattr(model, "sigmas", None) if sigmas is None else sigmas
     if sigmas is None:
         raise ValueError("sigmas: the model has none of its own, so pass its noise levels, descending")

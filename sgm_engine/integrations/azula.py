@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sgm_engine.integrations.foreign import normal, run, seeds
-from sgm_engine.plans.plan import Plan, annealed_langevin
+from sgm_engine.integrations.foreign import langevin, normal, run, seeds
+from sgm_engine.plans.plan import Plan
 from sgm_engine.plans.schedule import check_sigmas
 
 
@@ -79,6 +79,6 @@ class ALDSampler(PlanSampler):
 
     def __init__(self, denoiser, steps_per_level: int = 5, step: float = 0.1, **kwargs):
         def plan(sigmas: np.ndarray) -> Plan:
-            return annealed_langevin(sigmas, steps_per_level, step * sigmas[-1] ** 2)
+            return langevin(sigmas, steps_per_level, step)
 
         super().__init__(denoiser, plan, **kwargs)

@@ -28,6 +28,7 @@ class _UNet(nn.Module):
     """A UNet2DModel as network(x float32, told [B]) → tensor. times: what told is multiplied by."""
 
     plan = {"name": "ancestral"}  # noqa: RUF012 - what Engine.sample does unless told otherwise
+    data_range = (-1.0, 1.0)  # diffusers' convention
 
     def __init__(self, unet: nn.Module, times: float = 1.0):
         super().__init__()
@@ -59,6 +60,7 @@ class Clipped(nn.Module):
 
     shape = property(lambda self: self.model.shape)
     plan = property(lambda self: self.model.plan)
+    data_range = property(lambda self: self.model.data_range)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         variance = self.sigmas.index_select(0, level)[:, None, None, None].square()
@@ -164,7 +166,7 @@ class PlanPipeline(DiffusionPipeline):
 
     def _output(self, x: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         if output_type != "latent":
-            x = (x / 2 + 0.5).clamp(0, 1)
+            x = (x / 2 + 0.5).clamp(0, 1)  # of the data range that _UNet names
         if output_type in ("np", "pil"):
             x = x.cpu().permute(0, 2, 3, 1).numpy()
         images = self.numpy_to_pil(x) if output_type == "pil" else x

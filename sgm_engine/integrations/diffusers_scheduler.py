@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from sgm_engine.integrations.diffusers_levels import Edm, Flow, Trained, translated
-from sgm_engine.integrations.foreign import seeds
+from sgm_engine.integrations.foreign import langevin, seeds
 from sgm_engine.kernels import ops
 from sgm_engine.keys import as_int64
 from sgm_engine.models.score_model import KINDS, Row
@@ -37,7 +37,7 @@ PREDICTIONS = {
     "flow": "flow",
 }
 PLANS = {
-    "annealed_langevin": lambda s, steps, size: plans.annealed_langevin(s, steps, size * s[-1] ** 2),
+    "annealed_langevin": langevin,
     "consistent_annealed": lambda s, steps, size: plans.consistent_annealed(s, steps),
     "ancestral": lambda s, steps, size: plans.ancestral(s),
     "ddim": lambda s, steps, size: plans.ddim(s),

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sgm_engine.integrations.foreign import run, seeds
-from sgm_engine.plans.plan import Plan, annealed_langevin
+from sgm_engine.integrations.foreign import langevin, run, seeds
+from sgm_engine.plans.plan import Plan
 from sgm_engine.plans.schedule import check_sigmas, karras
 
 
@@ -56,7 +56,7 @@ def sampler_fn(
     if gnet is None and guidance != 1:
         raise ValueError(f"guidance = {guidance} needs gnet, the network to guide by")
     sigmas = _sigmas(net, num_steps, sigma_min, sigma_max, rho)
-    table = plan(sigmas) if plan else annealed_langevin(sigmas, steps_per_level, step * sigmas[-1] ** 2)
+    table = plan(sigmas) if plan else langevin(sigmas, steps_per_level, step)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         found = net(x, sigma, labels)

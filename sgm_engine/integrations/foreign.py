@@ -16,7 +16,8 @@ from sgm_engine.executors.slots import SAMPLE_STREAM
 from sgm_engine.kernels import ops
 from sgm_engine.keys import as_int64
 from sgm_engine.models.score_model import as_score
-from sgm_engine.plans.plan import COLUMNS, Plan
+from sgm_engine.plans.plan import COLUMNS, Plan, annealed_langevin
+from sgm_engine.plans.schedule import check_number
 
 Call = Callable[[Tensor, Tensor], Tensor]
 
@@ -41,6 +42,14 @@ class Foreign(nn.Module):
 
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
         return self.call(x.reshape(-1, *self.sample_shape).to(self.dtype), told).reshape(x.shape)
+
+
+def langevin(sigmas, steps_per_level: int, step: float) -> Plan:
+    """annealed_langevin with α = step·σ² at every level; ValueError unless step lies between 0 and 2."""
+    step = check_number("step", step)
+    if not 0 < step < 2:
+        raise ValueError(f"step must lie between 0 and 2, from where on x diverges, got {step:g}")
+    return annealed_langevin(sigmas, steps_per_level, step * float(sigmas[-1]) ** 2)
 
 
 def run(

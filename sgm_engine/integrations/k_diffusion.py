@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sgm_engine.engine.progress import StepInfo
-from sgm_engine.integrations.foreign import run, without_last
+from sgm_engine.integrations.foreign import langevin, run, without_last
 from sgm_engine.plans import plan as plans
 from sgm_engine.plans import samplers
 from sgm_engine.plans.plan import Plan
@@ -37,7 +37,7 @@ def sample_ald(
     """
 
     def plan(levels):
-        return plans.annealed_langevin(levels, steps_per_level, step * float(levels[-1]) ** 2)
+        return langevin(levels, steps_per_level, step)
 
     return sample(model, x, sigmas, extra_args, callback, disable, plan, seed)
 

@@ -37,7 +37,10 @@ left out. From the folder above:
 
 def model_card(spec: JobSpec, notes: Mapping[str, Any]) -> str:
     """Nothing in it depends on when or by which worker it was written."""
-    values = "float32, as drawn" if FORMATS[spec.format].lossless else "8 bits a value, from [0, 1]"
+    low, high = spec.data_range
+    values = f"float32, as drawn, of data in [{low:g}, {high:g}]"
+    if not FORMATS[spec.format].lossless:
+        values = f"8 bits a value, from [{low:g}, {high:g}]"
     checkpoint = f" ({notes['checkpoint']})" if notes.get("checkpoint") else ""
     facts = spec.identity | vars(spec.geometry) | {"plan": plan_words(spec.plan), "nfe": spec.plan.nfe}
     facts |= {"count": len(spec.ids), "shards": spec.shards, "run": spec.run, "first": spec.ids[0] if spec.ids else 0}

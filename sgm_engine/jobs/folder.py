@@ -25,23 +25,14 @@ from sgm_engine.errors import Divergence
 from sgm_engine.files.held import HeldFolder
 from sgm_engine.files.limits import most_text
 from sgm_engine.files.reading import parse_json, short
+from sgm_engine.jobs.card import model_card
 from sgm_engine.jobs.formats import FORMATS
 from sgm_engine.jobs.lock import alone, locked
-from sgm_engine.jobs.spec import JobError, JobSpec
+from sgm_engine.jobs.spec import JobError, JobSpec, ShardError
 from sgm_engine.jobs.worker import Worker
 
 RUN, CARD, MANIFEST, WORK = "run.json", "README.md", "manifest", ".sgm"
 MANY = 1 << 20  # ids of one shard that are compared with its files' sizes before they are listed
-
-
-class ShardError(JobError):
-    """What is wrong with a shard, or with ``count`` shards from that on. kind: "missing", "corrupt" or "foreign" (it
-    belongs to another job or place)."""
-
-    def __init__(self, shard: int, kind: str, why: str, count: int = 1):
-        which = f"shard {shard} is" if count == 1 else f"shards {shard} to {shard + count - 1} are"
-        super().__init__(f"{which} {kind}: {why}")
-        self.shard, self.kind, self.why, self.count = shard, kind, why, count
 
 
 class Record(NamedTuple):
@@ -81,24 +72,27 @@ class Folder:
         except OSError as error:
             raise _no_link(error) from None
 
-    def check(self, spec: JobSpec) -> None:
-        """JobError unless this is a place for ``spec``: no folder yet, an empty one, or one with this very job."""
+    def check(self, spec: JobSpec) -> JobSpec:
+        """The job to run: ``spec``, which knows what it has grown from. JobError unless this is a place for it: no
+        folder yet, an empty one, or one with this very job or the first ids of it."""
         if self.path.exists():
             if not self.path.is_dir():
                 raise JobError(f"{self.path} is a file: name a folder")
             top = self._top()
             if top.has(RUN):
                 then, _ = self.load()
-                if changes := then.changes(spec):
+                if (grown := then.grown(spec)) is None:
+                    changes = then.changes(spec)
                     what = f"{self.path} holds another job: {changes}"
                     raise JobError(f"{what}. Ask for the same, or name another folder")
                 self.recorded(spec)  # a folder that cannot be listed is named before anything is drawn
-                return
+                return grown
             others = set(top.names()) - {WORK}
             if others and RUN not in others:  # it may have appeared just now
                 raise JobError(f"output folder {self.path} is not empty and holds no job: name a new one")
         elif not self.path.parent.is_dir():
             raise JobError(f"cannot write {self.path}: there is no folder {self.path.parent}")
+        return spec
 
     @contextmanager
     def writing(self, spec: JobSpec, worker: Worker, notes: Mapping[str, Any], card: str) -> Iterator[None]:
@@ -116,7 +110,7 @@ class Folder:
                         tmp.remove(name)
                 self._held = _Held(top, work, tmp, worker, lock)
                 self._create(RUN, spec.to_json(notes).encode())  # before all else: it makes this folder a job's
-                self.check(spec)  # another worker may have been first, with another job
+                self._grow(spec, notes)  # another worker may have been first, with another job
                 self._create(CARD, card.encode())
                 self._held = self._held._replace(manifest=top.folder(MANIFEST, create=True))
                 top.flush()
@@ -126,6 +120,17 @@ class Folder:
             raise _no_link(error) from None
         finally:
             self._held = None
+
+    def _grow(self, spec: JobSpec, notes: Mapping[str, Any]) -> None:
+        """run.json of ``spec`` in the place of one with fewer ids. A card that nobody has filled in is written anew."""
+        with alone(self._held.work, "create"):
+            then, before = self.load()
+            if then == self.check(spec):
+                return
+            top, card = self._held.top, model_card(then, before).encode()
+            same = top.has(CARD) and top.read(CARD, most_text()) == card
+            files = {RUN: spec.to_json(notes).encode()} | ({CARD: model_card(spec, notes).encode()} if same else {})
+            self._write(top, files)
 
     def publish(self, spec: JobSpec, shard: int, files: Mapping[str, bytes], diverged: Iterable[Divergence]) -> None:
         """Files first, then the record that vouches for them: a kill in between costs a shard, never a lie."""
@@ -145,7 +150,9 @@ class Folder:
         name = f"{MANIFEST}/{_record(shard)}"
         try:
             content, all_ids = parse_json(self._manifest().read(_record(shard), most_text())), spec.shard_ids(shard)
-            belongs = (content["run"], content["shard"], content["ids"]) == (spec.run, shard, str(all_ids))
+            belongs = content["run"] in spec.runs and content["shard"] == shard
+            outgrown = belongs and content["ids"] != str(all_ids) and content["run"] != spec.run
+            belongs = belongs and content["ids"] == str(all_ids)
             diverged = [_divergence(d) for d in content["diverged"]]
             files = {file: _digest(**digest) for file, digest in content["files"].items()}
         except (FileNotFoundError, NotADirectoryError):
@@ -154,6 +161,8 @@ class Folder:
             raise _of_shard(error, shard, name) from None
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ShardError(shard, "corrupt", f"{name} is no record") from None
+        if outgrown:
+            raise ShardError(shard, "outgrown", f"{name} is of the job before it got more ids")
         if not belongs:
             raise ShardError(shard, "foreign", f"{name} is of another job or another shard")
         if len(all_ids) > MANY and len(all_ids) - len(diverged) > sum(map(self._top().size, files)):

@@ -19,6 +19,7 @@ import numpy as np
 from sgm_engine.files.pictures import decode_picture
 from sgm_engine.files.reading import parse_npz, parse_tar
 from sgm_engine.outputs import images
+from sgm_engine.outputs.images import Range
 from sgm_engine.outputs.output import npz_bytes, safetensors_bytes
 from sgm_engine.outputs.sample_ids import SampleIds
 
@@ -26,7 +27,7 @@ Contents = Mapping[str, bytes]  # file name → its bytes
 
 
 class Format(Protocol):
-    """lossless: floats as they were drawn, [n, C, H, W]; otherwise uint8 [n, H, W, C], and the data range is [0, 1]."""
+    """lossless: floats as they were drawn, [n, C, H, W]; otherwise uint8 [n, H, W, C], of the data range."""
 
     name: str
     lossless: bool
@@ -37,8 +38,8 @@ class Format(Protocol):
     def owns(self, name: str, shards: int, ids: SampleIds) -> bool:
         """Whether a job of so many shards and these ids may have a file of that name."""
 
-    def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray) -> Contents:
-        """ids int64 [n], samples float32 [n, C, H, W], finite."""
+    def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray, data_range: Range) -> Contents:
+        """ids int64 [n], samples float32 [n, C, H, W], finite, of data in data_range."""
 
     def decode(self, contents: Contents) -> tuple[np.ndarray, np.ndarray]:
         """(ids, samples), as far as the format keeps them."""
@@ -60,8 +61,8 @@ class _OneFile:
 class Npz(_OneFile):
     name, suffix, lossless = "npz", "npz", False
 
-    def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray) -> Contents:
-        return {self.names(shard, ids)[0]: npz_bytes(samples, ids)}
+    def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray, data_range: Range) -> Contents:
+        return {self.names(shard, ids)[0]: npz_bytes(samples, ids, data_range)}
 
     def decode(self, contents: Contents) -> tuple[np.ndarray, np.ndarray]:
         (content,) = contents.values()
@@ -72,8 +73,8 @@ class Npz(_OneFile):
 class Safetensors(_OneFile):
     name, suffix, lossless = "safetensors", "safetensors", True
 
-    def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray) -> Contents:
-        return {self.names(shard, ids)[0]: safetensors_bytes(samples, ids)}
+    def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray, data_range: Range) -> Contents:
+        return {self.names(shard, ids)[0]: safetensors_bytes(samples, ids, data_range=data_range)}
 
     def decode(self, contents: Contents) -> tuple[np.ndarray, np.ndarray]:
         from safetensors.numpy import load
@@ -93,8 +94,8 @@ class Png:
         number = name.removesuffix(".png")
         return number.isdecimal() and int(number) in ids and self.names(0, [int(number)]) == [name]
 
-    def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray) -> Contents:
-        pixels = images.to_uint8(samples)
+    def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray, data_range: Range) -> Contents:
+        pixels = images.to_uint8(samples, data_range)
         return {name: images.png_bytes(image) for name, image in zip(self.names(shard, ids), pixels, strict=True)}
 
     def decode(self, contents: Contents) -> tuple[np.ndarray, np.ndarray]:
@@ -106,10 +107,10 @@ class Png:
 class WebDataset(_OneFile):
     name, suffix, lossless = "webdataset", "tar", False
 
-    def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray) -> Contents:
+    def encode(self, shard: int, ids: np.ndarray, samples: np.ndarray, data_range: Range) -> Contents:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for i, image in zip(ids.tolist(), images.to_uint8(samples), strict=True):
+            for i, image in zip(ids.tolist(), images.to_uint8(samples, data_range), strict=True):
                 about = json.dumps({"sample_id": i}).encode()
                 for suffix, content in (("png", images.png_bytes(image)), ("json", about)):
                     member = tarfile.TarInfo(f"{i:09d}.{suffix}")  # its date is 1970, its owner root

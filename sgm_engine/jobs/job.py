@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from sgm_engine.checks import check_int
-from sgm_engine.engine.engine import MAX_SEED, Engine
+from sgm_engine.checks import MAX_SEED, check_int
+from sgm_engine.engine.engine import Engine
+from sgm_engine.engine.progress import clock
 from sgm_engine.errors import Divergence
 from sgm_engine.jobs.card import model_card
 from sgm_engine.jobs.folder import Folder, ShardError
@@ -40,11 +41,9 @@ class Progress:
     seconds_left: float
 
     def __str__(self) -> str:
-        left = time.strftime("%H:%M:%S", time.gmtime(self.seconds_left % 86400))
-        days = f"{int(self.seconds_left // 86400)} d " if self.seconds_left >= 86400 else ""
         return (
             f"{self.samples} of {self.samples_in_all} samples, {self.shards} of {self.shards_in_all} shards, "
-            f"{self.rate:.3g} samples/s, {days}{left} left"
+            f"{self.rate:.3g} samples/s, {clock(self.seconds_left)} left"
         )
 
 
@@ -64,11 +63,12 @@ class Report:
 
 
 class Job:
-    """Samples of one seed and plan, in shards in a folder. Equal arguments resume; other arguments are refused.
+    """Samples of one seed and plan, in shards in a folder. Equal arguments resume, further ids (a larger n) extend a
+    job; other arguments are refused.
 
     engine: draws the samples; its precision, executor and batch are part of the job, as are the weights.
     out: the folder. n: sample ids 0 to n − 1; or ids: SampleIds, their text ("0-63,100") or an iterable of integers.
-    format: "png", "npz" (uint8, for data in [0, 1]), "webdataset", or "safetensors" (float32, as drawn).
+    format: "png", "npz" and "webdataset" (8 bits, of engine.data_range), or "safetensors" (float32, as drawn).
     shard_size: sample ids in a shard. Shards do not depend on who draws them.
     weights: what tells this model from others. None: the sha256 of its parameters and buffers, and every other value
         that decides its samples (identity.py); ValueError if one cannot be told from another.
@@ -95,11 +95,14 @@ class Job:
             raise TypeError(f"engine must be an Engine, got {type(engine).__name__}: Engine(model, batch=…)")
         plan, source = engine._check(plan, None), EngineSource(engine, weights)
         model = identity_of(engine.model, weights)
-        self.spec = make_spec(Geometry.of(engine), engine.shape, model, plan, seed, n, ids, format, shard_size)
+        drawn = Geometry.of(engine), engine.shape, engine.data_range
+        self.spec = make_spec(*drawn, model, plan, seed, n, ids, format, shard_size)
         self._prepare(source, out, with_scales(notes, engine.float8))
 
     @classmethod
-    def from_source(cls, source: Source, spec: JobSpec, out: str | os.PathLike, notes=None) -> Job:
+    def from_source(
+        cls, source: Source, spec: JobSpec, out: str | os.PathLike, notes: Mapping[str, Any] | None = None
+    ) -> Job:
         """A job whose shards come from elsewhere than an engine in this process."""
         job = cls.__new__(cls)
         job.spec = spec
@@ -109,17 +112,17 @@ class Job:
     def _prepare(self, source: Source, out: str | os.PathLike, notes: Mapping[str, Any] | None) -> None:
         self.source, self.folder, self.notes = source, Folder(out), dict(notes or {})
         self._stop = threading.Event()
-        self.folder.check(self.spec)
+        self.spec = self.folder.check(self.spec)
 
     def run(
         self,
         worker: Worker | None = None,
-        progress: bool = False,
+        progress: bool | str = False,
         on_shard: Callable[[Progress], object] | None = None,
     ) -> Report:
         """Draw and write what is missing of this worker's share.
 
-        worker: its share; None: from torchrun's or Slurm's variables, else everything. progress: a bar on stderr.
+        worker: its share; None: from torchrun's or Slurm's variables, else everything. progress: as of Engine.sample.
         on_shard: called, from the writing thread, with a Progress after each shard.
 
         Shards that are there are read and compared with their records; damaged ones are drawn again. Samples that
@@ -148,7 +151,7 @@ class Job:
         """The quarantined samples of a complete job, whoever drew them."""
         return [d for shard in range(self.spec.shards) for d in self.folder.record(self.spec, shard).diverged]
 
-    def _run(self, report: Report, progress: bool, on_shard: Callable | None) -> None:
+    def _run(self, report: Report, progress: bool | str, on_shard: Callable | None) -> None:
         worker = report.worker
         with self.folder.writing(self.spec, worker, self.notes, model_card(self.spec, self.notes)):
             missing = self._missing(report)
@@ -173,13 +176,14 @@ class Job:
                 report.diverged += record.diverged
             except ShardError as error:
                 missing.append(shard)
-                if shard in recorded:
+                if shard in recorded and error.kind != "outgrown":
                     report.redrawn.append(error)
         return missing
 
     def _write(self, report: Report, on_shard: Callable | None, start: float, drawn: Drawn) -> None:
         shard, ids, samples, diverged = drawn
-        self.folder.publish(self.spec, shard, FORMATS[self.spec.format].encode(shard, ids, samples), diverged)
+        files = FORMATS[self.spec.format].encode(shard, ids, samples, self.spec.data_range)
+        self.folder.publish(self.spec, shard, files, diverged)
         report.shards += 1
         report.samples += len(ids)
         report.diverged += diverged
@@ -203,9 +207,9 @@ def generate(
     n: int | None = None,
     *,
     worker: Worker | None = None,
-    progress: bool = False,
+    progress: bool | str = False,
     on_shard: Callable[[Progress], object] | None = None,
-    **job,
+    **job: Any,
 ) -> Report:
     """``Job(engine, out, n, **job).run(…)``: start a job, or go on with it; call it again until ``.complete``."""
     return Job(engine, out, n, **job).run(worker, progress, on_shard)
@@ -216,7 +220,7 @@ def with_scales(notes: Mapping[str, Any] | None, float8: Float8Config | None) ->
     return dict(notes or {}) | ({} if float8 is None else {"float8": float8.to_json()})
 
 
-def make_spec(geometry, shape, model: ModelIdentity, plan, seed, n, ids, format, shard_size) -> JobSpec:
+def make_spec(geometry, shape, data_range, model: ModelIdentity, plan, seed, n, ids, format, shard_size) -> JobSpec:
     """The spec from a job's arguments, checked."""
     if (n is None) == (ids is None):
         raise ValueError(f"pass n (sample ids 0 to n − 1) or ids, one of them; got n={n!r} and ids={ids!r}")
@@ -233,4 +237,5 @@ def make_spec(geometry, shape, model: ModelIdentity, plan, seed, n, ids, format,
     if not isinstance(model.weights, str) or not model.weights:
         raise TypeError(f"weights must be a text that names the model's weights, got {model.weights!r}")
     seed, shard_size = check_int("seed", seed, 0, MAX_SEED), check_int("shard_size", shard_size, 1)
-    return JobSpec(model.weights, plan, seed, ids, tuple(shape), format, shard_size, geometry, model.settings)
+    told = {"model": model.settings, "data_range": data_range}
+    return JobSpec(model.weights, plan, seed, ids, tuple(shape), format, shard_size, geometry, **told)

@@ -15,7 +15,8 @@ from sgm_engine.files.writing import check_writable, new_zip, staged
 from sgm_engine.jobs.folder import Folder, ShardError
 from sgm_engine.jobs.formats import FORMATS
 from sgm_engine.jobs.spec import JobError, JobSpec
-from sgm_engine.outputs.images import to_uint8
+from sgm_engine.outputs.images import Range, to_uint8
+from sgm_engine.outputs.output import range_note
 from sgm_engine.outputs.sample_ids import SampleIds
 
 Part = tuple[Folder, JobSpec]
@@ -39,7 +40,7 @@ def merge(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -> int:
         raise JobError(f"{parts[0][0].path} holds 8 bits a value ({spec.format}), no floats: merge it into an .npz")
     ids = np.fromiter(chain.from_iterable(_ids(*part) for part in parts), np.int64)
     with staged(out) as file:
-        _WRITERS[out.suffix](file, ids, spec.shape, _samples(parts))
+        _WRITERS[out.suffix](file, ids, spec.shape, _samples(parts), spec.data_range)
     return len(ids)
 
 
@@ -76,7 +77,9 @@ def _unusable(folder: Folder, error: ShardError) -> JobError:
     return JobError(f"{folder.path}: {error}. Run its `sgm sample` again, then merge")
 
 
-def _write_npz(file: IO[bytes], ids: np.ndarray, shape: Sequence[int], samples: Iterator[np.ndarray]) -> None:
+def _write_npz(
+    file: IO[bytes], ids: np.ndarray, shape: Sequence[int], samples: Iterator[np.ndarray], data_range: Range
+) -> None:
     """As np.savez writes it, to the byte."""
     c, h, w = shape
     with new_zip(file) as archive:
@@ -84,7 +87,7 @@ def _write_npz(file: IO[bytes], ids: np.ndarray, shape: Sequence[int], samples: 
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(ids), h, w, c)}
             np.lib.format.write_array_header_1_0(entry, header)
             for part in samples:
-                entry.write((part if part.dtype == np.uint8 else to_uint8(part)).tobytes())
+                entry.write((part if part.dtype == np.uint8 else to_uint8(part, data_range)).tobytes())
         with _entry(archive, "sample_id") as entry:
             np.lib.format.write_array(entry, ids)
 
@@ -93,10 +96,13 @@ def _entry(archive, name: str) -> IO[bytes]:
     return archive.open(f"{name}.npy", "w", force_zip64=True)
 
 
-def _write_safetensors(file: IO[bytes], ids: np.ndarray, shape: Sequence[int], samples: Iterator[np.ndarray]) -> None:
+def _write_safetensors(
+    file: IO[bytes], ids: np.ndarray, shape: Sequence[int], samples: Iterator[np.ndarray], data_range: Range
+) -> None:
     """As safetensors writes it, to the byte: https://huggingface.co/docs/safetensors (Format)."""
     ends = 8 * len(ids), 8 * len(ids) + 4 * len(ids) * int(np.prod(shape))
-    header = {
+    note = range_note(data_range)
+    header = ({"__metadata__": note} if note else {}) | {
         "sample_id": {"dtype": "I64", "shape": [len(ids)], "data_offsets": [0, ends[0]]},
         "samples": {"dtype": "F32", "shape": [len(ids), *shape], "data_offsets": list(ends)},
     }

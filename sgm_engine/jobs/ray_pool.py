@@ -20,6 +20,7 @@ from sgm_engine.jobs.identity import identity_of
 from sgm_engine.jobs.job import Job, make_spec, with_scales
 from sgm_engine.jobs.source import Drawn, EngineSource
 from sgm_engine.jobs.spec import SHARD_SIZE, Geometry, JobSpec
+from sgm_engine.outputs.images import Range
 from sgm_engine.plans.plan import Plan
 from sgm_engine.rewriting.float8.config import Float8Config
 
@@ -40,8 +41,8 @@ class Painter:
         self.engine = Engine(model, **options)
         self.source = EngineSource(self.engine, weights="the driver's")
 
-    def describe(self, plan: Plan | None) -> tuple[Geometry, tuple[int, int, int], Plan]:
-        return Geometry.of(self.engine), self.engine.shape, self.engine._check(plan, None)
+    def describe(self, plan: Plan | None) -> tuple[Geometry, tuple[int, int, int], Range, Plan]:
+        return Geometry.of(self.engine), self.engine.shape, self.engine.data_range, self.engine._check(plan, None)
 
     def draw(self, spec: JobSpec, shard: int) -> Drawn:
         if spec.engine != sgm_engine.__version__:
@@ -72,7 +73,7 @@ class RaySource:
         self._model, self._options = ray.put(model), options
         self.actors = [self._start() for _ in range(actors or gpus or int(ray.cluster_resources().get("CPU", 1)))]
 
-    def describe(self, plan: Plan | None) -> tuple[Geometry, tuple[int, int, int], Plan]:
+    def describe(self, plan: Plan | None) -> tuple[Geometry, tuple[int, int, int], Range, Plan]:
         try:
             return self._ray.get(self.actors[0].describe.remote(plan))
         except self._ray.exceptions.RayError as error:
@@ -82,7 +83,12 @@ class RaySource:
         """``draw`` looks by itself, every POLL seconds."""
 
     def draw(
-        self, spec: JobSpec, shards: Sequence[int], settle: Callable[[], None], stopped: Callable[[], bool], bar: bool
+        self,
+        spec: JobSpec,
+        shards: Sequence[int],
+        settle: Callable[[], None],
+        stopped: Callable[[], bool],
+        bar: bool | str,
     ) -> Iterator[Drawn]:
         ray, spec_there = self._ray, self._ray.put(spec)
         waiting, failures = deque(shards), Counter()
@@ -153,6 +159,7 @@ def ray_job(
     float8: Float8Config | None = None,
     sigmas=None,
     shape: tuple[int, int, int] | None = None,
+    data_range: Range | None = None,
     ids=None,
     seed: int = 0,
     plan: Plan | None = None,
@@ -168,7 +175,7 @@ def ray_job(
     """
     options = {"batch": batch, "device": device, "precision": precision, "executor": executor, "float8": float8}
     identity = identity_of(model, weights)
-    source = RaySource(model, address, actors, options | {"sigmas": sigmas, "shape": shape})
-    geometry, shape, plan = source.describe(plan)
-    spec = make_spec(geometry, shape, identity, plan, seed, n, ids, format, shard_size)
+    source = RaySource(model, address, actors, options | {"sigmas": sigmas, "shape": shape, "data_range": data_range})
+    geometry, shape, data_range, plan = source.describe(plan)
+    spec = make_spec(geometry, shape, data_range, identity, plan, seed, n, ids, format, shard_size)
     return Job.from_source(source, spec, out, with_scales(notes, float8))

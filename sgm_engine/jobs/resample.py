@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 from torch import nn
 
+import sgm_engine
 from sgm_engine.engine.engine import Engine
 from sgm_engine.jobs.folder import Folder, ShardError
 from sgm_engine.jobs.formats import FORMATS
@@ -27,7 +29,7 @@ def resample(
     """
     folder = Folder(path)
     spec, _ = folder.load()
-    if changes := _changes(spec, Geometry.of(engine), identity_of(engine.model, weights)):
+    if changes := _changes(spec, engine, identity_of(engine.model, weights)):
         raise JobError(f"this would not draw the samples of {folder.path}: {changes}")
     if sample_id not in spec.ids:
         raise JobError(f"sample id {sample_id} is not among the ids of {folder.path}: {spec.ids}")
@@ -36,7 +38,7 @@ def resample(
         record, stored = folder.read(spec, spec.ids.index(sample_id) // spec.shard_size)
     except ShardError:
         return x, False
-    mine = x if FORMATS[spec.format].lossless else to_uint8(x[None])[0]
+    mine = x if FORMATS[spec.format].lossless else to_uint8(x[None], spec.data_range)[0]
     if mine.tobytes() != stored[record.ids.index(sample_id)].tobytes():
         raise JobError(f"sample {sample_id} is not what {folder.path} holds: was the model's code changed since?")
     return x, True
@@ -53,6 +55,7 @@ def model_of(spec: JobSpec, model: nn.Module) -> nn.Module:
     return other if weights_digest(other) == spec.weights else model
 
 
-def _changes(spec: JobSpec, geometry: Geometry, model: ModelIdentity) -> str:
-    rest = (spec.plan, spec.seed, spec.ids, spec.shape, spec.format, spec.shard_size, geometry, model.settings)
-    return spec.changes(JobSpec(model.weights, *rest))
+def _changes(spec: JobSpec, engine: Engine, model: ModelIdentity) -> str:
+    now = {"weights": model.weights, "model": model.settings, "engine": sgm_engine.__version__}
+    now |= {"geometry": Geometry.of(engine), "data_range": engine.data_range}
+    return spec.changes(replace(spec, **now))

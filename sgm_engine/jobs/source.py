@@ -26,7 +26,12 @@ class Drawn(NamedTuple):
 
 class Source(Protocol):
     def draw(
-        self, spec: JobSpec, shards: Sequence[int], settle: Callable[[], None], stopped: Callable[[], bool], bar: bool
+        self,
+        spec: JobSpec,
+        shards: Sequence[int],
+        settle: Callable[[], None],
+        stopped: Callable[[], bool],
+        bar: bool | str,
     ) -> Iterator[Drawn]:
         """The shards in any order; ends early once ``stopped()``. settle: waits until what was yielded is on disk."""
 
@@ -46,7 +51,12 @@ class EngineSource:
         self.engine.cancel()
 
     def draw(
-        self, spec: JobSpec, shards: Sequence[int], settle: Callable[[], None], stopped: Callable[[], bool], bar: bool
+        self,
+        spec: JobSpec,
+        shards: Sequence[int],
+        settle: Callable[[], None],
+        stopped: Callable[[], bool],
+        bar: bool | str,
     ) -> Iterator[Drawn]:
         open_shards: deque[_Open] = deque()
         finished: deque[Drawn] = deque()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import sgm_engine
 from sgm_engine.files.reading import parse_json
+from sgm_engine.outputs.images import UNIT, Range, check_range
 from sgm_engine.outputs.sample_ids import SampleIds
 from sgm_engine.plans.plan import Plan
 
@@ -24,6 +25,16 @@ SHARD_SIZE = 256
 
 class JobError(ValueError):
     """A folder that is not what it should be: another job's, no job's, damaged. One line, with the remedy."""
+
+
+class ShardError(JobError):
+    """What is wrong with a shard, or with ``count`` shards from that on. kind: "missing", "corrupt", "foreign" (it
+    belongs to another job or place) or "outgrown" (the job got more ids)."""
+
+    def __init__(self, shard: int, kind: str, why: str, count: int = 1):
+        which = f"shard {shard} is" if count == 1 else f"shards {shard} to {shard + count - 1} are"
+        super().__init__(f"{which} {kind}: {why}")
+        self.shard, self.kind, self.why, self.count = shard, kind, why, count
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,9 @@ class JobSpec:
     """weights: sha256 of the network's parameters. shape: (C, H, W). seed: uint64. ids: in the order of the shards.
 
     model: whatever else of the model decides its samples, by where it is found (identity.settings).
+    data_range: (low, high) of the samples, which their 8 bits are made of.
     shard_size: sample ids a shard, the last one may have fewer. Shard k holds ids[k·shard_size : (k+1)·shard_size].
+    earlier: the ids of this job before it grew, as text; shards of then that are whole are still its own.
     """
 
     weights: str
@@ -68,6 +81,8 @@ class JobSpec:
     geometry: Geometry
     model: Mapping[str, str] = field(default_factory=dict)
     engine: str = sgm_engine.__version__
+    data_range: Range = UNIT
+    earlier: tuple[str, ...] = ()
 
     @property
     def shards(self) -> int:
@@ -86,6 +101,7 @@ class JobSpec:
             "seed": str(self.seed),  # JSON readers keep 53 bits of a number
             "ids": str(self.ids),
             "shape": list(self.shape),
+            **({} if self.data_range == UNIT else {"data_range": list(self.data_range)}),
             **vars(self.geometry),
             "engine": self.engine,
             "format": self.format,
@@ -96,6 +112,19 @@ class JobSpec:
     def run(self) -> str:
         """The run hash: sha256 of the identity."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def runs(self) -> frozenset[str]:
+        """The run hashes that a record of this job may have."""
+        before = (replace(self, ids=SampleIds.parse(text), earlier=()).run for text in self.earlier)
+        return frozenset({self.run, *before})
+
+    def grown(self, now: JobSpec) -> JobSpec | None:
+        """``now`` as this job with further ids behind its own; None if it is another."""
+        if self.changes(now, ignore=("ids",)) or now.ids[: len(self.ids)] != self.ids:
+            return None
+        more = (str(self.ids),) if len(now.ids) > len(self.ids) else ()
+        return replace(now, earlier=(*self.earlier, *more))
 
     def changes(self, now: JobSpec, ignore: tuple[str, ...] = ()) -> str:
         """What differs in ``now``, in words; empty if nothing does."""
@@ -111,6 +140,7 @@ class JobSpec:
         """The text of run.json. notes: kept there, no part of the identity."""
         content = {"format": FORMAT, "version": VERSION, "run": self.run, "samples": len(self.ids)}
         content |= {"shards": self.shards, "job": self.identity, "notes": dict(notes)}
+        content |= {"earlier": list(self.earlier)} if self.earlier else {}
         return json.dumps(content | {"plan": json.loads(self.plan.to_json())}, indent=1) + "\n"
 
     @classmethod
@@ -125,11 +155,13 @@ class JobSpec:
             geometry = Geometry(**{name: job[name] for name in Geometry.__dataclass_fields__})
             own = {name: job[name] for name in ("weights", "format", "shard_size", "engine")}
             ids, shape = SampleIds.parse(job["ids"]), tuple(job["shape"])
-            own["model"] = job.get("model", {})
+            own["earlier"] = tuple(content.get("earlier", ()))
+            own |= {"model": job.get("model", {}), "data_range": check_range(job.get("data_range", UNIT))}
             spec = cls(plan=plan, seed=int(job["seed"]), ids=ids, shape=shape, geometry=geometry, **own)
+            whole = all(spec.ids[: len(ids)] == ids for ids in map(SampleIds.parse, spec.earlier))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"not a job's run.json: {type(error).__name__}: {error}") from None
-        if spec.identity != job or spec.run != content.get("run"):
+        if spec.identity != job or spec.run != content.get("run") or not whole:
             raise ValueError("its run hash does not fit its content: it was changed or damaged")
         return spec, notes
 

@@ -27,7 +27,7 @@ class Verification:
         return not self.problems and not self.unexpected
 
     def __str__(self) -> str:
-        kinds = ("missing", "corrupt", "foreign")
+        kinds = ["missing", "corrupt", "foreign"] + ["outgrown"] * any(p.kind == "outgrown" for p in self.problems)
         counts = [f"{sum(p.count for p in self.problems if p.kind == kind)} {kind}" for kind in kinds]
         counts += [f"{len(self.unexpected)} unexpected", f"{len(self.diverged)} diverged"]
         return (

@@ -20,10 +20,10 @@ from sgm_engine.models.blocks import ConditionalInstanceNormPlus
 from sgm_engine.models.ncsn import RefineNet
 from sgm_engine.plans.front import OWN
 from sgm_engine.plans.plan import Plan
-from sgm_engine.plans.schedule import check_sigmas, nearest_level
+from sgm_engine.plans.schedule import Sigmas, check_sigmas, nearest_level
 
 
-def at_sigmas(model: nn.Module, sigmas) -> nn.Module:
+def at_sigmas(model: nn.Module, sigmas: Sigmas) -> nn.Module:
     """``model`` with ``sigmas`` [L'], descending, as its levels. Weights are shared, except what depends on the level.
 
     - a model of ``as_score`` that is told σ, in whatever form, is asked at those σ: exact.

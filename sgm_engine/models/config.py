@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from sgm_engine.outputs.images import UNIT, Range, check_range
 from sgm_engine.plans.schedule import check_sigmas
 
 MAX_LEVELS = 100_000
@@ -29,6 +30,7 @@ class ModelConfig:
     architecture: "NCSN", "NCSNv2", "NCSNv2Deeper" or "NCSNv2Deepest". channels, image_size [pixels], ngf: ≥ 1.
     sigmas: noise standard deviations in units of x, strictly descending. divide_by_sigma: the output is divided by
     σ(level). plan: "name" of a function of sgm_engine.plans.plan (default annealed_langevin) and its keyword arguments.
+    data_range: (low, high) of what it was trained on, and of its samples.
     Raises ValueError that names the field and its value.
     """
 
@@ -39,6 +41,7 @@ class ModelConfig:
     sigmas: tuple[float, ...]
     divide_by_sigma: bool
     plan: Mapping[str, bool | int | float | str] | None = None
+    data_range: Range = UNIT
 
     def __post_init__(self):
         if self.architecture not in ARCHITECTURES:
@@ -57,6 +60,7 @@ class ModelConfig:
             raise ValueError(f"divide_by_sigma must be true for {self.architecture}, got {self.divide_by_sigma!r}")
         if self.plan is not None:
             object.__setattr__(self, "plan", _check_plan(self.plan))
+        object.__setattr__(self, "data_range", check_range(self.data_range))
 
     def build(self) -> nn.Module:
         """The network with random weights, on torch's current default device."""
@@ -64,7 +68,7 @@ class ModelConfig:
         model = ARCHITECTURES[self.architecture](
             self.sigmas, channels=self.channels, ngf=self.ngf, image_size=self.image_size, **kwargs
         )
-        model.plan = self.plan and dict(self.plan)
+        model.plan, model.data_range = self.plan and dict(self.plan), self.data_range
         return model
 
     def to_json(self) -> str:
@@ -73,17 +77,19 @@ class ModelConfig:
             del fields["plan"]
         else:
             fields["plan"] = dict(self.plan)
+        if self.data_range == UNIT:
+            del fields["data_range"]
         return json.dumps(fields)
 
     @classmethod
     def from_dict(cls, fields: Mapping) -> ModelConfig:
-        """Every field by name, "plan" optional; unknown and missing names raise ValueError."""
+        """Every field by name, "plan" and "data_range" optional; unknown and missing names raise ValueError."""
         if not isinstance(fields, Mapping):
             raise ValueError(f"config must be an object with named fields, got {type(fields).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(str(k) for k in fields.keys() - known):
             raise ValueError(f"config has unknown fields: {', '.join(unknown)}")
-        if missing := sorted(known - {"plan"} - fields.keys()):
+        if missing := sorted(known - {"plan", "data_range"} - fields.keys()):
             raise ValueError(f"config lacks fields: {', '.join(missing)}")
         return cls(**fields)
 

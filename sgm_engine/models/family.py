@@ -26,7 +26,7 @@ from sgm_engine.models.score_sde import NCSNpp
 from sgm_engine.models.unet2d import UNet2D
 from sgm_engine.plans.front import Front
 from sgm_engine.plans.law import DataLaw
-from sgm_engine.plans.schedule import check_sigmas, karras
+from sgm_engine.plans.schedule import Sigmas, check_sigmas, karras
 
 NETWORKS = {cls.__name__: cls for cls in (NCSNpp, SongUNet, DhariwalUNet, EDM2UNet, ADMUNet, UNet2D, Unet)}
 ONE_HOT = (SongUNet, DhariwalUNet, EDM2UNet)
@@ -223,7 +223,7 @@ class FamilyModel(nn.Module):
         """n noise levels for ``at_sigmas``; own: those of the file's own sampler, where it has discrete ones."""
         return levels(self.config, n, own)
 
-    def at_sigmas(self, sigmas) -> FamilyModel:
+    def at_sigmas(self, sigmas: Sigmas) -> FamilyModel:
         """The same network, its weights shared, at other levels."""
         return self._like(FamilyModel(self.network, self.config, sigmas))
 

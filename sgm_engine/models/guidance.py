@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sgm_engine.models.conditioning import at_sigmas
 from sgm_engine.models.inverse import LinearOperator
-from sgm_engine.plans.schedule import check_number, check_sigmas
+from sgm_engine.plans.schedule import Sigmas, check_number, check_sigmas
 
 Term = Callable[[Tensor, Tensor], Tensor]
 
@@ -25,7 +25,9 @@ class Guided(nn.Module):
     a plan whose steps are too long for it is refused.
     """
 
-    def __init__(self, model: Callable, terms: list[Term], sigmas=None, curvature: Callable | None = None):
+    def __init__(
+        self, model: Callable, terms: list[Term], sigmas: Sigmas | None = None, curvature: Callable | None = None
+    ):
         super().__init__()
         sigmas = getattr(model, "sigmas", None) if sigmas is None else sigmas
         if sigmas is None:
@@ -47,22 +49,30 @@ class Guided(nn.Module):
     def plan(self):
         return getattr(self.model, "plan", None)
 
+    @property
+    def data_range(self):
+        return getattr(self.model, "data_range", None)
+
+    @property
+    def predicts(self):
+        return getattr(self.model, "predicts", "score")
+
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         score, sigma = self.model(x, level).float(), self.sigmas[level][:, None, None, None]
         for term in self.terms:
             score = score + term(x, sigma)
         return score
 
-    def at_sigmas(self, sigmas) -> Guided:
+    def at_sigmas(self, sigmas: Sigmas) -> Guided:
         return Guided(at_sigmas(self.model, sigmas), self.terms, sigmas, self.curvature)
 
 
-def with_drift(model: Callable, extra: Term, sigmas=None) -> Guided:
+def with_drift(model: Callable, extra: Term, sigmas: Sigmas | None = None) -> Guided:
     """score + extra(x [B, C, H, W], sigma [B, 1, 1, 1]), whatever that is."""
     return Guided(model, [extra], sigmas)
 
 
-def classifier_guided(model: Callable, log_prob: Term, scale: float = 1.0, sigmas=None) -> Guided:
+def classifier_guided(model: Callable, log_prob: Term, scale: float = 1.0, sigmas: Sigmas | None = None) -> Guided:
     """score + scale·∇ₓ log p(y | x, σ) (arXiv 2011.13456, eq. 14; 2105.05233): one gradient of log_prob a row.
 
     log_prob(x [B, C, H, W], sigma [B, 1, 1, 1]) → [B], of the y that is wanted, by a classifier that knows noise.
@@ -84,7 +94,7 @@ def classifier_guided(model: Callable, log_prob: Term, scale: float = 1.0, sigma
 class ClassifierFree(nn.Module):
     """unconditional + weight·(conditional − unconditional): two evaluations a row."""
 
-    def __init__(self, conditional: Callable, unconditional: Callable, weight: float, sigmas=None):
+    def __init__(self, conditional: Callable, unconditional: Callable, weight: float, sigmas: Sigmas | None = None):
         super().__init__()
         sigmas = getattr(conditional, "sigmas", None) if sigmas is None else sigmas
         if sigmas is None:
@@ -97,16 +107,30 @@ class ClassifierFree(nn.Module):
     def shape(self):
         return getattr(self.conditional, "shape", None)
 
+    @property
+    def plan(self):
+        return getattr(self.conditional, "plan", None)
+
+    @property
+    def data_range(self):
+        return getattr(self.conditional, "data_range", None)
+
+    @property
+    def predicts(self):
+        return getattr(self.conditional, "predicts", "score")
+
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         other = self.unconditional(x, level).float()
         return other + self.weight * (self.conditional(x, level).float() - other)
 
-    def at_sigmas(self, sigmas) -> ClassifierFree:
+    def at_sigmas(self, sigmas: Sigmas) -> ClassifierFree:
         models = (at_sigmas(m, sigmas) for m in (self.conditional, self.unconditional))
         return ClassifierFree(*models, self.weight, sigmas)
 
 
-def classifier_free(conditional: Callable, unconditional: Callable, weight: float, sigmas=None) -> ClassifierFree:
+def classifier_free(
+    conditional: Callable, unconditional: Callable, weight: float, sigmas: Sigmas | None = None
+) -> ClassifierFree:
     """Classifier-free guidance (arXiv 2207.12598): score_u + weight·(score_c − score_u); their w is weight − 1.
 
     conditional, unconditional: model(x, level) → score, with the condition bound, and without one; usually two views of
@@ -115,7 +139,9 @@ def classifier_free(conditional: Callable, unconditional: Callable, weight: floa
     return ClassifierFree(conditional, unconditional, weight, sigmas)
 
 
-def posterior(model: Callable, operator: LinearOperator, y: Tensor, noise: float = 0.0, sigmas=None) -> Guided:
+def posterior(
+    model: Callable, operator: LinearOperator, y: Tensor, noise: float = 0.0, sigmas: Sigmas | None = None
+) -> Guided:
     """Samples given y = A·x + noise·z: score + Aᵀ(y − A·x)/(noise² + σ²) (arXiv 2108.01368), for Langevin plans.
 
     operator: A, see inverse.py. y: one measurement, [*A's output] or [1, …]. noise: its std, in units of y, >= 0.
@@ -146,7 +172,7 @@ def posterior(model: Callable, operator: LinearOperator, y: Tensor, noise: float
 class Preconditioned(nn.Module):
     """forward(y [B, C, H, W], level [B]) → Rᵀ·score(R·y): the same law in the coordinates y, where x = R·y."""
 
-    def __init__(self, model: Callable, root: LinearOperator, sigmas=None):
+    def __init__(self, model: Callable, root: LinearOperator, sigmas: Sigmas | None = None):
         super().__init__()
         sigmas = getattr(model, "sigmas", None) if sigmas is None else sigmas
         if sigmas is None:
@@ -165,11 +191,11 @@ class Preconditioned(nn.Module):
         """x = R·y, of what the engine drew."""
         return self.root.forward(y)
 
-    def at_sigmas(self, sigmas) -> Preconditioned:
+    def at_sigmas(self, sigmas: Sigmas) -> Preconditioned:
         return Preconditioned(at_sigmas(self.model, sigmas), self.root, sigmas)
 
 
-def preconditioned(model: Callable, root: LinearOperator, sigmas=None) -> Preconditioned:
+def preconditioned(model: Callable, root: LinearOperator, sigmas: Sigmas | None = None) -> Preconditioned:
     """Preconditioned Langevin, x ← x + α·R·Rᵀ·score + √(2α)·R·z: what a plan's Langevin rows are for x = R·y.
 
     root: R, see inverse.py. With R·Rᵀ = (covariance of x)/σ², every direction of y is as stiff as 1/σ², the stiffest

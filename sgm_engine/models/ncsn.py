@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus, InstanceNormPlus, RefineBlock, ResBlock, conv3x3
 from sgm_engine.models.config import ModelConfig, architecture
+from sgm_engine.outputs.images import UNIT
 from sgm_engine.plans.front import Front
 from sgm_engine.plans.law import DataLaw
 from sgm_engine.plans.schedule import check_sigmas
@@ -59,7 +60,7 @@ class RefineNet(nn.Module):
         values = torch.tensor(check_sigmas(sigmas), dtype=torch.float32, device="cpu")  # even under a meta device
         self.register_buffer("sigmas", values, persistent=not self.conditional)
         self.channels, self.ngf, self.divide_by_sigma = channels, ngf, divide_by_sigma
-        self.image_size, self.plan = image_size, None
+        self.image_size, self.plan, self.data_range = image_size, None, UNIT
         norm = partial(ConditionalInstanceNormPlus, levels=len(values)) if self.conditional else InstanceNormPlus
         self.begin_conv = conv3x3(channels, ngf)
         for s in self.stages:
@@ -88,6 +89,7 @@ class RefineNet(nn.Module):
             sigmas=tuple(self.sigmas.tolist()),
             divide_by_sigma=self.divide_by_sigma,
             plan=self.plan,
+            data_range=self.data_range,
         )
 
     @classmethod

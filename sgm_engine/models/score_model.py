@@ -9,14 +9,15 @@ With x = data + σ·noise, D the denoised image and F the network, every kind is
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from sgm_engine.plans.schedule import check_number, check_sigmas
+from sgm_engine.outputs.images import Range, check_range, range_of
+from sgm_engine.plans.schedule import Sigmas, check_number, check_sigmas
 
 
 class Row(NamedTuple):
@@ -73,8 +74,11 @@ class NotAScore(ValueError):
 class ScoreModel(nn.Module):
     """forward(x [N, C, H, W], level [N] int64) → score, float32 [N, C, H, W]. Make one with :func:`as_score`."""
 
-    def __init__(self, model: Callable, sigmas: np.ndarray, row: Row, condition: np.ndarray, options: dict):
+    def __init__(
+        self, model: Callable, sigmas: np.ndarray, row: Row, condition: np.ndarray, options: dict, data_range: Range
+    ):
         super().__init__()
+        self._data_range = data_range
         self.given = dict(options.get("given") or {})
         for name, value in self.given.items():
             if isinstance(value, Tensor):
@@ -98,6 +102,9 @@ class ScoreModel(nn.Module):
     def shape(self):
         return getattr(self.model, "shape", None)
 
+    data_range = property(lambda self: self._data_range, doc="(low, high) of the data that x is noised from")
+    predicts = property(lambda self: self.options["kind"], doc="the kind that as_score was given")
+
     def _given(self, name: str, value: object, n: int) -> object:
         """A further argument of the network, for n images."""
         if isinstance(value, Tensor):
@@ -111,21 +118,16 @@ class ScoreModel(nn.Module):
     def plan(self):
         return getattr(self.model, "plan", None)
 
-    @property
-    def law(self):
-        return getattr(self.model, "law", None)
+    law = property(lambda self: getattr(self.model, "law", None))
+    front = property(lambda self: getattr(self.model, "front", None))
 
-    @property
-    def front(self):
-        return getattr(self.model, "front", None)
-
-    def at_sigmas(self, sigmas) -> ScoreModel:
+    def at_sigmas(self, sigmas: Sigmas) -> ScoreModel:
         """The same network at other levels; see conditioning.at_sigmas. A DDPM is told timesteps between its own."""
         if self.options["condition"] == "level":
             raise ValueError(
                 "this model is told whole numbers (level), not sigmas: take plan.on_levels(model.sigmas) instead"
             )
-        return as_score(self.model, sigmas=sigmas, **self.options)
+        return as_score(self.model, sigmas=sigmas, data_range=self.data_range, **self.options)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         def column(of: Tensor) -> Tensor:
@@ -166,13 +168,14 @@ fx.wrap("checked_score")  # one call in a traced graph: it asks for types, which
 def as_score(
     model: Callable[[Tensor, Tensor], Tensor],
     kind: str = "score",
-    sigmas=None,
+    sigmas: Sigmas | None = None,
     condition: str | Callable[[np.ndarray], object] | None = None,
-    alphas_cumprod=None,
-    timesteps=None,
+    alphas_cumprod: Sequence[float] | np.ndarray | Tensor | None = None,
+    timesteps: Sequence[int] | np.ndarray | None = None,
     sigma_data: float = 0.5,
     given: Mapping[str, object] | None = None,
     learned_variance: bool = False,
+    data_range: Range | None = None,
 ) -> ScoreModel:
     """Any network as f(x, level) → score of x = data + σ·noise; its parameters stay the model's own.
 
@@ -193,6 +196,8 @@ def as_score(
     given: further arguments of the network, by name: an int is the class of every image (int64 [N]), a tensor [1, …] is
         repeated for every image, anything else is passed as it is.
     learned_variance: the network returns 2·C channels, and the second C, a variance, are left out.
+    data_range: (low, high) of the data that the network was trained on, such as (-1, 1); pictures are made of that.
+        None takes ``model.data_range``, else [0, 1].
 
     The network may return a tensor or what holds one as ``sample``. Raises ValueError for an unknown kind or condition,
     or sigmas that do not descend.
@@ -230,7 +235,8 @@ def as_score(
         raise ValueError(f"condition must be timestep, one of {known}, or a function of the sigmas, got {condition!r}")
     options = {"kind": kind, "condition": condition, "sigma_data": sigma_data, "given": _checked(given)}
     options |= {"learned_variance": learned_variance, "alphas_cumprod": alphas_cumprod if steps is told else None}
-    score = ScoreModel(model, sigmas, row, told, options)
+    data_range = range_of(model) if data_range is None else check_range(data_range)
+    score = ScoreModel(model, sigmas, row, told, options, data_range)
     device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
     score.training = bool(getattr(model, "training", False))  # of this alone: the model's parts stay as they are
     return score if device is None else score.to(device)
@@ -251,7 +257,7 @@ def _checked(given: Mapping[str, object] | None) -> dict[str, object]:
     return dict(given or {})
 
 
-def _ddpm_levels(alphas_cumprod, timesteps, sigmas) -> tuple[np.ndarray, np.ndarray]:
+def _ddpm_levels(alphas_cumprod, timesteps, sigmas: Sigmas) -> tuple[np.ndarray, np.ndarray]:
     """σ = √((1−ᾱ)/ᾱ) and the timesteps, the noisiest first; at ``sigmas``, the timesteps between."""
     alphas = alphas_cumprod.detach().cpu().numpy() if isinstance(alphas_cumprod, Tensor) else alphas_cumprod
     alphas = np.asarray(alphas, dtype=np.float64)

@@ -6,8 +6,10 @@ __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
         "images": (
+            "check_range",
             "grid",
             "png_bytes",
+            "range_of",
             "save_gif",
             "save_png",
             "to_uint8",

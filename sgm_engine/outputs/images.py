@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +16,43 @@ from sgm_engine.files.writing import write_file
 if TYPE_CHECKING:
     from torch import Tensor
 
+Range = tuple[float, float]
+UNIT: Range = (0.0, 1.0)  # the data range of a model that names none
+OVERSHOOT, SHARE = 0.25, 0.01  # values further outside, in units of the range, and how many are no samples' noise
 
-def to_uint8(x: Tensor | np.ndarray) -> np.ndarray:
-    """x [N, C, H, W], floating point in [0, 1] → uint8 [N, H, W, C] = ⌊255·clamp(x) + ½⌋.
 
-    Values outside [0, 1] are clamped, as the original sampler's saved images are. A NaN or an infinity raises
-    ValueError: a cast would turn it into a black or white pixel that looks like data.
+def check_range(data_range: object) -> Range:
+    """(low, high) as floats, finite and ascending; ValueError for anything else."""
+    try:
+        low, high = map(float, data_range)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"data_range must be (low, high), such as (-1, 1), got {data_range!r:.60}")
+    return low, high
+
+
+def range_of(model: object) -> Range:
+    """What ``model.data_range`` says of the data that it was trained on; [0, 1] where it says nothing."""
+    own = getattr(model, "data_range", None)
+    return UNIT if own is None else check_range(own)
+
+
+def outside(x: np.ndarray, data_range: Range = UNIT) -> float:
+    """The share of the values of x that lie outside the range by more than OVERSHOOT of it."""
+    low, high = data_range
+    reach = OVERSHOOT * (high - low)
+    return np.count_nonzero((x < low - reach) | (x > high + reach)) / max(x.size, 1)
+
+
+def to_uint8(x: Tensor | np.ndarray, data_range: Range = UNIT, quiet: bool = False) -> np.ndarray:
+    """x [N, C, H, W], floating point, data in [low, high] → uint8 [N, H, W, C] = ⌊255·clamp((x−low)/(high−low)) + ½⌋.
+
+    Values outside are clamped, as the original sampler's saved images are. Where more than 1% lie outside by a quarter
+    of the range, a warning says so, once (not if quiet). A NaN or an infinity raises ValueError: a cast would turn it
+    into a black or white pixel that looks like data.
     """
+    low, high = data_range = check_range(data_range)
     if hasattr(x, "is_floating_point"):  # a tensor; NumPy has no bfloat16
         x = x.detach().cpu()
         x = x.float().numpy() if x.is_floating_point() else x.numpy()
@@ -30,7 +61,15 @@ def to_uint8(x: Tensor | np.ndarray) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(x).all(axis=(1, 2, 3)))
     if bad.size:
         raise ValueError(f"to_uint8: {bad.size} of {len(x)} samples hold NaN or infinity, first at index {bad[0]}")
-    return np.floor(np.clip(x, 0, 1).transpose(0, 2, 3, 1) * 255 + 0.5).astype(np.uint8)
+    if not quiet and outside(x, data_range) > SHARE:
+        warnings.warn(
+            f"more than 1% of these values lie outside the data range [{low:g}, {high:g}], by a quarter of it or more, "
+            "and are clamped. If the model's data have another range, name it: data_range=(-1, 1), --data-range -1 1. "
+            "If not, these samples are far from its data",
+            stacklevel=2,
+        )
+    unit = x if data_range == UNIT else (x - low) / (high - low)
+    return np.floor(np.clip(unit, 0, 1).transpose(0, 2, 3, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def grid(images: np.ndarray, columns: int | None = None, pad: int = 2, background: int = 0) -> np.ndarray:

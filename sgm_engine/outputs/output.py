@@ -1,6 +1,7 @@
 """Samples in one file. It appears under its final name complete, or not at all.
 
-A file is written beside its target, flushed to the disk and renamed over it. What the name ends in decides the form:
+A file is written beside its target, flushed to the disk and renamed over it. What the name ends in decides the form
+(bytes are of the data range of the samples, [0, 1] unless it is given; a .safetensors file of another names it):
 
     x.png           one grid
     x.npz           `arr_0` uint8 [N, H, W, C], what FID tools read, and `sample_id` int64 [N]
@@ -13,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,27 +53,41 @@ class Output:
         """OSError if this cannot be written: found out before the sampling rather than after it."""
         check_writable(self.path)
 
-    def write(self, samples, sample_ids, about: Mapping[str, str] | None = None) -> None:
+    def write(
+        self,
+        samples: np.ndarray,
+        sample_ids: Iterable[int],
+        about: Mapping[str, str] | None = None,
+        data_range: images.Range = images.UNIT,
+    ) -> None:
         """samples [N, C, H, W] float, in the order of sample_ids [N]. about: notes kept inside a .safetensors file."""
-        ids = np.asarray(sample_ids, np.int64)
+        ids = np.fromiter(sample_ids, np.int64)
         if len(ids) != len(samples):
             raise ValueError(f"write: {len(samples)} samples came with {len(ids)} sample ids")
-        write_file(self.path, _CONTENT[self.form](samples, ids, about or {}))
+        write_file(self.path, _CONTENT[self.form](samples, ids, about or {}, data_range))
 
 
-def npz_bytes(samples, ids: np.ndarray) -> bytes:
-    """samples [N, C, H, W] in [0, 1], ids int64 [N] → an .npz file: arr_0 uint8 [N, H, W, C] and sample_id."""
+def npz_bytes(samples, ids: np.ndarray, data_range: images.Range = images.UNIT) -> bytes:
+    """samples [N, C, H, W] of data_range, ids int64 [N] → an .npz file: arr_0 uint8 [N, H, W, C] and sample_id."""
     buffer = io.BytesIO()
-    np.savez(buffer, arr_0=images.to_uint8(samples), sample_id=ids)
+    np.savez(buffer, arr_0=images.to_uint8(samples, data_range), sample_id=ids)
     return buffer.getvalue()
 
 
-def safetensors_bytes(samples, ids: np.ndarray, about: Mapping[str, str] | None = None) -> bytes:
+def safetensors_bytes(
+    samples, ids: np.ndarray, about: Mapping[str, str] | None = None, data_range: images.Range = images.UNIT
+) -> bytes:
     """samples [N, C, H, W], ids int64 [N] → a .safetensors file: samples float32 and sample_id, with notes."""
     from safetensors.numpy import save
 
     tensors = {"samples": np.ascontiguousarray(samples, np.float32), "sample_id": ids}
-    return sorted_header(save(tensors, metadata=dict(about) if about else None))
+    notes = dict(about or {}) | range_note(data_range)
+    return sorted_header(save(tensors, metadata=notes or None))
+
+
+def range_note(data_range: images.Range) -> dict[str, str]:
+    """What the metadata of a .safetensors file says of a data range: nothing of [0, 1]."""
+    return {} if data_range == images.UNIT else {"data_range": json.dumps(data_range)}
 
 
 def sorted_header(content: bytes) -> bytes:
@@ -84,12 +99,12 @@ def sorted_header(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
-def _grid(samples, ids: np.ndarray, about: Mapping[str, str]) -> bytes:
-    return images.png_bytes(images.grid(images.to_uint8(samples)))
+def _grid(samples, ids: np.ndarray, about: Mapping[str, str], data_range: images.Range) -> bytes:
+    return images.png_bytes(images.grid(images.to_uint8(samples, data_range)))
 
 
-def _npz(samples, ids: np.ndarray, about: Mapping[str, str]) -> bytes:
-    return npz_bytes(samples, ids)
+def _npz(samples, ids: np.ndarray, about: Mapping[str, str], data_range: images.Range) -> bytes:
+    return npz_bytes(samples, ids, data_range)
 
 
 _CONTENT = {"grid": _grid, "npz": _npz, "safetensors": safetensors_bytes}

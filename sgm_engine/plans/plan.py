@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from sgm_engine.files.reading import parse_json
-from sgm_engine.plans.report import check_label, describe, plot, refuse_divergence
+from sgm_engine.plans.report import Shown, check_label, refuse_divergence, refuse_unstored
 from sgm_engine.plans.schedule import (
     Shift,
+    Sigmas,
     check_column,
     check_count,
     check_number,
@@ -31,10 +32,11 @@ from sgm_engine.plans.schedule import (
 FORMAT, VERSION = "sgm-plan", 2
 COLUMNS = ("level", "sigma", "a", "b", "c", "d", "e", "f", "adaptive")
 SINCE_2 = ("e", "f", "adaptive")  # columns that version 1 does not have; all zero unless given
+NCSN_STEP = 2e-5  # step_lr of NCSN
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan(Shown):
     """A frozen table of R rows, and the distribution that a chain starts from.
 
     level: int64 [R], index into the model's sigmas. sigma: [R], that row's noise in units of x. a, b, c, d, e, f: [R].
@@ -86,7 +88,7 @@ class Plan:
         if len(odd := self.adaptive[~np.isin(self.adaptive, (0, 1))]):
             raise ValueError(f"adaptive must be 0 or 1, got {odd[0]}")
         check_label(self.name, self.metadata)
-        self._refuse_unstored()
+        refuse_unstored(self)
         refuse_divergence(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -100,13 +102,6 @@ class Plan:
             column.setflags(write=False)
         object.__setattr__(self, name, column)
 
-    def _refuse_unstored(self) -> None:
-        use, store = np.flatnonzero(self.d), np.flatnonzero(self.stores)
-        if len(use) and (not len(store) or use[0] <= store[0]):
-            raise ValueError(
-                f"d[{use[0]}] = {self.d[use[0]]:g} uses previous, which no row before it stores: give one an e or f"
-            )
-
     @property
     def stores(self) -> np.ndarray:
         """bool [R]: the rows that store something into previous."""
@@ -117,7 +112,7 @@ class Plan:
         """The distinct sigmas of the rows, descending: what a model has to be conditioned on (``at_sigmas``)."""
         return np.unique(self.sigma)[::-1]
 
-    def on_levels(self, sigmas) -> Plan:
+    def on_levels(self, sigmas: Sigmas) -> Plan:
         """These rows for a model that knows the levels ``sigmas`` [L] only, each at the nearest one (log scale), σ_l.
 
         The score at σ is taken as (σ_l/σ)² times the score at σ_l: the denoised image is then that level's own. Exact
@@ -145,14 +140,6 @@ class Plan:
 
     def __hash__(self) -> int:
         return hash(self.digest)
-
-    def describe(self, sigmas=None) -> str:
-        """The table as text, runs of equal rows on one line, below what examine(plan, sigmas) finds."""
-        return describe(self, sigmas)
-
-    def plot(self, path=None, sigmas=None):
-        """The table as a figure (matplotlib), saved to ``path`` if given: noise, step and history over the rows."""
-        return plot(self, path, sigmas)
 
     def to_json(self) -> str:
         """The plan as JSON text; floats survive exactly."""
@@ -185,9 +172,9 @@ class Plan:
 
 
 def annealed_langevin(
-    sigmas,
+    sigmas: Sigmas,
     steps_per_level: int = 100,
-    step_lr: float = 2e-5,
+    step_lr: float | None = None,
     convention: str = "code",
     denoise: bool = True,
     start: str = "uniform",
@@ -198,11 +185,13 @@ def annealed_langevin(
 
     The step size at σ is α = step_lr·(σ/σ_L)². convention "code": x + α·s + √(2α)·z, as in the authors' programs;
     "paper": x + (α/2)·s + √α·z, half of it. denoise: one more row x + σ_L²·s without noise.
-    Defaults are those of NCSN on images in [0, 1]; NCSNv2 (arXiv 2006.09011) on CIFAR-10 has T = 5, step_lr = 6.2e-6.
+    Defaults are those of NCSN on images in [0, 1]: step_lr 2e-5, for σ_L = 0.01; where that exceeds σ_L², 0.2·σ_L², as
+    it is there. NCSNv2 (arXiv 2006.09011) on CIFAR-10 has T = 5, step_lr = 6.2e-6.
     """
     sigmas = check_sigmas(sigmas)
     check_count("steps_per_level", steps_per_level, len(sigmas))
-    step_lr = check_number("step_lr", step_lr)
+    last = float(sigmas[-1]) ** 2
+    step_lr = check_number("step_lr", (NCSN_STEP if last >= NCSN_STEP else 0.2 * last) if step_lr is None else step_lr)
     if not 0 < step_lr < np.inf:
         raise ValueError(f"step_lr must be positive and finite, got {step_lr}")
     if convention not in ("code", "paper"):
@@ -212,6 +201,10 @@ def annealed_langevin(
     if not isinstance(denoise, (bool, np.bool_)):
         raise TypeError(f"denoise must be True or False, got {denoise!r}")
     drift = alpha if convention == "code" else alpha / 2
+    most = 2 if convention == "code" else 4
+    if step_lr >= most * last * (1 - 1e-9):
+        says = f"for σ_L = {sigmas[-1]:g} (sigmas[-1]) it has to stay below {most * last:.3g}, {most}·σ_L²"
+        raise ValueError(f"step_lr = {step_lr:g} must diverge: {says}")
     options = {"steps_per_level": int(steps_per_level), "step_lr": step_lr, "convention": convention}
     options["denoise"] = bool(denoise)
     table = (level, np.ones(len(level)), drift, np.sqrt(2 * drift))
@@ -220,7 +213,11 @@ def annealed_langevin(
 
 
 def consistent_annealed(
-    sigmas, steps_per_level: int = 1, eta: float = 1.0, start_scale: float | None = None, start_shift: Shift = 0.0
+    sigmas: Sigmas,
+    steps_per_level: int = 1,
+    eta: float = 1.0,
+    start_scale: float | None = None,
+    start_shift: Shift = 0.0,
 ) -> Plan:
     """Consistent annealed sampling (arXiv 2009.05475, algorithm 2), one or more rows at each of sigmas [L].
 
@@ -243,7 +240,7 @@ def consistent_annealed(
     return _plan("consistent_annealed", sigmas, table, True, _prior(sigmas, start_scale, start_shift), options)
 
 
-def reverse_diffusion(sigmas, start_scale: float | None = None, start_shift: Shift = 0.0) -> Plan:
+def reverse_diffusion(sigmas: Sigmas, start_scale: float | None = None, start_shift: Shift = 0.0) -> Plan:
     """The reverse variance-exploding diffusion, discretised (arXiv 2011.13456, eq. 46), one row at each of sigmas."""
     sigmas = check_sigmas(sigmas)
     drop = sigmas[:-1] ** 2 - sigmas[1:] ** 2
@@ -251,7 +248,9 @@ def reverse_diffusion(sigmas, start_scale: float | None = None, start_shift: Shi
     return _plan("reverse_diffusion", sigmas, table, True, _prior(sigmas, start_scale, start_shift), {})
 
 
-def ancestral(sigmas, start_scale: float | None = None, start_shift: Shift = 0.0, beta_unit: float = 0.0) -> Plan:
+def ancestral(
+    sigmas: Sigmas, start_scale: float | None = None, start_shift: Shift = 0.0, beta_unit: float = 0.0
+) -> Plan:
     """Ancestral sampling of the discrete chain (arXiv 2011.13456, eq. 47), one row at each of sigmas [L].
 
     beta_unit: 0 adds the noise of DDPM's posterior, β̃ ("fixed_small"); else that of its forward step, β ("fixed_large",
@@ -267,7 +266,7 @@ def ancestral(sigmas, start_scale: float | None = None, start_shift: Shift = 0.0
     return _plan("ancestral", sigmas, table, True, _prior(sigmas, start_scale, start_shift), options)
 
 
-def ddim(sigmas, eta: float = 0.0, start_scale: float | None = None, start_shift: Shift = 0.0) -> Plan:
+def ddim(sigmas: Sigmas, eta: float = 0.0, start_scale: float | None = None, start_shift: Shift = 0.0) -> Plan:
     """DDIM (arXiv 2010.02502), one row at each of sigmas [L]; eta in [0, 1] is the share of the ancestral noise.
 
     eta 0 is the Euler step of the probability flow in σ, without noise after the start; eta 1 is ``ancestral``.
@@ -283,7 +282,7 @@ def ddim(sigmas, eta: float = 0.0, start_scale: float | None = None, start_shift
     return _plan("ddim", sigmas, table, True, _prior(sigmas, start_scale, start_shift), {"eta": eta})
 
 
-def _plan(name, sigmas, table, denoise, start_law, options) -> Plan:
+def _plan(name, sigmas: Sigmas, table, denoise, start_law, options) -> Plan:
     """Rows (level, a, b, c), and the denoising row (1, σ_L², 0) at the last level if asked for."""
     level, a, b, c = table
     if denoise:
@@ -294,6 +293,6 @@ def _plan(name, sigmas, table, denoise, start_law, options) -> Plan:
     return Plan(level, sigmas[level], a, b, c, None, start, scale, shift, name, options)
 
 
-def _prior(sigmas, start_scale, start_shift) -> tuple[str, float, float]:
+def _prior(sigmas: Sigmas, start_scale, start_shift) -> tuple[str, float, float]:
     """shift + σ_1·N(0, 1) unless told otherwise: the law of heavily noised data around ``start_shift``."""
     return "normal", sigmas[0] if start_scale is None else start_scale, start_shift

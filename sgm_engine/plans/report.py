@@ -5,15 +5,22 @@ The laws are exact for Gaussian data N(μ, v): there the score is linear, and a 
 
 from __future__ import annotations
 
+import base64
+import html
+import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from sgm_engine.files.writing import staged
-from sgm_engine.plans.schedule import check_sigmas
+from sgm_engine.plans.schedule import Sigmas, check_sigmas
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GROWTH = 100.0  # of the distance to a single data point; plans that do worse are refused
 
@@ -37,6 +44,24 @@ class Plan(Protocol):
     start: str
     start_scale: float
     start_shift: float | np.ndarray
+
+
+class Shown:
+    """What a plan shows of itself."""
+
+    def __repr__(self) -> str:
+        return summary(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+    def describe(self, sigmas: Sigmas | None = None) -> str:
+        """The table as text, runs of equal rows on one line, below what examine(plan, sigmas) finds."""
+        return describe(self, sigmas)
+
+    def plot(self, path: str | os.PathLike | None = None, sigmas: Sigmas | None = None) -> Figure:
+        """The table as a figure (matplotlib), saved to ``path`` if given: noise, step and history over the rows."""
+        return plot(self, path, sigmas)
 
 
 def propagate(plan: Plan, variance: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -67,6 +92,14 @@ def propagate(plan: Plan, variance: float = 0.0) -> tuple[np.ndarray, np.ndarray
     return np.array(factors), np.array(stds)
 
 
+def refuse_unstored(plan: Plan) -> None:
+    use, store = np.flatnonzero(plan.d), np.flatnonzero(plan.stores)
+    if len(use) and (not len(store) or use[0] <= store[0]):
+        raise ValueError(
+            f"d[{use[0]}] = {plan.d[use[0]]:g} uses previous, which no row before it stores: give one an e or f"
+        )
+
+
 def refuse_divergence(plan: Plan, curvature: np.ndarray | float = 0.0) -> None:
     """Data that is one point has score (μ − x)/σ², so a row scales the distance to it by a − b/σ² (when d = 0).
 
@@ -77,9 +110,13 @@ def refuse_divergence(plan: Plan, curvature: np.ndarray | float = 0.0) -> None:
     if len(bad):
         i = bad[0]
         what = "b/sigma²" if np.ndim(curvature) == 0 else "b·(1/sigma² + the curvature of the terms)"
+        step, share = plan.metadata.get("step_lr"), (1 + plan.a[i]) / ratio[i]
+        remedy = f"make it smaller, below {share * plan.b[i]:.3g}"
+        if isinstance(step, float) and i + 1 < plan.nfe:  # the last row may be the denoising one
+            remedy = f"take a step_lr below {share * step:.3g}, it is {step:g}"
         raise ValueError(
             f"b[{i}] = {plan.b[i]:g} must diverge at sigma[{i}] = {plan.sigma[i]:g}: {what} is {ratio[i]:.3g} and has "
-            f"to stay below 1 + a = {1 + plan.a[i]:g}; lower the step size (step_lr)"
+            f"to stay below 1 + a = {1 + plan.a[i]:g}; {remedy}"
         )
     if plan.d.any():
         factor = np.abs(propagate(plan)[0])
@@ -108,7 +145,7 @@ class Examination:
     remarks: tuple[str, ...]
 
 
-def examine(plan: Plan, sigmas=None) -> Examination:
+def examine(plan: Plan, sigmas: Sigmas | None = None) -> Examination:
     """What the plan will do, without running it; with the model's ``sigmas`` [L], whether it fits them."""
     residual, unit = propagate(plan)[1], propagate(plan, 1.0)[1]
     remarks = []
@@ -132,7 +169,7 @@ def examine(plan: Plan, sigmas=None) -> Examination:
     return Examination(plan.nfe, float(residual[-1]), float(unit[-1]), float(start), prior, tuple(remarks))
 
 
-def describe(plan: Plan, sigmas=None) -> str:
+def describe(plan: Plan, sigmas: Sigmas | None = None) -> str:
     names = ["sigma", "a", "b", "c", "d", *(n for n in ("e", "f", "adaptive") if getattr(plan, n).any())]
     table = np.stack([plan.level, *(getattr(plan, name) for name in names)], 1)
     first = [0, *(np.flatnonzero((table[1:] != table[:-1]).any(1)) + 1)]
@@ -161,6 +198,25 @@ def start_words(plan: Plan) -> str:
     return f"{mean} + {plan.start_scale:.6g}·{'U[0, 1)' if plan.start == 'uniform' else 'N(0, 1)'}"
 
 
+def summary(plan: Plan) -> str:
+    """The repr of a plan: one line."""
+    return (
+        f"<Plan {plan.name}: {plan.nfe} evaluations, σ {plan.sigma[0]:.4g} → {plan.sigma[-1]:.3g}, "
+        f"start {start_words(plan)}>"
+    )
+
+
+def as_html(plan: Plan) -> str:
+    """What a notebook shows: the table as text, and its figure where matplotlib is installed."""
+    text = f"<pre>{html.escape(describe(plan))}</pre>"
+    buffer = io.BytesIO()
+    try:
+        plot(plan).savefig(buffer, format="png", dpi=72)
+    except RuntimeError:  # without matplotlib
+        return text
+    return f'{text}<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
 def check_label(name: object, metadata: object) -> None:
     """ValueError unless these can be printed: both come from files."""
     if not isinstance(name, str) or not name.isprintable() or len(name) > 200:
@@ -169,7 +225,7 @@ def check_label(name: object, metadata: object) -> None:
         raise ValueError(f"metadata must be an object of names and values, got {metadata!r:.60}")
 
 
-def plot(plan: Plan, path=None, sigmas=None):
+def plot(plan: Plan, path: str | os.PathLike | None = None, sigmas: Sigmas | None = None) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

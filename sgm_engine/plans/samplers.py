@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from sgm_engine.plans import plan as first
 from sgm_engine.plans import schedule as schedules
 from sgm_engine.plans.plan import Plan
-from sgm_engine.plans.schedule import Shift, check_number, check_shift, check_sigmas
+from sgm_engine.plans.schedule import Shift, Sigmas, check_number, check_shift, check_sigmas
 
 MAX_CHURN = np.sqrt(2) - 1
 
 
 def euler(
-    sigmas,
+    sigmas: Sigmas,
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
     s_tmax: float = np.inf,
@@ -41,7 +42,7 @@ def euler(
 
 
 def heun(
-    sigmas,
+    sigmas: Sigmas,
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
     s_tmax: float = np.inf,
@@ -63,18 +64,18 @@ def heun(
     return _table("heun", rows, raised, noise, sigmas, start_scale, start_shift, options)
 
 
-def dpm_solver_2m(sigmas, start_scale: float | None = None, start_shift: Shift = 0.0) -> Plan:
+def dpm_solver_2m(sigmas: Sigmas, start_scale: float | None = None, start_shift: Shift = 0.0) -> Plan:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order from one evaluation a step and the D before it."""
     return _multistep("dpm_solver_2m", sigmas, 1, start_scale, start_shift)
 
 
-def sde_dpm_solver_2m(sigmas, start_scale: float | None = None, start_shift: Shift = 0.0) -> Plan:
+def sde_dpm_solver_2m(sigmas: Sigmas, start_scale: float | None = None, start_shift: Shift = 0.0) -> Plan:
     """SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 5): the same for the reverse diffusion, with noise every step."""
     return _multistep("sde_dpm_solver_2m", sigmas, 2, start_scale, start_shift)
 
 
 def predictor_corrector(
-    sigmas,
+    sigmas: Sigmas,
     corrector_steps: int = 1,
     snr: float = 0.16,
     predictor: str = "reverse_diffusion",
@@ -122,7 +123,9 @@ SAMPLERS: dict[str, Callable[..., Plan]] = {
 }
 
 
-def plan_of_nfe(name: str, nfe: int, sigma_max: float, sigma_min: float, schedule: str = "karras", **options) -> Plan:
+def plan_of_nfe(
+    name: str, nfe: int, sigma_max: float, sigma_min: float, schedule: str = "karras", **options: Any
+) -> Plan:
     """The sampler ``name`` with ``nfe`` network evaluations from sigma_max to sigma_min, units of x.
 
     schedule: one of schedule.SCHEDULES, of as many sigmas as the evaluations pay for; ``options`` are the sampler's
@@ -165,7 +168,7 @@ def _cost(name: str, options: dict) -> tuple[int, int]:
     return (2, -1) if name == "heun" else (1, 0)
 
 
-def _churn(sigmas, s_churn, s_tmin, s_tmax, s_noise) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+def _churn(sigmas: Sigmas, s_churn, s_tmin, s_tmax, s_noise) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """σ̂ [L], the std [L] of the noise that raises each σ to it, and the options."""
     options = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
     options = {name: check_number(name, value) for name, value in options.items()}
@@ -178,7 +181,7 @@ def _churn(sigmas, s_churn, s_tmin, s_tmax, s_noise) -> tuple[np.ndarray, np.nda
     return raised, s_noise * np.sqrt(raised**2 - sigmas**2), options
 
 
-def _multistep(name: str, sigmas, power: int, start_scale, start_shift) -> Plan:
+def _multistep(name: str, sigmas: Sigmas, power: int, start_scale, start_shift) -> Plan:
     """2M for the probability flow (power 1: k) or the diffusion (power 2: k², and σ'·√(1 − k²)·z), k = σ'/σ."""
     sigmas = check_sigmas(sigmas)
     k = sigmas[1:] / sigmas[:-1]
@@ -194,7 +197,7 @@ def _multistep(name: str, sigmas, power: int, start_scale, start_shift) -> Plan:
     return _table(name, rows, sigmas, np.zeros(len(sigmas)), sigmas, start_scale, start_shift, {})
 
 
-def _table(name, rows, raised, noise, sigmas, start_scale, start_shift, options) -> Plan:
+def _table(name, rows, raised, noise, sigmas: Sigmas, start_scale, start_shift, options) -> Plan:
     """Rows (σ, a, b, c[, d, e, f, adaptive]) and the denoising row, from a start that holds the first churn."""
     rows = [*rows, (raised[-1], 1.0, raised[-1] ** 2, 0.0)]
     table = np.array([(*row, *(0.0,) * (8 - len(row))) for row in rows])

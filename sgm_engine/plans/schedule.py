@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import erf, sqrt
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-Shift = float | np.ndarray  # of a start: a number, or an array [C, H, W]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Sigmas: TypeAlias = "Sequence[float] | np.ndarray | Tensor"  # noise levels [L], descending
+Shift: TypeAlias = "float | np.ndarray"  # of a start: a number, or an array [C, H, W]
 STARTS = ("uniform", "normal")
 MAX_ROWS = 2**22  # of a plan made by a function: 300 MB; a plan longer than that is a slip
 
@@ -126,7 +131,7 @@ def check_count(name: str, value: int, levels: int = 1) -> None:
         raise ValueError(f"{name} must make at most {MAX_ROWS:,} evaluations a sample, got {value}: {value * levels:,}")
 
 
-def check_sigmas(sigmas) -> np.ndarray:
+def check_sigmas(sigmas: Sigmas) -> np.ndarray:
     """A float64 [L] copy of ``sigmas`` (array, list or tensor on any device): positive, finite, strictly descending."""
     if hasattr(sigmas, "detach"):
         sigmas = sigmas.detach().cpu().double().numpy()  # NumPy has no bfloat16

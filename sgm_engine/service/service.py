@@ -26,6 +26,7 @@ from sgm_engine.engine.results import Results
 from sgm_engine.errors import DeadlineExceeded
 from sgm_engine.executors.slots import Job
 from sgm_engine.plans.plan import Plan
+from sgm_engine.service.awaited import awaited
 from sgm_engine.service.queue import Deadlines, Door, FairQueue, Meter, Metrics, Request
 
 ROWS = 65536  # of plans that can share a batch without waiting for one another
@@ -106,6 +107,19 @@ class SamplerService:
             self._lock.notify_all()
         request.future.add_done_callback(partial(_note_cancelled, self._cancelled, ref(request)))
         return request.future
+
+    async def draw(
+        self,
+        n: int,
+        seed: int | Sequence[int] = 0,
+        plan: Plan | None = None,
+        first_id: int = 0,
+        init: Tensor | None = None,
+        deadline: float | None = None,
+        wait: float | None = None,
+    ) -> Tensor:
+        """``submit`` for asyncio: the samples, and its errors. A task that is cancelled cancels its request."""
+        return await awaited(partial(self.submit, n, seed, plan, first_id, init, deadline), wait)
 
     def metrics(self) -> Metrics:
         """What is pending and running, how full the slots were, and how long requests waited."""

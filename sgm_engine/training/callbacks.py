@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,14 +12,15 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from sgm_engine.checks import check_int
+from sgm_engine.engine.defaults import FEW, few_steps
 from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import SampleDiverged
 from sgm_engine.models.family import FamilyModel
-from sgm_engine.outputs.images import grid, save_png, to_uint8
+from sgm_engine.outputs.images import grid, save_png
 from sgm_engine.plans.plan import Plan
 from sgm_engine.training.module import weights_dtype
 
@@ -57,8 +59,9 @@ class SampleGrid(Callback):
     same noise every time, so the pictures show one set of samples as it improves.
 
     network: name of the module's attribute that is the score network, with ``sigmas`` and ``shape``.
-    plan: None takes the network's own. folder: None is <default_root_dir>/samples. engine: arguments for Engine, such
-    as batch, precision or executor. With DDP the first process draws and the others wait for it.
+    plan: None takes the network's own if that has at most 30 evaluations, else as few steps on its levels. say: told
+        once what a grid costs. folder: None is <default_root_dir>/samples. engine: arguments for Engine, such as batch,
+        precision or executor. With DDP the first process draws and the others wait for it.
     """
 
     def __init__(
@@ -69,10 +72,11 @@ class SampleGrid(Callback):
         folder: str | Path | None = None,
         network: str = "network",
         seed: int = 0,
+        say: Callable[[str], object] = rank_zero_info,
         **engine,
     ):
         self.every, self.n = check_int("every", every, 1), check_int("n", n, 1)
-        self.plan, self.seed, self.network = plan, seed, network
+        self.plan, self.seed, self.network, self.say = plan, seed, network, say
         self.folder, self.engine_options = folder and Path(folder), engine
         self.engine: Engine | None = None  # from the first grid on
         self._copy: nn.Module | None = None
@@ -89,7 +93,7 @@ class SampleGrid(Callback):
         self.engine = self._copy = None  # the average is another module in the next fit
 
     def draw(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
-        """Draw the grid of the present weights, write it, show it to TensorBoard: float32 [n, C, H, W]."""
+        """Draw the grid of the present weights, write it, give it to the loggers: float32 [n, C, H, W]."""
         network = live_network(trainer, pl_module, self.network)
         if weights_dtype(network) != torch.float32:
             network = self._in_float32(network, getattr(pl_module, "sigmas", None))
@@ -98,13 +102,21 @@ class SampleGrid(Callback):
                 on_gpu = pl_module.device.type == "cuda"
                 batch = min(self.n, 128 if on_gpu else 16)
                 self.engine = Engine(_drawing(network), **{"batch": batch} | self.engine_options)
+            own, began = self.engine.default_plan, time.perf_counter()
+            plan = self.plan or (own if own.nfe <= FEW else few_steps(self.engine.sigmas))
             try:
-                x = self.engine.sample(self.n, self.seed, self.plan)
+                x = self.engine.sample(self.n, self.seed, plan)
             except SampleDiverged as error:  # an early network may well; what is finite is worth a look
                 rank_zero_warn(f"step {trainer.global_step}: {len(error.divergences)} of {self.n} samples diverged")
                 x = error.samples
+        if self.say is not None:
+            seconds = time.perf_counter() - began
+            self.say(
+                f"a grid of {self.n} samples, {plan.nfe} evaluations each: {seconds:.1f} s, every {self.every} steps"
+            )
+            self.say = None
         if len(x):
-            self._write(trainer, grid(to_uint8(x)))
+            self._write(trainer, grid(self.engine.pictures(x)))
         return x
 
     @torch.no_grad()
@@ -122,7 +134,9 @@ class SampleGrid(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         save_png(folder / f"{trainer.global_step:08d}.png", image)
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_image"):  # TensorBoard
+            if hasattr(logger, "log_image"):  # W&B's, and others that Lightning gives one
+                logger.log_image("samples", [image], step=trainer.global_step)
+            elif hasattr(logger.experiment, "add_image"):  # TensorBoard
                 logger.experiment.add_image("samples", image, trainer.global_step, dataformats="HWC")
 
 

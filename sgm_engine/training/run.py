@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sgm_engine.checkpoints.bundled import plan_for
 from sgm_engine.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from sgm_engine.data.images import Batches, load_images
+from sgm_engine.engine.progress import clock
 from sgm_engine.files.reading import read_text
 from sgm_engine.files.writing import append_line, remove, write_file
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
@@ -37,6 +38,7 @@ MAY_CHANGE = {"steps", "lr", "warmup", "decay", "clip", "precision", "compile_no
 MAY_CHANGE |= {"log_every", "sample_every", "save_every", "validate_every"}
 OURS = "# data: "  # how config.yaml begins in a folder of this command's
 BLOCK = 512  # images whose mean is taken at once
+QUIET = 30.0  # seconds without a line, at most
 HELD_OUT = 1024  # images of the test set that a validation looks at
 
 
@@ -105,7 +107,7 @@ class Job:
         c = self.config
         callbacks: list[pl.Callback] = [EMA(c.ema)] if c.ema else []
         if c.sample_every:
-            callbacks.append(SampleGrid(c.sample_every, folder=self.folder / "samples"))
+            callbacks.append(SampleGrid(c.sample_every, folder=self.folder / "samples", say=_say))
         keep = Keep(self.folder / "checkpoints", c.save_every or c.steps)
         return [*callbacks, Report(self.folder, c.log_every, keep), keep]
 
@@ -114,12 +116,19 @@ class Job:
         return [*loggers, TensorBoardLogger(self.folder, "tensorboard")] if tensorboard else loggers
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 class Report(pl.Callback):
-    """A line and a row of metrics.csv every ``every`` steps; stops a run whose loss is no longer finite."""
+    """A line and a row of metrics.csv every ``every`` steps; stops a run whose loss is no longer finite.
+
+    A line comes after the first step too, and wherever QUIET seconds had none.
+    """
 
     def __init__(self, folder: Path, every: int, keep: Keep):
         self.path, self.every, self.keep = folder / "metrics.csv", every, keep
-        self._total, self._count, self._began = 0.0, 0, 0.0
+        self._total, self._count, self._began, self._said = 0.0, 0, 0.0, None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._began = time.perf_counter()
@@ -129,8 +138,10 @@ class Report(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, *_) -> None:
         self._total = self._total + trainer.callback_metrics["loss"].detach()
         self._count += 1
-        step = trainer.global_step
+        step, now = trainer.global_step, time.perf_counter()
         if step % self.every:
+            if trainer.is_global_zero and (self._said is None or now - self._said > QUIET):
+                self._line(step, trainer.max_steps, "", (now - self._began) / self._count)
             return
         loss = float(self._total) / self._count
         seconds = (time.perf_counter() - self._began) / self._count
@@ -139,7 +150,12 @@ class Report(pl.Callback):
             raise self.keep.diverged(trainer, loss)
         if trainer.is_global_zero:
             append_line(self.path, f"{step},{loss:.4f},{seconds:.4f}")
-            print(f"step {step:>7}/{trainer.max_steps}  loss {loss:.3f}  {seconds:.3f} s/step", flush=True)
+            self._line(step, trainer.max_steps, f"  loss {loss:.3f}", seconds)
+
+    def _line(self, step: int, of: int, loss: str, seconds: float) -> None:
+        """seconds: of a step."""
+        self._said = time.perf_counter()
+        _say(f"step {step:>7}/{of}{loss}  {seconds:.3f} s/step  {clock((of - step) * seconds)} left")
 
 
 def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Path | None = None) -> Job:

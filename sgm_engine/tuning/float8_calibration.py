@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sgm_engine.checks import check_int
 from sgm_engine.engine.engine import Engine
 from sgm_engine.plans.plan import Plan, consistent_annealed
+from sgm_engine.plans.schedule import Sigmas
 from sgm_engine.rewriting.float8.config import Float8Config, convolutions, nothing_to_do, qualifies
 
 EVALUATIONS = 60  # of the run, or one a level if there are more levels
@@ -22,7 +23,7 @@ def calibrate_float8(
     seed: int = 0,
     plan: Plan | None = None,
     device: torch.device | str | None = None,
-    sigmas=None,
+    sigmas: Sigmas | None = None,
     shape: tuple[int, int, int] | None = None,
     **options: object,
 ) -> Float8Config:

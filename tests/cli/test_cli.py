@@ -12,6 +12,8 @@ from safetensors import safe_open
 
 from sgm_engine.cli import arguments
 
+pytestmark = pytest.mark.filterwarnings("ignore:more than 1% of these values")  # of random networks
+
 
 @pytest.fixture
 def draw(sgm, tiny_weights):

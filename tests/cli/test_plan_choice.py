@@ -14,6 +14,7 @@ from sgm_engine.plans import samplers, schedule
 from sgm_engine.plans.plan import Plan
 from sgm_engine.plans.schedule import karras
 
+pytestmark = pytest.mark.filterwarnings("ignore:more than 1% of these values")  # of random networks
 SMALL = ("--n", 3, "--batch", 2, "--quiet")
 
 

@@ -108,8 +108,7 @@ def test_a_model_stays_as_it_is_when_its_engine_is_refused():
 
 def test_default_plan():
     assert engine().default_plan == annealed_langevin(SIGMAS)
-    with pytest.raises(ValueError, match="must diverge"):
-        Engine(gaussian, sigmas=[1e-3, 1e-4], shape=SHAPE).sample(1)
+    assert Engine(gaussian, sigmas=[1e-3, 1e-4], shape=SHAPE).default_plan.metadata["step_lr"] == 0.2 * 1e-4**2
 
 
 def test_numpy_integers_are_integers():

@@ -51,8 +51,8 @@ def test_denoised_is_of_the_state_before_the_step(net):
 
 
 def test_progress_counts_samples(capsys):
-    engine().sample(9, plan=PLAN, progress=True)
-    list(engine().stream(iter(range(3)), plan=PLAN, progress=True))
+    engine().sample(9, plan=PLAN, progress="bar")
+    list(engine().stream(iter(range(3)), plan=PLAN, progress="bar"))
     text = capsys.readouterr().err
     assert "9/9" in text and "sample/s" in text and "3sample" in text
 

@@ -1,6 +1,7 @@
 """Features: the classifier that is trained, users' extractors, Inception; and the command ``sgm eval``."""
 
 import json
+import re
 import sys
 import types
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from sgm_engine import Engine, load_bundled
 from sgm_engine.data.sets import from_array, open_images
+from sgm_engine.engine.defaults import few_steps
 from sgm_engine.evaluation.classifier import load_classifier, save_classifier, train_classifier
-from sgm_engine.evaluation.features import open_extractor
+from sgm_engine.evaluation.features import DIGITS, open_extractor
 from tests.evaluation.image_files import (
     IMAGES,
     LAST,
@@ -32,6 +35,16 @@ def test_the_classifier_learns_repeats_and_leaves_the_global_generator_alone(mni
         "accuracy": 1.0
     }
     assert loaded(x)[0].shape == (3, 64) and loaded(x)[1].shape == (3, 2)
+
+
+def test_the_classifier_trains_on_one_thread(mnist):
+    before, seen = torch.get_num_threads(), set()
+    try:
+        torch.set_num_threads(2)
+        train_classifier(open_images(mnist), epochs=1, report=lambda line: seen.add(torch.get_num_threads()))
+        assert seen == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_classifier_is_made_once_and_kept(mnist, tmp_path):
@@ -174,3 +187,17 @@ def test_bad_input_is_one_line(args, words, evaluate, mnist, tmp_path):
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("sgm: ")
     for word in words:
         assert word in done.stderr
+
+
+def test_the_bundled_classifier_knows_the_bundled_digits():
+    """Without a training set, in no time: what it sees in samples of ten evaluations is digits, of many classes."""
+    assert DIGITS.stat().st_size < 2**20
+    extractor = open_extractor("digits")
+    assert re.search(r"accuracy 0\.98\d\d, sha256 \w{12}", extractor.name)
+    model, _ = load_bundled()
+    engine = Engine(model, 16)
+    x = engine.sample(16, plan=few_steps(engine.sigmas))
+    found = extractor(torch.from_numpy(engine.pictures(x)).permute(0, 3, 1, 2))
+    shares = torch.from_numpy(found.logits).softmax(1)
+    assert found.vectors.shape == (16, 64) and shares.shape == (16, 10)
+    assert shares.amax(1).median() > 0.9 and len(shares.argmax(1).unique()) >= 5

@@ -123,8 +123,14 @@ def test_every_sampler_ends_with_denoising(sampler):
         (lambda: annealed_langevin(SIGMAS, step_lr=float("nan")), "step_lr .* got nan"),
         (lambda: annealed_langevin(SIGMAS, convention="both"), "convention .* got 'both'"),
         (lambda: annealed_langevin(SIGMAS, start="zeros"), "start .* got 'zeros'"),
-        (lambda: annealed_langevin(SIGMAS, step_lr=2e-4), r"b\[0\] = 2 must diverge at sigma\[0\] = 1: .*step_lr"),
-        (lambda: annealed_langevin(SIGMAS, step_lr=4e-4, convention="paper"), "must diverge"),
+        (
+            lambda: annealed_langevin(SIGMAS, step_lr=2e-4),
+            r"step_lr = 0.0002 must diverge: for σ_L = 0.01 .* below 0.0002",
+        ),
+        (
+            lambda: annealed_langevin(SIGMAS, step_lr=4e-4, convention="paper"),
+            "step_lr = 0.0004 .* below 0.0004, 4·σ_L²",
+        ),
         (lambda: consistent_annealed(SIGMAS, eta=0.1), "eta must lie in .* got 0.1"),
         (lambda: consistent_annealed(SIGMAS, eta=1.7), "eta must lie in .* got 1.7"),
         (lambda: consistent_annealed(SIGMAS, 0), "steps_per_level"),

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader  # noqa: E402
 from sgm_engine.data.images import Batches  # noqa: E402
 from sgm_engine.engine.engine import Engine  # noqa: E402
 from sgm_engine.executors.graphs import GraphExecutor  # noqa: E402
+from sgm_engine.training import run  # noqa: E402
 from sgm_engine.training.callbacks import EMA, SampleGrid, live_network  # noqa: E402
 from sgm_engine.training.module import ScoreModule  # noqa: E402
 from sgm_engine.training.toy import ScoreMLP  # noqa: E402
@@ -80,6 +83,42 @@ def test_grids_without_an_average_leave_the_module_training(tmp_path):
     _, module = fit(tmp_path, 2, [grids, watch])
     assert module.network.training and watch.seen[0][1]
     assert watch.seen[0][2][0] == next(module.network.parameters()).data_ptr()
+
+
+def test_a_grid_takes_few_steps_and_says_once_what_it_costs(tmp_path):
+    said = []
+    fit(tmp_path, 3, [SampleGrid(every=1, n=2, say=said.append)])
+    levels = len(tiny_net().sigmas)
+    assert len(said) == 1 and said[0].startswith(f"a grid of 2 samples, {levels} evaluations each: ")
+    assert said[0].endswith(" s, every 1 steps")
+
+
+def test_every_logger_that_takes_pictures_gets_the_grid(tmp_path):
+    """Lightning's W&B logger has log_image, TensorBoard's experiment add_image, CSV's neither."""
+    got, image = [], np.zeros((8, 8, 1), np.uint8)
+    board = SimpleNamespace(add_image=lambda name, x, step, dataformats: got.append((name, x is image, step)))
+    wandb = SimpleNamespace(log_image=lambda key, images, step: got.append((key, images[0] is image, step)))
+    loggers = [wandb, SimpleNamespace(experiment=board), SimpleNamespace(experiment=object())]
+    trainer = SimpleNamespace(loggers=loggers, global_step=7, default_root_dir=tmp_path)
+    SampleGrid()._write(trainer, image)
+    assert got == [("samples", True, 7)] * 2 and (tmp_path / "samples" / "00000007.png").is_file()
+
+
+def test_a_run_is_never_silent_for_long(tmp_path, capsys, monkeypatch):
+    """25 s a step, figures every 4: a line after the first step, and between figures once 30 s had none."""
+    now = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+    report = run.Report(tmp_path, 4, keep=None)
+    trainer = SimpleNamespace(global_step=0, max_steps=10, is_global_zero=True)
+    trainer.callback_metrics = {"loss": torch.tensor(2.0)}
+    report.on_train_start(trainer, None)
+    for step in range(1, 9):
+        now[0], trainer.global_step = 25.0 * step, step
+        report.on_train_batch_end(trainer, None, None)
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [words[1] for words in said] == ["1/10", "3/10", "4/10", "6/10", "8/10"]
+    assert said[0][2:] == ["25.000", "s/step", "00:03:45", "left"]
+    assert said[2][2:] == ["loss", "2.000", "25.000", "s/step", "00:02:30", "left"]
 
 
 def test_ema_is_the_running_average_by_hand(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,6 +66,9 @@ def test_command_and_resume_after_a_kill(sgm, data):
     arguments = ("--config", "tiny.yaml", "--data", "images.npy", *changes)
     straight = sgm("train", *arguments, "--out", "straight")
     assert straight.returncode == 0, straight.stderr
+    lines = straight.stdout.splitlines()
+    assert re.fullmatch(r"step +1/40  loss [\d.]+  [\d.]+ s/step  \d\d:\d\d:\d\d left", lines[0]), lines
+    assert re.search(r"step +40/40  loss [\d.]+  [\d.]+ s/step  00:00:00 left", straight.stdout)
     command = [sys.executable, "-c", KILLED, "train", *arguments, "--out", "killed"]
     killed = subprocess.run(
         command, cwd=data, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine.models.cdm.classes import NoiseClasses
-from sgm_engine.plans.schedule import check_sigmas, nearest_level
+from sgm_engine.plans.schedule import Sigmas, check_sigmas, nearest_level
 
 
 class CDM(nn.Module):
@@ -109,7 +109,7 @@ class CDM(nn.Module):
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         return self.log_q_and_score(x, level)[1]
 
-    def at_sigmas(self, sigmas) -> CDM:
+    def at_sigmas(self, sigmas: Sigmas) -> CDM:
         """The same classifier with some of its levels only; ValueError for a σ that is none of them."""
         sigmas, own = check_sigmas(sigmas), self.sigmas.double().cpu().numpy()
         level = nearest_level(sigmas, own)
