@@ -6,24 +6,18 @@ import argparse
 import json
 from pathlib import Path
 
-from sgm_engine.cli.arguments import at_least
+from sgm_engine.cli.arguments import add_weights
 from sgm_engine.cli.console import DONE, bad_input, shown
 
 
 def register(commands) -> None:
     p = commands.add_parser("plans", help="the plans that came with a checkpoint, by network evaluations")
     p.description = "Print the front of plans that travels with a checkpoint, and where its chains start."
-    p.add_argument(
-        "checkpoint", nargs="?", metavar="MODEL", help="a checkpoint of any family (default: bundled, MNIST)"
-    )
-    p.add_argument("--config", metavar="PATH", help="what came with it")
-    p.add_argument("--image-size", type=at_least(1), metavar="N", help="in pixels, where neither says it")
-    p.add_argument(
-        "--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)"
-    )
+    p.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint of any family (default: bundled, MNIST)")
+    add_weights(p.add_argument)
     p.add_argument("--picture", metavar="FILE.png", help="draw it there as well: evaluations against quality")
     p.add_argument("--json", action="store_true", help="for programs")
-    p.set_defaults(run=plans, class_labels=None)
+    p.set_defaults(run=plans)
 
 
 def plans(args: argparse.Namespace) -> int:
@@ -34,6 +28,7 @@ def plans(args: argparse.Namespace) -> int:
         picture = args.picture and Path(args.picture).expanduser()
         if picture:
             check_writable(picture)
+        args.checkpoint = args.model or args.checkpoint
         model = load_model(args)
         if picture:
             from sgm_engine.tuning.front import plot_front

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         budget = args.budget or max(args.at or (0,)) or _evaluations(args.seconds, engine, say)
         families = args.families.split(",") if args.families else tuple(FAMILIES)
         if getattr(model, "law", None) is None and training is not None:
-            model.law = DataLaw.of(training.blocks())
+            model.law = DataLaw.of(training.blocks(), *engine.data_range)
             say(f"the weights have no law of the data, so that of {training.name} is taken: {model.law}")
         start = partial(start_at, model)
         draw = partial(draw_candidates, engine.sigmas, seed=args.seed, families=families, start=partial(_start, model))

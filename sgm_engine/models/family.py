@@ -209,8 +209,6 @@ class FamilyModel(nn.Module):
         scheme, scale = self.config.preconditioning, sigma * self.span
         if scheme["name"] in ("vp", "sub_vp", "ddpm"):
             scale = math.hypot(1, scale)
-        elif scheme["name"] == "edm":
-            scale = math.hypot(scheme.get("sigma_data", 0.5), scale)
         return {"start_scale": scale / self.span, "start_shift": -self.low / self.span}
 
     @property

@@ -40,8 +40,8 @@ class DataLaw:
             raise ValueError(f"low must be below high, got {self.low} and {self.high}")
 
     @classmethod
-    def of(cls, blocks: Iterable) -> DataLaw:
-        """The law of training images, blocks of uint8 [b, C, H, W], as x in [0, 1): the mean of each pixel."""
+    def of(cls, blocks: Iterable, low: float = 0.0, high: float = 1.0) -> DataLaw:
+        """The law of training images, blocks of uint8 [b, C, H, W], as x in [low, high): the mean of each pixel."""
         total, squares, n = 0.0, 0.0, 0
         for block in blocks:
             x = (np.asarray(block).astype(np.float64) + 0.5) / 256  # dequantisation adds U(0, 1)/256: its middle
@@ -49,7 +49,8 @@ class DataLaw:
         if not n:
             raise ValueError("the law of the data needs at least one image")
         variance = squares / n - np.square(total / n).mean()
-        return cls(np.round(total / n, DIGITS), round(math.sqrt(max(float(variance), 0.0)), 4))
+        mean, std = low + (high - low) * total / n, (high - low) * math.sqrt(max(float(variance), 0.0))
+        return cls(np.round(mean, DIGITS), round(std, 4), low, high)
 
     def start(self, sigma: float) -> dict[str, object]:
         """Where chains begin at noise ``sigma``, as options of a sampler."""

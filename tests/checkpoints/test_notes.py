@@ -63,7 +63,7 @@ def test_a_family_keeps_them_too(tmp_path):
     plan, scheme = {"name": "heun", "nfe": 5}, {"name": "edm", "sigma_data": 0.5}
     with torch.random.fork_rng():
         model = FamilyConfig("SongUNet", network, 1, (8, 8), scheme, (-1.0, 1.0), 0.002, 80.0, plan).build()
-    assert start_at(model, 40.0) == {"start_scale": pytest.approx(np.hypot(40, 0.25)), "start_shift": 0.5}
+    assert start_at(model, 40.0) == {"start_scale": 40.0, "start_shift": 0.5}  # as its authors start
     model.law = LAW
     save_checkpoint(model, tmp_path / "a.safetensors")
     model = load_checkpoint(tmp_path / "a.safetensors")

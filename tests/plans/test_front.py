@@ -42,6 +42,9 @@ def test_the_law_of_images_is_that_of_every_pixel():
     assert start["start_scale"] == pytest.approx(np.sqrt(4 + law.std**2)) and start["start_shift"] is law.mean
     again = DataLaw.from_dict(json.loads(json.dumps(law.to_dict())))
     assert np.array_equal(again.mean, law.mean) and again.std == law.std and again.to_dict() == law.to_dict()
+    wide = DataLaw.of([images], -1.0, 1.0)
+    np.testing.assert_allclose(wide.mean, 2 * x.mean(0) - 1, atol=5.1e-4)
+    assert wide.std == pytest.approx(2 * law.std, abs=1e-3) and (wide.low, wide.high) == (-1.0, 1.0)
     with pytest.raises(ValueError, match="at least one image"):
         DataLaw.of([])
 
