@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from sgm_engine import Engine, calibrate_float8, load_bundled
+from sgm_engine.checkpoints.bundled import plan_for
 
 
 def states(precision: str, n: int, seed: int) -> tuple[list[Tensor], object]:
     """The states after each row, float32 [rows][n, C, H, W], and the plan."""
-    model, plan = load_bundled()
+    model, _ = load_bundled()
+    plan = plan_for(model, "annealed_langevin")
     kept: list[Tensor] = []
     options = {}
     if precision == "float8":

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sgm_engine import Engine, accelerate, at_sigmas, calibrate_float8, load_bundled, plan_of_nfe
+from sgm_engine.checkpoints.bundled import plan_for
 from sgm_engine.outputs import images
 from sgm_engine.outputs.output import Output
 
@@ -46,8 +47,8 @@ def errors(margin: float) -> None:
 
 def load_images(n: int) -> torch.Tensor:
     """Samples of the bundled weights: what the network is trained to see under noise."""
-    model, plan = load_bundled()
-    return Engine(model, n).sample(n, CALIBRATING_SEED + 1, plan)
+    model, _ = load_bundled()
+    return Engine(model, n).sample(n, CALIBRATING_SEED + 1, plan_for(model, "annealed_langevin"))
 
 
 def draw(n: int, seed: int, margin: float, out: Path) -> None:

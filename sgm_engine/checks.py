@@ -116,12 +116,14 @@ def _tensors(model: object) -> Iterable[Tensor]:
     return chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
 
 
-def check_plan(plan: object, sigmas: np.ndarray, model: object) -> None:
-    """A Plan whose rows are levels of ``sigmas`` [L], and which does not have to diverge."""
+def check_plan(plan: object, sigmas: np.ndarray, model: object, shape: tuple[int, int, int]) -> None:
+    """A Plan of samples ``shape`` whose rows are levels of ``sigmas`` [L], and which does not have to diverge."""
     from sgm_engine.plans.plan import Plan
 
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan such as annealed_langevin(model.sigmas), got {type(plan).__name__}")
+    if np.ndim(plan.start_shift) and plan.start_shift.shape != shape:
+        raise ValueError(f"plan has a start_shift {list(plan.start_shift.shape)}, where samples are {list(shape)}")
     levels = len(sigmas)
     if plan.level.max() >= levels:
         raise ValueError(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine.checks import check_chains, check_shape
-from sgm_engine.executors.slots import SAMPLE_STREAM
+from sgm_engine.executors.slots import SAMPLE_STREAM, started
 from sgm_engine.kernels import ops
 from sgm_engine.kernels.noise import STREAM
 from sgm_engine.keys import as_int64, to_device
@@ -78,7 +78,7 @@ def mala(model, plan: Plan, n: int, seed: int = 0, first_id: int = 0, init: Tens
     x = torch.empty(n, *shape, device=device)
     if init is None:
         ops.noise_fill_(x, seeds, ids, 0, SAMPLE_STREAM, plan.start)
-        x.mul_(plan.start_scale).add_(plan.start_shift)
+        started(x, plan)
     elif n:
         torch.stack([own for _, _, own in chains], out=x)
     table = torch.tensor(np.stack([plan.a, plan.b, plan.c, plan.d], 1), dtype=torch.float32, device=device)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sgm_engine.checkpoints.good_plan import start_at, start_options
 from sgm_engine.plans import plan as plans
 from sgm_engine.plans.samplers import SAMPLERS
 
@@ -39,10 +41,14 @@ def load_bundled(name: str = DEFAULT) -> tuple[nn.Module, plans.Plan]:
 def plan_for(model: nn.Module, name: str | None = None, **options: Any) -> plans.Plan:
     """The plan that came with the weights, with ``options`` changed; another name starts from that plan's defaults.
 
-    A model without one (``model.plan`` is None) gets ``annealed_langevin`` with its defaults, those of NCSN. Whatever
-    the name, a diffusion family's chains start from the noise that it was trained for.
-    ValueError names an option that the plan does not take.
+    The plan that came with them is the trade of their front (plans/front.py) where it keeps to the model's own levels;
+    ``options`` without a name, and weights without a front, take that of their config. A model without either gets
+    ``annealed_langevin`` with its defaults, those of NCSN. Under another name chains start from the data's law, or from
+    the noise that a diffusion family was trained for. ValueError names an option that the plan does not take.
     """
+    front = getattr(model, "front", None)
+    if front is not None and name is None and not options and (own := front.on_own_levels(model.sigmas)) is not None:
+        return own.named("good").plan(partial(start_at, model)).on_levels(model.sigmas)
     recommended = dict(getattr(model, "plan", None) or {})
     own_name = recommended.pop("name", "annealed_langevin")
     name = name or own_name
@@ -52,5 +58,5 @@ def plan_for(model: nn.Module, name: str | None = None, **options: Any) -> plans
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"the plan {name} takes no {', '.join(unknown)}; it takes: {', '.join(known)}")
     if name != own_name:
-        recommended = model.options_of(name, float(model.sigmas[0])) if hasattr(model, "options_of") else {}
+        recommended = start_options(model, name, float(model.sigmas[0]))
     return SAMPLERS[name](model.sigmas, **recommended | options)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sgm_engine.checkpoints.chosen_weights import nearest
 from sgm_engine.checkpoints.diffusers_folder import save_folder
 from sgm_engine.checkpoints.families import describe, is_elsewhere, local, open_elsewhere
+from sgm_engine.checkpoints.notes import notes_of, take_notes
 from sgm_engine.checkpoints.original_config import levels_between, read_config
 from sgm_engine.checkpoints.torch_file import CheckpointError
 from sgm_engine.checkpoints.weights_file import FLOATS, FORMAT, FORMAT_VERSION, State, open_state, read_tensor
@@ -74,7 +75,8 @@ def load_checkpoint(
     class_labels: int | None = None,
     data_range: tuple[float, float] | None = None,
 ) -> nn.Module:
-    """The network of a checkpoint, float32, on the CPU, in evaluation mode; ``.config`` and ``.plan`` describe it.
+    """The network of a checkpoint, float32, on the CPU, in evaluation mode; ``.config`` and ``.plan`` describe it, the
+    data's law ``.law`` and the front of plans ``.front`` are what our own files hold beside it, else None.
 
     path: our .safetensors; an original .pth of NCSN or NCSNv2; a checkpoint of score_sde, EDM, ADM,
         EDM2, improved-diffusion or denoising-diffusion-pytorch; a diffusers folder; Lightning's .ckpt with one of these
@@ -121,7 +123,7 @@ def load_checkpoint(
 
 
 def save_checkpoint(model: nn.Module, path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
-    """Write the weights and ``model.config`` as .safetensors: complete and on the disk, or not at all.
+    """Write the weights, ``model.config``, law and front as .safetensors: complete and on the disk, or not at all.
 
     model: one of sgm_engine.models. dtype: that of the file; float16 halves it, and loads as float32 again.
     Raises ValueError on values that are not finite in ``dtype``, OSError where the disk refuses.
@@ -136,7 +138,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, dtype: torch.dtyp
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise ValueError(f"model: {name} holds NaN or Inf, so it was not saved")
-    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": model.config.to_json()}
+    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": model.config.to_json()} | notes_of(model)
     write_file(path, sorted_header(save(state, metadata)))
 
 
@@ -285,6 +287,7 @@ def _fill(config: ModelConfig | CDMConfig | FamilyConfig, state: State, file_siz
         raise CheckpointError("holds other sigmas than its config")
     network.load_state_dict(weights, assign=True)
     model.averaged = state.averaged
+    take_notes(model, state.metadata)
     return model.eval()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class State(NamedTuple):
     """Tensors by name, not read yet. sizes: bytes that each claims; empty where the format itself bounds them.
 
     family: of chosen_weights.FAMILIES, None for others. beside: what the file holds beside the network. averaged:
-    whether these are averaged weights, None where that is not known.
+    whether these are averaged weights, None where that is not known. metadata: of one of our files.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -35,6 +36,7 @@ class State(NamedTuple):
     family: str | None = None
     beside: State | None = None
     averaged: bool | None = None
+    metadata: Mapping[str, str] = MappingProxyType({})
 
 
 Config = ModelConfig | CDMConfig | FamilyConfig
@@ -78,7 +80,7 @@ def _open_safetensors(path: Path, ema: bool | None, opened: ExitStack) -> tuple[
         raise CheckpointError(f"has format {found}; this release reads {(FORMAT, FORMAT_VERSION)}")
     try:
         fields = parse_json(metadata.get("config", ""))
-        return state, _config(fields)
+        return state._replace(metadata=metadata), _config(fields)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"has a bad config in its metadata: {short(error)}") from None
 

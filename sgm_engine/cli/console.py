@@ -52,11 +52,9 @@ def rate(per_second: float) -> str:
 
 def plan_line(plan) -> str:
     """What was sampled with: name, options, evaluations, noise."""
-    options = ", ".join(f"{name}={value}" for name, value in plan.metadata.items())
-    return (
-        f"plan: {shown(plan.name)}({shown(options)}), {plan.nfe} evaluations, "
-        f"σ {plan.sigma[0]:.4g} → {plan.sigma[-1]:.2g}"
-    )
+    from sgm_engine.plans.report import plan_words
+
+    return f"plan: {shown(plan_words(plan))}, {plan.nfe} evaluations, σ {plan.sigma[0]:.4g} → {plan.sigma[-1]:.2g}"
 
 
 def some(things: list) -> str:

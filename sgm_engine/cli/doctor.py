@@ -15,8 +15,8 @@ from typing import Any
 
 import sgm_engine
 from sgm_engine.cli.arguments import at_least
-from sgm_engine.cli.console import DONE, bad_input
-from sgm_engine.cli.model import said
+from sgm_engine.cli.console import DONE, bad_input, shown
+from sgm_engine.cli.model import described, said
 from sgm_engine.whereabouts import NOT_BUILT
 
 OPS = {"noise_fill_": "noise_fill", "langevin_update_": "langevin_update", "noise_conditioned_norm": "norm"}
@@ -41,8 +41,10 @@ def doctor(args: argparse.Namespace) -> int:
             from sgm_engine.checkpoints.checkpoint import load_checkpoint
 
             options = {"image_size": args.image_size, "ema": args.ema}
-            line = said(load_checkpoint(args.checkpoint, args.config, **options))
-        print(json.dumps({args.checkpoint: line}) if args.json else f"{args.checkpoint}: {line}")
+            model = load_checkpoint(args.checkpoint, args.config, **options)
+            line = said(model)
+            text = f"{args.checkpoint}: {line}\n{described(model)}"
+        print(json.dumps({args.checkpoint: line}) if args.json else "\n".join(map(shown, text.splitlines())))
         return DONE
     found = facts()
     if args.json:

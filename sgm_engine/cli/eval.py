@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sgm_engine.cli.arguments import MAX_ID, MAX_SEED, add_engine, at_least
+from sgm_engine.cli.arguments import MAX_ID, MAX_SEED, QUALITIES, add_engine, at_least
 from sgm_engine.cli.model import engines, load_model, load_plan
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def register(commands) -> None:
     group = p.add_argument_group("if samples are to be drawn")
     add = group.add_argument
     add("--plan", metavar="PLAN", help="a plan's JSON file, or the name of one (default: what the weights recommend)")
+    add("--nfe", type=at_least(1), metavar="N", help="the best plan of at most N evaluations, as of `sgm sample`")
+    add("--quality", choices=QUALITIES, help="as of `sgm sample`")
     add("--n", type=at_least(2, MAX_ID), default=1000, metavar="N", help="how many (default: 1000)")
     add("--seed", type=at_least(0, MAX_SEED), default=0, metavar="N", help="default: 0")
     add_engine(group)
@@ -60,9 +62,10 @@ def run(args: argparse.Namespace) -> int:
     with bad_input():
         from sgm_engine.data.sets import open_images
         from sgm_engine.evaluation import evaluate as e
-        from sgm_engine.evaluation.draw import conditioned, drawn
+        from sgm_engine.evaluation.draw import drawn
         from sgm_engine.evaluation.features import open_extractor
         from sgm_engine.files.writing import check_writable, write_file
+        from sgm_engine.models.conditioning import conditioned
 
         if args.json:
             check_writable(Path(args.json))
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         engine = plan = None
         if not args.samples:
             own = load_model(args)
-            model, plan = conditioned(own, load_plan(args.plan, own))
+            model, plan = conditioned(own, load_plan(args.plan, own, args.nfe, args.quality))
             engine = engines(args, own)(model)
         shapes = {s.name: tuple(s.shape) for s in (reference_set, training, *sets) if s is not None}
         shapes |= {"the model": engine.shape} if engine else {}

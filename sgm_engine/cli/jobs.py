@@ -173,7 +173,7 @@ def _job(args: argparse.Namespace):
     from sgm_engine.jobs.job import Job
     from sgm_engine.jobs.spec import SHARD_SIZE
 
-    model, plan, weights, float8 = chosen_model(args)
+    model, plan, weights, float8 = chosen_model(args, _begun(args.out))
     paths = {"checkpoint": args.checkpoint and str(weights.resolve())}
     is_path = args.config and not args.config.startswith("--")  # ADM's flags are none
     paths["config"] = str(Path(args.config).expanduser().resolve()) if is_path else args.config
@@ -191,7 +191,20 @@ def _job(args: argparse.Namespace):
     return Job(engine, args.out, **options), said(model)
 
 
+def _begun(out: str):
+    """The plan of the job in that folder; None where there is none, or one that cannot be read, which Job will say."""
+    from sgm_engine.jobs.folder import Folder
+    from sgm_engine.jobs.spec import JobError
+
+    try:
+        return Folder(out).load()[0].plan
+    except JobError:
+        return None
+
+
 def _print(job, report, weights: str) -> None:
+    from sgm_engine.plans.report import start_words
+
     spec, geometry = job.spec, job.spec.geometry
     speed = report.samples / report.seconds if report.samples else 0.0
     if report.found:
@@ -202,6 +215,7 @@ def _print(job, report, weights: str) -> None:
     )
     print(shown(f"weights: {weights}"))
     print(plan_line(spec.plan))
+    print(shown(f"start: {start_words(spec.plan)}"))
     print(f"how: {geometry.precision} on {geometry.device}, executor {geometry.executor}, batch {geometry.batch}")
     share = f", worker {report.worker.index} of {report.worker.count}" if report.worker.count > 1 else ""
     there = len(job.folder.recorded(spec))

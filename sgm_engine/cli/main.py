@@ -8,7 +8,7 @@ import sys
 import warnings
 
 import sgm_engine
-from sgm_engine.cli import convert, doctor, eval, jobs, sample, train, tune
+from sgm_engine.cli import convert, doctor, eval, jobs, plans, sample, train, tune
 from sgm_engine.cli.arguments import BadInput, Parser
 from sgm_engine.cli.console import (
     BUSY,
@@ -26,7 +26,7 @@ from sgm_engine.cli.console import (
 )
 from sgm_engine.errors import JobBusy
 
-COMMANDS = (sample, convert, doctor, jobs, train, eval, tune)  # as `sgm --help` lists them
+COMMANDS = (sample, convert, doctor, plans, jobs, train, eval, tune)  # as `sgm --help` lists them
 OVERVIEW = """\
 examples:
   sgm sample             64 digits from the bundled weights → samples.png

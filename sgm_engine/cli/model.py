@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sgm_engine.engine.engine import Engine
+    from sgm_engine.plans.plan import Plan
 
 
-def chosen_model(args: argparse.Namespace):
-    """(model, Plan, path of the weights, scales of float8 or None)."""
+def chosen_model(args: argparse.Namespace, begun: Plan | None = None):
+    """(model, Plan, path of the weights, scales of float8 or None). begun: the plan of the job that is to go on."""
     from sgm_engine.cli.float8_choice import chosen_scales
-    from sgm_engine.cli.plan_choice import chosen
+    from sgm_engine.cli.plan_choice import as_begun, chosen
 
     model = load_model(args)
-    conditioned, plan = chosen(model, args)
+    conditioned, plan = chosen(model, args) if begun is None else as_begun(model, args, begun)
     scales = chosen_scales(args, model, device_of(args.device), Path(args.out).expanduser(), args.quiet)
     return conditioned, plan, weights_path(args), scales
 
@@ -63,6 +64,42 @@ def said(model) -> str:
     )
 
 
+def described(model) -> str:
+    """The front as a table, or what is done without one; and where chains start."""
+    front = getattr(model, "front", None)
+    return f"{front.table() if front is not None else none_came(model)}\nstart: {start_said(model)}"
+
+
+def none_came(model) -> str:
+    from sgm_engine.checkpoints.bundled import plan_for
+    from sgm_engine.checkpoints.good_plan import BY_RULE
+
+    plan = plan_for(model)
+    rule = ", ".join(f"{quality} {nfe}" for quality, nfe in BY_RULE.items())
+    return (
+        f"no front of plans came with these weights: the default is {plan.name} of {plan.nfe} evaluations, --nfe N a "
+        f"second-order sampler by rule, --quality that of {rule}; `sgm tune --write` puts a front into a file"
+    )
+
+
+def start_said(model) -> str:
+    """Where chains start, and whether that was measured or is assumed."""
+    from sgm_engine.checkpoints.good_plan import start_at
+
+    if (law := getattr(model, "law", None)) is not None:
+        return f"from the data's law, which came with the weights: {law}"
+    sigma = float(model.sigmas[0])
+    start = {"start_shift": 0.0, "start_scale": sigma} | start_at(model, sigma)
+    said = f"{start['start_shift']:g} + {start['start_scale']:.6g}·N(0, 1)"
+    return f"{said}, assumed: no law of the data came with the weights"
+
+
+def assumed(model) -> str:
+    """What is added to a plan's start where the file does not say how its data are distributed."""
+    known = getattr(model, "law", None) is not None or hasattr(model, "start_at")
+    return "" if known else ", assumed: no law of the data came with the weights"
+
+
 def engines(args: argparse.Namespace, model) -> Callable[[object], Engine]:
     """model → Engine as the arguments of ``add_engine`` say, for ``model`` and for what conditions it otherwise."""
     from sgm_engine.cli.float8_choice import chosen_scales
@@ -73,11 +110,18 @@ def engines(args: argparse.Namespace, model) -> Callable[[object], Engine]:
     return lambda model: Engine(model, args.batch, device, args.precision, args.executor, float8=float8)
 
 
-def load_plan(text: str | None, model):
-    """The plan in a JSON file, or the one of that name; None is what the model's weights recommend."""
+def load_plan(text: str | None, model, nfe: int | None = None, quality: str | None = None):
+    """The plan in a JSON file, or the one of that name; the best of at most ``nfe`` evaluations, or of a ``quality``;
+    else what the model's weights recommend."""
     from sgm_engine.checkpoints.bundled import plan_for
     from sgm_engine.cli.plan_choice import read_plan
 
+    if nfe is not None or quality is not None:
+        from sgm_engine.checkpoints.good_plan import good_plan
+
+        if text is not None:
+            raise ValueError(f"argument --plan: {text} and --{'quality' if nfe is None else 'nfe'} exclude each other")
+        return good_plan(model, nfe, quality)
     if text is not None and (text.endswith(".json") or Path(text).is_file()):
         return read_plan(text)
     return plan_for(model, text)

@@ -16,6 +16,7 @@ from sgm_engine.cli.arguments import (
     MAX_ID,
     MAX_SEED,
     PLANS,
+    QUALITIES,
     SAMPLERS,
     SCHEDULES,
     add_precision,
@@ -25,7 +26,7 @@ from sgm_engine.cli.arguments import (
     sample_ids,
 )
 from sgm_engine.cli.console import DIVERGED, DONE, bad_input, complain, plan_line, rate, shown, some
-from sgm_engine.cli.model import chosen_model, device_of, processor, said
+from sgm_engine.cli.model import assumed, chosen_model, device_of, processor, said
 
 FILMED = 64  # samples in a GIF
 
@@ -33,6 +34,8 @@ EXAMPLES = """\
 examples:
   sgm sample                               64 digits from the bundled weights, as one picture: samples.png
   sgm sample --gif annealing.gif           and how they came out of the noise
+  sgm sample --nfe 20                      the best plan of at most 20 evaluations; --quality best: whatever it takes
+  sgm sample --plan annealed_langevin      NCSN's own sampler, 121 evaluations
   sgm sample --n 1000 --out digits.npz     what FID tools read: arr_0, uint8 [N, H, W, C]
   sgm sample --ids 0-63,1000 --out digits/ PNG files; sample 1000 gets the noise that it always gets
   sgm sample --n 50000 --out run/ --format npz     a job in shards: stopped or killed, the same command goes on
@@ -69,8 +72,9 @@ def register(commands) -> None:
 
     add = p.add_argument_group("plan", "Whatever is not given here comes with the weights.").add_argument
     add("--plan", type=plan_name, metavar="NAME", help=f"{', '.join(PLANS)}; or FILE.json, a plan that was saved")
+    add("--quality", choices=QUALITIES, help="of the plans that came with the weights; good is the default there")
+    add("--nfe", type=at_least(1), metavar="N", help="network evaluations a sample; alone: the best plan of at most N")
     add("--sampler", choices=SAMPLERS, metavar="NAME", help=f"few steps, with --nfe: {', '.join(SAMPLERS)}")
-    add("--nfe", type=at_least(1), metavar="N", help="network evaluations a sample; alone: by a good sampler")
     add(
         "--schedule", choices=SCHEDULES, metavar="NAME", help=f"of its sigmas: {', '.join(SCHEDULES)} (default: karras)"
     )
@@ -132,6 +136,7 @@ def sample(args: argparse.Namespace) -> int:
         samples = _memory(len(ids), engine.shape)
 
     from sgm_engine.cli.film import Film
+    from sgm_engine.plans.report import start_words
 
     bar = False if args.quiet or args.progress is False else "bar" if args.progress else True
     film = Film(ids[:FILMED], plan, engine.shape, data_range=engine.data_range) if gif else None
@@ -162,6 +167,7 @@ def sample(args: argparse.Namespace) -> int:
               f"{rate(speed * nfe)} NFE/s")  # fmt: skip
         print(shown(f"weights: {said(engine.model)}"))
         print(plan_line(plan))
+        print(shown(f"start: {start_words(plan)}{assumed(engine.model)}"))
         print(f"how: {how}")
         print(f"written: {out.path}" + (f" and {gif}" if gif else ""))
     if diverged:

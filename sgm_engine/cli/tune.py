@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from sgm_engine.cli.arguments import MAX_SEED, add_engine, at_least
-from sgm_engine.cli.model import engines, load_model, load_plan
+from sgm_engine.cli.model import engines, load_model, load_plan, weights_path
 
 MEASURES = ("frechet", "sliced", "mmd")
 
@@ -32,6 +32,7 @@ def register(commands) -> None:
     group = p.add_argument_group("goal")
     budget = group.add_mutually_exclusive_group(required=True).add_argument
     budget("--budget", type=at_least(2), metavar="NFE", help="network evaluations a sample, at most")
+    budget("--at", type=evaluations, metavar="N,N,…", help="the best plan of at most N, for each of these numbers")
     budget(
         "--seconds", type=float, metavar="X", help="seconds a sample, at most; a short measurement turns them into NFE"
     )
@@ -44,6 +45,7 @@ def register(commands) -> None:
     add("--baseline", metavar="PLAN|SAMPLES", help="a plan to beat, or samples of one drawn with --held-out-seed")
     add = p.add_argument_group("search").add_argument
     add("--families", metavar="A,B", help="samplers to try (default: all)")
+    add("--own-levels", action="store_true", help="only plans on the model's levels, which an Engine takes by itself")
     add("--candidates", type=at_least(2), default=48, metavar="N", help="plans to begin with (default: 48)")
     add("--first", type=at_least(2), default=128, metavar="N", help="samples of each, at first (default: 128)")
     add("--last", type=at_least(2), default=1024, metavar="N", help="of the survivors, at last (default: 1024)")
@@ -51,6 +53,9 @@ def register(commands) -> None:
     add("--held-out-seed", type=at_least(0, MAX_SEED), default=1000, metavar="N", help="of the front (default: 1000)")
     add("--held-out", type=at_least(2), default=1024, metavar="N", help="samples for each figure (default: 1024)")
     add("--out", default="tuned/", metavar="FOLDER", help="a new folder (default: tuned/)")
+    add(
+        "--write", metavar="FILE.safetensors", help="the weights with the front in them; may be the --checkpoint itself"
+    )
     add_engine(p.add_argument_group("model and execution"))
 
 
@@ -59,10 +64,13 @@ def run(args: argparse.Namespace) -> int:
 
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     with bad_input():
+        from sgm_engine.checkpoints.good_plan import start_at
         from sgm_engine.data.sets import open_images
         from sgm_engine.evaluation.evaluate import summarise
         from sgm_engine.evaluation.features import open_extractor
         from sgm_engine.files.writing import check_writable, staged_folder
+        from sgm_engine.plans.front import recipe_of
+        from sgm_engine.plans.law import DataLaw
         from sgm_engine.tuning.candidates import FAMILIES, draw_candidates
         from sgm_engine.tuning.front import check_plotting
         from sgm_engine.tuning.tune import Tuner
@@ -72,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"argument --out: {out} is there already and not empty: name a new folder")
         check_writable(out, folder=True)
         check_plotting()
+        if args.write:
+            if Path(args.write).suffix != ".safetensors":
+                raise ValueError(f"argument --write: must end in .safetensors, got {args.write!r}")
+            check_writable(Path(args.write).expanduser())
         if args.held_out_seed == args.seed:
             raise ValueError(f"argument --held-out-seed: must differ from --seed, both are {args.seed}")
         if args.first > args.last:
@@ -87,27 +99,76 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError(f"{s.name} holds images {tuple(s.shape)}, the model draws {engine.shape}")
         baseline = _baseline(args, model)
         extractor = open_extractor(args.features, training, say, args.trust_features)
-        budget = args.budget or _evaluations(args.seconds, engine, say)
+        budget = args.budget or max(args.at or (0,)) or _evaluations(args.seconds, engine, say)
         families = args.families.split(",") if args.families else tuple(FAMILIES)
-        recommended = getattr(model, "plan", None) or {}
-        shift = float(recommended.get("start_shift", 0.0))
-        plans = draw_candidates(engine.sigmas, budget, args.candidates, args.seed, families, shift, _between(model))
+        if getattr(model, "law", None) is None and training is not None:
+            model.law = DataLaw.of(training.blocks(), *engine.data_range)
+            say(f"the weights have no law of the data, so that of {training.name} is taken: {model.law}")
+        start = partial(start_at, model)
+        draw = partial(draw_candidates, engine.sigmas, seed=args.seed, families=families, start=partial(_start, model))
+        draw = partial(draw, between=not args.own_levels and _between(model))
+        if args.at:
+            groups = [draw(nfe, max(1, args.candidates // len(args.at)), least=nfe) for nfe in args.at]
+        else:
+            groups = [draw(budget, args.candidates)]
+        if args.write and baseline is not None:
+            recipe_of(getattr(baseline, "plan", baseline), engine.sigmas, start)  # refused now rather than at the end
 
     reference = summarise(reference_set.blocks(), extractor, reference_set.name)
     floor = summarise(training.take(args.held_out).blocks(), extractor) if training else None
     tuner = Tuner(model, make_engine, extractor, reference, args.measure)
-    start = time.perf_counter()
-    survivors = tuner.search(plans, args.seed, args.first, args.last, say)
+    began = time.perf_counter()
+    survivors = []
+    for plans in groups:
+        survivors += tuner.search(plans, args.seed, args.first, args.last, say, one=bool(args.at))
     outcome = tuner.confirm(survivors, args.held_out_seed, args.held_out, floor, baseline, say)
-    outcome.about |= {"budget": budget, "candidates": len(plans), "seed": args.seed, "features": extractor.name,
-        "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed,
-        "seconds": round(time.perf_counter() - start), "precision": engine.numerics,
+    outcome.about |= {"budget": budget, "candidates": sum(map(len, groups)), "seed": args.seed,
+        "features": extractor.name, "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed,
+        "seconds": round(time.perf_counter() - began), "precision": engine.numerics,
         "executor": engine.executor, "batch": engine.batch}  # fmt: skip
     with staged_folder(out) as tmp:
         outcome.write(tmp)
     print(outcome.table())
+    if args.write:
+        front = outcome.travelling(engine.sigmas, start, engine.numerics, extractor.name, _command(args))
+        _write(model, args, front)
+        print(f"written: {args.write}, the weights with this front")
     print(f"written: {out}/ with front.md, front.json, front.png and plan.json")
     return DONE
+
+
+def _start(model, sigma: float) -> dict[str, object]:
+    from sgm_engine.checkpoints.good_plan import start_at
+
+    return {"start_scale": sigma} | start_at(model, sigma)
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What was typed, without the places of files."""
+    names = ("budget", "at", "seconds", "families", "candidates", "first", "last", "seed", "held_out_seed", "held_out")
+    values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    values |= {"at": ",".join(map(str, args.at))} if args.at else {}
+    values |= {"baseline": Path(args.baseline).name} if args.baseline else {}
+    given = ["--own-levels"] if args.own_levels else []
+    given += [f"--{name.replace('_', '-')} {value}" for name, value in values.items()]
+    return f"sgm tune {' '.join(given)} --precision {args.precision}"
+
+
+def _write(model, args: argparse.Namespace, front) -> None:
+    """The weights with ``front``: a file of ours keeps its tensors as they are."""
+    from sgm_engine.checkpoints.checkpoint import save_checkpoint
+    from sgm_engine.checkpoints.notes import is_ours, write_notes
+
+    model.front = front if model.front is None else front.beside(model.front)
+    source, target = weights_path(args), Path(args.write).expanduser()
+    if is_ours(source):
+        write_notes(source, target, model)
+    else:
+        save_checkpoint(model, target)
+
+
+def evaluations(text: str) -> tuple[int, ...]:
+    return tuple(map(at_least(2), text.split(",")))
 
 
 def _baseline(args: argparse.Namespace, model):

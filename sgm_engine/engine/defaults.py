@@ -20,7 +20,7 @@ def default_plan(model: object, sigmas: np.ndarray) -> Plan:
     sigmas: the model's [L]. A model with curvature (guidance.py) gets Langevin steps that are short enough for it.
     """
     curvature = getattr(model, "curvature", None)
-    if getattr(model, "plan", None):
+    if getattr(model, "plan", None) or getattr(model, "front", None):
         from sgm_engine.checkpoints.bundled import plan_for
 
         plan = plan_for(model)

@@ -140,14 +140,23 @@ class Engine(Loop):
         callback: Callable[[StepInfo], object] | None = None,
         progress: bool | str = False,
         init: Tensor | None = None,
+        nfe: int | None = None,
+        quality: str | None = None,
     ) -> Tensor:
         """Samples first_id … first_id + n − 1 of ``seed`` (uint64): float32 [n, C, H, W] on the engine's device.
 
         seed: one for all, or n of them, one a sample; each sample then has id first_id. init: [n, C, H, W], where the
         chains start, instead of the plan's start law. callback: called after every step. progress: a bar on stderr,
             off a terminal a line now and then; "bar": a bar wherever that goes.
-        SampleDiverged, Cancelled: carry what is finished.
+        nfe: instead of a plan, the best one of at most so many evaluations that keeps to the model's levels; quality:
+        "draft", "good" or "best" likewise (good_plan). SampleDiverged, Cancelled: carry what is finished.
         """
+        if nfe is not None or quality is not None:
+            if plan is not None:
+                raise ValueError("plan, nfe and quality: pass one of them")
+            from sgm_engine.checkpoints.good_plan import good_plan
+
+            plan = good_plan(self.model, nfe, quality, between=False, sigmas=self.sigmas)
         chains = check_chains(n, seed, first_id, init, self.shape, self.device)
         return self._sample(chains, self._check(plan, callback), callback, progress, None)
 
@@ -273,7 +282,7 @@ class Engine(Loop):
 
     def _check(self, plan, callback) -> Plan:
         plan = self.default_plan if plan is None else plan
-        check_plan(plan, self.sigmas, self.model)
+        check_plan(plan, self.sigmas, self.model, self.shape)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {type(callback).__name__}")
         return plan

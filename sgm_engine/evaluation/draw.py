@@ -4,26 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import Divergence
-from sgm_engine.models.conditioning import at_sigmas
 from sgm_engine.plans.plan import Plan
-from sgm_engine.plans.schedule import check_sigmas, nearest_level
-
-OWN = 1e-5  # of log σ: what float32 makes of a level
-
-
-def conditioned(model, plan: Plan) -> tuple[object, Plan]:
-    """The model and the plan such that they fit: as they are where the plan's sigmas are levels of the model, else the
-    model conditioned between its levels (at_sigmas; ValueError if it cannot be)."""
-    sigmas = check_sigmas(model.sigmas)
-    if np.abs(np.log(plan.sigma / sigmas[nearest_level(plan.sigma, sigmas)])).max() < OWN:
-        return model, plan.on_levels(sigmas)
-    return at_sigmas(model, plan.sigmas), plan.on_levels(plan.sigmas)
 
 
 def drawn(

@@ -214,10 +214,18 @@ class Slots:
         else:
             x = torch.empty(len(taken), *self.shape, dtype=torch.float32, device=self.device)
             ops.noise_fill_(x, counters[2], counters[3], 0, SAMPLE_STREAM, plan.start)
-            x.mul_(plan.start_scale).add_(plan.start_shift)
+            started(x, plan)
         if self.known is not None:
             x = self.known.start(x, slot, indices, counters[2], counters[3], plan.sigma[0])
         self.x.index_copy_(0, slot, x)
         self.counters.index_copy_(1, slot, counters)
         for i, job in taken:
             self.jobs[i], self.done[i] = job, 0
+
+
+def started(u: Tensor, plan: Plan) -> Tensor:
+    """The first states of chains from their draws u [k, C, H, W] of the law ``plan.start``, in place."""
+    shift = plan.start_shift
+    if isinstance(shift, np.ndarray):
+        shift = torch.tensor(shift, dtype=torch.float32, device=u.device)
+    return u.mul_(plan.start_scale).add_(shift)

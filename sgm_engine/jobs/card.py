@@ -7,6 +7,7 @@ from typing import Any
 
 from sgm_engine.jobs.formats import FORMATS
 from sgm_engine.jobs.spec import JobSpec
+from sgm_engine.plans.report import plan_words
 
 CARD = """\
 # {count} samples
@@ -41,8 +42,7 @@ def model_card(spec: JobSpec, notes: Mapping[str, Any]) -> str:
     if not FORMATS[spec.format].lossless:
         values = f"8 bits a value, from [{low:g}, {high:g}]"
     checkpoint = f" ({notes['checkpoint']})" if notes.get("checkpoint") else ""
-    options = ", ".join(f"{name}={value}" for name, value in spec.plan.metadata.items())
-    facts = spec.identity | vars(spec.geometry) | {"plan": f"{spec.plan.name}({options})", "nfe": spec.plan.nfe}
+    facts = spec.identity | vars(spec.geometry) | {"plan": plan_words(spec.plan), "nfe": spec.plan.nfe}
     facts |= {"count": len(spec.ids), "shards": spec.shards, "run": spec.run, "first": spec.ids[0] if spec.ids else 0}
     facts |= {"shape": " × ".join(map(str, spec.shape)), "values": values, "checkpoint": checkpoint}
     return CARD.format(**facts)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
 from sgm_engine.models.ncsn import RefineNet
-from sgm_engine.plans.schedule import Sigmas, check_sigmas
+from sgm_engine.plans.front import OWN
+from sgm_engine.plans.plan import Plan
+from sgm_engine.plans.schedule import Sigmas, check_sigmas, nearest_level
 
 
 def at_sigmas(model: nn.Module, sigmas: Sigmas) -> nn.Module:
@@ -53,6 +55,15 @@ def at_sigmas(model: nn.Module, sigmas: Sigmas) -> nn.Module:
         if isinstance(norm, ConditionalInstanceNormPlus):
             norm.embed.num_embeddings = len(sigmas)
     return other
+
+
+def conditioned(model, plan: Plan) -> tuple[object, Plan]:
+    """The model and the plan such that they fit: as they are where the plan's sigmas are levels of the model, else the
+    model conditioned between its levels (at_sigmas; ValueError if it cannot be)."""
+    sigmas = check_sigmas(model.sigmas)
+    if np.abs(np.log(plan.sigma / sigmas[nearest_level(plan.sigma, sigmas)])).max() < OWN:
+        return model, plan.on_levels(sigmas)
+    return at_sigmas(model, plan.sigmas), plan.on_levels(plan.sigmas)
 
 
 def _between(sigmas: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,8 @@ from sgm_engine.models.lucidrains import Unet
 from sgm_engine.models.score_model import checked_score
 from sgm_engine.models.score_sde import NCSNpp
 from sgm_engine.models.unet2d import UNet2D
+from sgm_engine.plans.front import Front
+from sgm_engine.plans.law import DataLaw
 from sgm_engine.plans.schedule import Sigmas, check_sigmas, karras
 
 NETWORKS = {cls.__name__: cls for cls in (NCSNpp, SongUNet, DhariwalUNet, EDM2UNet, ADMUNet, UNet2D, Unet)}
@@ -155,6 +157,8 @@ class FamilyModel(nn.Module):
     """
 
     averaged: bool | None = None
+    law: DataLaw | None = None  # of the data, where it came with the weights
+    front: Front | None = None  # tuned plans, likewise
 
     def __init__(self, network: nn.Module, config: FamilyConfig, sigmas: Sequence[float] | None = None):
         super().__init__()
@@ -198,9 +202,13 @@ class FamilyModel(nn.Module):
         return found
 
     def start_at(self, sigma: float) -> dict[str, float]:
-        """The law of a first state at noise ``sigma``, as options of a plan: around the middle of y's range, 0."""
-        y_sigma = sigma * self.span
-        scale = math.hypot(1, y_sigma) if self.config.preconditioning["name"] in ("vp", "sub_vp", "ddpm") else y_sigma
+        """The law of a first state at noise ``sigma``, as options of a plan: that of the data where it came with the
+        weights, else around the middle of y's range, 0."""
+        if self.law is not None:
+            return self.law.start(sigma)
+        scheme, scale = self.config.preconditioning, sigma * self.span
+        if scheme["name"] in ("vp", "sub_vp", "ddpm"):
+            scale = math.hypot(1, scale)
         return {"start_scale": scale / self.span, "start_shift": -self.low / self.span}
 
     @property
@@ -223,7 +231,7 @@ class FamilyModel(nn.Module):
         return self._like(FamilyModel(self.network, config, self.sigmas))
 
     def _like(self, other: FamilyModel) -> FamilyModel:
-        other.averaged = self.averaged
+        other.averaged, other.law, other.front = self.averaged, self.law, self.front
         return other.train(self.training).to(self.sigmas.device)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus, InstanceNormPlus, RefineBlock, ResBlock, conv3x3
 from sgm_engine.models.config import ModelConfig, architecture
 from sgm_engine.outputs.images import UNIT
+from sgm_engine.plans.front import Front
+from sgm_engine.plans.law import DataLaw
 from sgm_engine.plans.schedule import check_sigmas
 
 
@@ -45,6 +47,8 @@ class RefineNet(nn.Module):
     convolutional and takes other sizes. plan: the sampling plan's arguments that came with the weights, or None.
     """
 
+    law: DataLaw | None = None  # of the data, where it came with the weights
+    front: Front | None = None  # tuned plans, likewise
     stages: tuple[Stage, ...]
     refines: tuple[Refine, ...]
     conditional: bool  # InstanceNorm++ by level at every site; otherwise without level and in the encoder only

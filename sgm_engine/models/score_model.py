@@ -118,6 +118,9 @@ class ScoreModel(nn.Module):
     def plan(self):
         return getattr(self.model, "plan", None)
 
+    law = property(lambda self: getattr(self.model, "law", None))
+    front = property(lambda self: getattr(self.model, "front", None))
+
     def at_sigmas(self, sigmas: Sigmas) -> ScoreModel:
         """The same network at other levels; see conditioning.at_sigmas. A DDPM is told timesteps between its own."""
         if self.options["condition"] == "level":

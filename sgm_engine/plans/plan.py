@@ -16,13 +16,22 @@ from typing import Any
 import numpy as np
 
 from sgm_engine.files.reading import parse_json
-from sgm_engine.plans.report import Shown, check_label, refuse_divergence
-from sgm_engine.plans.schedule import Sigmas, check_column, check_count, check_number, check_sigmas, nearest_level
+from sgm_engine.plans.report import Shown, check_label, refuse_divergence, refuse_unstored
+from sgm_engine.plans.schedule import (
+    Shift,
+    Sigmas,
+    check_column,
+    check_count,
+    check_number,
+    check_shift,
+    check_sigmas,
+    check_start,
+    nearest_level,
+)
 
 FORMAT, VERSION = "sgm-plan", 2
 COLUMNS = ("level", "sigma", "a", "b", "c", "d", "e", "f", "adaptive")
 SINCE_2 = ("e", "f", "adaptive")  # columns that version 1 does not have; all zero unless given
-STARTS = ("uniform", "normal")
 NCSN_STEP = 2e-5  # step_lr of NCSN
 
 
@@ -32,7 +41,8 @@ class Plan(Shown):
 
     level: int64 [R], index into the model's sigmas. sigma: [R], that row's noise in units of x. a, b, c, d, e, f: [R].
     adaptive: [R], 0 or 1; where 1, b is divided by r² and c by r, the root mean square of the sample's own score.
-    start: x₀ = start_shift + start_scale·u, with u uniform on [0, 1) or standard normal.
+    start: x₀ = start_shift + start_scale·u, with u uniform on [0, 1) or standard normal; start_shift: a number or, for
+        samples of that shape, an array [C, H, W].
     metadata: anything JSON can hold; it travels with the plan and changes nothing.
 
     Arrays are float64 here and read-only; the engine rounds them to float32 once. ValueError names the field and value.
@@ -46,7 +56,7 @@ class Plan(Shown):
     d: np.ndarray | None = None
     start: str = "uniform"
     start_scale: float = 1.0
-    start_shift: float = 0.0
+    start_shift: Shift = 0.0
     name: str = "custom"
     metadata: dict[str, Any] = field(default_factory=dict)
     e: np.ndarray | None = None
@@ -74,35 +84,23 @@ class Plan(Shown):
         if self.sigma.min() <= 0:
             i = int(self.sigma.argmin())
             raise ValueError(f"sigma must be positive, got sigma[{i}] = {self.sigma[i]}")
-        if self.start not in STARTS:
-            raise ValueError(f"start must be one of {STARTS}, got {self.start!r}")
-        for name in ("start_scale", "start_shift"):
-            if not np.isfinite(check_number(name, getattr(self, name))):
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
-        if self.start_scale < 0:
-            raise ValueError(f"start_scale must be >= 0, got {self.start_scale}")
+        self._freeze("start_shift", check_start(self.start, self.start_scale, self.start_shift))
         if len(odd := self.adaptive[~np.isin(self.adaptive, (0, 1))]):
             raise ValueError(f"adaptive must be 0 or 1, got {odd[0]}")
         check_label(self.name, self.metadata)
-        self._refuse_unstored()
+        refuse_unstored(self)
         refuse_divergence(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As read-only after copy and pickle as before."""
         self.__dict__.update(state)
-        for name in COLUMNS:
+        for name in (*COLUMNS, "start_shift"):
             self._freeze(name, getattr(self, name))
 
-    def _freeze(self, name: str, column: np.ndarray) -> None:
-        column.setflags(write=False)
+    def _freeze(self, name: str, column: Shift) -> None:
+        if isinstance(column, np.ndarray):
+            column.setflags(write=False)
         object.__setattr__(self, name, column)
-
-    def _refuse_unstored(self) -> None:
-        use, store = np.flatnonzero(self.d), np.flatnonzero(self.stores)
-        if len(use) and (not len(store) or use[0] <= store[0]):
-            raise ValueError(
-                f"d[{use[0]}] = {self.d[use[0]]:g} uses previous, which no row before it stores: give one an e or f"
-            )
 
     @property
     def stores(self) -> np.ndarray:
@@ -181,7 +179,7 @@ def annealed_langevin(
     denoise: bool = True,
     start: str = "uniform",
     start_scale: float = 1.0,
-    start_shift: float = 0.0,
+    start_shift: Shift = 0.0,
 ) -> Plan:
     """Annealed Langevin dynamics (NCSN, arXiv 1907.05600, algorithm 1): ``steps_per_level`` rows at each of sigmas [L].
 
@@ -219,7 +217,7 @@ def consistent_annealed(
     steps_per_level: int = 1,
     eta: float = 1.0,
     start_scale: float | None = None,
-    start_shift: float = 0.0,
+    start_shift: Shift = 0.0,
 ) -> Plan:
     """Consistent annealed sampling (arXiv 2009.05475, algorithm 2), one or more rows at each of sigmas [L].
 
@@ -242,7 +240,7 @@ def consistent_annealed(
     return _plan("consistent_annealed", sigmas, table, True, _prior(sigmas, start_scale, start_shift), options)
 
 
-def reverse_diffusion(sigmas: Sigmas, start_scale: float | None = None, start_shift: float = 0.0) -> Plan:
+def reverse_diffusion(sigmas: Sigmas, start_scale: float | None = None, start_shift: Shift = 0.0) -> Plan:
     """The reverse variance-exploding diffusion, discretised (arXiv 2011.13456, eq. 46), one row at each of sigmas."""
     sigmas = check_sigmas(sigmas)
     drop = sigmas[:-1] ** 2 - sigmas[1:] ** 2
@@ -251,7 +249,7 @@ def reverse_diffusion(sigmas: Sigmas, start_scale: float | None = None, start_sh
 
 
 def ancestral(
-    sigmas: Sigmas, start_scale: float | None = None, start_shift: float = 0.0, beta_unit: float = 0.0
+    sigmas: Sigmas, start_scale: float | None = None, start_shift: Shift = 0.0, beta_unit: float = 0.0
 ) -> Plan:
     """Ancestral sampling of the discrete chain (arXiv 2011.13456, eq. 47), one row at each of sigmas [L].
 
@@ -268,7 +266,7 @@ def ancestral(
     return _plan("ancestral", sigmas, table, True, _prior(sigmas, start_scale, start_shift), options)
 
 
-def ddim(sigmas: Sigmas, eta: float = 0.0, start_scale: float | None = None, start_shift: float = 0.0) -> Plan:
+def ddim(sigmas: Sigmas, eta: float = 0.0, start_scale: float | None = None, start_shift: Shift = 0.0) -> Plan:
     """DDIM (arXiv 2010.02502), one row at each of sigmas [L]; eta in [0, 1] is the share of the ancestral noise.
 
     eta 0 is the Euler step of the probability flow in σ, without noise after the start; eta 1 is ``ancestral``.
@@ -291,7 +289,7 @@ def _plan(name, sigmas: Sigmas, table, denoise, start_law, options) -> Plan:
         level = np.append(level, len(sigmas) - 1)
         a, b, c = np.append(a, 1.0), np.append(b, sigmas[-1] ** 2), np.append(c, 0.0)
     start, scale, shift = start_law
-    scale, shift = check_number("start_scale", scale), check_number("start_shift", shift)
+    scale, shift = check_number("start_scale", scale), check_shift("start_shift", shift)
     return Plan(level, sigmas[level], a, b, c, None, start, scale, shift, name, options)
 
 

@@ -29,6 +29,7 @@ class Plan(Protocol):
     """What is read of a plan here; plan.py has the class."""
 
     name: str
+    metadata: Mapping[str, object]
     nfe: int
     level: np.ndarray
     sigma: np.ndarray
@@ -42,8 +43,7 @@ class Plan(Protocol):
     stores: np.ndarray
     start: str
     start_scale: float
-    start_shift: float
-    metadata: Mapping[str, object]
+    start_shift: float | np.ndarray
 
 
 class Shown:
@@ -90,6 +90,14 @@ def propagate(plan: Plan, variance: float = 0.0) -> tuple[np.ndarray, np.ndarray
             factors.append(mean[0])
             stds.append(np.sqrt(law[0, 0]))
     return np.array(factors), np.array(stds)
+
+
+def refuse_unstored(plan: Plan) -> None:
+    use, store = np.flatnonzero(plan.d), np.flatnonzero(plan.stores)
+    if len(use) and (not len(store) or use[0] <= store[0]):
+        raise ValueError(
+            f"d[{use[0]}] = {plan.d[use[0]]:g} uses previous, which no row before it stores: give one an e or f"
+        )
 
 
 def refuse_divergence(plan: Plan, curvature: np.ndarray | float = 0.0) -> None:
@@ -165,11 +173,9 @@ def describe(plan: Plan, sigmas: Sigmas | None = None) -> str:
     names = ["sigma", "a", "b", "c", "d", *(n for n in ("e", "f", "adaptive") if getattr(plan, n).any())]
     table = np.stack([plan.level, *(getattr(plan, name) for name in names)], 1)
     first = [0, *(np.flatnonzero((table[1:] != table[:-1]).any(1)) + 1)]
-    law = "U[0, 1)" if plan.start == "uniform" else "N(0, 1)"
     found = examine(plan, sigmas)
     lines = [
-        f"{plan.name}: {plan.nfe} network evaluations a sample; "
-        f"start {plan.start_shift:g} + {plan.start_scale:g}·{law}",
+        f"{plan.name}: {plan.nfe} network evaluations a sample; start {start_words(plan)}",
         f"noise left in a sample: {found.residual:.3g}; data N(0, 1) comes out with std {found.narrowing:.4g}",
         *(f"note: {remark}" for remark in found.remarks),
         f"{'rows':>11} {'level':>5} " + " ".join(f"{name:>10}" for name in names),
@@ -180,12 +186,23 @@ def describe(plan: Plan, sigmas: Sigmas | None = None) -> str:
     return "\n".join(lines)
 
 
+def plan_words(plan: Plan) -> str:
+    """name(options), without the sigmas that it was made from."""
+    return f"{plan.name}({', '.join(f'{k}={v}' for k, v in plan.metadata.items() if k != 'path')})"
+
+
+def start_words(plan: Plan) -> str:
+    """Where its chains begin, such as 0.13 + 5·N(0, 1)."""
+    shift = plan.start_shift
+    mean = f"{shift:g}" if np.ndim(shift) == 0 else f"a mean of each pixel (around {np.mean(shift):.3g})"
+    return f"{mean} + {plan.start_scale:.6g}·{'U[0, 1)' if plan.start == 'uniform' else 'N(0, 1)'}"
+
+
 def summary(plan: Plan) -> str:
     """The repr of a plan: one line."""
-    law = "U[0, 1)" if plan.start == "uniform" else "N(0, 1)"
     return (
         f"<Plan {plan.name}: {plan.nfe} evaluations, σ {plan.sigma[0]:.4g} → {plan.sigma[-1]:.3g}, "
-        f"start {plan.start_shift:g} + {plan.start_scale:g}·{law}>"
+        f"start {start_words(plan)}>"
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from sgm_engine.plans import plan as first
 from sgm_engine.plans import schedule as schedules
 from sgm_engine.plans.plan import Plan
-from sgm_engine.plans.schedule import Sigmas, check_number, check_sigmas
+from sgm_engine.plans.schedule import Shift, Sigmas, check_number, check_shift, check_sigmas
 
 MAX_CHURN = np.sqrt(2) - 1
 
@@ -28,7 +28,7 @@ def euler(
     s_tmax: float = np.inf,
     s_noise: float = 1.0,
     start_scale: float | None = None,
-    start_shift: float = 0.0,
+    start_shift: Shift = 0.0,
 ) -> Plan:
     """The probability flow by Euler steps x + σ(σ − σ')·score, with EDM's churn (arXiv 2206.00364, algorithm 2).
 
@@ -48,7 +48,7 @@ def heun(
     s_tmax: float = np.inf,
     s_noise: float = 1.0,
     start_scale: float | None = None,
-    start_shift: float = 0.0,
+    start_shift: Shift = 0.0,
 ) -> Plan:
     """The probability flow by Heun's second-order steps (EDM, arXiv 2206.00364, algorithms 1 and 2), 2·L − 1 rows.
 
@@ -64,12 +64,12 @@ def heun(
     return _table("heun", rows, raised, noise, sigmas, start_scale, start_shift, options)
 
 
-def dpm_solver_2m(sigmas: Sigmas, start_scale: float | None = None, start_shift: float = 0.0) -> Plan:
+def dpm_solver_2m(sigmas: Sigmas, start_scale: float | None = None, start_shift: Shift = 0.0) -> Plan:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order from one evaluation a step and the D before it."""
     return _multistep("dpm_solver_2m", sigmas, 1, start_scale, start_shift)
 
 
-def sde_dpm_solver_2m(sigmas: Sigmas, start_scale: float | None = None, start_shift: float = 0.0) -> Plan:
+def sde_dpm_solver_2m(sigmas: Sigmas, start_scale: float | None = None, start_shift: Shift = 0.0) -> Plan:
     """SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 5): the same for the reverse diffusion, with noise every step."""
     return _multistep("sde_dpm_solver_2m", sigmas, 2, start_scale, start_shift)
 
@@ -80,7 +80,7 @@ def predictor_corrector(
     snr: float = 0.16,
     predictor: str = "reverse_diffusion",
     start_scale: float | None = None,
-    start_shift: float = 0.0,
+    start_shift: Shift = 0.0,
 ) -> Plan:
     """Predictor–corrector (arXiv 2011.13456, algorithm 1): after each step Langevin rows at the level reached.
 
@@ -206,5 +206,5 @@ def _table(name, rows, raised, noise, sigmas: Sigmas, start_scale, start_shift, 
     scale = np.hypot(sigmas[0], noise[0]) if start_scale is None else start_scale
     options = {k: v if isinstance(v, str) or np.isfinite(v) else None for k, v in options.items()}
     start = {"start": "normal", "start_scale": check_number("start_scale", scale)}
-    start["start_shift"] = check_number("start_shift", start_shift)
+    start["start_shift"] = check_shift("start_shift", start_shift)
     return Plan(level, sigma, a, b, c, d, **start, name=name, metadata=options, e=e, f=f, adaptive=adaptive)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Sigmas: TypeAlias = "Sequence[float] | np.ndarray | Tensor"  # noise levels [L], descending
+Shift: TypeAlias = "float | np.ndarray"  # of a start: a number, or an array [C, H, W]
+STARTS = ("uniform", "normal")
 MAX_ROWS = 2**22  # of a plan made by a function: 300 MB; a plan longer than that is a slip
 
 
@@ -95,6 +97,30 @@ def check_number(name: str, value: object) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} must be a number, got {reprlib.repr(value)}") from None
+
+
+def check_shift(name: str, value: object) -> Shift:
+    """A number as a float; an array [C, H, W], or nested lists, as read-only float64. All finite."""
+    if np.ndim(value) == 0:
+        value = check_number(name, value)
+    else:
+        value = check_column(name, value.detach().cpu().double().numpy() if hasattr(value, "detach") else value)
+        if value.ndim != 3 or value.size == 0:
+            raise TypeError(f"{name} must be a number, got shape {list(value.shape)}: or an array [C, H, W]")
+        value.setflags(write=False)
+    if not np.isfinite(value).all():
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
+
+
+def check_start(start: str, scale: float, shift: Shift) -> Shift:
+    """The shift of a plan's start, an array of it read-only; ValueError for a law that is none."""
+    if start not in STARTS:
+        raise ValueError(f"start must be one of {STARTS}, got {start!r}")
+    if not 0 <= check_number("start_scale", scale) < np.inf:
+        raise ValueError(f"start_scale must be >= 0 and finite, got {scale}")
+    checked = check_shift("start_shift", shift)
+    return checked if isinstance(checked, np.ndarray) else shift  # a number stays what it was: plans keep their digest
 
 
 def check_count(name: str, value: int, levels: int = 1) -> None:

@@ -26,6 +26,7 @@ from sgm_engine.files.reading import read_text
 from sgm_engine.files.writing import append_line, remove, write_file
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
 from sgm_engine.models.family import FamilyModel
+from sgm_engine.plans.law import DataLaw
 from sgm_engine.training.callbacks import EMA, SampleGrid, live_network
 from sgm_engine.training.config import PRECISIONS, WEIGHTS, TrainConfig
 from sgm_engine.training.families import differences, training_levels
@@ -36,6 +37,7 @@ from sgm_engine.training.objectives import OBJECTIVES
 MAY_CHANGE = {"steps", "lr", "warmup", "decay", "clip", "precision", "compile_norms", "weights", "plan"}  # on resuming
 MAY_CHANGE |= {"log_every", "sample_every", "save_every", "validate_every"}
 OURS = "# data: "  # how config.yaml begins in a folder of this command's
+BLOCK = 512  # images whose mean is taken at once
 QUIET = 30.0  # seconds without a line, at most
 HELD_OUT = 1024  # images of the test set that a validation looks at
 
@@ -175,6 +177,7 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
     plan_for(network)  # a plan that cannot be had is refused now
     if isinstance(network, FamilyModel):
         network = network.at_sigmas(training_levels(config, network.config))
+    network.law = DataLaw.of(images[i : i + BLOCK] for i in range(0, len(images), BLOCK))
     if init is not None:
         _initialise(network, init)
     options = dict(config.objective_options)

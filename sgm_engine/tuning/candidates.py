@@ -7,20 +7,25 @@ from typing import Any
 
 import numpy as np
 
+from sgm_engine.plans.front import Start, started
 from sgm_engine.plans.plan import Plan
 from sgm_engine.plans.samplers import SAMPLERS
 from sgm_engine.plans.schedule import SCHEDULES, check_sigmas, nearest_level
 
 SPANS_BEGIN = (1.0, 0.6, 0.35)  # of the model's largest sigma
-SPANS_END = (1.0, 2.0, 4.0)  # of its smallest
+SPANS_END = (1.0, 2.0, 4.0, 8.0)  # of its smallest
 TRIES = 60  # draws for each candidate wanted, before giving up
+
+
+def around_zero(sigma: float) -> dict[str, float]:
+    """σ·N(0, 1): the start where nothing is known of the data."""
+    return {"start_scale": sigma, "start_shift": 0.0}
 
 
 def _langevin(rng: np.random.Generator, sigmas: np.ndarray) -> dict[str, Any]:
     """α/σ² between 0.1 and 1.2: 2 diverges, and the bias of the variance is its quarter."""
     step = float(np.exp(rng.uniform(np.log(0.1), np.log(1.2))))
-    start = {"start": "normal", "start_scale": float(sigmas[0])}
-    return {"steps_per_level": int(rng.integers(1, 6)), "step_lr": step * float(sigmas[-1]) ** 2} | start
+    return {"steps_per_level": int(rng.integers(1, 6)), "step_lr": step * float(sigmas[-1]) ** 2}
 
 
 def _consistent(rng: np.random.Generator, sigmas: np.ndarray) -> dict[str, Any]:
@@ -61,14 +66,17 @@ def draw_candidates(
     count: int,
     seed: int = 0,
     families: Sequence[str] = tuple(FAMILIES),
-    start_shift: float = 0.0,
+    start: Start = around_zero,
     between: bool = True,
+    least: int | None = None,
 ) -> list[Plan]:
     """``count`` different plans of at most ``budget`` evaluations for a model with levels ``sigmas`` [L].
 
-    Evaluations are drawn log-uniformly between an eighth of the budget and the budget. Half of the schedules (all,
-    without ``between``) keep to a subset of the model's own levels; the others want it conditioned between them
-    (at_sigmas). metadata says what was drawn. ValueError if the ranges hold no ``count`` plans.
+    Evaluations are drawn log-uniformly between ``least``, an eighth of the budget, and the budget. Half of the
+    schedules (all, without ``between``) keep to a subset of the model's own levels; the others want it conditioned
+    between them (at_sigmas). start(σ): where chains begin at noise σ, as options of a sampler. metadata says what was
+    drawn, its path the sigmas that a plan was made from.
+    ValueError if the ranges hold no ``count`` plans.
     """
     sigmas = check_sigmas(sigmas)
     if unknown := [name for name in families if name not in FAMILIES]:
@@ -77,7 +85,7 @@ def draw_candidates(
         raise ValueError(f"budget must be at least 2 and count at least 1, got {budget} and {count}")
     rng, found = np.random.default_rng(seed), {}
     for _ in range(TRIES * count):
-        plan = _draw(rng, sigmas, budget, families, start_shift, between)
+        plan = _draw(rng, sigmas, budget, families, start, between, least)
         if plan is not None:
             found.setdefault(plan.digest, plan)
         if len(found) == count:
@@ -85,16 +93,17 @@ def draw_candidates(
     raise ValueError(f"found only {len(found)} different plans within a budget of {budget}: ask for fewer candidates")
 
 
-def _draw(rng, sigmas, budget, families, start_shift, between) -> Plan | None:
+def _draw(rng, sigmas, budget, families, start, between, least) -> Plan | None:
     """One plan, or None where what was drawn cannot be had: too few rows, an eta out of range, a step that diverges."""
     family = str(rng.choice(list(families)))
     schedule, own_levels = str(rng.choice(list(SCHEDULES))), bool(rng.random() < 0.5) or not between
     begin = sigmas[nearest_level(rng.choice(SPANS_BEGIN) * sigmas[0], sigmas)]
     end = sigmas[nearest_level(rng.choice(SPANS_END) * sigmas[-1], sigmas)]
-    wanted = int(np.exp(rng.uniform(np.log(max(2, budget // 8)), np.log(budget + 1))))
+    least = max(2, budget // 8) if least is None else least
+    wanted = min(int(np.exp(rng.uniform(np.log(least), np.log(budget + 1)))), budget)
     if not end < begin:
         return None
-    options = FAMILIES[family](rng, np.array([begin, end])) | {"start_shift": start_shift}
+    options = FAMILIES[family](rng, np.array([begin, end])) | started(family, start(float(begin)))
     if not between and "s_churn" in options:
         options["s_churn"] = 0.0  # it raises the noise to sigmas between the levels
     most = len(sigmas) if own_levels else wanted
@@ -109,7 +118,7 @@ def _draw(rng, sigmas, budget, families, start_shift, between) -> Plan | None:
         if plan.sigma.max() > begin * (1 + 1e-6):
             return None
         if plan.nfe <= wanted:
-            plan.metadata.update(schedule=schedule, sigmas=len(path), own_levels=own_levels, start_shift=start_shift)
-            plan.metadata.update(sigma_max=float(begin), sigma_min=float(end))
+            plan.metadata.update(schedule=schedule, sigmas=len(path), own_levels=own_levels)
+            plan.metadata.update(sigma_max=float(begin), sigma_min=float(end), path=path.tolist())
             return plan
     return None

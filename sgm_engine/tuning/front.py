@@ -8,7 +8,10 @@ from pathlib import Path
 
 from sgm_engine.evaluation.report import Estimate
 from sgm_engine.files.writing import staged, write_file
+from sgm_engine.plans.front import Front, Start, recipe_of
+from sgm_engine.plans.front import Point as TravellingPoint
 from sgm_engine.plans.plan import Plan
+from sgm_engine.tuning.search import front
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito: told apart by colour-blind readers
 
@@ -93,12 +96,33 @@ class Outcome:
         with staged(path) as file:
             figure.savefig(file, format="png", dpi=120)
 
+    def travelling(self, levels, start: Start, precision: str, features: str, command: str) -> Front:
+        """What goes into a weights file: the points that no other beats, for a model with these levels [L]."""
+        best = front(self.points, lambda p: (p.nfe, p.quality.value))
+        points = [
+            TravellingPoint(p.nfe, *(round(v, 3) for v in p.quality[:3]), recipe_of(p.plan, levels, start))
+            for p in best
+        ]
+        seed = int(self.about["held_out_seed"])
+        reference = Path(self.reference).name  # where it lies is nobody else's concern
+        return Front(points, self.measure, reference, features, precision, command, self.n, seed)
+
     def write(self, folder: Path) -> None:
         """front.md, front.json, front.png and plan.json, the chosen one, in a folder that is there."""
         write_file(folder / "front.md", self.table())
         write_file(folder / "front.json", self.to_json())
         write_file(folder / "plan.json", self.chosen.plan.to_json() + "\n")
         self.plot(folder / "front.png")
+
+
+def plot_front(front: Front, path: Path) -> None:
+    """The front of a weights file as a picture."""
+    good = front.named("good")
+    points = [
+        Point(p.words(), p.nfe, Estimate(p.value, p.low, p.high), "chosen" if p is good else "front")
+        for p in front.points
+    ]
+    Outcome(points, front.measure, front.reference, front.n, None, None, {}).plot(path)
 
 
 def check_plotting() -> None:
@@ -116,6 +140,6 @@ def _figure():
 
 def label(plan: Plan) -> str:
     """A plan in a few words: its name and what decides it."""
-    shown = {k: v for k, v in plan.metadata.items() if k not in ("start_shift", "start_scale", "start")}
+    shown = {k: v for k, v in plan.metadata.items() if k not in ("path", "start_shift", "start_scale", "start")}
     words = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
     return f"{plan.name}: {', '.join(words)}" if shown else plan.name

@@ -32,12 +32,13 @@ def halve(
     last: int,
     keep: float = 0.5,
     report: Callable[[str], object] = lambda line: None,
+    goals: Callable[[Trial], tuple[float, float]] = lambda t: (t.plan.nfe, t.quality),
 ) -> list[Trial]:
     """Successive halving (Jamieson and Talwalkar, arXiv 1502.07943) with Pareto layers for ranks.
 
     extend(trial, n): draw its samples up to id n − 1, set n and quality. Every trial gets ``first`` samples; the best
-    share ``keep`` of them twice as many, and so on until the survivors have ``last``. Best: the Pareto front of
-    (evaluations, quality), then the front of the rest, and so on. Samples are drawn once: a survivor keeps its own.
+    share ``keep`` of them twice as many, and so on until the survivors have ``last``. Best: the Pareto front of the
+    two ``goals``, then the front of the rest, and so on. Samples are drawn once: a survivor keeps its own.
     """
     if not 2 <= first <= last:
         raise ValueError(f"first must be at least 2 and at most last, got {first} and {last}")
@@ -50,15 +51,19 @@ def halve(
             report(f"n {n:5d}  {trial.plan.nfe:4d} NFE  quality {trial.quality:9.4g}  {trial.plan.name}")
         if n >= last:
             return alive
-        alive = best(alive, max(1, round(keep * len(alive))))
+        alive = best(alive, max(1, round(keep * len(alive))), goals)
         n = min(2 * n, last)
 
 
-def best(trials: Sequence[Trial], count: int) -> list[Trial]:
+def best(
+    trials: Sequence[Trial],
+    count: int,
+    goals: Callable[[Trial], tuple[float, float]] = lambda t: (t.plan.nfe, t.quality),
+) -> list[Trial]:
     """The ``count`` best by Pareto layers; within the layer that is cut, those of the best quality."""
     rest, kept = list(trials), []
     while rest and len(kept) < count:
-        layer = front(rest, lambda t: (t.plan.nfe, t.quality))
+        layer = front(rest, goals)
         kept += sorted(layer, key=lambda t: t.quality)[: count - len(kept)]
         rest = [t for t in rest if not any(t is member for member in layer)]
     return kept

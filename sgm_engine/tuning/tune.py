@@ -12,12 +12,13 @@ from torch import Tensor
 from sgm_engine.data.sets import ImageSet
 from sgm_engine.engine.engine import Engine
 from sgm_engine.evaluation.distances import mmd, sliced_wasserstein
-from sgm_engine.evaluation.draw import conditioned, drawn
+from sgm_engine.evaluation.draw import drawn
 from sgm_engine.evaluation.evaluate import MMD_VECTORS, Summary, summarise
 from sgm_engine.evaluation.features import Extractor
 from sgm_engine.evaluation.frechet import frechet, frechet_difference, frechet_distance
 from sgm_engine.evaluation.report import Estimate
 from sgm_engine.files.reading import open_safetensors
+from sgm_engine.models.conditioning import conditioned
 from sgm_engine.plans.plan import Plan
 from sgm_engine.tuning.front import Outcome, Point, label
 from sgm_engine.tuning.search import Trial, front, halve
@@ -54,9 +55,16 @@ class Tuner:
         self._target = reference.moments.moments()
 
     def search(
-        self, plans: list[Plan], seed: int, first: int, last: int, report: Callable[[str], object] = lambda line: None
+        self,
+        plans: list[Plan],
+        seed: int,
+        first: int,
+        last: int,
+        report: Callable[[str], object] = lambda line: None,
+        one: bool = False,
     ) -> list[Trial]:
-        """The survivors of successive halving, with ``last`` samples each of ``seed``."""
+        """The survivors of successive halving, with ``last`` samples each of ``seed``; one: the best alone, by quality
+        whatever its evaluations."""
 
         def extend(trial: Trial, n: int) -> None:
             lost: list = []
@@ -66,7 +74,10 @@ class Tuner:
             trial.quality = float("inf") if lost else self.quality(trial.summary)
 
         trials = [Trial(plan, Summary(self.extractor, plan.name)) for plan in plans]
-        return halve(trials, extend, first, last, report=report)
+        if not one:
+            return halve(trials, extend, first, last, report=report)
+        alive = halve(trials, extend, first, last, report=report, goals=lambda t: (0.0, t.quality))
+        return [min(alive, key=lambda t: t.quality)]
 
     def quality(self, summary: Summary) -> float:
         if self.measure == "frechet":

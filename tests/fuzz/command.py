@@ -18,16 +18,17 @@ VALUES = (
     *("", "-1", "0", "1", "2", "nan", "1e400", "1e-5", "x", "0-2,1", "1-", "\x1b[31mred", "a" * 3000, "σ", "a\nb", "{"),
     *("/dev/null", ".", "no/where", "../", "/", "--", "auto", "cpu", "native", "eager", "float32", "pixels", "frechet"),
     *("classifier:k.safetensors", "export:m.pth", "torchscript:m.pth", "levels=600000000", "ngf=x", "a=[", "=", "1/0"),
-    *("karras", "heun", "png", "npz", "nearest", "ddim", "annealed_langevin"),
+    *("karras", "heun", "png", "npz", "nearest", "good", "ddim", "annealed_langevin"),
 )
 FIRM = ["--checkpoint", "m.safetensors", "--device", "cpu", "--batch", "2"]
 DRAWN = ["--n", "2", "--steps-per-level", "1", "--step-lr", "1e-5"]
 OF_SAMPLE = (
-    "--ids --seed --checkpoint --config --plan --sampler --schedule --conditioning --step-lr --convention --eta "
-    "--precision --executor --out --gif --format --shard-size --worker --float8 --actors"
+    "--ids --seed --checkpoint --config --plan --sampler --nfe --quality --schedule --conditioning --step-lr --eta "
+    "--convention --precision --executor --out --gif --format --shard-size --worker --float8 --actors"
 )
 COMMANDS = (
     (["sample", *FIRM, *DRAWN], OF_SAMPLE.split()),
+    (["plans"], ["--config", "--image-size", "--picture"]),
     (["convert"], ["--config", "--image-size", "--sha256"]),
     (["verify"], []),
     (["merge"], ["--out"]),

@@ -1,6 +1,7 @@
 """Tuning: which plans are tried, which survive, and that the figures of the front are of samples not searched on."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,6 +21,10 @@ from sgm_engine.tuning.tune import Drawn, Tuner, plan_of_samples
 SIGMAS = geometric(5, 0.05, 12)
 
 
+def start(shift, sigma):
+    return {"start_scale": sigma, "start_shift": shift}
+
+
 class Fake:
     """A trial whose quality is known from the start."""
 
@@ -35,7 +40,7 @@ class Fake:
 
 
 def test_candidates_are_distinct_runnable_and_within_the_budget():
-    plans = draw_candidates(SIGMAS, 30, 60, seed=1, start_shift=0.13)
+    plans = draw_candidates(SIGMAS, 30, 60, seed=1, start=partial(start, 0.13))
     assert len({p.digest for p in plans}) == 60 and {p.name for p in plans} == set(FAMILIES)
     for p in plans:
         assert 2 <= p.nfe <= 30 and p.start_shift == 0.13
@@ -121,7 +126,7 @@ def tuner():
 
 
 def test_the_chosen_plan_reaches_the_floor_and_beats_a_poor_baseline(tuner):
-    plans = draw_candidates(SIGMAS, 24, 12, seed=3, start_shift=0.5)
+    plans = draw_candidates(SIGMAS, 24, 12, seed=3, start=partial(start, 0.5))
     survivors = tuner.search(plans, 0, 64, 256)
     poor = annealed_langevin(SIGMAS[:8], 3, 0.5 * SIGMAS[7] ** 2, start_shift=0.5, denoise=False)  # stops at σ = 0.27
     outcome = tuner.confirm(survivors, 1000, 256, baseline=poor)
@@ -219,7 +224,30 @@ def test_tune_writes_a_front_and_a_plan_that_can_be_used_again(sgm, tiny_weights
     assert json.loads((tmp_path / "e.json").read_text())["rows"][0]["value"] == pytest.approx(chosen[0]["value"])
 
 
+def test_tune_writes_the_front_into_the_weights(sgm, tiny_weights, data, tmp_path):
+    from sgm_engine.checkpoints.checkpoint import load_checkpoint
+
+    pytest.importorskip("matplotlib", reason="pip install 'sgm-engine[test]'")
+    size = ("--candidates", 4, "--first", 8, "--last", 8, "--held-out", 16, "--batch", 16)
+    done = sgm("tune", "--budget", 6, "--checkpoint", tiny_weights, "--reference", data, "--training", data, *size,
+               "--baseline", "annealed_langevin", "--write", "w.safetensors")  # fmt: skip
+    assert done.returncode == 0 and "written: w.safetensors" in done.stdout, done.stderr
+    assert "the weights have no law of the data" in done.stderr
+    model, found = load_checkpoint(tmp_path / "w.safetensors"), json.loads((tmp_path / "tuned/front.json").read_text())
+    assert model.law.mean.shape == (1, 8, 8) and model.front.n == 16 and model.front.reference == "reference.npy"
+    held = {p["nfe"]: p["value"] for p in found["points"]}
+    assert {p.nfe: p.value for p in model.front.points}.items() <= {n: round(v, 3) for n, v in held.items()}.items()
+    assert sgm("sample", "--checkpoint", "w.safetensors", "--nfe", 6, "--n", 2).returncode == 0
+    done = sgm("tune", "--at", "3,5", "--checkpoint", "w.safetensors", "--reference", data, *size,
+               "--families", "ddim,ancestral", "--out", "more", "--write", "w.safetensors")  # fmt: skip
+    assert done.returncode == 0 and "no law" not in done.stderr, done.stderr
+    drawn = [int(line.split()[2]) for line in done.stderr.splitlines() if line.startswith("n ")]
+    assert max(drawn[:2]) <= 3 < max(drawn[2:]) <= 5
+    assert len(load_checkpoint(tmp_path / "w.safetensors").front.command.split("; ")) == 2
+
+
 BAD = [
+    (["--budget", "9", "--write", "x.pt"], ["--write", "must end in .safetensors"]),
     ([], ["--budget", "--seconds"]),
     (["--budget", "1"], ["--budget", "at least 2"]),
     (["--budget", "9", "--seconds", "1"], ["not allowed with"]),
