@@ -32,6 +32,7 @@ FILMED = 64  # samples in a GIF
 EXAMPLES = """\
 examples:
   sgm sample                               64 digits from the bundled weights, as one picture: samples.png
+  sgm sample --weights cdm                 from the bundled classification diffusion model
   sgm sample --gif annealing.gif           and how they came out of the noise
   sgm sample --n 1000 --out digits.npz     what FID tools read: arr_0, uint8 [N, H, W, C]
   sgm sample --ids 0-63,1000 --out digits/ PNG files; sample 1000 gets the noise that it always gets

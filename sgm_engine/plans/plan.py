@@ -1,8 +1,7 @@
-"""A sampler is a table: one row per network evaluation, and functions that return such tables.
+"""A sampler is a table, one row per network evaluation, and functions return it: those of few steps in samplers.py.
 
 Row r moves the state by    x ← a·x + b·score(x, level) + c·z + d·previous,    z ~ N(0, I), one draw a row,
 and then stores for later   previous ← e·x + f·score   (x as it was before the row), unless e = f = 0.
-The first samplers are here, those of few steps in samplers.py.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ from sgm_engine.files.reading import parse_json
 from sgm_engine.plans.report import Shown, check_label, refuse_divergence
 from sgm_engine.plans.schedule import Sigmas, check_column, check_count, check_number, check_sigmas, nearest_level
 
-FORMAT, VERSION = "sgm-plan", 2
+FORMAT, VERSION, STARTS = "sgm-plan", 2, ("uniform", "normal")
 COLUMNS = ("level", "sigma", "a", "b", "c", "d", "e", "f", "adaptive")
 SINCE_2 = ("e", "f", "adaptive")  # columns that version 1 does not have; all zero unless given
-STARTS = ("uniform", "normal")
 NCSN_STEP = 2e-5  # step_lr of NCSN
 
 
@@ -264,8 +262,7 @@ def ancestral(
     now, after, drop = sigmas[:-1], sigmas[1:], sigmas[:-1] ** 2 - sigmas[1:] ** 2
     posterior = after * np.sqrt(1 - (after / now) ** 2)
     noise = np.sqrt(drop * (unit**2 + after**2) / (unit**2 + now**2)) if unit else np.minimum(eta * posterior, after)
-    if eta != 1:
-        drop = now**2 - now * np.sqrt(after**2 - noise**2)
+    drop = drop if eta == 1 else now**2 - now * np.sqrt(after**2 - noise**2)
     options = {k: v for k, v, usual in (("beta_unit", unit, 0), ("eta", eta, 1)) if v != usual}
     table = (np.arange(len(drop)), np.ones(len(drop)), drop, noise)
     return _plan("ancestral", sigmas, table, True, _prior(sigmas, start_scale, start_shift), options)
