@@ -9,7 +9,10 @@ from bench.common import about, paired_ratio
 from sgm_engine import annealed_langevin
 from sgm_engine.engine.engine import Engine
 from sgm_engine.executors.native.cdm import _unet
+from sgm_engine.executors.native.executor import NativeNetwork
 from sgm_engine.executors.native.graph import Graph
+from sgm_engine.executors.native.norm import Table
+from sgm_engine.executors.native.potential import _fields
 from sgm_engine.kernels import ops, reference
 from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.training.config import TrainConfig
@@ -76,6 +79,46 @@ def test_step_against_forward(benchmark, one_thread, name):
     print(f"  a native step is {found['faster']} times as fast as an eager one")
     assert max(step.values()) <= MOST, f"a step costs {step} forward passes, more than {MOST}"
     assert found["faster"].low > 1.5, f"native only {found['faster']} times as fast"
+
+
+def native_fields(net, batch):
+    """A network of potentials up to its last convolution, from its planes and from how much noise there is."""
+    graph = Graph(batch, "float32")
+    size = net.place.shape[-1]
+    planes = graph.load(net.begin.in_channels, size, size)
+    e = graph.constant(Table(lambda: torch.randn(64, 1, 1)), (64, 1, 1))
+    out = _fields(graph, net, planes, e)
+    graph.store(out, torch.nn.Conv2d(out.channels, 1, 1))
+    graph.plan()
+    x, level = torch.randn(batch, *planes[1:]), torch.zeros(batch, dtype=torch.int64)
+    score = torch.empty(batch, 1, size, size)
+    return lambda: graph.run(x, level, score)
+
+
+@pytest.mark.quick
+def test_potential_against_eager_and_forward(benchmark, one_thread):
+    """A native score of cdm_mnist at B = 16: at least 2.5 times as fast as eager, at most 3 of its forward passes."""
+    torch.manual_seed(0)
+    model = TrainConfig.read("cdm_mnist").model(1, 28).build().eval()
+    u, level = torch.randn(16, *model.shape), torch.full((16,), 64)
+    network, forward = NativeNetwork(model, 16, 28, 28), native_fields(model.classifier, 16)
+
+    def native():
+        return network(u, level)
+
+    def eager():
+        return model(u, level)
+
+    with torch.no_grad():
+        torch.testing.assert_close(native(), eager(), rtol=1e-4, atol=1e-5)
+    step = paired_ratio(native, forward, pairs=9, clock=time.thread_time)
+    faster = paired_ratio(eager, native, pairs=9, clock=time.thread_time)
+    benchmark.pedantic(native, rounds=5)
+    benchmark.extra_info |= about() | {"step / forward": step.median, "native, times faster": faster.median}
+    print(
+        f"\nCDM of potentials, B = 16: a native score is {faster} times as fast as an eager one, {step} forward passes"
+    )
+    assert step.median <= 3 and faster.median >= 2.5, f"{faster} times as fast, {step} forward passes"
 
 
 @pytest.mark.quick

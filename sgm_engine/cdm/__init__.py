@@ -16,6 +16,11 @@ __getattr__, __dir__, __all__ = lazily(
             "UNet",
         ),
         "sgm_engine.models.cdm.classes": ("NoiseClasses",),
+        "sgm_engine.models.cdm.gaussian": ("GaussianBase",),
+        "sgm_engine.models.cdm.potential": (
+            "NoiseFeatures",
+            "PotentialNet",
+        ),
         "metropolis": (
             "Density",
             "mala",

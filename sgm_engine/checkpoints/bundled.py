@@ -23,15 +23,16 @@ def bundled_names() -> list[str]:
 
 
 def bundled_path(name: str = DEFAULT) -> Path:
-    """The file of the bundled weights ``name``; ValueError lists what there is."""
-    path = WEIGHTS / f"{name}.safetensors"
-    if not path.is_file():
-        raise ValueError(f"there are no bundled weights {name!r}; there are: {', '.join(bundled_names()) or 'none'}")
-    return path
+    """The file of the bundled weights ``name``, or of the only ones that begin so; ValueError lists what there is."""
+    names = bundled_names()
+    found = [name] if name in names else [n for n in names if name and n.startswith(name)]
+    if len(found) != 1:
+        raise ValueError(f"there are no bundled weights {name!r}; there are: {', '.join(names) or 'none'}")
+    return WEIGHTS / f"{found[0]}.safetensors"
 
 
 def load_bundled(name: str = DEFAULT) -> tuple[nn.Module, plans.Plan]:
-    """The model in evaluation mode on the CPU, and its recommended plan. weights/MODEL_CARD.md says whence."""
+    """The model in evaluation mode on the CPU, and its recommended plan. The cards beside the files say whence."""
     from sgm_engine.checkpoints.checkpoint import load_checkpoint
 
     model = load_checkpoint(bundled_path(name))

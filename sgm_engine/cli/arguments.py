@@ -117,6 +117,7 @@ def add_weights(add: Callable) -> None:
     """What model.load_model reads."""
     add("--checkpoint", metavar="PATH",
         help="weights: a file of any family, a diffusers folder, hf:owner/name (default: bundled, MNIST)")  # fmt: skip
+    add("--weights", metavar="NAME", help="bundled weights by name: mnist (an NCSN), cdm_mnist, or how one begins: cdm")
     add("--config", metavar="PATH", help="what came with them: config.yml, score_sde's config .py, ADM's flags")
     add("--image-size", type=at_least(1), metavar="N", help="in pixels, where neither weights nor config say it")
     add(

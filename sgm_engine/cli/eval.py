@@ -6,19 +6,16 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sgm_engine.cli.arguments import MAX_ID, MAX_SEED, QUALITIES, add_engine, at_least
 from sgm_engine.cli.model import engines, load_model, load_plan
-
-if TYPE_CHECKING:
-    pass
 
 EXAMPLES = """\
 examples:
   sgm eval digits.npz --reference DATA:test --training DATA:train --features digits
   sgm eval --n 1000 --plan fast.json --reference DATA:test …        draws them itself, from the bundled weights
   sgm eval fast.npz --against slow.npz --reference DATA:test …      and the difference of the two, with its interval
+  sgm eval digits.npz --nll --weights cdm --reference DATA:test     bits per dimension of both, by a model's log_prob
   sgm eval part-*.npz --reference images/ --features torchscript:mine.pt --trust-features --json report.json
 
 What images may be: folder:train, folder:test (MNIST's IDX or CIFAR-10's binary files), .npz, .npy, .safetensors, a
@@ -43,6 +40,8 @@ def register(commands) -> None:
     add("--metrics", metavar="A,B",
         help="of frechet, score, classes, sliced, mmd, precision, recall, density, coverage, copies, nll "
         "(default: what the features and --training allow)")  # fmt: skip
+    add("--nll", action="store_true",
+        help="bits per dimension of SAMPLES and --reference by the log_prob of --weights or --checkpoint")  # fmt: skip
     add("--neighbours", type=at_least(1), default=5, metavar="K", help="of precision to coverage (default: 5)")
     add("--replicates", type=at_least(2), default=200, metavar="N", help="of each bootstrap (default: 200)")
     add("--json", metavar="PATH", help="write the report there as well")
@@ -75,16 +74,18 @@ def run(args: argparse.Namespace) -> int:
         training = open_set(args.training) if args.training else None
         sets = [open_set(*files) for files in (args.samples, args.against) if files]
         engine = plan = None
+        own = None if args.samples and not args.nll else load_model(args)
         if not args.samples:
-            own = load_model(args)
             model, plan = conditioned(own, load_plan(args.plan, own, args.nfe, args.quality))
             engine = engines(args, own)(model)
         shapes = {s.name: tuple(s.shape) for s in (reference_set, training, *sets) if s is not None}
-        shapes |= {"the model": engine.shape} if engine else {}
+        shapes |= {"the model": tuple(engine.shape if engine else own.shape)} if own else {}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"images must have one shape: {', '.join(f'{n} {s}' for n, s in shapes.items())}")
-        if "nll" in extra and not callable(getattr(engine and engine.model, "log_prob", None)):
-            raise ValueError("metrics nll: needs a model with log_prob(x); score networks have none")
+        if ("nll" in extra or args.nll) and not callable(getattr(own, "log_prob", None)):
+            raise ValueError(
+                "metrics nll: needs a model with log_prob(x); score networks have none: --weights cdm has it"
+            )
         report_line = lambda line: print(line, file=sys.stderr)  # noqa: E731
         extractor = open_extractor(args.features, training, report_line, args.trust_features)
 
@@ -103,9 +104,10 @@ def run(args: argparse.Namespace) -> int:
         if args.against:
             other = e.summarise(sets[-1].blocks(), extractor, sets[-1].name)
             report.rows += _difference(samples, other, reference, report)
-        if "nll" in extra:
-            bits = e.bits_per_dimension(engine.model.log_prob, reference_set.blocks())
-            report.rows.append(e.Row("bits per dimension", *bits))
+        scored_sets = [reference_set] if args.nll or "nll" in extra else []
+        for scored in [*scored_sets, *sets[: args.nll and bool(args.samples)]]:
+            bits = e.bits_per_dimension(own.log_prob, scored.blocks())
+            report.rows.append(e.Row("bits per dimension" + f", {scored.name}" * args.nll, *bits))
         if "copies" in extra:
             found = e.copies(samples, reference, training.blocks(1024))
             report.notes["distance to the nearest training image"] = {k: v for k, v in found.items() if k != "nearest"}

@@ -174,7 +174,7 @@ def _job(args: argparse.Namespace):
     from sgm_engine.jobs.spec import SHARD_SIZE
 
     model, plan, weights, float8 = chosen_model(args, _begun(args.out))
-    paths = {"checkpoint": args.checkpoint and str(weights.resolve())}
+    paths = {"checkpoint": str(weights.resolve()) if args.checkpoint or args.weights else None}
     is_path = args.config and not args.config.startswith("--")  # ADM's flags are none
     paths["config"] = str(Path(args.config).expanduser().resolve()) if is_path else args.config
     given = how_to_load(args)

@@ -41,7 +41,12 @@ def weights_path(args: argparse.Namespace) -> Path:
     from sgm_engine.checkpoints.bundled import bundled_path
     from sgm_engine.checkpoints.families import local
 
-    return local(args.checkpoint) if args.checkpoint else bundled_path()
+    name = getattr(args, "weights", None)
+    if args.checkpoint and name:
+        raise ValueError(f"--weights {name} names bundled weights and --checkpoint a file: take one of the two")
+    if args.checkpoint:
+        return local(args.checkpoint)
+    return bundled_path() if name is None else bundled_path(name)
 
 
 def said(model) -> str:

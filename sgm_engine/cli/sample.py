@@ -33,6 +33,7 @@ FILMED = 64  # samples in a GIF
 EXAMPLES = """\
 examples:
   sgm sample                               64 digits from the bundled weights, as one picture: samples.png
+  sgm sample --weights cdm                 from the bundled classification diffusion model
   sgm sample --gif annealing.gif           and how they came out of the noise
   sgm sample --nfe 20                      the best plan of at most 20 evaluations; --quality best: whatever it takes
   sgm sample --plan annealed_langevin      NCSN's own sampler, 121 evaluations

@@ -21,7 +21,7 @@ examples:
 run/ then holds checkpoints/ (Lightning's), samples/ (PNG), metrics.csv, config.yaml, and at the end model.safetensors,
 which `sgm sample --checkpoint` takes. Needs: pip install 'sgm-engine[train]'.
 """
-CDM_CONFIG = "cdm_mnist_small"  # of --objective cdm, if no --config is named
+CDM_CONFIG = "cdm_mnist"  # of --objective cdm, if no --config is named
 
 
 def register(commands) -> None:
@@ -30,7 +30,7 @@ def register(commands) -> None:
     p.description = "Train a score network on images."
     add = p.add_argument
     add("--config", metavar="NAME", help="a YAML file, or the name of a bundled one (--list)")
-    add("--objective", metavar="NAME", help="--set objective=NAME; cdm alone means --config cdm_mnist_small")
+    add("--objective", metavar="NAME", help="--set objective=NAME; cdm alone means --config cdm_mnist")
     add("--data", metavar="PATH", help="MNIST's IDX files, CIFAR-10's .bin files, a .npy, or a folder of pictures")
     add("--out", metavar="FOLDER", help="the run; resumed if it has checkpoints")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes to the config")

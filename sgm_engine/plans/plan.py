@@ -1,8 +1,7 @@
-"""A sampler is a table: one row per network evaluation, and functions that return such tables.
+"""A sampler is a table, one row per network evaluation, and functions return it: those of few steps in samplers.py.
 
 Row r moves the state by    x ← a·x + b·score(x, level) + c·z + d·previous,    z ~ N(0, I), one draw a row,
 and then stores for later   previous ← e·x + f·score   (x as it was before the row), unless e = f = 0.
-The first samplers are here, those of few steps in samplers.py.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from sgm_engine.plans.schedule import (
     nearest_level,
 )
 
-FORMAT, VERSION = "sgm-plan", 2
+FORMAT, VERSION, STARTS = "sgm-plan", 2, ("uniform", "normal")
 COLUMNS = ("level", "sigma", "a", "b", "c", "d", "e", "f", "adaptive")
 SINCE_2 = ("e", "f", "adaptive")  # columns that version 1 does not have; all zero unless given
 NCSN_STEP = 2e-5  # step_lr of NCSN
@@ -249,20 +248,22 @@ def reverse_diffusion(sigmas: Sigmas, start_scale: float | None = None, start_sh
 
 
 def ancestral(
-    sigmas: Sigmas, start_scale: float | None = None, start_shift: Shift = 0.0, beta_unit: float = 0.0
+    sigmas: Sigmas, start_scale: float | None = None, start_shift: Shift = 0.0, beta_unit: float = 0.0, eta: float = 1.0
 ) -> Plan:
     """Ancestral sampling of the discrete chain (arXiv 2011.13456, eq. 47), one row at each of sigmas [L].
 
-    beta_unit: 0 adds the noise of DDPM's posterior, β̃ ("fixed_small"); else that of its forward step, β ("fixed_large",
-    arXiv 2006.11239, section 3.2), of a chain that ends in N(0, beta_unit²), in units of x.
+    beta_unit: 0 adds DDPM's β̃ ("fixed_small"); else its β ("fixed_large", arXiv 2006.11239, section 3.2), of chains
+    that end in N(0, beta_unit²), in units of x. eta: times that noise, at most the next level's; above 1: churned.
     """
-    sigmas, unit = check_sigmas(sigmas), check_number("beta_unit", beta_unit)
-    drop = sigmas[:-1] ** 2 - sigmas[1:] ** 2
-    noise = sigmas[1:] * np.sqrt(1 - (sigmas[1:] / sigmas[:-1]) ** 2)
-    if unit:
-        noise = np.sqrt(drop * (unit**2 + sigmas[1:] ** 2) / (unit**2 + sigmas[:-1] ** 2))
+    sigmas, unit, eta = check_sigmas(sigmas), check_number("beta_unit", beta_unit), check_number("eta", eta)
+    if not (0 < eta < np.inf and (unit == 0 or eta == 1)):
+        raise ValueError(f"eta must be positive and finite, and 1 where beta_unit is given, got {eta}")
+    now, after, drop = sigmas[:-1], sigmas[1:], sigmas[:-1] ** 2 - sigmas[1:] ** 2
+    posterior = after * np.sqrt(1 - (after / now) ** 2)
+    noise = np.sqrt(drop * (unit**2 + after**2) / (unit**2 + now**2)) if unit else np.minimum(eta * posterior, after)
+    drop = drop if eta == 1 else now**2 - now * np.sqrt(after**2 - noise**2)
+    options = {k: v for k, v, usual in (("beta_unit", unit, 0), ("eta", eta, 1)) if v != usual}
     table = (np.arange(len(drop)), np.ones(len(drop)), drop, noise)
-    options = {"beta_unit": unit} if unit else {}
     return _plan("ancestral", sigmas, table, True, _prior(sigmas, start_scale, start_shift), options)
 
 

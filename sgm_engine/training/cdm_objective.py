@@ -29,9 +29,7 @@ def cdm(
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
     if ce_weight < 0 or mse_weight < 0 or ce_weight + mse_weight == 0:
         raise ValueError(f"weights must be >= 0 and not both 0, got ce {ce_weight} and mse {mse_weight}")
-    noise = key.normal(x)
-    signal, std = (table[levels].to(x.dtype).view(-1, *[1] * (x.dim() - 1)) for table in (model.signal, model.noise))
-    u = signal * model.to_u(x) + std * noise
+    u, noise = _noisy(model, x, levels, key)
     if mse_weight:
         found, logits = model.noise_pred(u, levels, create_graph=True)
         loss = mse_weight * (found - noise).square().flatten(1).mean(1)
@@ -40,6 +38,23 @@ def cdm(
     if ce_weight:
         loss = loss + ce_weight * F.cross_entropy(logits, levels, reduction="none")
     return loss.mean() if reduction == "mean" else loss
+
+
+def cdm_direct(model: CDM, x: Tensor, levels: Tensor, key: Key, *, reduction: str = "mean") -> Tensor:
+    """mean((ε̂ − ε)²) of the same weights read as a denoiser (PotentialNet.direct), with the noise of ``cdm``: a way to
+    good weights at half the cost of a step, which ``cdm`` then goes on from."""
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    u, noise = _noisy(model, x, levels, key)
+    loss = (model.noise_pred_direct(u, levels) - noise).square().flatten(1).mean(1)
+    return loss.mean() if reduction == "mean" else loss
+
+
+def _noisy(model: CDM, x: Tensor, levels: Tensor, key: Key) -> tuple[Tensor, Tensor]:
+    """u of class t [N], and its ε."""
+    noise = key.normal(x)
+    signal, std = (table[levels].to(x.dtype).view(-1, *[1] * (x.dim() - 1)) for table in (model.signal, model.noise))
+    return signal * model.to_u(x) + std * noise, noise
 
 
 def parts(model: CDM, x: Tensor, levels: Tensor, key: Key) -> tuple[Tensor, Tensor]:

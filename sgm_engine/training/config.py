@@ -35,7 +35,8 @@ class TrainConfig:
     models.preconditioning, its constants}, empty for the usual one, and for ddpm the fields of a diffusers scheduler;
     levels: also of a ddpm's timesteps, evenly; plan: with "nfe", evaluations.
     image_size: of a folder of pictures; other data know theirs. objective: of OBJECTIVES ("cdm" for a CDM), and its
-    keyword arguments in objective_options. steps: optimizer steps in all; batch: images a step, over all processes.
+    keyword arguments in objective_options. direct_steps: so many first steps train a CDM of potentials as a denoiser
+    (``cdm_direct``), warmup and decay apart. steps: optimizer steps in all; batch: images a step, over all processes.
     warmup: steps; decay: share of the steps, at the end, over which lr falls to 0; ema: 0 keeps no average; clip: of
     the gradient's norm, 0 none. precision: float32, bfloat16 or float16 (mixed). compile_norms: torch.compile of the
     norms, whose plain formula is slow on a CPU. weights: what model.safetensors holds, float32 or float16. plan: "name"
@@ -54,6 +55,7 @@ class TrainConfig:
     flip: bool = False
     objective: str = "denoising"
     objective_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    direct_steps: int = 0
     steps: int = 200_000
     batch: int = 128
     lr: float = 1e-3
@@ -79,7 +81,7 @@ class TrainConfig:
             self._check_type(field.name, getattr(self, field.name), str(field.type))
         for name in ("steps", "batch", "log_every"):
             self._need(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup", "clip", "sample_every", "save_every", "validate_every", "seed"):
+        for name in ("direct_steps", "warmup", "clip", "sample_every", "save_every", "validate_every", "seed"):
             self._need(name, getattr(self, name) >= 0, "at least 0")
         for name in ("ema", "beta1", "beta2"):
             self._need(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
@@ -91,6 +93,9 @@ class TrainConfig:
         self._need("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
         cdm = self.architecture == CDMConfig.architecture
         self._need("objective", cdm == (self.objective == "cdm"), "cdm if, and only if, the architecture is CDM")
+        direct = self.direct_steps == 0 or (self.objective == "cdm" and self.network.get("potentials") is not None)
+        self._need("direct_steps", direct, "0 for a network without potentials")
+        self._need("direct_steps", self.direct_steps < self.steps, f"below steps = {self.steps}")
         self.model(1, 32 if self.image_size is None else self.image_size)  # checks what the network's config checks
 
     def model(self, channels: int, image_size: int) -> ModelConfig | CDMConfig | FamilyConfig:

@@ -12,6 +12,7 @@ from sgm_engine.checks import check_int
 from sgm_engine.data.images import dequantise
 from sgm_engine.engine.engine import MAX_SEED
 from sgm_engine.keys import Key
+from sgm_engine.training.cdm_objective import cdm_direct
 from sgm_engine.training.objectives import OBJECTIVES
 
 # What a training sample draws, by number.
@@ -28,7 +29,8 @@ class ScoreModule(LightningModule):
 
     Adam with ``lr``, ``betas`` and ``adam_eps``. The learning rate rises linearly over ``warmup`` steps, stays, and
     falls linearly to 0 over the last ``decay`` share of ``steps`` (0: never). The plateau does not depend on ``steps``,
-    so a run may be resumed with another length.
+    so a run may be resumed with another length. The first ``direct_steps`` train a CDM by ``cdm_direct``, with a
+    rise and a fall of their own.
 
     Noise belongs to samples: number k = (t·processes + process)·N + position at batch t; levels, dequantisation, flips
     and noise are functions of (seed, k). So one process or several, resumed or not, take the same step on the same
@@ -47,6 +49,7 @@ class ScoreModule(LightningModule):
         steps: int | None = None,
         flip: bool = False,
         seed: int = 0,
+        direct_steps: int = 0,
     ):
         super().__init__()
         if isinstance(objective, str) and objective not in OBJECTIVES:
@@ -62,6 +65,7 @@ class ScoreModule(LightningModule):
         self.objective = OBJECTIVES[objective] if isinstance(objective, str) else objective
         self.lr, self.betas, self.adam_eps = lr, betas, adam_eps
         self.warmup, self.decay, self.steps = check_int("warmup", warmup, 0), decay, steps
+        self.direct_steps = check_int("direct_steps", direct_steps, 0)
         self.flip, self.seed = flip, check_int("seed", seed, 0, MAX_SEED)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
@@ -85,7 +89,13 @@ class ScoreModule(LightningModule):
         x = self.prepare(x, key)
         count = level_count(self.network)
         u = key.after(LEVEL).uniform(x.new_empty(len(x), 1, dtype=torch.float32))[:, 0]
-        return self.objective(self._called(), x, (u * count).long().clamp(max=count - 1), key.after(OBJECTIVE))
+        draw = getattr(self.network, "draw_class", None)  # a CDM's classes need not be met equally often
+        levels = (u * count).long().clamp(max=count - 1) if draw is None else draw(u)
+        return self._objective()(self._called(), x, levels, key.after(OBJECTIVE))
+
+    def _objective(self) -> Callable[..., Tensor]:
+        first = self.direct_steps and self.trainer.fit_loop.total_batch_idx < self.direct_steps
+        return cdm_direct if first else self.objective
 
     def _called(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The network as an objective calls it: x and score stay float32 where its weights are not ("bf16-true")."""
@@ -129,8 +139,13 @@ class ScoreModule(LightningModule):
 
     def learning_rate(self, step: int) -> float:
         """The factor of ``lr`` at optimizer step ``step`` = 0, 1, …"""
+        first, steps = self.direct_steps, self.steps
+        if step < first:
+            steps = first
+        elif first:
+            step, steps = step - first, None if steps is None else steps - first
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        fall = min(1.0, (self.steps - step) / (self.decay * self.steps)) if self.decay else 1.0
+        fall = min(1.0, (steps - step) / (self.decay * steps)) if self.decay else 1.0
         return min(rise, max(0.0, fall))
 
 

@@ -25,17 +25,19 @@ from sgm_engine.engine.progress import clock
 from sgm_engine.files.reading import read_text
 from sgm_engine.files.writing import append_line, remove, write_file
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
+from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.family import FamilyModel
 from sgm_engine.plans.law import DataLaw
 from sgm_engine.training.callbacks import EMA, SampleGrid, live_network
+from sgm_engine.training.cdm_fits import fit_base, fit_biases
 from sgm_engine.training.config import PRECISIONS, WEIGHTS, TrainConfig
 from sgm_engine.training.families import differences, training_levels
 from sgm_engine.training.keeping import Keep, WholeFiles, lock, newest_checkpoint
 from sgm_engine.training.module import ScoreModule
 from sgm_engine.training.objectives import OBJECTIVES
 
-MAY_CHANGE = {"steps", "lr", "warmup", "decay", "clip", "precision", "compile_norms", "weights", "plan"}  # on resuming
-MAY_CHANGE |= {"log_every", "sample_every", "save_every", "validate_every"}
+MAY_CHANGE = {"steps", "direct_steps", "lr", "warmup", "decay", "clip", "precision", "compile_norms"}  # on resuming
+MAY_CHANGE |= {"weights", "plan", "log_every", "sample_every", "save_every", "validate_every"}
 OURS = "# data: "  # how config.yaml begins in a folder of this command's
 BLOCK = 512  # images whose mean is taken at once
 QUIET = 30.0  # seconds without a line, at most
@@ -100,7 +102,10 @@ class Job:
             cause = error.__context__
             raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt()) from None
         if trainer.is_global_zero:
-            save_checkpoint(live_network(trainer, self.module), self.folder / "model.safetensors", WEIGHTS[c.weights])
+            network = live_network(trainer, self.module)
+            if isinstance(network, CDM):
+                fit_biases(network, self.images, c.seed)
+            save_checkpoint(network, self.folder / "model.safetensors", WEIGHTS[c.weights])
             print(f"written: {self.folder / 'model.safetensors'}")
 
     def _callbacks(self) -> list[pl.Callback]:
@@ -174,6 +179,8 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
     with torch.random.fork_rng(devices=[]):  # the layers' own initialisation
         torch.manual_seed(config.seed)
         network = config.model(channels, height).build()
+    if isinstance(network, CDM):
+        fit_base(network, images)
     plan_for(network)  # a plan that cannot be had is refused now
     if isinstance(network, FamilyModel):
         network = network.at_sigmas(training_levels(config, network.config))
@@ -193,6 +200,7 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
         config.steps,
         config.flip,
         config.seed,
+        config.direct_steps,
     )
     folder.mkdir(parents=True, exist_ok=True)
     first = os.environ.get("RANK", "0") == "0"

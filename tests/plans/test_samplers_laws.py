@@ -34,6 +34,19 @@ def test_eta_joins_the_probability_flow_and_the_ancestral_sampler():
     np.testing.assert_allclose(ddim(SIGMAS, 0.0).b, euler(SIGMAS).b, rtol=1e-12)
 
 
+@pytest.mark.parametrize("eta", [0.3, 1.0, 2.0, 50.0])
+def test_churned_ancestral_steps_keep_the_noise_of_their_level(eta):
+    """Of data in one point, x ~ N(0, σ²): a step leaves exactly N(0, σ'²), whatever part of it is fresh."""
+    plan = ancestral(SIGMAS, eta=eta)
+    now, after, b, c = SIGMAS[:-1], SIGMAS[1:], plan.b[:-1], plan.c[:-1]
+    np.testing.assert_allclose((1 - b / now**2) ** 2 * now**2 + c**2, after**2, rtol=1e-12)
+    np.testing.assert_allclose(c, np.minimum(eta * ancestral(SIGMAS).c[:-1], after), rtol=1e-12)
+    assert plan.metadata.get("eta", 1.0) == eta
+    for bad in ({"eta": 0.0}, {"eta": np.inf}, {"eta": 2.0, "beta_unit": 1.0}):
+        with pytest.raises(ValueError, match="eta must be positive and finite, and 1 where beta_unit is given"):
+            ancestral(SIGMAS, **bad)
+
+
 def test_churn_costs_no_evaluation():
     assert heun(SIGMAS, s_churn=5).nfe == heun(SIGMAS).nfe == 2 * len(SIGMAS) - 1
     assert euler(SIGMAS, s_churn=5, s_tmin=1, s_tmax=2).sigma.max() == SIGMAS[0]

@@ -66,7 +66,7 @@ def test_the_objective_says_which_config(workplace, sgm, monkeypatch):
     for arguments in (("--objective", "cdm"), ("--objective", "cdm", "--config", "tiny.yaml")):
         with pytest.raises(ZeroDivisionError):
             sgm("train", "--data", ".", "--out", "run", *arguments)
-    assert seen == [("cdm_mnist_small", {"objective": "cdm"}), ("tiny.yaml", {"objective": "cdm"})]
+    assert seen == [("cdm_mnist", {"objective": "cdm"}), ("tiny.yaml", {"objective": "cdm"})]
 
 
 @pytest.mark.parametrize(

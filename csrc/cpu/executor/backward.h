@@ -113,4 +113,55 @@ static void norm_backward(const Run& run, const Layer& layer) {
   else norm_backward_of<Activation::none>(run, layer);
 }
 
+// γ and β of one image: rows of ones and zeros where there is no norm.
+struct Map {
+  const float *gamma, *beta;
+  inline __attribute__((always_inline)) Vec scale(int c) const { return gamma ? load(gamma + c) : splat(1.f); }
+  inline __attribute__((always_inline)) Vec operator()(Vec x, int c) const { return gamma ? x * load(gamma + c) + load(beta + c) : x; }
+};
+
+template <Activation kActivation>
+static void affine_backward_of(const Run& run, const Layer& layer) {
+  const Tensor& t = run.tensor(layer.output);
+  const Affine table = fold_norm(run, layer);
+  for_each_row(run, layer, [&](int image, int h, int c) {
+    const int64_t offset = (int64_t)h * t.width * t.padded + c;
+    const float *x = run.data(layer.input, image) + offset, *dy = run.data(layer.second, image) + offset;
+    float* const out = run.data(layer.output, image) + offset;
+    const Map map{table.scale(image, 0), table.shift(image, 0)};
+    for (int64_t i = 0; i < (int64_t)t.width * t.padded; i += t.padded)
+      store(out + i, map.scale(c) * load(dy + i) * slope<kActivation>(map(load(x + i), c)));
+  });
+}
+
+static void affine_backward(const Run& run, const Layer& layer) {
+  if (layer.activation == Activation::silu) affine_backward_of<Activation::silu>(run, layer);
+  else affine_backward_of<Activation::none>(run, layer);
+}
+
+// In γ: Σ x·act′(γ·x + β)·dy over the pixels; in β the same without x.
+static void film_backward(const Run& run, const Layer& layer) {
+  const Tensor &t = run.tensor(layer.input), &to = run.tensor(layer.output);
+  const Affine table = fold_norm(run, layer);
+  int first, last;
+  run.share(t.padded / kWidth, first, last);
+  for (int image = 0; image < run.images; image++) {
+    const float *x = run.data(layer.input, image), *dy = run.data(layer.second, image);
+    float* const out = run.data(layer.output, image);
+    const Map map{table.scale(image, 0), table.shift(image, 0)};
+    for (int c = first * kWidth; c < last * kWidth; c += kWidth) {
+      Vec sums[2] = {};
+      for (int64_t i = c; i < (int64_t)t.height * t.width * t.padded; i += t.padded) {
+        const Vec v = load(x + i), h = load(dy + i) * (layer.activation == Activation::silu ? slope<Activation::silu>(map(v, c)) : splat(1.f));
+        sums[0] += h * v, sums[1] += h;
+      }
+      for (int k = 0; k < 2; k++)
+        for (int q = c; q < least(c + kWidth, t.channels); q++) out[k * t.channels + q] = sums[k][q - c];
+    }
+    if (run.member.rank == 0)
+      for (int q = to.channels; q < to.padded; q++) out[q] = 0;
+  }
+  run.wait();
+}
+
 }  // namespace sgm::SGM_ISA::executor

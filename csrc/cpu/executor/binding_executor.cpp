@@ -68,15 +68,23 @@ void bind_executor(py::module_& m) {
       .value("slice", Op::slice)
       .value("store_gradient", Op::store_gradient)
       .value("linear_attention", Op::linear_attention)
-      .value("channel_norm", Op::channel_norm);
+      .value("channel_norm", Op::channel_norm)
+      .value("noise_features", Op::noise_features)
+      .value("waves", Op::waves)
+      .value("potential", Op::potential)
+      .value("store_potential", Op::store_potential)
+      .value("constant", Op::constant)
+      .value("reshape", Op::reshape)
+      .value("affine_backward", Op::affine_backward)
+      .value("film_backward", Op::film_backward);
   py::class_<Executor>(m, "NativeExecutor", py::module_local(), "A whole network in one native call (csrc/cpu/executor/executor.h).")
       .def(py::init<int, Precision>(), py::arg("batch"), py::arg("precision"))
       .def("tensor", &Executor::tensor, py::arg("channels"), py::arg("height"), py::arg("width"), nogil)
       .def("norm", [](Executor& e, int channels, int groups, int levels, bool has_alpha, double eps, bool by_pixel, bool centred, double floor,
-                      double after) {
-        return e.norm({channels, groups, levels, has_alpha, eps, by_pixel, centred, floor, after});
+                      double after, int source) {
+        return e.norm({channels, groups, levels, has_alpha, eps, by_pixel, centred, floor, after, source});
       }, py::arg("channels"), py::arg("groups"), py::arg("levels"), py::arg("has_alpha"), py::arg("eps"), py::arg("by_pixel") = false,
-           py::arg("centred") = true, py::arg("floor") = 0., py::arg("after") = 0., nogil)
+           py::arg("centred") = true, py::arg("floor") = 0., py::arg("after") = 0., py::arg("source") = -1, nogil)
       .def("conv", [](Executor& e, int c_in, int c_out, int kernel, int dilation, int stride, int up, int groups, std::array<int, 4> padding,
                       Border border, bool pool, int levels) {
         return e.conv({c_in, c_out, kernel, dilation, stride, up, groups, {padding[0], padding[1], padding[2], padding[3]}, border, pool, levels});
@@ -89,6 +97,9 @@ void bind_executor(py::module_& m) {
       }, py::arg("op"), py::arg("input"), py::arg("second"), py::arg("output"), py::arg("add"), py::arg("norm"), py::arg("conv"),
            py::arg("heads"), py::arg("activation"), py::arg("slope"), py::arg("scale"), py::arg("shift"), py::arg("first"), nogil)
       .def("embedding", &Executor::embedding, py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"), py::arg("octaves"), nogil)
+      .def("potential", &Executor::potential, py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("classes"), py::arg("waves"),
+           py::arg("potentials"), nogil)
+      .def("constant", &Executor::constant, py::arg("channels"), py::arg("height"), py::arg("width"), nogil)
       .def("plan", &Executor::plan, nogil)
       .def("set_conv", [](Executor& e, int conv, Given weight, Given bias) {
         e.set_conv(conv, array(weight), array(bias));
@@ -98,6 +109,10 @@ void bind_executor(py::module_& m) {
       .def("set_sigmas", [](Executor& e, Given sigmas) { e.set_sigmas(array(sigmas)); }, py::arg("sigmas"), nogil)
       .def("set_embedding", [](Executor& e, Given table) { e.set_embedding(pointer<const double>(table.first), table.second); },
            py::arg("table"), nogil)
+      .def("set_potential", [](Executor& e, Given table) { e.set_potential(pointer<const double>(table.first), table.second); },
+           py::arg("table"), nogil)
+      .def("set_constant", [](Executor& e, int constant, Given values) { e.set_constant(constant, array(values)); }, py::arg("constant"),
+           py::arg("values"), nogil)
       .def("run", [](Executor& e, uintptr_t x, uintptr_t level, uintptr_t score, int images) {
         e.run(pointer<const float>(x), pointer<const int64_t>(level), pointer<float>(score), images);
       }, py::arg("x"), py::arg("level"), py::arg("score"), py::arg("images"), nogil)

@@ -59,6 +59,11 @@ Takes what_it_takes(Op op) {
     case Op::attention: case Op::linear_attention: return {true, false, true, false, false};
     case Op::channel_norm: return {true, false, true, true, true};
     case Op::attention_backward: return {true, true, true, false, false};
+    case Op::noise_features: case Op::waves: case Op::constant: return {false, false, true, false, false};
+    case Op::potential: case Op::reshape: return {true, false, true, false, false};
+    case Op::store_potential: return {true, true, false, false, false};
+    case Op::affine_backward: return {true, true, true, true, true};
+    case Op::film_backward: return {true, true, true, false, true};
   }
   return {};
 }
@@ -70,8 +75,10 @@ bool shape_follows(Op op, const Tensor& in, const Tensor* second, const Tensor& 
     case Op::upsample: return out.channels == in.channels;
     case Op::nearest: return out.channels == in.channels && repeats(in, out);
     case Op::block_sum: return out.channels == in.channels && repeats(out, in);
-    case Op::slope: return sized(out, in.channels, in.height, in.width);
-    case Op::norm_backward: return sized(out, in.channels, in.height, in.width) && sized(*second, in.channels, in.height, in.width);
+    case Op::slope: case Op::potential: return sized(out, in.channels, in.height, in.width);
+    case Op::reshape: return times(in.channels, in.height, in.width) == times(out.channels, out.height, out.width);
+    case Op::film_backward: return sized(out, 2 * in.channels, 1, 1) && sized(*second, in.channels, in.height, in.width);
+    case Op::norm_backward: case Op::affine_backward: return sized(out, in.channels, in.height, in.width) && sized(*second, in.channels, in.height, in.width);
     case Op::attention: case Op::linear_attention: return in.channels % 3 == 0 && out.channels <= in.channels / 3 && sized(out, out.channels, in.height, in.width);
     case Op::attention_backward:
       return in.channels % 3 == 0 && second->channels <= in.channels / 3 && sized(*second, second->channels, in.height, in.width) &&
@@ -105,10 +112,12 @@ int Executor::norm(const NormShape& n) {
   if (!(n.eps >= 0) || !(n.floor >= 0) || !(n.after >= 0))
     refuse("a norm's eps, floor and after must be at least 0, got " + std::to_string(n.eps) + ", " + std::to_string(n.floor) + ", " +
            std::to_string(n.after));
+  if (n.source >= 0 && (n.groups || n.levels || n.source >= static_cast<int>(tensors_.size()) || !sized(tensors_[n.source], 2 * n.channels, 1, 1)))
+    refuse("a norm's source needs groups = 0, no levels and a tensor of 2 * channels numbers");
   norm_tables_.resize(norms_.size());  // drops that of a norm() that failed
   norm_tables_.emplace_back(times(std::max(n.levels, 1), 3, n.channels));
   norms_.push_back({n.channels, n.groups, n.levels ? int64_t{3} * n.channels : 0, n.has_alpha, static_cast<float>(n.eps), nullptr,
-                    n.by_pixel, n.centred, static_cast<float>(n.floor), static_cast<float>(n.after)});
+                    n.source, n.by_pixel, n.centred, static_cast<float>(n.floor), static_cast<float>(n.after)});
   if (n.levels) set_levels(n.levels);
   return static_cast<int>(norms_.size()) - 1;
 }
@@ -143,19 +152,6 @@ int Executor::heads(int count, int size, double scale, int memory) {
   tokens_.emplace_back(times(2, count, memory, size));
   heads_.push_back({count, size, static_cast<float>(scale), memory, nullptr});
   return static_cast<int>(heads_.size()) - 1;
-}
-
-void Executor::embedding(int channels, int height, int width, int patch, const std::vector<int>& octaves) {
-  const auto lock = describing("embedding");
-  if (embedding_.channels) throw std::logic_error("embedding() twice");
-  check_shape("an embedding's", channels, height, width);
-  within("patch", patch, 1, std::min(height, width));
-  if (height % patch || width % patch)
-    refuse("patch must divide height and width, got " + std::to_string(patch) + " for " + std::to_string(height) + ", " + std::to_string(width));
-  within("the number of octaves", static_cast<int64_t>(octaves.size()), 0, kMaxOctaves);
-  Embedding e{channels, height, width, patch, static_cast<int>(octaves.size()), {}, nullptr};
-  for (size_t i = 0; i < octaves.size(); ++i) e.octave[i] = within("octave n of 2^n", octaves[i], 0, 30);
-  embedding_ = e;
 }
 
 // What only the layers of a gradient ask for.
@@ -213,7 +209,7 @@ void Executor::layer(Op op, int input, int second, int output, const std::vector
   if (d.norm >= 0 && norms_[d.norm].channels != tensors_[input].channels)
     refuse(where + "the norm has " + std::to_string(norms_[d.norm].channels) + " channels, its input " +
            std::to_string(tensors_[input].channels));
-  check_gradient(l, where);
+  check_gradient(l, where), check_potential(l, where);
   if (convolves ? !conv_fits(convs_[d.conv], tensors_[input], takes.output ? &tensors_[output] : nullptr)
                 : takes.input && takes.output && !shape_follows(op, tensors_[input], takes.second ? &tensors_[second] : nullptr, tensors_[output]))
     refuse(where + "the output's shape does not follow from its inputs");
@@ -275,16 +271,6 @@ void Executor::set_sigmas(Array sigmas) {
            ", got " + std::to_string(sigmas.size));
   const int64_t levels = within("the number of sigmas", sigmas.size, 1, kMaxLevels);
   sigmas_.assign(sigmas.data, sigmas.data + sigmas.size);
-  set_levels(levels);
-}
-
-void Executor::set_embedding(const double* table, int64_t size) {
-  const auto lock = alone();
-  if (size < 5 || size % 5 || (!embedding_table_.empty() && size != static_cast<int64_t>(embedding_table_.size())))
-    refuse("the table of an embedding must have 5 numbers a level, as many as before, got " + std::to_string(size));
-  const int64_t levels = within("the levels of an embedding", size / 5, 1, kMaxLevels);
-  embedding_table_.assign(table, table + size);
-  embedding_.table = embedding_table_.data();
   set_levels(levels);
 }
 

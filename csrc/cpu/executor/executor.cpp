@@ -91,10 +91,12 @@ std::unique_lock<std::mutex> Executor::running() {
   if (state_ != State::planned) throw std::logic_error("run before plan(), or after one that failed");
   if (complete_) return lock;
   if (embedding_.channels && !embedding_.table) throw std::logic_error("run before set_embedding()");
+  if ((potential_.channels && !potential_.mean) || std::count(constant_data_.begin(), constant_data_.end(), nullptr))
+    throw std::logic_error("run before set_potential() or set_constant()");
   for (const Layer& l : layers_) {
     if (l.conv >= 0 && !convs_[l.conv].weights) throw std::logic_error("run before set_conv() of convolution " + std::to_string(l.conv));
     if (l.heads >= 0 && heads_[l.heads].memory && !heads_[l.heads].tokens) throw std::logic_error("run before set_heads() of heads " + std::to_string(l.heads));
-    if (l.norm >= 0 && !norms_[l.norm].table) throw std::logic_error("run before set_norm() of norm " + std::to_string(l.norm));
+    if (l.norm >= 0 && norms_[l.norm].source < 0 && !norms_[l.norm].table) throw std::logic_error("run before set_norm() of norm " + std::to_string(l.norm));
   }
   complete_ = true;
   return lock;
@@ -130,12 +132,12 @@ void Executor::check_chain(const Chain& chain, int64_t steps) const {
 
 Program Executor::program() const {
   return {layers_.data(), static_cast<int>(layers_.size()), tensors_.data(), norms_.data(), convs_.data(), heads_.data(),
-          sigmas_.empty() ? nullptr : sigmas_.data(), embedding_};
+          sigmas_.empty() ? nullptr : sigmas_.data(), embedding_, potential_, constant_data_.data()};
 }
 
-// The shape of x.
-Tensor Executor::sample() const {
+Tensor Executor::sample() const {  // the shape of x
   if (layers_.front().op == Op::load) return tensors_[layers_.front().output];
+  if (const Potential& p = potential_; p.channels) return {p.channels, 0, p.height, p.width, 0, -1};
   return {embedding_.channels, 0, embedding_.height, embedding_.width, 0, -1};
 }
 
@@ -174,6 +176,7 @@ void Executor::prepare_teams(int images, int threads) {
     w.moments = team->allocate(times(moments_size_, capacity));
     w.planes = w.padded = team->allocate(planes);
     w.products = team->allocate(aligned_products * size), w.products_stride = aligned_products;
+    w.potential = reinterpret_cast<double*>(team->allocate(times(2, capacity, potential_.stride)));
     w.rows = team->allocate(aligned_rows * size), w.rows_stride = aligned_rows;
     w.affine = team->allocate(affine_floats * size), w.affine_stride = affine_floats;
     made.push_back(std::move(team));

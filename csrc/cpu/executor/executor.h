@@ -78,6 +78,7 @@ struct NormShape {
   double eps = 0;
   bool by_pixel = false, centred = true;  // channel_norm, with floor and after
   double floor = 0, after = 0;
+  int source = -1;  // a tensor [2·channels][1][1] of γ and β: groups = 0, no table
 };
 
 using Addend = std::pair<int, double>;  // tensor, and what it is multiplied by
@@ -103,6 +104,8 @@ class Executor {
   int heads(int count, int size, double scale, int memory);
   void layer(Op op, int input, int second, int output, const std::vector<Addend>& add, const Details& details);
   void embedding(int channels, int height, int width, int patch, const std::vector<int>& octaves);  // before an embed layer
+  void potential(int channels, int height, int width, int classes, int waves, int potentials);  // before noise_features
+  int constant(int channels, int height, int width);
   void plan();
 
   // Each array comes with its number of floats, which must be the right one.
@@ -115,6 +118,9 @@ class Executor {
   void set_heads(int heads, Array tokens);            // [keys, values][count][memory][size]
   void set_sigmas(Array sigmas);                      // [levels]: the score is divided by σ(level)
   void set_embedding(const double* table, int64_t size);  // [levels][5]: Embedding
+
+  void set_potential(const double* table, int64_t size);  // Potential's arrays, one after another, in its order
+  void set_constant(int constant, Array values);          // [height][width][channels]
 
   // x, score [images][channels][height][width]; level [images]
   void run(const float* x, const int64_t* level, float* score, int images);
@@ -133,6 +139,7 @@ class Executor {
   std::unique_lock<std::mutex> running();                       // throws std::logic_error unless all is planned and set
   void check_ends() const;
   void check_gradient(const Layer& layer, const std::string& where) const;
+  void check_potential(const Layer& layer, const std::string& where) const;
   void check_detail(const Layer& layer, const std::string& where) const;
   void plan_conv(const Layer& layer, bool loaded);
   void plan_memory(const Layer& layer);
@@ -169,6 +176,13 @@ class Executor {
   std::vector<float> sigmas_;
   Embedding embedding_{};
   std::vector<double> embedding_table_;
+  Potential potential_{};
+  std::vector<double> potential_table_;
+  std::vector<float> potential_basis_;
+  std::vector<int> potential_places_;
+  std::vector<Tensor> constants_;  // shapes
+  std::vector<Buffer> constant_values_;
+  std::vector<const float*> constant_data_;
 
   int64_t arena_size_ = 0, moments_size_ = 0;  // floats an image
   int64_t matrices_size_ = 0, scores_size_ = 0;  // floats of attention: of a team, of a member

@@ -9,6 +9,7 @@
 #include "heads.h"
 #include "linear_attention.h"
 #include "pointwise.h"
+#include "potential.h"
 #include "reshape.h"
 #include "winograd.h"
 
@@ -49,6 +50,14 @@ static void forward(const Program& program, const Workspace& workspace, const Me
       case Op::store_gradient: store_gradient(run, layer); break;
       case Op::linear_attention: linear_attention(run, layer); break;
       case Op::channel_norm: channel_norm(run, layer); break;
+      case Op::noise_features: noise_features(run, layer); break;
+      case Op::waves: waves(run, layer); break;
+      case Op::potential: potential(run, layer); break;
+      case Op::store_potential: store_potential(run, layer); break;
+      case Op::constant: constant(run, layer); break;
+      case Op::reshape: reshape(run, layer); break;
+      case Op::affine_backward: affine_backward(run, layer); break;
+      case Op::film_backward: film_backward(run, layer); break;
     }
   }
 }

@@ -155,13 +155,14 @@ void Executor::plan_memory(const Layer& layer) {
 // One layer writes the score, the last, and what reads x reads all of it.
 void Executor::check_ends() const {
   const auto ends = [&](Op first, Op last) { return layers_.front().op == first && layers_.back().op == last; };
-  if (layers_.empty() || !(ends(Op::load, Op::store) || ends(Op::embed, Op::store_gradient)))
-    refuse("the first layer must be a load and the last a store, or an embed and a store_gradient");
+  if (layers_.empty() || !(ends(Op::load, Op::store) || ends(Op::embed, Op::store_gradient) || ends(Op::noise_features, Op::store_potential)))
+    refuse("the first layer must be a load and the last a store, or an embed and a store_gradient, or noise_features and a store_potential");
   const Tensor x = sample();
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layer& l = layers_[i];
-    if ((l.op == Op::store || l.op == Op::store_gradient) && i + 1 < layers_.size())
+    if ((l.op == Op::store || l.op == Op::store_gradient || l.op == Op::store_potential) && i + 1 < layers_.size())
       refuse("layer " + std::to_string(i) + ": only the last layer may store the score");
+    if (l.op == Op::noise_features && i) refuse("layer " + std::to_string(i) + ": noise_features must be the first");
     if (l.op != Op::load && l.op != Op::embed) continue;
     const Tensor& t = tensors_[l.output];
     if (l.op != layers_[0].op || (l.op == Op::load && (t.channels != x.channels || t.height != x.height || t.width != x.width)))
@@ -177,7 +178,7 @@ void Executor::plan() {
   strips_.resize(convs_.size()), taps_.resize(convs_.size()), phases_.resize(convs_.size()), firsts_.resize(convs_.size());
   std::vector<bool> loaded(tensors_.size()), unmeasured(tensors_.size());
   for (const Layer& layer : layers_) {
-    if (layer.op == Op::load || layer.op == Op::embed) loaded[layer.output] = true;
+    if (layer.op == Op::load || layer.op == Op::embed || layer.op == Op::noise_features) loaded[layer.output] = true;
     if (layer.norm >= 0 && norms_[layer.norm].groups && !norms_[layer.norm].by_pixel && unmeasured[layer.input])
       refuse("a norm of what norm_backward or attention_backward wrote, which keep no statistics");
     if (layer.op == Op::norm_backward || layer.op == Op::attention_backward) unmeasured[layer.output] = true;
@@ -190,9 +191,10 @@ void Executor::plan() {
 
 // Each tensor takes the lowest place that is free from its first layer to its last.
 void Executor::plan_arena() {
+  const auto source_of = [&](const Layer& l) { return l.norm < 0 ? -1 : norms_[l.norm].source; };
   std::vector<int> last_use(tensors_.size(), -1);
   for (size_t i = 0; i < layers_.size(); ++i)
-    for (int t : {layers_[i].input, layers_[i].second, layers_[i].output, layers_[i].add[0], layers_[i].add[1]})
+    for (int t : {layers_[i].input, layers_[i].second, layers_[i].output, layers_[i].add[0], layers_[i].add[1], source_of(layers_[i])})
       if (t >= 0) last_use[t] = static_cast<int>(i);
   struct Place {
     int64_t begin, end;
@@ -204,7 +206,7 @@ void Executor::plan_arena() {
     const int id = layers_[i].output;
     places.erase(std::remove_if(places.begin(), places.end(), [&](const Place& p) { return p.last_use < static_cast<int>(i); }),
                  places.end());
-    for (int t : {layers_[i].input, layers_[i].second, layers_[i].add[0], layers_[i].add[1]})
+    for (int t : {layers_[i].input, layers_[i].second, layers_[i].add[0], layers_[i].add[1], source_of(layers_[i])})
       if (t >= 0 && !placed[t]) refuse("layer " + std::to_string(i) + " reads a tensor that no layer wrote");
     if (id < 0) continue;
     if (placed[id]) refuse("layer " + std::to_string(i) + " writes a tensor for the second time");

@@ -46,6 +46,16 @@ enum class Op : int {
 
   linear_attention,  // output = contextᵀ·softmax(q), context = softmax(k)·vᵀ: of q over a head's channels, of k over the pixels
   channel_norm,      // output = activation(γ·x̂ + β) + Σ add, x̂ normalised at each pixel across channels
+
+  // Of classifiers of potentials (potential.h):
+  noise_features,   // output = planes of the noise in x, 2×2 pixels as channels
+  waves,            // output = how much noise that is, as a few numbers
+  potential,        // output = gradient in input, a, of Σ w(level)·⟨y, a⟩
+  store_potential,  // score = gradient in x, given those in the planes (input) and in the waves (second)
+  constant,         // output = a constant
+  reshape,          // output = the numbers of input in another shape: pixel by pixel, each with its channels
+  affine_backward,  // output = gradient in input of Σ second·prologue(input), no statistics in it, + Σ add
+  film_backward,    // output = gradient in the γ and β that a tensor gave to the prologue
 };
 
 enum class Activation : int { none, elu, relu, silu, gelu, gelu_tanh, tanh, sigmoid, leaky_relu, clip };
@@ -78,6 +88,7 @@ struct Norm {
   bool has_alpha;
   float eps;
   const float* table;  // [levels or 1][3][channels]: gamma, alpha, beta
+  int source;          // a tensor of γ, then β, for each image; −1: the table
   // channel_norm: x̂ = (x − mean)/(after + √(max(variance, floor) + eps)) of a pixel's group of channels; centred: with the mean
   bool by_pixel, centred;
   float floor, after;
@@ -119,6 +130,19 @@ struct Embedding {
   const double* table;  // [levels][5]: scale, shift; gradient, slope, offset: score = gradient·∇ᵤ + slope·x + offset
 };
 
+// A Gaussian base with what is read of it: doubles, D = size = channels·height·width. A level: its class, scale and shift
+// of x, then w of the potentials.
+struct Potential {
+  int channels, height, width, size, classes, waves, potentials;
+  const double* mean;                                          // [D]
+  const float* basis;                                          // [D][D], columns orthonormal
+  const double *constant, *log_noise, *signal, *wave;          // [classes]; wave [classes][waves]
+  const double *precision, *shifted, *share, *centre;          // [classes][D]
+  const double* levels;                                        // [levels][3 + potentials]
+  const int* place;                                            // [D]: of pixel j in the planes, as y
+  int64_t stride;                                              // doubles of an image's scratch
+};
+
 struct Conv {
   int c_in, c_out;         // true channel counts
   int c_step;              // input channels summed: those of a block's groups, rounded up to even for bf16
@@ -150,6 +174,8 @@ struct Program {
   const Heads* heads;
   const float* sigmas;  // [levels], or null: the score is not divided
   Embedding embedding;
+  Potential potential;
+  const float* const* constants;
 };
 
 // Scratch of one team; sizes from executor.cpp.
@@ -162,6 +188,7 @@ struct Workspace {
   float* products;    // [members][36][tiles][vectors × width]; heads.h's block of queries
   float* padded;      // activated input with its border, float or Bf16::Type
   float* rows;        // [members] rows of one channel vector under transformation
+  double* potential;  // [capacity] images of a Potential: potential.h
   float* affine;      // [members][kAffineRows][capacity][channels]: a, b, pivot of the folded norm; also γ, β
   int64_t products_stride, rows_stride, affine_stride;  // floats a member
 };
@@ -194,6 +221,7 @@ struct Backend {
   Forward forward;
 };
 
+constexpr int kPotentialRows = 9;  // potential.h: rows of D of an image's scratch, before 2·classes + 2 more
 constexpr int kTile = 4, kPoints = 36;
 constexpr int kQueryVectors = 2;  // heads.h, linear_attention.h: of queries that are answered together
 constexpr int kAffineRows = 5;

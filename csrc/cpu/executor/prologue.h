@@ -74,8 +74,8 @@ static Affine fold_norm(const Run& run, const Layer& layer) {
     float* const bi = b + (int64_t)image * t.padded;
     float* const pivoti = pivots + (int64_t)image * t.padded;
     for (int c = channels; c < t.padded; c++) ai[c] = bi[c] = 0.f;
-    const float* gamma = norm.table + (norm.row ? run.batch.level[image] * norm.row : 0);
-    const float *alpha = gamma + channels, *beta = alpha + channels;
+    const float* gamma = norm.source < 0 ? norm.table + (norm.row ? run.batch.level[image] * norm.row : 0) : run.data(norm.source, image);
+    const float *alpha = gamma + channels, *beta = norm.source < 0 ? alpha + channels : alpha;
     if (norm.groups == 0) {  // no statistics
       memset(pivoti, 0, t.padded * sizeof(float));
       memcpy(ai, gamma, channels * sizeof(float));

@@ -72,4 +72,30 @@ static void slice(const Run& run, const Layer& layer) {
   });
 }
 
+static void constant(const Run& run, const Layer& layer) {
+  const Tensor& t = run.tensor(layer.output);
+  for_each_row(run, layer, [&](int image, int h, int c) {
+    const int64_t offset = (int64_t)h * t.width * t.padded + c;
+    const float* x = run.program.constants[layer.first] + offset;
+    float* y = run.data(layer.output, image) + offset;
+    for (int64_t i = 0; i < (int64_t)t.width * t.padded; i += t.padded) store(y + i, load(x + i));
+  });
+}
+
+static void reshape(const Run& run, const Layer& layer) {
+  const Tensor &in = run.tensor(layer.input), &out = run.tensor(layer.output);
+  for (int image = run.member.rank; image < run.images; image += run.member.size) {
+    const float* const x = run.data(layer.input, image);
+    float* const y = run.data(layer.output, image);
+    int i = 0;
+    for (int pixel = 0; pixel < out.height * out.width; pixel++)
+      for (int c = 0; c < out.padded; c++) {
+        const int64_t from = (int64_t)(i / in.channels) * in.padded + i % in.channels;
+        y[(int64_t)pixel * out.padded + c] = c < out.channels ? x[from] : 0.f;
+        i += c < out.channels;
+      }
+  }
+  run.wait();
+}
+
 }  // namespace sgm::SGM_ISA::executor

@@ -155,7 +155,10 @@ class Builder:
 
     def _norm(self, norm: Norm) -> int:
         levels, by_pixel = norm.rows if norm.rows > 1 else 0, (norm.by_pixel, norm.centred, norm.floor, norm.after)
-        index = self.native.norm(norm.channels, norm.groups, levels, norm.has_alpha, norm.eps, *by_pixel)
+        source = -1 if norm.source is None else norm.source.id
+        index = self.native.norm(norm.channels, norm.groups, levels, norm.has_alpha, norm.eps, *by_pixel, source)
+        if norm.source is not None:
+            return index
 
         def pack(native=self.native) -> None:
             table = norm.table()

@@ -15,8 +15,10 @@ from sgm_engine.executors.native.graph import Graph, Value
 from sgm_engine.executors.native.kernel import Kernel
 from sgm_engine.executors.native.norm import Norm as NativeNorm
 from sgm_engine.executors.native.norm import Table, Unsupported
+from sgm_engine.executors.native.potential import lower_potential
 from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.cdm.networks import Attention, Head, Norm, Residual, UNet, Upsample
+from sgm_engine.models.cdm.potential import PotentialNet
 from sgm_engine.rewriting.altered import altered
 
 LANES = 16  # q, k and v begin at multiples of the longest vector
@@ -30,11 +32,11 @@ def lower_cdm(graph: Graph, model: CDM, shape: tuple[int, int, int], levels: int
     if levels != len(model.sigmas):
         raise ValueError(f"the model has {len(model.sigmas)} levels, got {levels}")
     net = model.classifier
-    if type(net) is not UNet:
-        raise Unsupported(f"a classifier that is {type(net).__name__}, not sgm_engine.cdm.UNet")
+    if type(net) not in (UNet, PotentialNet):
+        raise Unsupported(f"a classifier that is {type(net).__name__}, not sgm_engine.cdm.UNet or PotentialNet")
     head = net.head
     terms = {name for name, _ in (*head.named_parameters(), *head.named_buffers())}
-    if type(head) is not Head or terms - {"weight", "bias", "mean", "variance"}:
+    if type(net) is UNet and (type(head) is not Head or terms - {"weight", "bias", "mean", "variance"}):
         raise Unsupported(f"a head with other terms than a linear map and a baseline: {', '.join(sorted(terms))}")
     for name, part in model.named_modules():
         if why := altered(part):
@@ -44,6 +46,8 @@ def lower_cdm(graph: Graph, model: CDM, shape: tuple[int, int, int], levels: int
     for name, p in model.named_parameters():
         if p.dtype != torch.float32 or p.device.type != "cpu":
             raise Unsupported(f"{name} is {p.dtype} on {p.device}, not float32 on the CPU")
+    if type(net) is PotentialNet:
+        return lower_potential(graph, model, shape)
     if shape[1] % net.patch or shape[2] % net.patch:
         raise ValueError(f"image size must divide by patch = {net.patch}, got {shape[1]}×{shape[2]}")
     x = graph.embed(shape, net.patch, net.fourier, _ends(model))

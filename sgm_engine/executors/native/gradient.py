@@ -16,7 +16,10 @@ Op = _C.Op
 
 
 def append_gradient(graph: Graph, out: Value, gradient: Value) -> None:
-    """End ``graph``, which begins with ``embed``, by its gradient in x, given that in ``out``. Raises Unsupported."""
+    """End ``graph``, which begins with ``embed`` or ``noise_features``, by its gradient in x, given that in ``out``.
+
+    Raises Unsupported.
+    """
     way = _Way(graph)
     way.sums[out.id] = gradient
     for layer in reversed(tuple(graph.layers)):
@@ -28,7 +31,7 @@ class _Way:
     """sums: value → the sum of the gradients that layers behind it have given so far."""
 
     def __init__(self, graph: Graph):
-        self.graph, self.sums = graph, {}
+        self.graph, self.sums, self.waves = graph, {}, None
 
     def give(self, x: Value, emit: Callable[[list[Value]], Value]) -> None:
         """emit(addends) makes one more gradient of x, the sum so far added."""
@@ -43,7 +46,15 @@ class _Way:
             if scale != 1:
                 raise Unsupported(f"the gradient of an addend times {scale}")
             self.give_on(a, g)
-        if layer.op == Op.embed:
+        if layer.op == Op.waves:
+            self.waves = g
+        elif layer.op == Op.noise_features:
+            graph.store_potential(g, self.waves)
+        elif layer.op == Op.constant:
+            pass  # a parameter's: it gets none
+        elif layer.op == Op.reshape:
+            self.give(x, lambda add: self._plus(graph.reshape(g, x[1:]), add))
+        elif layer.op == Op.embed:
             graph.store_gradient(g, layer.out)
         elif layer.op == Op.conv and layer.kernel is not None:
             self._conv(layer, g)
@@ -67,9 +78,13 @@ class _Way:
         turned = kernel.transposed()
         if layer.norm is None and layer.activation == "none":
             return self.give(x, lambda add: graph.conv(g, turned, add=add))
-        if layer.norm is None:
-            raise Unsupported(f"the gradient of {layer.activation} without a norm before a convolution")
-        inner = graph.conv(g, turned)
+        inner, norm, activation = graph.conv(g, turned), layer.norm, layer.activation
+        if norm is None or norm.groups == 0:
+            self.give(x, lambda add: graph.affine_backward(x, inner, norm, activation, add))
+            if norm is not None and norm.source is not None:
+                film = graph.film_backward(x, inner, norm, activation)
+                self.give(norm.source, lambda add: self._plus(film, add))
+            return
         self.give(x, lambda add: graph.norm_backward(x, inner, layer.norm, layer.activation, add))
 
     def _plus(self, value: Value, add: list[Value]) -> Value:

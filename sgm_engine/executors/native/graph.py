@@ -98,6 +98,58 @@ class Graph(Builder):
         """The network's output: table[:, 2]·∇ᵤ + table[:, 3]·x + table[:, 4], by the gradient of what embed made."""
         self._layer(_C.Op.store_gradient, gradient, None, second=embedded)
 
+    def noise_features(
+        self, shape: tuple[int, int, int], potentials: int, waves: int, table: Table, classes: int
+    ) -> tuple[Value, Value]:
+        """What a classifier of potentials reads of x [*shape]: planes, 2×2 pixels as channels, and [waves, 1, 1].
+
+        table: float64, csrc/cpu/executor/program.h's Potential, with a row a level.
+        """
+        channels, height, width = shape
+        self.native.potential(channels, height, width, classes, waves, potentials)
+
+        def pack(native=self.native) -> None:
+            numbers = table.make().contiguous()
+            native.set_potential((numbers.data_ptr(), numbers.numel()))
+
+        self._keep(table.tensors, pack)
+        planes = self._layer(_C.Op.noise_features, None, (16 * channels, height // 2, width // 2))
+        return planes, self._layer(_C.Op.waves, None, (waves, 1, 1))
+
+    def potential(self, fields: Value) -> Value:
+        """Gradient in the fields a [4·C·M, H/2, W/2] of Σ w_m(level)·⟨y, a_m⟩; that in y waits for store_potential."""
+        return self._layer(_C.Op.potential, fields, fields[1:])
+
+    def store_potential(self, planes: Value, waves: Value) -> None:
+        """The network's output, by the gradients in what noise_features made."""
+        self._layer(_C.Op.store_potential, planes, None, second=waves)
+
+    def constant(self, values: Table, shape: tuple[int, int, int]) -> Value:
+        """values [*shape], the same for every image."""
+        index = self.native.constant(*shape)
+
+        def pack(native=self.native) -> None:
+            pixels = as_float32(values.make().permute(1, 2, 0))
+            native.set_constant(index, given(pixels))
+
+        self._keep(values.tensors, pack)
+        return self._layer(_C.Op.constant, None, shape, first=index)
+
+    def reshape(self, x: Value, shape: tuple[int, int, int]) -> Value:
+        """The numbers of x, pixel by pixel, each with its channels, in another shape."""
+        return self._layer(_C.Op.reshape, x, shape)
+
+    def affine_backward(
+        self, x: Value, gradient: Value, norm: Norm | None, activation: Activation, add: Add = ()
+    ) -> Value:
+        """Gradient in x, given that of activation(γ·x + β), plus at most two addends; no norm: of activation(x)."""
+        return self._layer(_C.Op.affine_backward, x, x[1:], second=gradient, add=add, norm=norm, activation=activation)
+
+    def film_backward(self, x: Value, gradient: Value, norm: Norm, activation: Activation) -> Value:
+        """Gradient in γ and β, [2·channels, 1, 1], given that of activation(γ·x + β)."""
+        shape = (2 * x.channels, 1, 1)
+        return self._layer(_C.Op.film_backward, x, shape, second=gradient, norm=norm, activation=activation)
+
     def fir(
         self,
         x: Value,

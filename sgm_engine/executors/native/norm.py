@@ -35,6 +35,7 @@ class Table:
 class Norm:
     """y = γ·(x̂ + α·ms) + β: x̂ is x normalised in ``groups`` groups of channels, or x itself if groups is 0.
 
+    source: a tensor of γ, then β, for each image, in the place of parts.
     parts: γ, α and β; None: 1, 0, 0. ms: the channel means, standardised across channels (InstanceNorm++).
     by_pixel: of each pixel's channels, x̂ = (x − mean)/(after + √(max(variance, floor) + eps)); not centred: mean = 0.
     """
@@ -47,6 +48,7 @@ class Norm:
     centred: bool = True
     floor: float = 0.0
     after: float = 0.0
+    source: tuple | None = None  # a graph's Value
 
     @property
     def rows(self) -> int:
@@ -88,6 +90,11 @@ class Norm:
 def affine(channels: int) -> Norm:
     """y = x, to be followed by ``then``."""
     return Norm(channels, 0, 0.0)
+
+
+def film(channels: int, source: tuple) -> Norm:
+    """y = γ·x + β of each image's own γ and β, source [2·channels, 1, 1]."""
+    return Norm(channels, 0, 0.0, source=source)
 
 
 def norm_of(module: nn.Module) -> Norm:

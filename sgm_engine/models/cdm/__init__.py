@@ -8,6 +8,11 @@ __getattr__, __dir__, __all__ = lazily(
         "config": ("CDMConfig",),
         "classes": ("NoiseClasses",),
         "model": ("CDM",),
+        "gaussian": ("GaussianBase",),
+        "potential": (
+            "NoiseFeatures",
+            "PotentialNet",
+        ),
         "networks": (
             "MLP",
             "UNet",

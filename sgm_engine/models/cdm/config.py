@@ -7,21 +7,29 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from sgm_engine.models.cdm.classes import SCHEDULES, NoiseClasses
 from sgm_engine.models.config import _check_plan
 
 WHOLE = ("channels", "image_size", "width", "blocks", "patch", "levels")
 MAX_BLOCKS, MAX_WIDTH = 1000, 65_536
 OPTIONAL = ("plan", "schedule_options", "attention", "fourier", "features", "baseline", "patch")
+POTENTIAL = ("potentials", "mixing", "focus")  # left out of a file where they are None
+UNET_ONLY = {"attention": (), "fourier": (), "features": None, "baseline": None, "patch": 1}
+MAX_PIXELS = 4096  # whose covariance a GaussianBase holds
+MAX_TABLE = 4_000_000  # pixels × levels of its tables, of which there are some
 
 
 @dataclasses.dataclass(frozen=True)
 class CDMConfig:
-    """A U-Net that tells T + 2 noise levels of images in [0, 1] apart. ValueError names the field and the value.
+    """A network that tells T + 2 noise levels of images in [0, 1] apart. ValueError names the field and the value.
 
-    width, multipliers, blocks, attention [pixels], patch, fourier, features, baseline: as networks.UNet. schedule: one
+    width, multipliers, blocks, attention [pixels], patch, fourier, features, baseline: as networks.UNet; where
+    ``potentials`` is given, width, multipliers, blocks, potentials and mixing as potential.PotentialNet. schedule: one
     of classes.SCHEDULES, of ``levels`` classes between data and reference, with schedule_options; it applies to
-    u = 2·x − 1. plan: as in models.ModelConfig.
+    u = 2·x − 1. focus: (least σ, greatest σ, share): in training, classes of other σ are met ``share`` times as often
+    (data and reference, too, as often as the middle). plan: as in models.ModelConfig.
     """
 
     channels: int
@@ -37,6 +45,9 @@ class CDMConfig:
     fourier: Sequence[int] = ()
     features: int | None = None
     baseline: Sequence[float] | None = None
+    potentials: int | None = None
+    mixing: Sequence[int] | None = None
+    focus: Sequence[float] | None = None
     plan: Mapping[str, bool | int | float | str] | None = None
 
     architecture = "CDM"
@@ -72,6 +83,20 @@ class CDMConfig:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(type(v) in (int, float) for v in pair):
                 raise ValueError(f"baseline must be [mean, std], got {pair!r}")
             object.__setattr__(self, "baseline", tuple(map(float, pair)))
+        if self.potentials is not None or self.mixing is not None:
+            self._check_potentials()
+        if self.focus is not None:
+            triple = self.focus
+            if (
+                not isinstance(triple, (list, tuple))
+                or len(triple) != 3
+                or not all(type(v) in (int, float) for v in triple)
+            ):
+                raise ValueError(f"focus must be [least σ, greatest σ, share], got {triple!r}")
+            low, high, share = map(float, triple)
+            if not (0 <= low < high and 0 < share <= 1):
+                raise ValueError(f"focus needs 0 <= least < greatest and 0 < share <= 1, got {triple!r}")
+            object.__setattr__(self, "focus", (low, high, share))
         if self.plan is not None:
             object.__setattr__(self, "plan", _check_plan(self.plan))
         _ = self.classes  # refuses what the schedule refuses
@@ -79,6 +104,15 @@ class CDMConfig:
     @property
     def classes(self) -> NoiseClasses:
         return SCHEDULES[self.schedule](self.levels, **self.schedule_options)
+
+    @property
+    def prior(self) -> np.ndarray | None:
+        """How often each class is met in training [T + 2], up to a factor; None: equally."""
+        if self.focus is None:
+            return None
+        low, high, share = self.focus
+        sigmas = self.classes.sigmas[::-1]
+        return np.r_[1.0, np.where((sigmas >= low) & (sigmas <= high), 1.0, share), 1.0]
 
     @property
     def least_tensors(self) -> int:
@@ -93,18 +127,51 @@ class CDMConfig:
     def build(self):
         """The model with random weights, on torch's current default device."""
         from sgm_engine.models.cdm.model import CDM
-        from sgm_engine.models.cdm.networks import UNet
 
-        names = ("width", "multipliers", "blocks", "attention", "patch", "fourier", "features", "baseline")
-        options = {name: getattr(self, name) for name in names}
-        network = UNet(self.channels, self.image_size, self.classes, **options)
         shape = (self.channels, self.image_size, self.image_size)
-        model = CDM(network, self.classes, shape, scale=2.0, shift=-1.0, plan=self.plan and dict(self.plan))
+        model = CDM(self._network(), self.classes, shape, 2.0, -1.0, self.prior, plan=self.plan and dict(self.plan))
         model.config = self
         return model
 
+    def _network(self):
+        from sgm_engine.models.cdm.networks import UNet
+        from sgm_engine.models.cdm.potential import PotentialNet
+
+        names = ["width", "multipliers", "blocks"]
+        names += [*UNET_ONLY] if self.potentials is None else ["potentials", "mixing"]
+        network = UNet if self.potentials is None else PotentialNet
+        return network(self.channels, self.image_size, self.classes, **{name: getattr(self, name) for name in names})
+
+    def _check_potentials(self) -> None:
+        self._whole("potentials", self.potentials, 1)
+        mixing = self.mixing
+        if not isinstance(mixing, (list, tuple)) or len(mixing) != 2:
+            raise ValueError(f"mixing must be [channels, hidden], got {mixing!r}")
+        for v in mixing:
+            self._whole("mixing", v, 1)
+        object.__setattr__(self, "mixing", tuple(mixing))
+        for name, value in UNET_ONLY.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} belongs to a U-Net, which has no potentials: leave out one of the two")
+        if len(self.multipliers) != 2 or self.image_size % 4:
+            raise ValueError(
+                "a network of potentials needs two multipliers and an image_size that divides by 4, got "
+                f"{list(self.multipliers)} and {self.image_size}"
+            )
+        if self.channels * self.image_size**2 > MAX_PIXELS:
+            raise ValueError(
+                f"potentials need a covariance of at most {MAX_PIXELS} pixels, got {self.channels}×{self.image_size}²"
+            )
+        if self.channels * self.image_size**2 * self.levels > MAX_TABLE:
+            raise ValueError(f"potentials need pixels × levels of at most {MAX_TABLE}, got {self.levels} levels")
+        if max(4 * self.channels * self.potentials, *mixing) > MAX_WIDTH:
+            raise ValueError(
+                f"potentials and mixing must make at most {MAX_WIDTH} channels, got {self.potentials}, {mixing}"
+            )
+
     def to_json(self) -> str:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields = {name: value for name, value in fields.items() if name not in POTENTIAL or value is not None}
         return json.dumps({"architecture": self.architecture, **fields})
 
     @classmethod
@@ -114,7 +181,7 @@ class CDMConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(str(k) for k in fields.keys() - known):
             raise ValueError(f"config has unknown fields: {', '.join(unknown)}; a CDM has: {', '.join(sorted(known))}")
-        if missing := sorted(known - set(OPTIONAL) - fields.keys()):
+        if missing := sorted(known - {*OPTIONAL, *POTENTIAL} - fields.keys()):
             raise ValueError(f"config lacks fields: {', '.join(missing)}")
         return cls(**fields)
 

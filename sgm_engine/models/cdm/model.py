@@ -63,6 +63,11 @@ class CDM(nn.Module):
         """T + 2: what a trainer draws a level from, here a class."""
         return self.classes.levels + 2
 
+    def draw_class(self, uniform: Tensor) -> Tensor:
+        """Classes [N] as often as the prior says, of uniform [0, 1) numbers [N]."""
+        share = torch.tensor(np.cumsum(self.prior)[:-1], dtype=torch.float64, device=uniform.device)
+        return torch.searchsorted(share, uniform.double(), right=True)
+
     def to_u(self, x: Tensor) -> Tensor:
         return x if (self.scale, self.shift) == (1, 0) else x * self.scale + self.shift
 
@@ -84,6 +89,12 @@ class CDM(nn.Module):
             f = self.logits(u)
             (gradient,) = torch.autograd.grad(self.class_log_prob(u, t, f).sum(), u, create_graph=create_graph)
         return -_column(self.noise[t], u) * gradient, f
+
+    def noise_pred_direct(self, u: Tensor, t: Tensor) -> Tensor:
+        """E[ε | u, class t] as the classifier's own ``direct`` reads it off its weights: no gradient in u is taken."""
+        if not hasattr(self.classifier, "direct"):
+            raise ValueError(f"a {type(self.classifier).__name__} has no direct denoiser: take one of potentials")
+        return self.classifier.direct(u, t)
 
     def log_q(self, x: Tensor, level: Tensor) -> Tensor:
         """log q_σ(x) of data + σ·noise, nats, [N]; σ of each sample's own level [N]."""
