@@ -144,7 +144,7 @@ class Front:
         named = {quality: self.named(quality) for quality in QUALITIES}
         lines = [
             f"{self.measure} of {self.n:,} samples, seed {self.seed}, to {self.reference}: lower is better",
-            f"features: {self.features}; computed in {self.precision}",
+            f"features: {self.features}; computed in {self.precision}; intervals: without the bias of so few samples",
             f"by: {self.command}",
             f"{'NFE':>5} {'value':>8}  {'95% interval':<15} {'':<{BAR}}  plan",
         ]

@@ -46,17 +46,19 @@ class Outcome:
     def table(self) -> str:
         """Markdown."""
         lines = [
-            f"{self.measure} of {self.n} samples to {self.reference}, held-out seed, 95% intervals.",
+            f"{self.measure} of {self.n} samples to {self.reference}, held-out seed."
+            " Corrected: without the bias of so few samples, and the interval is its own.",
             "",
-            f"| NFE | {self.measure} | 95% interval | plan | |",
-            "|---:|---:|---|---|---|",
+            f"| NFE | {self.measure} | corrected | 95% interval | plan | |",
+            "|---:|---:|---:|---|---|---|",
         ]
         for p in self.points:
             role = {"chosen": "**chosen**", "baseline": "baseline"}.get(p.role, "")
+            corrected = "" if p.quality.corrected is None else f"{p.quality.corrected:.3f}"
             interval = f"{p.quality.low:.3g}–{p.quality.high:.3g}"
-            lines.append(f"| {p.nfe} | {p.quality.value:.3f} | {interval} | {p.label} | {role} |")
+            lines.append(f"| {p.nfe} | {p.quality.value:.3f} | {corrected} | {interval} | {p.label} | {role} |")
         if self.floor is not None:
-            lines.append(f"| | {self.floor:.3f} | | {self.n} training images | floor |")
+            lines.append(f"| | {self.floor:.3f} | | | {self.n} training images | floor |")
         if self.difference is not None:
             d = self.difference
             lines += ["", f"Chosen minus baseline: {d.value:.3f}, 95% interval {d.low:.3f} to {d.high:.3f}."]
