@@ -8,7 +8,7 @@ pytest.importorskip("lightning", reason="needs the extra [train]: pip install 's
 
 from sgm_engine import load_checkpoint
 from sgm_engine.training.config import TrainConfig
-from sgm_engine.training.module import ScoreModule
+from sgm_engine.training.module import ScoreModule, cdm_direct
 from tests.cdm.potentials import digits, potential
 
 CONFIG = """
@@ -63,6 +63,20 @@ def test_both_phases_resume_and_sample(workplace, sgm):
     scored = sgm("eval", "x.npz", "--nll", "--checkpoint", "run/model.safetensors", "--reference", "test.npy")
     assert scored.returncode == 0, scored.stderr
     assert scored.stdout.count("bits per dimension") == 2
+
+
+def test_a_resumed_run_may_lengthen_its_first_phase(workplace, sgm, monkeypatch):
+    command, phases = ("train", "--config", "tiny.yaml", "--data", ".", "--accelerator", "cpu", "--out", "run"), []
+    step = ScoreModule.training_step
+
+    def seen(module, *args):
+        phases.append(module._objective() is cdm_direct)
+        return step(module, *args)
+
+    monkeypatch.setattr(ScoreModule, "training_step", seen)
+    assert sgm(*command, "--set", "steps=4").returncode == 0
+    assert sgm(*command, "--set", "direct_steps=5").returncode == 0
+    assert phases == [True, True, True, False, True, False]
 
 
 def test_each_phase_has_its_rise_and_its_fall():
