@@ -7,8 +7,9 @@ import torch
 pytest.importorskip("lightning", reason="needs the extra [train]: pip install 'sgm-engine[train]'")
 
 from sgm_engine import load_checkpoint
+from sgm_engine.training.cdm_objective import cdm_direct
 from sgm_engine.training.config import TrainConfig
-from sgm_engine.training.module import ScoreModule, cdm_direct
+from sgm_engine.training.module import ScoreModule
 from tests.cdm.potentials import digits, potential
 
 CONFIG = """
