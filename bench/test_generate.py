@@ -19,7 +19,9 @@ from sgm_engine.jobs.verify import verify
 from sgm_engine.models.ncsn import NCSN
 from sgm_engine.plans.plan import annealed_langevin
 
-N, BATCH, SHARD = 32, 8, 12  # a shard is no multiple of the batch: drawing them one by one would take more steps
+# A shard is no multiple of the batch: drawing them one by one would take more steps. To know its model costs a job a
+# fixed time: 64 samples reach 0.976 in PNG, 32 reach 0.967.
+N, BATCH, SHARD = 64, 8, 12
 
 
 @pytest.fixture(scope="module")

@@ -88,11 +88,13 @@ class EngineSource:
         with closing(stream), suppress(Cancelled):
             for sample_id, x in stream:
                 add(sample_id, x)
-                while finished:
+                if finished:
                     self._check(spec, contents)
+                while finished:
                     settle()  # a shard shorter than the batch can be complete as soon as the one before it
                     yield finished.popleft()
-        self._check(spec, contents)
+        if finished:
+            self._check(spec, contents)
         for drawn in finished:  # shards whose last sample diverged
             settle()
             yield drawn
