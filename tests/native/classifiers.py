@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from sgm_engine.executors.native.gradient import append_gradient
 from sgm_engine.executors.native.graph import Graph
@@ -56,3 +57,12 @@ def gradient_of(emit, x, gamma, octaves=(), patch=1):
     append_gradient(graph, out, graph.slope(out, scale, "silu"))
     graph.plan()
     return graph.run(x, torch.zeros(len(x), dtype=torch.int64), torch.full_like(x, torch.nan))
+
+
+def gradients_agree(cases, x, gamma):
+    """cases: name → (layers for gradient_of, what they compute in float64)."""
+    for name, (emit, f) in cases.items():
+        x64 = x.double().requires_grad_()
+        out = f(x64)
+        want = torch.autograd.grad((F.silu(out) * gamma[: out.shape[1], None, None].double()).sum(), x64)[0]
+        assert relative_error(gradient_of(emit, x, gamma), want) < 2e-6, name

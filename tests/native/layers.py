@@ -10,6 +10,19 @@ def relative_error(y, want):
     return ((y.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
 
 
+def bits_of_any_threads(network, x, level, threads, numbers=(1, 2, 3)):
+    """What it makes of x: the same for these numbers of threads, and of images 0 and 7 alone."""
+    want = None
+    for n in numbers:
+        threads(n)
+        y = network(x, level)
+        want = y if want is None else want
+        assert torch.equal(y, want)
+        for i in (0, 7):  # alone, so that with several threads a team shares one image
+            assert torch.equal(network(x[i : i + 1], level[i : i + 1])[0], want[i])
+    return want
+
+
 def identity(channels):
     conv = nn.Conv2d(channels, channels, 1, bias=False)
     with torch.no_grad():

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from sgm_engine.executors.native.executor import NativeNetwork
 from sgm_engine.executors.native.kernel import Kernel
 from sgm_engine.executors.native.norm import Norm, Table
-from tests.native.classifiers import LEVELS, gradient_of, question, score64, small, worst
-from tests.native.layers import relative_error
+from tests.native.classifiers import LEVELS, gradient_of, gradients_agree, question, score64, small, worst
+from tests.native.layers import bits_of_any_threads, relative_error
 
 SHAPES = {
     "one resolution": {"multipliers": (1,), "attention": ()},
@@ -107,11 +107,7 @@ def test_gradient_of_each_layer(isa, size):
         lambda g, v: g.attention(g.conv(v, Kernel.of(first).split(3, 16)), 7),
         lambda x: attend(first64(x)),
     )
-    for name, (emit, f) in cases.items():
-        x64 = x.double().requires_grad_()
-        out = f(x64)
-        want = torch.autograd.grad((F.silu(out) * gamma[: out.shape[1], None, None].double()).sum(), x64)[0]
-        assert relative_error(gradient_of(emit, x, gamma), want) < 2e-6, name
+    gradients_agree(cases, x, gamma)
 
 
 def test_waves_at_high_frequencies():
@@ -128,14 +124,8 @@ def test_waves_at_high_frequencies():
 def test_bits_depend_on_neither_threads_nor_neighbours(threads):
     model = small(**SHAPES["as cdm_mnist_small"], width=32, attention=(7,))
     x, level = question(model, 11)
-    network, want = NativeNetwork(model, 11, 14, 14), None
-    for n in (1, 2, 3, 5):
-        threads(n)
-        y = network(x, level)
-        want = y if want is None else want
-        assert torch.equal(y, want)
-        for i in (0, 7):  # alone, so that with several threads a team shares one image
-            assert torch.equal(network(x[i : i + 1], level[i : i + 1])[0], want[i])
+    network = NativeNetwork(model, 11, 14, 14)
+    want = bits_of_any_threads(network, x, level, threads, (1, 2, 3, 5))
     assert not torch.equal(network(x, (level + 1) % LEVELS), want)
     alone = []
     for n in (1, 3):  # planned for one thread an image, and for three

@@ -15,6 +15,7 @@ from sgm_engine.models import NCSN
 from sgm_engine.plans.plan import annealed_langevin
 from tests.models.test_models import GOLDEN, golden
 from tests.native.layers import (
+    bits_of_any_threads,
     relative_error,
     run_layers,
 )
@@ -55,14 +56,7 @@ def test_bits_depend_on_neither_threads_nor_neighbours(threads):
     model = tiny(ngf=20, size=12)
     x, level = torch.rand(11, 1, 12, 12), torch.arange(11) % 3
     network = NativeNetwork(model, 11, 12, 12)
-    want = None
-    for n in (1, 2, 3):
-        threads(n)
-        y = network(x, level)
-        want = y if want is None else want
-        assert torch.equal(y, want)
-        for i in (0, 7):  # alone, so that with several threads a team shares one image
-            assert torch.equal(network(x[i : i + 1], level[i : i + 1])[0], want[i])
+    want = bits_of_any_threads(network, x, level, threads)
     assert not torch.equal(network(x, (level + 1) % 3), want)
 
 

@@ -11,8 +11,8 @@ from sgm_engine import Engine, ancestral, annealed_langevin, ddim, dpm_solver_2m
 from sgm_engine.executors.native.executor import NativeNetwork, refusal
 from sgm_engine.executors.native.norm import Norm, Table, film
 from tests.cdm.potentials import digits, potential
-from tests.native.classifiers import gradient_of, score64, worst
-from tests.native.layers import relative_error
+from tests.native.classifiers import gradients_agree, score64, worst
+from tests.native.layers import bits_of_any_threads, relative_error
 
 SHAPES = {
     "small": {},
@@ -66,14 +66,7 @@ def test_other_precisions():
 
 def test_bits_depend_on_neither_threads_nor_neighbours(threads):
     model, x, level = case("vectors", batch=11)
-    network, want = native(model, 11), None
-    for n in (1, 2, 3, 5):
-        threads(n)
-        y = network(x, level)
-        want = y if want is None else want
-        assert torch.equal(y, want)
-        for i in (0, 7):  # alone, so that with several threads a team shares one image
-            assert torch.equal(network(x[i : i + 1], level[i : i + 1])[0], want[i])
+    bits_of_any_threads(native(model, 11), x, level, threads, (1, 2, 3, 5))
 
 
 def test_weights_and_base_follow():
@@ -119,7 +112,7 @@ def test_chains_equal_the_eager_executor(name, schedule):
     assert relative_error(native, want) <= 2 * relative_error(eager, want) + 1e-6
 
 
-def test_gradient_of_each_new_layer(isa):
+def test_gradient_of_each_layer_of_potentials(isa):
     torch.manual_seed(0)
     x, gamma = torch.randn(2, 6, 4, 6), torch.randn(64)
     first, third, dense = nn.Conv2d(6, 21, 1), nn.Conv2d(21, 5, 3, padding=1), nn.Conv2d(6 * 24, 42, 1)
@@ -160,11 +153,7 @@ def test_gradient_of_each_new_layer(isa):
             lambda x: own[dense](flat(x)).view(len(x), 2, 3, 7).permute(0, 3, 1, 2),
         ),
     }
-    for name, (emit, f) in cases.items():
-        x64 = x.double().requires_grad_()
-        out = f(x64)
-        want = torch.autograd.grad((F.silu(out) * gamma[: out.shape[1], None, None].double()).sum(), x64)[0]
-        assert relative_error(gradient_of(emit, x, gamma), want) < 2e-6, name
+    gradients_agree(cases, x, gamma)
 
 
 def test_a_nan_is_seen_and_stays_where_it_is():
