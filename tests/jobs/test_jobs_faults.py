@@ -149,6 +149,29 @@ def test_weights_that_change_while_a_job_draws_are_noticed(tmp_path):
     assert job.run().complete
 
 
+def test_a_shard_whose_last_sample_diverged_is_no_less_checked(tmp_path, monkeypatch):
+    class Net(torch.nn.Module):
+        sigmas, shape = faults.SIGMAS, (1, 4, 4)
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x, level):
+            return self.scale * faults.toy_score(x, level)
+
+    engine = Engine(Net(), batch=8, executor="eager")
+    job, stream = Job(engine, tmp_path / "job", 8, shard_size=8, plan=toy_plan()), engine.stream
+
+    def changed(*args, **options):
+        engine.model.scale.data.fill_(torch.nan)
+        return stream(*args, **options)
+
+    monkeypatch.setattr(engine, "stream", changed)
+    with pytest.raises(EngineError, match="weights changed"):
+        job.run()
+
+
 def test_the_next_shard_is_drawn_while_one_is_written(tmp_path, monkeypatch):
     """The write of shard 0 waits until the model has been called for shard 1: it never would be if writing blocked."""
     calls, more = [], threading.Event()
