@@ -43,8 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         getattr(sys, name).reconfigure(errors="replace")  # a terminal without σ shows a question mark
     try:
         with interruptible():
-            args = parser().parse_args(argv)
-            return args.run(args)
+            try:
+                args = parser().parse_args(argv)
+                return args.run(args)
+            finally:
+                _flush()
     except BadInput as error:
         return complain(USAGE, error)
     except JobBusy as error:
@@ -54,12 +57,20 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return complain(INTERRUPTED, "interrupted; nothing is half-written")
     except BrokenPipeError:  # `sgm doctor | head -1`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so once more as it ends
         return UNREAD
     except (OSError, MemoryError, RuntimeError, ValueError) as error:  # a full disk, a batch too large, …
         if DEBUG:
             raise
         return complain(FAULT, f"{plainly(error)} (SGM_DEBUG=1 shows where)")
+
+
+def _flush() -> None:
+    """stdout, while it is known what to say if nobody reads it or the disk is full."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so once more as it ends
+        raise
 
 
 class Completion(argparse.Action):

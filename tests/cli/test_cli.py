@@ -214,12 +214,22 @@ def test_samples_that_diverge_are_left_out_and_said(draw, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "redirection, code", [("| true; exit ${PIPESTATUS[0]}", 141), (">&-", 0), ("2>&-", 0), (">&- 2>&-", 0)]
 )
-def test_output_that_nobody_reads(tmp_path, redirection, code):
-    """Also where the locale is not UTF-8: --list prints what files hold that are."""
-    plain = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = f"{{ sleep 0.2; {sys.executable} -m sgm_engine train --list; }} {redirection}"
+@pytest.mark.parametrize("arguments", ["train --list", "--help"])
+def test_output_that_nobody_reads(tmp_path, arguments, redirection, code):
+    """Also where the locale is not UTF-8: --list prints what files hold that are. What is printed waits in a buffer."""
+    plain = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    plain |= {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = f"{{ sleep 0.2; {sys.executable} -m sgm_engine {arguments}; }} {redirection}"
     done = subprocess.run(["bash", "-c", command], env=plain, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (code, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_output_that_nothing_can_hold(tmp_path):
+    plain = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    command = f"{sys.executable} -m sgm_engine train --list > /dev/full"
+    done = subprocess.run(["bash", "-c", command], env=plain, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "No space left on device" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_a_full_disk_is_one_line(draw, tmp_path, monkeypatch):
