@@ -66,7 +66,8 @@ def mala(model, plan: Plan, n: int, seed: int = 0, first_id: int = 0, init: Tens
     model: a CDM, a Density, or anything with ``log_q_and_score(x, level)`` → (log q_σ(x) [n], score), ``sigmas``,
     ``shape`` and a device like its ``sigmas``. One evaluation a row, and one more at each change of level. All n at
     once. Proposals meet the noise that Engine.sample(n, seed, plan, first_id) would draw; whether they are taken is
-    decided by the uniform of stream "accept", draw k in row k = 1, 2, … ValueError names a row that is no such step.
+    decided by the uniform of stream "accept", draw k in row k = 1, 2, … ValueError names a row that is no such step,
+    and a sample that begins a level where log q or its gradient is not finite: such a chain could never move.
     """
     if not hasattr(model, "log_q_and_score"):
         raise TypeError(f"{type(model).__name__} has no energies (log_q_and_score): pass a CDM, or a Density of yours")
@@ -90,6 +91,7 @@ def mala(model, plan: Plan, n: int, seed: int = 0, first_id: int = 0, init: Tens
         if plan.level[k] != level_before:
             value, score = model.log_q_and_score(x, level)
             level_before = plan.level[k]
+            _refuse_outside(value, score, ids, int(plan.level[k]))
         proposal = ops.langevin_update(x, score, table, draw, torch.full_like(level, k), seeds, ids)
         if plan.c[k] == 0:
             x, level_before = proposal, None
@@ -122,6 +124,16 @@ def _check(plan: Plan, sigmas: Tensor) -> None:
                 f"plan row {row} has sigma {plan.sigma[row]:g} at level {plan.level[row]}, which is not the model's: "
                 "make the plan from model.sigmas"
             )
+
+
+def _refuse_outside(value: Tensor, score: Tensor, ids: Tensor, level: int) -> None:
+    lost = ~(value.isfinite() & score.flatten(1).isfinite().all(1))
+    if lost.any():
+        raise ValueError(
+            f"{int(lost.sum())} of {len(ids)} chains, such as sample {int(ids[lost][0])}, begin level {level} where "
+            "log q or its gradient is not finite, and could never move: start them where the density is (init=, or the "
+            "plan's start_scale and start_shift)"
+        )
 
 
 def _square(v: Tensor) -> Tensor:

@@ -156,6 +156,8 @@ def checked_score(found: object, x: Tensor, half: bool = False) -> Tensor:
             said = (
                 "if the second half of its channels is a learned variance, pass learned_variance=True to leave it out"
             )
+        if isinstance(found, Tensor) and found.numel() == len(x):
+            said = "as_score(model, kind='energy') makes a score of an energy"
         if half:
             said = "learned_variance=True is for networks of twice x's channels"
         raise NotAScore(f"model must return a tensor of x's shape {list(x.shape)}, got {what}: {said}")

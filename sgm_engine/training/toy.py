@@ -24,6 +24,8 @@ class Mixture:
         if self.means.shape[:1] != self.weights.shape or self.stds.shape != self.weights.shape:
             shapes = [tuple(t.shape) for t in (self.weights, self.means, self.stds)]
             raise ValueError(f"weights [K], means [K, D], stds [K] must agree, got shapes {shapes}")
+        if not (self.stds >= 0).all():
+            raise ValueError(f"stds must be at least 0, got {self.stds.min().item():g}")
 
     @property
     def dim(self) -> int:
@@ -55,6 +57,8 @@ class Mixture:
         """log w_k·N(x; …) [N, K] and (μ_k − x)/v_k [N, K, D]."""
         noise = torch.as_tensor(sigma, dtype=torch.float64).expand(len(x))
         variance = self.stds**2 + noise[:, None] ** 2  # [N, K]
+        if not (variance > 0).all():
+            raise ValueError(f"sigma must be positive where points have no width, got {noise.min().item():g}")
         difference = self.means - x.flatten(1).double()[:, None]
         exponent = -0.5 * difference.square().sum(2) / variance
         norm = 0.5 * self.dim * torch.log(2 * torch.pi * variance)
