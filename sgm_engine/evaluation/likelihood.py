@@ -168,7 +168,7 @@ class FlowDensity:
             low + (high - low) * x,
             self.tolerance,
             first_id=len(self.errors),
-            prior_mean=torch.as_tensor(mean),
+            prior_mean=torch.tensor(np.array(mean)),
             prior_std=std,
         )
         size = x.shape[1:].numel()

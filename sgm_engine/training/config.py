@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from sgm_engine.files.reading import MAX_YAML, parse_yaml, read_text
-from sgm_engine.models import ModelConfig
+from sgm_engine.models import ARCHITECTURES, ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.models.config import MAX_LEVELS
 from sgm_engine.models.family import NETWORKS, FamilyConfig
+from sgm_engine.models.multi_sample import MAX_COPIES, MultiSampleConfig
 from sgm_engine.plans.schedule import geometric
 from sgm_engine.training import families
 from sgm_engine.training.objectives import OBJECTIVES
@@ -35,7 +36,8 @@ class TrainConfig:
     models.preconditioning, its constants}, empty for the usual one, and for ddpm the fields of a diffusers scheduler;
     levels: also of a ddpm's timesteps, evenly; plan: with "nfe", evaluations.
     image_size: of a folder of pictures; other data know theirs. objective: of OBJECTIVES ("cdm" for a CDM), and its
-    keyword arguments in objective_options. direct_steps: so many first steps train a CDM of potentials as a denoiser
+    keyword arguments in objective_options. copies: of multi_sample, each with √copies times the noise of the levels,
+    which are those of their mean. direct_steps: so many first steps train a CDM of potentials as a denoiser
     (``cdm_direct``), warmup and decay apart. steps: optimizer steps in all; batch: images a step, over all processes.
     warmup: steps; decay: share of the steps, at the end, over which lr falls to 0; ema: 0 keeps no average; clip: of
     the gradient's norm, 0 none. precision: float32, bfloat16 or float16 (mixed). compile_norms: torch.compile of the
@@ -54,6 +56,7 @@ class TrainConfig:
     image_size: int | None = None
     flip: bool = False
     objective: str = "denoising"
+    copies: int = 1
     objective_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     direct_steps: int = 0
     steps: int = 200_000
@@ -93,13 +96,22 @@ class TrainConfig:
         self._need("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
         cdm = self.architecture == CDMConfig.architecture
         self._need("objective", cdm == (self.objective == "cdm"), "cdm if, and only if, the architecture is CDM")
+        many = self.objective == "multi_sample"
+        limit = f"between 2 and {MAX_COPIES} if, and only if, the objective is multi_sample, else 1"
+        self._need("copies", 2 <= self.copies <= MAX_COPIES if many else self.copies == 1, limit)
         direct = self.direct_steps == 0 or (self.objective == "cdm" and self.network.get("potentials") is not None)
         self._need("direct_steps", direct, "0 for a network without potentials")
         self._need("direct_steps", self.direct_steps < self.steps, f"below steps = {self.steps}")
         self.model(1, 32 if self.image_size is None else self.image_size)  # checks what the network's config checks
 
-    def model(self, channels: int, image_size: int) -> ModelConfig | CDMConfig | FamilyConfig:
+    def model(self, channels: int, image_size: int) -> ModelConfig | CDMConfig | FamilyConfig | MultiSampleConfig:
         """The network for images [channels, image_size, image_size]."""
+        if self.copies > 1:
+            if self.architecture not in ARCHITECTURES:
+                known = ", ".join(ARCHITECTURES)
+                raise ValueError(f"architecture must be one of {known} for several copies, got {self.architecture}")
+            one = dataclasses.replace(self, copies=1, objective="denoising", objective_options={})
+            return MultiSampleConfig(self.copies, one.model(channels * self.copies, image_size))
         if self.architecture in NETWORKS:
             return families.record(self, channels, image_size)
         if self.preconditioning:

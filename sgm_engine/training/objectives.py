@@ -191,12 +191,13 @@ def _held(x: Tensor, reference: Tensor) -> int:
 
 
 @_reduced
-def multi_sample(model: Model, x: Tensor, levels: Tensor, key: Key, *, copies: int) -> Tensor:
+def multi_sample(model: Model, x: Tensor, levels: Tensor, key: Key, *, copies: int | None = None) -> Tensor:
     """½·M/σ²·‖x̂ − x‖² with x̂ = model(ys, levels) from M ``copies`` y_m = x + σ·z_m stacked as channels [N, M·C, …].
 
     The model predicts the clean x (Tweedie), not a score; ``multisample.score`` turns x̂ into one, at noise σ/√M, and
-    this is its denoising loss there. Draw m is z_m.
+    this is its denoising loss there. Draw m is z_m. copies None: ``model.copies``, as of models.multi_sample.
     """
+    copies = getattr(model, "copies", 0) if copies is None else copies
     if copies < 1:
         raise ValueError(f"copies must be at least 1, got {copies}")
     sigma = _sigma(model, x, levels)
@@ -274,5 +275,5 @@ def _square(a: Tensor) -> Tensor:
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (denoising, implicit, sliced, denoising_autoencoder, stable_target, cdm)
-}  # those that need nothing but a network (cdm: a CDM, the others: a score network) and data
+    f.__name__: f for f in (denoising, implicit, sliced, denoising_autoencoder, stable_target, multi_sample, cdm)
+}  # those that need nothing but a network (cdm: a CDM, multi_sample: a MultiSample, others: of scores) and data

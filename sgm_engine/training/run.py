@@ -27,6 +27,7 @@ from sgm_engine.files.writing import append_line, remove, write_file
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
 from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.family import FamilyModel
+from sgm_engine.models.multi_sample import MeanScore
 from sgm_engine.plans.law import DataLaw
 from sgm_engine.training.callbacks import EMA, SampleGrid, live_network
 from sgm_engine.training.cdm_fits import fit_base, fit_biases
@@ -190,7 +191,7 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
     options = dict(config.objective_options)
     objective = partial(OBJECTIVES[config.objective], **options) if options else config.objective
     module = ScoreModule(
-        network,
+        network.model if isinstance(network, MeanScore) else network,
         objective,
         config.lr,
         (config.beta1, config.beta2),
@@ -224,6 +225,11 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
 def _initialise(network: nn.Module, weights: str | Path) -> None:
     """Copy the weights of a checkpoint of the same network; its plan may be another."""
     start = load_checkpoint(weights)
+    if isinstance(network, MeanScore):
+        network, many = network.model.network, network.model.copies
+        if not isinstance(start, MeanScore) or start.model.copies != many:
+            raise ValueError(f"--init {weights}: holds no network of {many} copies")
+        start = start.model.network
     if type(start.config) is not type(network.config):
         raise ValueError(f"--init {weights}: holds a {start.config.architecture}, not a {network.config.architecture}")
     if isinstance(network, FamilyModel):
