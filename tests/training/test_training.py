@@ -104,9 +104,10 @@ def test_every_logger_that_takes_pictures_gets_the_grid(tmp_path):
     assert got == [("samples", True, 7)] * 2 and (tmp_path / "samples" / "00000007.png").is_file()
 
 
-def test_a_run_is_never_silent_for_long(tmp_path, capsys, monkeypatch):
+def test_a_run_is_never_silent_for_long(tmp_path, caplog, monkeypatch):
     """25 s a step, figures every 4: a line after the first step, and between figures once 30 s had none."""
     now = [0.0]
+    caplog.set_level("INFO", "sgm_engine")
     monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
     report = run.Report(tmp_path, 4, keep=None)
     trainer = SimpleNamespace(global_step=0, max_steps=10, is_global_zero=True)
@@ -115,7 +116,7 @@ def test_a_run_is_never_silent_for_long(tmp_path, capsys, monkeypatch):
     for step in range(1, 9):
         now[0], trainer.global_step = 25.0 * step, step
         report.on_train_batch_end(trainer, None, None)
-    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    said = [line.split() for line in caplog.messages]
     assert [words[1] for words in said] == ["1/10", "3/10", "4/10", "6/10", "8/10"]
     assert said[0][2:] == ["25.000", "s/step", "00:03:45", "left"]
     assert said[2][2:] == ["loss", "2.000", "25.000", "s/step", "00:02:30", "left"]
