@@ -42,6 +42,7 @@ from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.models.family import FamilyConfig
 from sgm_engine.models.multi_sample import MultiSampleConfig
 from sgm_engine.outputs.output import is_folder, sorted_header
+from sgm_engine.pace import paced
 from sgm_engine.plans.schedule import Sigmas, check_sigmas
 
 __all__ = ["CheckpointError", "convert", "load_checkpoint", "read_config", "save_checkpoint"]
@@ -273,7 +274,7 @@ def _fill(config: Config, state: State, file_size: int | None) -> nn.Module:
             raise CheckpointError(f"has {name} of shape {list(held[name])}, where {list(tensor.shape)} belongs")
     if file_size is not None and sum(state.sizes.values()) > file_size:
         raise CheckpointError("describes more values than it holds")
-    weights = {name: read_tensor(state, name) for name in expected}
+    weights = {name: read_tensor(state, name) for name in paced(expected, len(expected), "reading weights", "tensors")}
     if "sigmas" in weights and not torch.equal(weights["sigmas"], model.sigmas):
         raise CheckpointError("holds other sigmas than its config")
     network.load_state_dict(weights, assign=True)

@@ -19,6 +19,7 @@ SCHEDULES = ("geometric", "karras", "linear", "cosine")
 EXECUTORS = ("auto", "eager", "native", "hybrid", "graph")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "direct")
 FORMATS = ("png", "npz", "safetensors", "webdataset")
+STREAM = "-"  # standard output
 QUALITIES = ("draft", "good", "best")
 PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta")
 MAX_SEED, MAX_ID, MAX_BATCH = 2**64, 2**56, 2**31  # each the first that is too large

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+from sgm_engine.cli.arguments import STREAM
 from sgm_engine.cli.console import (
     DAMAGED,
     DIVERGED,
@@ -25,7 +26,7 @@ from sgm_engine.cli.console import (
 )
 from sgm_engine.cli.model import chosen_model, device_of, how_to_load, said
 
-JOB_OPTIONS = ("format", "shard_size", "worker", "ray", "actors")
+JOB_OPTIONS = ("format", "shard_size", "worker", "ray", "actors")  # a stream has a format too
 LINE_EVERY = 60.0  # seconds between two lines of progress of Ray's actors
 
 
@@ -57,9 +58,10 @@ def wanted(args: argparse.Namespace) -> bool:
     from sgm_engine.jobs.worker import Worker
     from sgm_engine.outputs.output import is_folder
 
-    suffix = Path(args.out).suffix
-    folder = is_folder(args.out) or (args.format is not None and suffix not in (".png", ".npz", ".safetensors"))
-    given = [f"--{name.replace('_', '-')}" for name in JOB_OPTIONS if getattr(args, name) is not None]
+    stream, suffix = args.out == STREAM, Path(args.out).suffix
+    named = args.format is not None and suffix not in (".png", ".npz", ".safetensors")
+    folder = not stream and (is_folder(args.out) or named)
+    given = [f"--{name.replace('_', '-')}" for name in JOB_OPTIONS[stream:] if getattr(args, name) is not None]
     if folder:
         if args.gif:
             raise ValueError("argument --gif: goes with a single file, not with a folder of shards: use two commands")
@@ -69,7 +71,8 @@ def wanted(args: argparse.Namespace) -> bool:
             raise ValueError("argument --worker: not with --ray, whose actors share the work by themselves")
         return True
     if given:
-        raise ValueError(f"argument {given[0]}: is for a folder, and --out {args.out} is one file: --out FOLDER/")
+        what = f"--out {args.out} is one {'stream' if stream else 'file'}"
+        raise ValueError(f"argument {given[0]}: is for a folder, and {what}: --out FOLDER/")
     if (count := Worker.from_environment().count) > 1:
         raise ValueError(f"argument --out: {count} workers would all write {args.out}: --out FOLDER/ for shards")
     return False

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from pathlib import Path
 
 from sgm_engine.cli.arguments import BadInput, at_least
+from sgm_engine.cli.console import Printed, heard
 
 EPILOG = """\
 examples:
@@ -77,7 +79,8 @@ def train(args: argparse.Namespace) -> int:
             raise
         raise BadInput(error) from error
     _quiet()
-    job.fit(args.accelerator, args.tensorboard)
+    with heard("sgm_engine.training", Printed(), logging.INFO):
+        job.fit(args.accelerator, args.tensorboard)
     return 0
 
 
@@ -103,7 +106,6 @@ def _check_accelerator(name: str) -> None:
 
 def _quiet() -> None:
     """This process is the command's own: leave out Lightning's advertising and warnings that are no fault of a run."""
-    import logging
     import warnings
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -61,19 +60,22 @@ def register(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from sgm_engine.cli.console import DONE, bad_input
+    from sgm_engine.cli.console import say_beside_bar as say
 
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     with bad_input():
         from sgm_engine.checkpoints.good_plan import start_at
         from sgm_engine.data.sets import open_images
+        from sgm_engine.engine.progress import counting
         from sgm_engine.evaluation.evaluate import summarise
         from sgm_engine.evaluation.features import open_extractor
         from sgm_engine.files.writing import check_writable, staged_folder
+        from sgm_engine.pace import BAR_FIRST
         from sgm_engine.plans.front import recipe_of
         from sgm_engine.plans.law import DataLaw
+        from sgm_engine.plans.plan import Plan
         from sgm_engine.tuning.candidates import FAMILIES, draw_candidates
         from sgm_engine.tuning.front import check_plotting
-        from sgm_engine.tuning.tune import Tuner
+        from sgm_engine.tuning.tune import Tuner, finalists
 
         out = Path(args.out).expanduser()
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -119,9 +121,12 @@ def run(args: argparse.Namespace) -> int:
     tuner = Tuner(model, make_engine, extractor, reference, args.measure)
     began = time.perf_counter()
     survivors = []
-    for plans in groups:
-        survivors += tuner.search(plans, args.seed, args.first, args.last, say, one=bool(args.at))
-    outcome = tuner.confirm(survivors, args.held_out_seed, args.held_out, floor, baseline, say)
+    with counting(_of_search(groups, args.first, args.last), "evaluation", after=BAR_FIRST) as tell:
+        for plans in groups:
+            survivors += tuner.search(plans, args.seed, args.first, args.last, say, bool(args.at), tell)
+    again = [t.plan for t in finalists(survivors)] + ([baseline] if isinstance(baseline, Plan) else [])
+    with counting(args.held_out * sum(plan.nfe for plan in again), "evaluation", after=BAR_FIRST) as tell:
+        outcome = tuner.confirm(survivors, args.held_out_seed, args.held_out, floor, baseline, say, tell)
     outcome.about |= {"budget": budget, "candidates": sum(map(len, groups)), "seed": args.seed,
         "features": extractor.name, "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed,
         "seconds": round(time.perf_counter() - began), "precision": engine.numerics,
@@ -135,6 +140,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"written: {args.write}, the weights with this front")
     print(f"written: {out}/ with front.md, front.json, front.png and plan.json")
     return DONE
+
+
+def _of_search(groups: list, first: int, last: int) -> int:
+    """Evaluations of the search, where those that survive a round are as long as the others."""
+    from sgm_engine.tuning.search import samples_of
+
+    return sum(samples_of(len(g), first, last) * sum(plan.nfe for plan in g) // len(g) for g in groups)
 
 
 def _start(model, sigma: float) -> dict[str, object]:

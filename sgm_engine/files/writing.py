@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import BinaryIO
 from zipfile import ZipFile
 
+from sgm_engine.pace import paced
+
+MIB = 2**20  # bytes
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW  # never a file that is there, never a link
 CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBADF)
 
@@ -73,8 +76,11 @@ def staged_folder(path: Path) -> Iterator[Path]:
 
 def write_file(path: str | os.PathLike, content: bytes | str) -> None:
     """``content`` (a str as UTF-8) under ``path``, in place of what is there, complete or not at all."""
+    content = memoryview(content.encode() if isinstance(content, str) else content)
+    starts = range(0, len(content), MIB)
     with staged(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        for start in paced(starts, len(starts), f"writing {Path(path).name}", "MiB"):
+            file.write(content[start : start + MIB])
 
 
 def append_line(path: str | os.PathLike, line: str) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 from sgm_engine.checks import MAX_SEED, check_int
 from sgm_engine.engine.engine import Engine
-from sgm_engine.engine.progress import clock
 from sgm_engine.errors import Divergence
 from sgm_engine.jobs.card import model_card
 from sgm_engine.jobs.folder import Folder, ShardError
@@ -25,6 +24,7 @@ from sgm_engine.jobs.worker import Worker
 from sgm_engine.jobs.writer import Writer
 from sgm_engine.outputs.images import check_channels
 from sgm_engine.outputs.sample_ids import SampleIds
+from sgm_engine.pace import clock
 from sgm_engine.plans.plan import Plan
 from sgm_engine.rewriting.float8.config import Float8Config
 

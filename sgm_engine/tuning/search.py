@@ -55,6 +55,16 @@ def halve(
         n = min(2 * n, last)
 
 
+def samples_of(count: int, first: int, last: int, keep: float = 0.5) -> int:
+    """How many samples ``halve`` draws of ``count`` trials, all rounds together."""
+    total, before, n = 0, 0, first
+    while True:
+        total += count * (n - before)
+        if n >= last:
+            return total
+        count, before, n = max(1, round(keep * count)), n, min(2 * n, last)
+
+
 def best(
     trials: Sequence[Trial],
     count: int,

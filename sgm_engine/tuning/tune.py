@@ -23,6 +23,7 @@ from sgm_engine.plans.plan import Plan
 from sgm_engine.tuning.front import Outcome, Point, label
 from sgm_engine.tuning.search import Trial, front, halve
 
+Tell = Callable[[int], object]
 NAMES = {"frechet": "Fréchet distance", "sliced": "sliced W1", "mmd": "squared MMD"}
 
 
@@ -62,13 +63,14 @@ class Tuner:
         last: int,
         report: Callable[[str], object] = lambda line: None,
         one: bool = False,
+        tell: Tell = lambda n: None,
     ) -> list[Trial]:
         """The survivors of successive halving, with ``last`` samples each of ``seed``; one: the best alone, by quality
-        whatever its evaluations."""
+        whatever its evaluations. tell: told of evaluations done."""
 
         def extend(trial: Trial, n: int) -> None:
             lost: list = []
-            for block in self._draw(trial.plan, range(trial.n, n), seed, lost):
+            for block in self._draw(trial.plan, range(trial.n, n), seed, lost, tell):
                 trial.summary.update(block)
             trial.n = n
             trial.quality = float("inf") if lost else self.quality(trial.summary)
@@ -92,18 +94,19 @@ class Tuner:
         floor: Summary | None = None,
         baseline: Plan | Drawn | None = None,
         report: Callable[[str], object] = lambda line: None,
+        tell: Tell = lambda n: None,
     ) -> Outcome:
         """The front of the survivors, each of its plans drawn again from a held-out ``seed``.
 
         The chosen plan is the survivor of the best quality in the search; its figure here is of samples that had no
         part in the choice. ValueError if every survivor diverged.
         """
-        best = front([t for t in survivors if np.isfinite(t.quality)], lambda t: (t.plan.nfe, t.quality))
+        best = finalists(survivors)
         if not best:
             raise ValueError("every plan that survived the search diverged: lower the step sizes or check the model")
         points, of_chosen, difference = [], None, None
         for trial in best:
-            summary = self._held_out(trial.plan, seed, n)
+            summary = self._held_out(trial.plan, seed, n, tell)
             estimate = self._estimate(summary)
             chosen = trial is best[-1]  # the last has the best quality
             of_chosen = summary if chosen else of_chosen
@@ -114,7 +117,7 @@ class Tuner:
         if baseline is not None:
             plan = baseline.plan if isinstance(baseline, Drawn) else baseline
             blocks = baseline.images.blocks() if isinstance(baseline, Drawn) else None
-            summary = summarise(blocks, self.extractor) if blocks else self._held_out(plan, seed, n)
+            summary = summarise(blocks, self.extractor) if blocks else self._held_out(plan, seed, n, tell)
             points.append(Point(label(plan), plan.nfe, self._estimate(summary), "baseline", plan))
             if self.measure == "frechet":
                 difference = frechet_difference(of_chosen.moments, summary.moments, self.reference.moments)
@@ -122,13 +125,13 @@ class Tuner:
         least = None if floor is None else self._estimate(floor, 2).value
         return Outcome(points, NAMES[self.measure], self.reference.name, n, least, difference, {})
 
-    def _draw(self, plan: Plan, ids: range, seed: int, lost: list) -> Iterator[Tensor]:
+    def _draw(self, plan: Plan, ids: range, seed: int, lost: list, tell: Tell) -> Iterator[Tensor]:
         model, plan = conditioned(self.model, plan)
-        return drawn(self.engine_for(model), plan, ids, seed, lost)
+        return drawn(self.engine_for(model), plan, ids, seed, lost, tell=tell)
 
-    def _held_out(self, plan: Plan, seed: int, n: int) -> Summary:
+    def _held_out(self, plan: Plan, seed: int, n: int, tell: Tell) -> Summary:
         lost: list = []
-        summary = summarise(self._draw(plan, range(n), seed, lost), self.extractor, plan.name)
+        summary = summarise(self._draw(plan, range(n), seed, lost, tell), self.extractor, plan.name)
         if lost:
             raise ValueError(f"{len(lost)} of {n} held-out samples of {label(plan)} diverged: {lost[0]}")
         return summary
@@ -141,6 +144,11 @@ class Tuner:
             return sliced_wasserstein(x, y, replicates=replicates)
         x, y = summary.vectors.rows(MMD_VECTORS), self.reference.vectors.rows(MMD_VECTORS)
         return mmd(x, y, permutations=2, replicates=replicates)
+
+
+def finalists(survivors: list[Trial]) -> list[Trial]:
+    """Those that are drawn again from a held-out seed: the front of the trials that did not diverge."""
+    return front([t for t in survivors if np.isfinite(t.quality)], lambda t: (t.plan.nfe, t.quality))
 
 
 def plan_of_samples(path: Path) -> Plan:
