@@ -61,8 +61,9 @@ def _integrated(model, x, probes, seed, first_id, sigmas: Sigmas, prior_mean, pr
     sigmas = check_sigmas(sigmas)
     if len(sigmas) < 2:
         raise ValueError(f"sigmas must be at least 2 levels to integrate between, got {len(sigmas)}")
-    if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"x must be floats [n, C, H, W], got {x.dtype} {list(x.shape)}")
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a tensor of floats [n, C, H, W], got {got}")
     directions = _unit_vectors(x) if probes is None else _signs(x, check_int("probes", probes, 1), seed, first_id)
     std = check_number("prior_std", sigmas[0] if prior_std is None else prior_std)
     if not 0 < std < np.inf:
@@ -86,6 +87,10 @@ def _score_and_trace(model, x: Tensor, level: int, directions: Tensor) -> tuple[
     with torch.enable_grad():
         point = x.float().requires_grad_()
         score = checked_score(model(point * 1, _levels(x, level)), point)  # * 1: a model may write to its input
+        if not score.requires_grad:
+            raise ValueError(
+                "model must be differentiable in x, and its score has no gradient: no_grad or detach in it?"
+            )
         trace = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for i, v in enumerate(directions):
             (product,) = torch.autograd.grad(score, point, v, retain_graph=i + 1 < len(directions))

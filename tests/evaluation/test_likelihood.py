@@ -81,7 +81,9 @@ def test_a_network():
     [
         ({"sigmas": None}, "sigmas: the model has none"),
         ({"sigmas": [1.0]}, "at least 2 levels"),
-        ({"x": torch.zeros(2, 2)}, r"x must be floats \[n, C, H, W\]"),
+        ({"x": torch.zeros(2, 2)}, r"x must be a tensor of floats \[n, C, H, W\]"),
+        ({"x": points(2).numpy()}, r"x must be a tensor of floats \[n, C, H, W\], got ndarray"),
+        ({"model": torch.no_grad()(lambda x, level: -x)}, "model must be differentiable in x"),
         ({"probes": 0}, "probes must be"),
         ({"prior_std": 0.0}, "prior_std must be positive"),
     ],
