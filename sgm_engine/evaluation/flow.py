@@ -89,6 +89,10 @@ def _score_and_trace(model, x: Tensor, level: int, directions: Tensor) -> tuple[
     with torch.enable_grad():
         point = x.to(directions.dtype).requires_grad_()
         score = checked_score(model(point * 1, _levels(x, level)), point)  # * 1: a model may write to its input
+        if not score.requires_grad:
+            raise ValueError(
+                "model must be differentiable in x, and its score has no gradient: no_grad or detach in it?"
+            )
         traces = []
         for i, v in enumerate(directions):
             (product,) = torch.autograd.grad(score, point, v.to(score.dtype), retain_graph=i + 1 < len(directions))

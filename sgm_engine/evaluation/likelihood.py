@@ -140,8 +140,9 @@ def likelihood_within(
 def _undisturbed(x: Tensor) -> Iterator[Tensor]:
     """Where a density is computed, and x [n, …] there, float64."""
     with undisturbed(), torch.enable_grad():
-        if x.dim() < 2 or not x.is_floating_point():
-            raise ValueError(f"x must be floats [n, D] or [n, C, H, W], got {x.dtype} {list(x.shape)}")
+        if not isinstance(x, Tensor) or x.dim() < 2 or not x.is_floating_point():
+            got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x must be a tensor of floats [n, D] or [n, C, H, W], got {got}")
         x = x.clone() if x.is_inference() else x
         with torch.no_grad():
             yield x.detach().double()

@@ -71,7 +71,7 @@ class Job:
     format: "png", "npz" and "webdataset" (8 bits, of engine.data_range), or "safetensors" (float32, as drawn).
     shard_size: sample ids in a shard. Shards do not depend on who draws them.
     weights: what tells this model from others. None: the sha256 of its parameters and buffers, and every other value
-        that decides its samples (identity.py); ValueError if one cannot be told from another.
+        that decides its samples (settings.py); ValueError if one cannot be told from another.
     notes: kept in run.json, no part of what the job is; the scales of precision "float8" are added.
 
     ValueError and TypeError name the argument; JobError (a ValueError) if the folder holds something else.

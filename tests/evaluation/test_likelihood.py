@@ -83,8 +83,10 @@ def test_a_network():
     [
         ({"sigmas": None}, "sigmas: the model has none"),
         ({"sigmas": [1.0]}, "at least 2 levels"),
-        ({"x": torch.zeros(2)}, r"x must be floats \[n, D\] or \[n, C, H, W\]"),
-        ({"x": torch.zeros(2, 2, dtype=torch.int64)}, r"x must be floats"),
+        ({"x": torch.zeros(2)}, r"x must be a tensor of floats \[n, D\] or \[n, C, H, W\]"),
+        ({"x": torch.zeros(2, 2, dtype=torch.int64)}, r"x must be a tensor of floats"),
+        ({"x": points(2).numpy()}, r"x must be a tensor of floats .*, got ndarray"),
+        ({"model": torch.no_grad()(lambda x, level: -x)}, "model must be differentiable in x"),
         ({"dtype": torch.float16}, "dtype must be torch.float32 or torch.float64"),
         ({"probes": 0}, "probes must be"),
         ({"prior_std": 0.0}, "prior_std must be positive"),

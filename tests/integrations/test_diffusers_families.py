@@ -9,6 +9,7 @@ diffusers = pytest.importorskip("diffusers", reason="pip install 'sgm-engine[int
 
 from sgm_engine import Engine  # noqa: E402
 from sgm_engine.integrations.diffusers import PlanScheduler, score_model  # noqa: E402
+from sgm_engine.jobs.settings import settings  # noqa: E402
 
 SHAPE, LEVELS = (1, 8, 8), 7
 
@@ -169,3 +170,15 @@ def test_sigmas_as_a_tensor_are_saved(tmp_path):
     scheduler = PlanScheduler(prediction_type="score", sigmas=torch.tensor([1.0, 0.5, 0.25]))
     scheduler.save_pretrained(tmp_path)
     assert np.array_equal(PlanScheduler.from_pretrained(tmp_path).sigmas, scheduler.sigmas)
+
+
+def test_what_a_job_says_of_a_network_of_the_library():
+    """Its classes reach far: all that they read is one digest."""
+    width = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1, "in_channels": 1}
+    kinds = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    net, other = (diffusers.UNet2DModel(sample_size=8, out_channels=1, **width, **kinds) for _ in range(2))
+    before = settings(net)
+    assert settings(other) == before and "installed libraries" in before
+    net.mid_block.resnets[0].output_scale_factor = 2.0
+    now = settings(net)
+    assert [name for name in now if now[name] != before.get(name)] == ["mid_block.resnets.0.output_scale_factor"]
