@@ -2,6 +2,7 @@
 // headers. Every CUDA thread is a fiber that runs until a barrier; shared memory starts as NaN; a barrier that not all of its
 // threads reach is fatal. $SGM_HOST_ORDER=reverse runs blocks and threads backwards: a missing barrier then changes the result.
 // With $SGM_HOST_DRY nothing runs, and sgm_host_blocks() says how many blocks the last launch would have had along x.
+// sgm_host_run_by(f) lets f run every launch instead, of a kernel by its address, with the bytes of its arguments.
 // It has the 132 multiprocessors of an H100 or H200, or $SGM_HOST_MULTIPROCESSORS: how work is cut depends on them.
 #pragma once
 
@@ -76,6 +77,16 @@ struct Machine {
 };
 inline thread_local Machine machine;
 inline unsigned last_blocks = 0;
+
+// (kernel, blocks along x and y, threads of a block, bytes of shared memory, blocks of a cluster, arguments, their bytes) → an error
+using Runner = int (*)(const void*, unsigned, unsigned, unsigned, size_t, unsigned, const unsigned char*, size_t);
+inline Runner runner = nullptr;
+
+template <class A>
+void append(std::vector<unsigned char>& bytes, const A& a) {  // as a kernel's parameters lie
+  bytes.resize((bytes.size() + alignof(A) - 1) / alignof(A) * alignof(A) + sizeof(A));
+  std::memcpy(bytes.data() + bytes.size() - sizeof(A), &a, sizeof(A));
+}
 
 inline void yield() { swapcontext(&machine.fiber->context, &machine.scheduler); }
 inline unsigned arrive(Barrier& b) {
@@ -178,6 +189,7 @@ inline float rough_exp(float v) { return std::exp(v); }
 inline float __fdividef(float a, float b) { return a / b; }
 
 extern "C" __attribute__((visibility("default"), used)) inline unsigned sgm_host_blocks() { return on_host::last_blocks; }
+extern "C" __attribute__((visibility("default"), used)) inline void sgm_host_run_by(on_host::Runner runner) { on_host::runner = runner; }
 
 namespace sgm::cuda {
 
@@ -219,6 +231,12 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, s
     return cudaErrorInvalidValue;  // as a device would
   on_host::last_blocks = grid.x;
   if (std::getenv("SGM_HOST_DRY")) return cudaSuccess;
+  if (on_host::runner) {
+    std::vector<unsigned char> bytes;
+    (on_host::append(bytes, static_cast<Parameters>(arguments)), ...);
+    const void* address = reinterpret_cast<const void*>(kernel);
+    return static_cast<cudaError_t>(on_host::runner(address, grid.x, grid.y, threads, shared_bytes, cluster, bytes.data(), bytes.size()));
+  }
   on_host::machine.grid = grid;
   on_host::machine.kernel = [&] { kernel(arguments...); };
   const uint64_t clusters = uint64_t{grid.x} / cluster * grid.y;

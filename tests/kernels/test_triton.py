@@ -8,13 +8,13 @@ import triton.language as tl
 
 from sgm_engine.kernels import noise
 from sgm_engine.kernels.triton import noise as triton_noise
-from tests.interpreter import DEVICE, run_interpreted
+from tests.interpreter import COMPILED, DEVICE, run_interpreted
 from tests.kernels.triton_kernels import NCHW, NHWC, SAMPLE_ID, SEED, bits, on_device
 
 
 def block(n):
     """Of n elements, those of one program: a GPU's compiler unrolls them, the interpreter likes them all at once."""
-    return min(n, 1024) if DEVICE == "cuda" else n
+    return min(n, 1024) if COMPILED else n
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def test_noise_fill_is_the_definition(shape, layout, kind):
 
 def test_noise_fill_of_a_large_sample():
     out = torch.full((2, 3, 256, 256), float("nan"), device=DEVICE)
-    config = triton_noise.NoiseConfig() if DEVICE == "cuda" else triton_noise.NoiseConfig(quads=32768)
+    config = triton_noise.NoiseConfig() if COMPILED else triton_noise.NoiseConfig(quads=32768)
     triton_noise.describe(out, on_device(SEED[:2]), on_device(SAMPLE_ID[:2]), 3, 0, "normal", config)()
     assert torch.equal(bits(out), bits(noise.fill(out.shape, SEED[:2], SAMPLE_ID[:2], 3)))
 

@@ -10,7 +10,7 @@ from sgm_engine.kernels.arguments import Norm
 from sgm_engine.kernels.triton import conv as triton_conv
 from sgm_engine.kernels.triton import norm as triton_norm
 from sgm_engine.kernels.triton.conv import ConvTile
-from tests.interpreter import DEVICE, run_interpreted
+from tests.interpreter import COMPILED, DEVICE, run_interpreted
 from tests.kernels.triton_convolutions import (
     NHWC,
     SMALL,
@@ -20,7 +20,7 @@ from tests.kernels.triton_convolutions import (
 )
 
 # The interpreter's product of bfloat16 matrices is wrong, so float16 stands for it there.
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if COMPILED else [])
 
 
 def run(x, weight, bias, residual, dilation, statistics=False, tile=SMALL):

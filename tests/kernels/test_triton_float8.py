@@ -11,10 +11,10 @@ from sgm_engine.kernels.triton import float8 as triton_float8
 from sgm_engine.kernels.triton import norm as triton_norm
 from sgm_engine.kernels.triton.conv import ConvTile
 from sgm_engine.rewriting.float8.conv import Float8Conv
-from tests.interpreter import DEVICE, INTERPRETED, convert_float8_exactly, run_interpreted
+from tests.interpreter import COMPILED, DEVICE, INTERPRETED, convert_float8_exactly, run_interpreted
 
 NHWC, FLOAT8 = torch.channels_last, torch.float8_e4m3fn
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if COMPILED else [])
 SMALL = ConvTile(pixels=32, channels=32, depth=32, warps=4)
 if INTERPRETED:
     convert_float8_exactly()

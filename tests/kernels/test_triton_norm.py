@@ -6,11 +6,11 @@ import torch
 from sgm_engine.kernels import reference
 from sgm_engine.kernels.arguments import Norm
 from sgm_engine.kernels.triton import norm as triton_norm
-from tests.interpreter import DEVICE, run_interpreted
+from tests.interpreter import COMPILED, DEVICE, run_interpreted
 from tests.kernels.triton_kernels import NCHW, NHWC, bits, needs_gpu, poisoned
 
 # The interpreter truncates where a GPU rounds float32 to bfloat16; there, bfloat16 is only read.
-NORM_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+NORM_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if COMPILED else [])
 
 
 def norm_inputs(shape, dtype, layout, offset=1.0, seed=0):
@@ -37,7 +37,7 @@ def run_norm(
 
 # What is allowed beside the formula's error. A GPU's division, exponential and 1/√ are off by up to two ulps each
 # (PTX ISA: div.full, ex2.approx, rsqrt.approx), where the interpreter's are rounded.
-ULPS = 4 if DEVICE == "cuda" else 2
+ULPS = 4 if COMPILED else 2
 
 
 def assert_as_accurate(found, x, *arguments, **options):
