@@ -60,8 +60,11 @@ class NoiseFeatures(nn.Module):
             self.register_buffer(name, torch.tensor(table, dtype=torch.float64, device="cpu"), persistent=False)
         self.embed1, self.embed2 = linear(len(waves), EMBEDDED), linear(EMBEDDED, EMBEDDED)
 
-    @unrounded
     def forward(self, u: Tensor) -> Features:
+        return self._of(u)
+
+    @unrounded
+    def _of(self, u: Tensor) -> Features:
         base = self.base
         z = base.whiten(u if self.training else u.double())
         densities = base.log_densities(z)
@@ -131,9 +134,12 @@ class PotentialHead(nn.Module):
         self.weight = nn.Parameter(torch.randn(BASIS, potentials) * (0.1 / math.sqrt(potentials)))
         self.bias = nn.Parameter(torch.zeros(len(place)))
 
-    @unrounded
     def forward(self, inner: Tensor, missed: Tensor) -> Tensor:
         """Σ_m w_m(t)·inner_m + b_t [N, T + 2] of inner products [N, M]."""
+        return self._sums(inner, missed)
+
+    @unrounded
+    def _sums(self, inner: Tensor, missed: Tensor) -> Tensor:
         return inner @ self.weights(missed).T + self.biases()
 
     @unrounded
