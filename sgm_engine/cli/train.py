@@ -36,6 +36,8 @@ def register(commands) -> None:
     add("--objective", metavar="NAME",
         help="--set objective=NAME; without --config cdm means cdm_mnist, multi_sample mnist_multi_sample")  # fmt: skip
     add("--copies", type=at_least(1), metavar="M", help="--set copies=M, noisy copies an image, of multi_sample")
+    add("--reference-batch", type=at_least(0), metavar="N",
+        help="--set reference_batch=N, further images a step that stable_target weighs")  # fmt: skip
     add("--data", metavar="PATH", help="MNIST's IDX files, CIFAR-10's .bin files, a .npy, or a folder of pictures")
     add("--out", metavar="FOLDER", help="the run; resumed if it has checkpoints")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes to the config")
@@ -66,7 +68,8 @@ def train(args: argparse.Namespace) -> int:
             if getattr(args, name) is None:
                 raise ValueError(f"--{name} is missing (see `sgm train --help`)")
         objective = {} if args.objective is None else {"objective": args.objective}
-        objective |= {} if args.copies is None else {"copies": args.copies}
+        also = {"copies": args.copies, "reference_batch": args.reference_batch}
+        objective |= {name: value for name, value in also.items() if value is not None}
         config = TrainConfig.read(args.config, objective | _changes(args.set))
         try:
             from sgm_engine.training import run

@@ -39,6 +39,7 @@ from sgm_engine.training.families import differences, training_levels
 from sgm_engine.training.keeping import Keep, WholeFiles, lock, newest_checkpoint
 from sgm_engine.training.module import ScoreModule
 from sgm_engine.training.objectives import OBJECTIVES
+from sgm_engine.training.reference import ReferenceBatch
 
 log = logging.getLogger("sgm_engine.training")
 
@@ -191,6 +192,8 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
         _initialise(network, init)
     options = dict(config.objective_options)
     objective = partial(OBJECTIVES[config.objective], **options) if options else config.objective
+    if config.reference_batch:
+        objective = ReferenceBatch(images, config.reference_batch, config.flip, **options)
     module = ScoreModule(
         network.model if isinstance(network, MeanScore) else network,
         objective,

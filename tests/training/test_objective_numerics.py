@@ -52,7 +52,7 @@ def stable_targets(x, z, **options):
     return model.asked - gradient
 
 
-def expected_target(y, k, target):
+def expected_target(y, k, target, weighted=False):
     """E[target | ỹ = y] over all 4^k batches of independent points, each as likely as its own image explains y."""
     total = weight = 0
     for batch in itertools.product(range(4), repeat=k):
@@ -60,7 +60,7 @@ def expected_target(y, k, target):
         likelihood = torch.exp(-(y - x[0]).square().sum() / (2 * SIGMA**2))
         noise = ((y - x) / SIGMA).clone()  # only the first sample's matters: its ỹ is y
         total, weight = total + likelihood * target(x, noise)[0], weight + likelihood
-    return total / weight
+    return (total, weight) if weighted else total / weight
 
 
 @pytest.mark.parametrize("k", [2, 3])
@@ -76,6 +76,20 @@ def test_stable_target_is_unbiased(y, k):
     with pytest.warns(UserWarning, match=rf"reference holds {k} of the batch's {k} points, .* reference_only=True"):
         twice = expected_target(y, k, partial(stable_targets, reference=FOUR))
     assert (twice - exact).norm() > 0.01 * SIGMA
+
+
+def test_a_reference_drawn_from_the_set_is_unbiased():
+    """One point and two more, each any of the four, its own among them: what ReferenceBatch draws."""
+    y = torch.tensor([0.2, 0.1], dtype=torch.float64)
+    exact = posterior_mean(y[None], FOUR, torch.full((1, 1), SIGMA, dtype=torch.float64))[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own point may be among them
+        drawn = [
+            expected_target(y, 1, partial(stable_targets, reference=FOUR[list(two)]), weighted=True)
+            for two in itertools.product(range(4), repeat=2)
+        ]
+    mean = sum(total for total, _ in drawn) / sum(weight for _, weight in drawn)
+    torch.testing.assert_close(mean, exact, rtol=0, atol=1e-14)
 
 
 def test_a_reference_of_other_points_is_not_warned_of():
