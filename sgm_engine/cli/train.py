@@ -56,7 +56,7 @@ def train(args: argparse.Namespace) -> int:
     if args.list:
         for name in config_names():
             first = read_text(FOLDER / f"{name}.yaml").partition("\n")[0]
-            print(f"{name:16} {first.removeprefix('# ')}")
+            print(f"{name:18} {first.removeprefix('# ')}")
         return 0
     if args.advise:
         print(_advice(args).to_yaml())

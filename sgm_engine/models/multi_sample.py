@@ -47,6 +47,8 @@ class MultiSampleConfig:
         if self.network.channels % self.copies:
             raise ValueError(f"network must have channels for {self.copies} copies, got {self.network.channels}")
 
+    plan = property(lambda self: self.network.plan)
+
     def build(self) -> MeanScore:
         network = self.network.build()
         model = MeanScore(MultiSample(network, self.copies))
