@@ -40,7 +40,7 @@ examples:
   sgm sample --nfe 20                      the best plan of at most 20 evaluations; --quality best: whatever it takes
   sgm sample --plan annealed_langevin      NCSN's own sampler, 121 evaluations
   sgm sample --n 1000 --out digits.npz     what FID tools read: arr_0, uint8 [N, H, W, C]
-  sgm sample --n 1000 --format npz --out - | another-program       the same bytes on standard output
+  sgm sample --n 1000 --format npz --out - | program                    the same bytes on standard output
   sgm sample --ids 0-63,1000 --out digits/ PNG files; sample 1000 gets the noise that it always gets
   sgm sample --n 50000 --out run/ --format npz     a job in shards: stopped or killed, the same command goes on
   torchrun --nproc-per-node 8 -m -- sgm_engine sample --n 50000 --out run/ --format npz
@@ -92,9 +92,7 @@ def register(commands) -> None:
         help="x + α·s + √(2α)·z (code), or half that α, as NCSN's paper writes",
     )
     add("--denoise", action=yes_no, help="end with x + σ²·s, a step without noise")
-    add(
-        "--eta", type=float, metavar="X", help="of consistent_annealed (1 denoises and noises afresh) and of ddim (0–1)"
-    )
+    add("--eta", type=float, metavar="X", help="of consistent_annealed (1: afresh), ddim (0–1), ancestral (2 churns)")
 
     add = p.add_argument_group("execution").add_argument
     add("--batch", type=at_least(1, MAX_BATCH), metavar="N",

@@ -16,7 +16,7 @@ MEASURES = ("frechet", "sliced", "mmd")
 EXAMPLES = """\
 examples:
   sgm tune --budget 50 --reference DATA:test --training DATA:train --features digits
-  sgm tune --seconds 0.2 --checkpoint mine.safetensors --reference images/ --features classifier:mine.safetensors
+  sgm tune --seconds 0.2 --checkpoint mine.safetensors --reference images/ --features classifier:classes.safetensors
   sgm tune --budget 50 --baseline annealed_langevin …               and how the chosen plan compares with that one
 
 writes into --out: front.md and front.png (NFE against quality, on held-out seeds), front.json, and plan.json, which
