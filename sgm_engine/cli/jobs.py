@@ -13,6 +13,7 @@ from sgm_engine.cli.console import (
     DAMAGED,
     DIVERGED,
     DONE,
+    FAULT,
     INTERRUPTED,
     TERMINATED,
     bad_input,
@@ -98,6 +99,9 @@ def sample(args: argparse.Namespace) -> int:
     if caught:
         code, how = (TERMINATED, "terminated") if caught[0] == signal.SIGTERM else (INTERRUPTED, "interrupted")
         return complain(code, f"{how}; nothing is half-written, and the same command goes on from here")
+    if report.lost:
+        which = f"shard{'s' if len(report.lost) > 1 else ''} {some(report.lost)}"
+        return complain(FAULT, f"{which} went from {args.out} while this job ran: the same command draws them again")
     # A worker of several answers for the job only once all of it is there: a launcher stops the others on a failure.
     diverged = job.diverged() if report.complete else report.diverged
     if diverged:

@@ -90,11 +90,6 @@ def append_line(path: str | os.PathLike, line: str) -> None:
         file.write(line + "\n")
 
 
-def open_lock(path: str | os.PathLike) -> BinaryIO:
-    """The empty file ``path``, made if it is not there, to be locked and held; a link is refused."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+b")
-
-
 def remove(path: str | os.PathLike) -> None:
     """Remove a file or a link; nothing if it is not there."""
     with suppress(FileNotFoundError):

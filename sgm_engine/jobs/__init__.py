@@ -2,6 +2,7 @@
 
 spec.py      what a job is, and the hash of it: equal hashes, equal bytes
 identity.py  what tells a model from another; settings.py (digests.py, objects.py) what is no weight of it
+record.py    what vouches for a shard
 folder.py    where everything lies; nothing appears under its name before it is complete and on the disk
 lock.py      one writer for each share of the shards
 formats.py   a shard as files: npz, safetensors, png, webdataset
