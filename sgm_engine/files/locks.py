@@ -16,7 +16,8 @@ class LockFile:
 
     def __init__(self, path: str | os.PathLike, folder: int | None = None):
         """folder: the descriptor that a relative ``path`` starts from."""
-        self._fd: int | None = os.open(path, LOCK, 0o666, dir_fd=folder)
+        self._fd: int | None = None
+        self._fd = os.open(path, LOCK, 0o666, dir_fd=folder)
         _OPEN.add(self)
 
     def fileno(self) -> int:

@@ -18,7 +18,7 @@ class Callbacks:
     def __init__(self) -> None:
         self.service: threading.Thread | None = None  # the service's thread
         self._put_off: list[Callable[[], object]] = []  # touched by that thread alone
-        self._lock, self._threads = threading.Lock(), set()
+        self._lock, self._threads = threading.Lock(), set[threading.Thread]()
 
     def call(self, callback: Callable[[Future], object], future: Future) -> None:
         if threading.current_thread() is self.service:
@@ -32,12 +32,12 @@ class Callbacks:
             return
         calls, self._put_off = self._put_off, []
         thread = threading.Thread(target=self._run, args=(calls,), name="SamplerService.callback")
-        with self._lock:
-            self._threads.add(thread)
         try:
-            thread.start()
+            with self._lock:
+                thread.start()
+                self._threads = {t for t in self._threads if t.is_alive()} | {thread}
         except RuntimeError:
-            self._run(calls, thread)
+            self._run(calls)
 
     def join(self) -> None:
         """Return when all have run; at once if a callback asks, for it would wait for itself."""
@@ -47,14 +47,13 @@ class Callbacks:
             for thread in threads:
                 thread.join()
 
-    def _run(self, calls: list[Callable[[], object]], thread: threading.Thread | None = None) -> None:
+    @staticmethod
+    def _run(calls: list[Callable[[], object]]) -> None:
         for call in calls:
             try:
                 call()
             except Exception:
                 LOG.exception("exception calling callback %r", call)
-        with self._lock:
-            self._threads.discard(thread or threading.current_thread())
 
 
 class ClientFuture(Future):

@@ -1,6 +1,5 @@
 """The service among clients and systems that behave badly: slow callbacks, no threads left, forks, far deadlines."""
 
-import os
 import threading
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 from sgm_engine.service.queue import TIDY, FairQueue, Request
 from sgm_engine.service.service import SamplerService
+from tests.forks import forked, forks
 from tests.service.services import PLAN, SHAPE, engine, free, gate, no_thread_left  # noqa: F401 - fixtures
 
 
@@ -55,7 +55,7 @@ def test_without_threads_callbacks_run_in_the_service(gate, monkeypatch):
             assert called.wait(30)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+@forks
 @pytest.mark.parametrize("leaves", ["the block", "with an error", "asking for metrics"])
 def test_a_fork_may_leave_whatever_the_parent_holds(free, leaves):
     """The lock is held when the process forks, by a thread that the child does not have."""
@@ -69,25 +69,18 @@ def test_a_fork_may_leave_whatever_the_parent_holds(free, leaves):
     holder = threading.Thread(target=hold)
     holder.start()
     assert held.wait(30)
-    if (child := os.fork()) == 0:
-        code = 1
-        try:
-            if leaves == "asking for metrics":
-                with pytest.raises(RuntimeError, match="before a fork"):
-                    service.metrics()
-            else:
-                service.__exit__(KeyError if leaves == "with an error" else None)
-            code = 0
-        finally:
-            os._exit(code)
-    pidfd = os.pidfd_open(child)
-    try:
-        import select
 
-        assert select.select([pidfd], [], [], 30)[0], "the child hangs"
-        assert os.waitpid(child, 0)[1] == 0
+    def leave():
+        if leaves == "asking for metrics":
+            with pytest.raises(RuntimeError, match="before a fork"):
+                service.metrics()
+        else:
+            service.__exit__(KeyError if leaves == "with an error" else None)
+
+    try:
+        with forked(leave):
+            pass
     finally:
-        os.close(pidfd)
         go.set()
         holder.join()
         service.shutdown()
