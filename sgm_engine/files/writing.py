@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,21 +56,6 @@ def staged(path: str | os.PathLike) -> Iterator[BinaryIO]:
         raise
     finally:
         os.close(folder)
-
-
-@contextmanager
-def staged_folder(path: Path) -> Iterator[Path]:
-    """Yields a new folder beside ``path``, which may be an empty one; renamed to ``path`` at the end, else removed."""
-    tmp = path.parent / temporary_name(path.name)
-    tmp.mkdir()
-    try:
-        yield tmp
-        tmp.rename(path)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename in (None, str(tmp)):
-            error.filename = str(path)
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
 
 
 def write_file(path: str | os.PathLike, content: bytes | str) -> None:
