@@ -27,7 +27,7 @@ from sgm_engine.cli.console import (
 )
 from sgm_engine.cli.model import chosen_model, device_of, how_to_load, said
 
-JOB_OPTIONS = ("format", "shard_size", "worker", "ray", "actors")  # a stream has a format too
+JOB_OPTIONS = ("format", "shard_size", "worker", "ray", "actors", "patience")  # a stream has a format too
 LINE_EVERY = 60.0  # seconds between two lines of progress of Ray's actors
 
 
@@ -66,8 +66,9 @@ def wanted(args: argparse.Namespace) -> bool:
     if folder:
         if args.gif:
             raise ValueError("argument --gif: goes with a single file, not with a folder of shards: use two commands")
-        if args.ray is None and args.actors:
-            raise ValueError("argument --actors: goes with --ray")
+        for name in ("actors", "patience"):
+            if args.ray is None and getattr(args, name):
+                raise ValueError(f"argument --{name}: goes with --ray")
         if args.ray is not None and args.worker:
             raise ValueError("argument --worker: not with --ray, whose actors share the work by themselves")
         return True
@@ -189,10 +190,15 @@ def _job(args: argparse.Namespace):
     options = {"n": args.n if args.ids is None else None, "ids": args.ids, "seed": args.seed, "plan": plan}
     options |= {"format": args.format or "png", "shard_size": args.shard_size or SHARD_SIZE, "notes": paths}
     if args.ray:
-        from sgm_engine.jobs.ray_pool import ray_job
+        from sgm_engine.jobs.ray_pool import PATIENCE, ray_job
 
         pool = {"address": args.ray, "actors": args.actors, "device": args.device, "batch": args.batch}
-        pool |= {"precision": args.precision, "executor": args.executor, "float8": float8}
+        pool |= {
+            "precision": args.precision,
+            "executor": args.executor,
+            "float8": float8,
+            "patience": args.patience or PATIENCE,
+        }
         return ray_job(model, args.out, **options, **pool), said(model)
     engine = Engine(model, args.batch, device_of(args.device), args.precision, args.executor, float8=float8)
     return Job(engine, args.out, **options), said(model)
