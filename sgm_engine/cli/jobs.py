@@ -193,12 +193,8 @@ def _job(args: argparse.Namespace):
         from sgm_engine.jobs.ray_pool import PATIENCE, ray_job
 
         pool = {"address": args.ray, "actors": args.actors, "device": args.device, "batch": args.batch}
-        pool |= {
-            "precision": args.precision,
-            "executor": args.executor,
-            "float8": float8,
-            "patience": args.patience or PATIENCE,
-        }
+        pool |= {"precision": args.precision, "executor": args.executor, "float8": float8}
+        pool |= {"patience": args.patience or PATIENCE}
         return ray_job(model, args.out, **options, **pool), said(model)
     engine = Engine(model, args.batch, device_of(args.device), args.precision, args.executor, float8=float8)
     return Job(engine, args.out, **options), said(model)

@@ -170,7 +170,7 @@ def _about(args: argparse.Namespace, budget: int, groups, engine, weights: str, 
     """All that decides a figure of the search, or which ones there will be."""
     import hashlib
 
-    from sgm_engine import __version__
+    import sgm_engine
     from sgm_engine.jobs.spec import Geometry
 
     names = ("seconds", "measure", "first", "last", "seed", "held_out", "held_out_seed")
@@ -178,7 +178,7 @@ def _about(args: argparse.Namespace, budget: int, groups, engine, weights: str, 
     n, *arrays = reference.moments.moments()
     moments = f"{n} {hashlib.sha256(b''.join(a.tobytes() for a in arrays if a is not None)).hexdigest()}"
     about = {"budget": budget, "plans": hashlib.sha256(plans.encode()).hexdigest(), "weights": weights}
-    about |= {"reference": moments, "features": reference.extractor.name, "engine": __version__}
+    about |= {"reference": moments, "features": reference.extractor.name, "engine": sgm_engine.__version__}
     return about | vars(Geometry.of(engine)) | {name: getattr(args, name) for name in names}
 
 

@@ -11,5 +11,6 @@ writer.py    a thread that encodes and writes while the next shard is drawn
 worker.py    which share is this process's, under torchrun or Slurm
 job.py       Job.run ties them together
 ray_pool.py  the same shards drawn by Ray actors
+ray_crew.py  who of them has which shard, and what if it does not come; ray_actor.py what runs there
 verify.py, merge.py, resample.py, command.py    what the commands do
 """

@@ -1,4 +1,4 @@
-"""A job on a Ray cluster under a random schedule of kills, freezes and lost nodes: ``python -m tests.jobs.ray_schedule``.
+"""A job on a Ray cluster under random kills, freezes and lost nodes: ``python -m tests.jobs.ray_schedule``.
 
 For each seed: the bytes are those of one process, within --bound seconds. Actors draw next to nothing (painters.py).
 """
@@ -66,11 +66,8 @@ def one_more(cluster):
 def run(cluster, nodes, out, seed, n, shard_size, counts, bound):
     """The counts of what happened, and the seconds."""
     job = ray_plain_job(out, n, shard_size, pause=0.02, patience=60.0)
-    schedule, draw, began = (
-        Schedule(cluster, nodes, job, seed, -(-n // shard_size), counts),
-        job.source.draw,
-        time.monotonic(),
-    )
+    schedule = Schedule(cluster, nodes, job, seed, job.spec.shards, counts)
+    draw, began = job.source.draw, time.monotonic()
 
     def noted(*args):
         for count, drawn in enumerate(draw(*args), 1):
@@ -113,9 +110,7 @@ def main():
         for seed in range(args.seeds):
             out = Path(name) / f"seed-{seed}"
             found = run(cluster, nodes, out, seed, args.n, args.shard_size, counts, args.bound)
-            differing = sum(whole.get(k) != v for k, v in contents(out).items()) + len(
-                whole.keys() - contents(out).keys()
-            )
+            differing = len(dict(whole.items() ^ contents(out).items()))
             print(json.dumps({"seed": seed, "samples": args.n, **found, "differing files": differing}), flush=True)
             assert not differing
     ray.shutdown()
