@@ -126,9 +126,13 @@ def some(things: list) -> str:
 
 @contextmanager
 def bad_input() -> Iterator[None]:
-    """Errors in here are the user's to mend: BadInput."""
+    """Errors in here are the user's to mend: BadInput. That somebody else is at it is none."""
+    from sgm_engine.errors import JobBusy
+
     try:
         yield
+    except JobBusy:
+        raise
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         if DEBUG:
             raise

@@ -13,6 +13,7 @@ from sgm_engine.cli.console import (
     DAMAGED,
     DIVERGED,
     DONE,
+    FAULT,
     INTERRUPTED,
     TERMINATED,
     bad_input,
@@ -26,7 +27,7 @@ from sgm_engine.cli.console import (
 )
 from sgm_engine.cli.model import chosen_model, device_of, how_to_load, said
 
-JOB_OPTIONS = ("format", "shard_size", "worker", "ray", "actors")  # a stream has a format too
+JOB_OPTIONS = ("format", "shard_size", "worker", "ray", "actors", "patience")  # a stream has a format too
 LINE_EVERY = 60.0  # seconds between two lines of progress of Ray's actors
 
 
@@ -65,8 +66,9 @@ def wanted(args: argparse.Namespace) -> bool:
     if folder:
         if args.gif:
             raise ValueError("argument --gif: goes with a single file, not with a folder of shards: use two commands")
-        if args.ray is None and args.actors:
-            raise ValueError("argument --actors: goes with --ray")
+        for name in ("actors", "patience"):
+            if args.ray is None and getattr(args, name):
+                raise ValueError(f"argument --{name}: goes with --ray")
         if args.ray is not None and args.worker:
             raise ValueError("argument --worker: not with --ray, whose actors share the work by themselves")
         return True
@@ -98,6 +100,9 @@ def sample(args: argparse.Namespace) -> int:
     if caught:
         code, how = (TERMINATED, "terminated") if caught[0] == signal.SIGTERM else (INTERRUPTED, "interrupted")
         return complain(code, f"{how}; nothing is half-written, and the same command goes on from here")
+    if report.lost:
+        which = f"shard{'s' if len(report.lost) > 1 else ''} {some(report.lost)}"
+        return complain(FAULT, f"{which} went from {args.out} while this job ran: the same command draws them again")
     # A worker of several answers for the job only once all of it is there: a launcher stops the others on a failure.
     diverged = job.diverged() if report.complete else report.diverged
     if diverged:
@@ -185,10 +190,11 @@ def _job(args: argparse.Namespace):
     options = {"n": args.n if args.ids is None else None, "ids": args.ids, "seed": args.seed, "plan": plan}
     options |= {"format": args.format or "png", "shard_size": args.shard_size or SHARD_SIZE, "notes": paths}
     if args.ray:
-        from sgm_engine.jobs.ray_pool import ray_job
+        from sgm_engine.jobs.ray_pool import PATIENCE, ray_job
 
         pool = {"address": args.ray, "actors": args.actors, "device": args.device, "batch": args.batch}
         pool |= {"precision": args.precision, "executor": args.executor, "float8": float8}
+        pool |= {"patience": args.patience or PATIENCE}
         return ray_job(model, args.out, **options, **pool), said(model)
     engine = Engine(model, args.batch, device_of(args.device), args.precision, args.executor, float8=float8)
     return Job(engine, args.out, **options), said(model)

@@ -122,6 +122,8 @@ def register(commands) -> None:
     add("--ray", nargs="?", const="local", metavar="ADDRESS",
         help="draw with Ray actors: here, or on the cluster at ray://… (needs the extra [ray])")  # fmt: skip
     add("--actors", type=at_least(1), metavar="N", help="with --ray (default: one for each GPU, or each CPU core)")
+    add("--patience", type=at_least(1), metavar="SECONDS",
+        help="with --ray: end after so long without a shard, saying what is waited for (default: 3600)")  # fmt: skip
     p.set_defaults(run=sample)
 
 

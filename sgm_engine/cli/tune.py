@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +60,21 @@ def register(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from sgm_engine.cli.console import bad_input
+    from sgm_engine.files.writing import check_writable
+    from sgm_engine.tuning.kept import claimed
+
+    with ExitStack() as stack:
+        with bad_input():
+            out = Path(args.out).expanduser()
+            if out.is_file():
+                raise ValueError(f"argument --out: {out} is a file: name a folder")
+            check_writable(out, folder=True)
+            kept = stack.enter_context(claimed(out))
+        return _run(args, out, kept)
+
+
+def _run(args: argparse.Namespace, out: Path, kept) -> int:
     from sgm_engine.cli.console import DONE, bad_input
     from sgm_engine.cli.console import say_beside_bar as say
 
@@ -68,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
         from sgm_engine.engine.progress import counting
         from sgm_engine.evaluation.evaluate import summarise
         from sgm_engine.evaluation.features import open_extractor
-        from sgm_engine.files.writing import check_writable, staged_folder
+        from sgm_engine.files.writing import check_writable
+        from sgm_engine.jobs.identity import weights_digest
         from sgm_engine.pace import BAR_FIRST
         from sgm_engine.plans.front import recipe_of
         from sgm_engine.plans.law import DataLaw
@@ -77,10 +94,6 @@ def run(args: argparse.Namespace) -> int:
         from sgm_engine.tuning.front import check_plotting
         from sgm_engine.tuning.tune import Tuner, finalists
 
-        out = Path(args.out).expanduser()
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
-            raise ValueError(f"argument --out: {out} is there already and not empty: name a new folder")
-        check_writable(out, folder=True)
         check_plotting()
         if args.write:
             if Path(args.write).suffix != ".safetensors":
@@ -101,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError(f"{s.name} holds images {tuple(s.shape)}, the model draws {engine.shape}")
         baseline = _baseline(args, model)
         extractor = open_extractor(args.features, training, say, args.trust_features)
-        budget = args.budget or max(args.at or (0,)) or _evaluations(args.seconds, engine, say)
+        measured = (kept.about or {}).get("budget") if args.seconds else None  # an earlier run's clock counts
+        budget = args.budget or max(args.at or (0,)) or measured or _evaluations(args.seconds, engine, say)
         families = args.families.split(",") if args.families else tuple(FAMILIES)
         if getattr(model, "law", None) is None and training is not None:
             model.law = DataLaw.of(training.blocks(), *engine.data_range)
@@ -117,8 +131,12 @@ def run(args: argparse.Namespace) -> int:
             recipe_of(getattr(baseline, "plan", baseline), engine.sigmas, start)  # refused now rather than at the end
 
     reference = summarise(reference_set.blocks(), extractor, reference_set.name)
+    with bad_input():
+        kept.begin(_about(args, budget, groups, engine, weights_digest(model), reference))
+    if kept:
+        say(f"{out} has {len(kept)} figures of this search: it goes on from there")
     floor = summarise(training.take(args.held_out).blocks(), extractor) if training else None
-    tuner = Tuner(model, make_engine, extractor, reference, args.measure)
+    tuner = Tuner(model, make_engine, extractor, reference, args.measure, kept)
     began = time.perf_counter()
     survivors = []
     with counting(_of_search(groups, args.first, args.last), "evaluation", after=BAR_FIRST) as tell:
@@ -131,8 +149,7 @@ def run(args: argparse.Namespace) -> int:
         "features": extractor.name, "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed,
         "seconds": round(time.perf_counter() - began), "precision": engine.numerics,
         "executor": engine.executor, "batch": engine.batch}  # fmt: skip
-    with staged_folder(out) as tmp:
-        outcome.write(tmp)
+    outcome.write(out)
     print(outcome.table())
     if args.write:
         front = outcome.travelling(engine.sigmas, start, engine.numerics, extractor.name, _command(args))
@@ -147,6 +164,22 @@ def _of_search(groups: list, first: int, last: int) -> int:
     from sgm_engine.tuning.search import samples_of
 
     return sum(samples_of(len(g), first, last) * sum(plan.nfe for plan in g) // len(g) for g in groups)
+
+
+def _about(args: argparse.Namespace, budget: int, groups, engine, weights: str, reference) -> dict[str, object]:
+    """All that decides a figure of the search, or which ones there will be."""
+    import hashlib
+
+    import sgm_engine
+    from sgm_engine.jobs.spec import Geometry
+
+    names = ("seconds", "measure", "first", "last", "seed", "held_out", "held_out_seed")
+    plans = " ".join(plan.digest for plans in groups for plan in plans)
+    n, *arrays = reference.moments.moments()
+    moments = f"{n} {hashlib.sha256(b''.join(a.tobytes() for a in arrays if a is not None)).hexdigest()}"
+    about = {"budget": budget, "plans": hashlib.sha256(plans.encode()).hexdigest(), "weights": weights}
+    about |= {"reference": moments, "features": reference.extractor.name, "engine": sgm_engine.__version__}
+    return about | vars(Geometry.of(engine)) | {name: getattr(args, name) for name in names}
 
 
 def _start(model, sigma: float) -> dict[str, object]:

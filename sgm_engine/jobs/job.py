@@ -59,6 +59,7 @@ class Report:
     redrawn: list[ShardError] = field(default_factory=list)  # recorded shards that were damaged, and drawn again
     diverged: list[Divergence] = field(default_factory=list)  # of the share, earlier runs included; never written
     stopped: bool = False
+    lost: list[int] = field(default_factory=list)  # shards of the share that are not there at the end: stopped, removed
     complete: bool = False
 
 
@@ -136,7 +137,8 @@ class Job:
         finally:
             report.stopped = self._stop.is_set()
             self._stop.clear()
-        report.complete = len(self.folder.recorded(self.spec)) >= self.spec.shards
+        report.lost = self.folder.lost(self.spec, worker.share(self.spec.shards))
+        report.complete = not report.lost and len(self.folder.recorded(self.spec)) >= self.spec.shards
         return report
 
     def stop(self) -> None:
@@ -153,6 +155,11 @@ class Job:
 
     def _run(self, report: Report, progress: bool | str, on_shard: Callable | None) -> None:
         worker = report.worker
+        if self.folder.read_only():  # where nothing can be locked there may be nothing to do
+            there = Report(worker)
+            if not self._missing(there):
+                report.found, report.diverged = there.found, there.diverged
+                return
         with self.folder.writing(self.spec, worker, self.notes, model_card(self.spec, self.notes)):
             missing = self._missing(report)
             start = time.perf_counter()

@@ -12,7 +12,6 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 import lightning.pytorch as pl
 import numpy as np
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sgm_engine.checkpoints.bundled import plan_for
 from sgm_engine.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from sgm_engine.data.images import Batches, load_images
+from sgm_engine.files.locks import LockFile
 from sgm_engine.files.reading import read_text
 from sgm_engine.files.writing import append_line, remove, write_file
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
@@ -61,7 +61,7 @@ class Job:
     module: ScoreModule
     folder: Path
     resume: Path | None
-    lock: TextIO | None  # this process's hold on the folder; the first process of a group has it
+    lock: LockFile | None  # this process's hold on the folder; the first process of a group has it
 
     def fit(self, accelerator: str = "auto", tensorboard: bool = False) -> None:
         """Train to the end, and write model.safetensors. The folder is free for another process after it."""

@@ -199,12 +199,8 @@ def test_tune_writes_a_front_and_a_plan_that_can_be_used_again(sgm, tiny_weights
     done = sgm("tune", "--budget", 6, *small, *size, "--training", data, "--baseline", "annealed_langevin")
     assert done.returncode == 0, done.stderr
     assert re.search(r"^sgm: \d+ of \d+ evaluations, \S+ evaluations/s, 00:\d\d:\d\d left$", done.stderr, re.M)
-    assert sorted(p.name for p in (tmp_path / "tuned").iterdir()) == [
-        "front.json",
-        "front.md",
-        "front.png",
-        "plan.json",
-    ]
+    files = [".lock", "front.json", "front.md", "front.png", "plan.json", "search.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "tuned").iterdir()) == files
     found = json.loads((tmp_path / "tuned/front.json").read_text())
     plan = Plan.from_json((tmp_path / "tuned/plan.json").read_text())
     chosen = [p for p in found["points"] if p["role"] == "chosen"]
