@@ -25,10 +25,10 @@ def locked(job: Path, folder: HeldFolder, worker: Worker) -> Iterator[LockFile]:
     its own lock before it looks for others, so of two that overlap at least one notices.
     """
     with folder.open_lock(str(worker)) as own:
-        if not _take(own, fcntl.LOCK_EX):
+        if not _take(own, fcntl.LOCK_EX, job):
             raise JobBusy(f"another process writes the shards of worker {worker} in {job}: let it finish")
         for name in folder.names():
-            if not name.endswith(f"-of-{worker.count}") and _held(folder, name):
+            if not name.endswith(f"-of-{worker.count}") and _held(folder, name, job):
                 raise JobBusy(
                     f"worker {name} is writing in {job}, which overlaps with {worker}: "
                     "let it finish, or start as many workers as there were"
@@ -44,17 +44,17 @@ def alone(folder: HeldFolder, name: str) -> Iterator[None]:
         yield
 
 
-def _take(lock: LockFile, mode: int) -> bool:
+def _take(lock: LockFile, mode: int, job: Path) -> bool:
     try:
         fcntl.flock(lock, mode | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in TAKEN:
             return False
         why = f"this file system cannot lock files ({error.strerror}): use another folder"
-        raise OSError(error.errno, why) from None
+        raise OSError(error.errno, why, str(job)) from None
     return True
 
 
-def _held(folder: HeldFolder, name: str) -> bool:
+def _held(folder: HeldFolder, name: str, job: Path) -> bool:
     with folder.open_lock(name) as lock:
-        return not _take(lock, fcntl.LOCK_SH)
+        return not _take(lock, fcntl.LOCK_SH, job)

@@ -115,7 +115,9 @@ def test_the_clip_of_a_configuration_reaches_the_samples(net):
     assert 0 < engine.sample(4, 0).abs().max() <= 0.1 + 1e-4
 
 
-@pytest.mark.parametrize("name", ["ScoreSdeVe", "CMStochasticIterative", "DDPMWuerstchen", "ScoreSdeVp", "VQDiffusion"])
+@pytest.mark.parametrize(
+    "name", ["ScoreSdeVe", "CMStochasticIterative", "DDPMWuerstchen", "ScoreSdeVp", "VQDiffusion", "IPNDM"]
+)
 def test_other_families_are_refused_by_name(name):
     cls = getattr(diffusers, f"{name}Scheduler", None)
     with pytest.raises(ValueError, match=f"a plan cannot stand for {name}Scheduler: .*DDPMScheduler"):
@@ -127,12 +129,29 @@ def test_other_families_are_refused_by_name(name):
             score_model(None, cls())
 
 
+@pytest.mark.parametrize("name, field", [
+    ("CosineDPMSolverMultistep", "solver_order"), ("LCM", "original_inference_steps"),
+    ("TCD", "original_inference_steps"), ("CogVideoXDDIM", "snr_shift_scale"), ("RePaint", "eta"),
+])  # fmt: skip
+def test_a_configuration_without_its_name_is_known_by_its_fields(name, field):
+    config = getattr(diffusers, f"{name}Scheduler")().config
+    with pytest.raises(ValueError, match=f"a plan cannot stand for this configuration with '{field}'"):
+        PlanScheduler.from_config(config)
+
+
+def test_a_field_of_the_first_versions_is_honoured():
+    config = {"_class_name": "DDPMScheduler", "predict_epsilon": False, "tensor_format": "pt"}
+    assert PlanScheduler.from_config(config).config.prediction_type == "sample"
+    assert PlanScheduler.from_config(config | {"predict_epsilon": True}).config.prediction_type == "epsilon"
+
+
 @pytest.mark.parametrize(
     "library, says",
     [
         (diffusers.DDPMScheduler(thresholding=True), "thresholding=True of .* cannot be honoured"),
         (diffusers.DDIMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr=True .* infinite sigma"),
         (diffusers.DDPMScheduler(variance_type="learned_range"), "twice the channels"),
+        (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), "timestep_type='continuous' .* as_score"),
         (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting=True"),
         (diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), "use_karras_sigmas=True"),
         (diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "use_flow"),
