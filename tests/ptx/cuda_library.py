@@ -77,7 +77,7 @@ class CudaOnPtx:
     def take(self, library: ctypes.CDLL, path: str) -> None:
         """From now on."""
         listed = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
-        table = {name: int(at, 16) for at, _, name in (line.split() for line in listed.splitlines()) if len(at) == 16}
+        table = {name: int(at, 16) for at, name in re.findall(r"^([0-9a-f]{16}) \w (\S+)$", listed, re.M)}
         base = ctypes.cast(library.sgm_host_run_by, ctypes.c_void_p).value - table["sgm_host_run_by"]
         self.symbols = {base + at: name for name, at in table.items() if "_kernel" in name}
         library.sgm_host_run_by(self._callback)
