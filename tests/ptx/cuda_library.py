@@ -35,7 +35,19 @@ _RUNNER = ctypes.CFUNCTYPE(
 
 
 def ptx(source: str, target: str) -> str:
-    """What nvcc makes of csrc/cuda/source.cu, with setup.py's flags."""
+    """What nvcc makes of csrc/cuda/source.cu, with setup.py's flags. $SGM_PTX_CACHE: a folder for it, of one run."""
+    cached = Path(os.environ["SGM_PTX_CACHE"], f"{source}.{target}.ptx") if "SGM_PTX_CACHE" in os.environ else None
+    if cached and cached.exists():
+        return cached.read_text()
+    text = _compile(source, target)
+    if cached:
+        whole = cached.with_suffix(f".{os.getpid()}")
+        whole.write_text(text)
+        whole.replace(cached)
+    return text
+
+
+def _compile(source: str, target: str) -> str:
     exact = ["--fmad=false"] if source in EXACT else []
     command = [NVCC, "-std=c++17", "-O3", *exact, f"-I{CSRC}", "-ptx", f"-arch={target.replace('sm', 'compute')}"]
     done = subprocess.run([*command, str(CSRC / "cuda" / f"{source}.cu"), "-o", "-"], capture_output=True, text=True)
