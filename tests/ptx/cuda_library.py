@@ -98,10 +98,10 @@ class CudaOnPtx:
         """The launcher; what it is given is what its kernels may touch, and what they did wrong is raised."""
 
         @functools.wraps(launcher)
-        def launch(*given):
-            self.tensors, self.error = list(_tensors(given)), None
+        def launch(*given, **named):
+            self.tensors, self.error = list(_tensors((*given, *named.values()))), None
             try:
-                return launcher(*given)
+                return launcher(*given, **named)
             except RuntimeError:
                 if self.error is not None:
                     raise self.error from None
