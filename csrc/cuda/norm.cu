@@ -24,8 +24,11 @@ __global__ void __launch_bounds__(kNormThreads, 2) stats_kernel(const Norm s, co
     else
       tile.load(s.x);
     tile.moments(shared_floats(), [&](int c, const Moments& m) {
-      const Moments before{static_cast<float>(k * t.tile * Tile::kPixels), mean[c], m2[c]};
-      const Moments all = k ? merge(2, [&](int i) { return i ? m : before; }) : m;
+      Moments all = m;
+      if (k) {
+        const Moments before{static_cast<float>(k * t.tile * Tile::kPixels), mean[c], m2[c]};
+        all = merge(2, [&](int i) { return i ? m : before; });
+      }
       mean[c] = all.mean, m2[c] = all.m2;
     });
   }

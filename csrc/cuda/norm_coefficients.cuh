@@ -43,7 +43,11 @@ __device__ __forceinline__ const float* coefficients(const Norm& s, const Tiling
       return Moments{static_cast<float>(slab_packs(t, i, packs) * PIXELS), p[0], p[s.channels]};
     });
   };
-  for (int c = threadIdx.x; c < min(width, s.channels - first); c += kNormThreads) fetch_parameters(s, n, first + c, coef + c, width);
+  for (int c = threadIdx.x; c < width; c += kNormThreads)
+    if (c < s.channels - first)
+      fetch_parameters(s, n, first + c, coef + c, width);
+    else
+      coef[c] = coef[width + c] = coef[2 * width + c] = 0.0f;  // of no channel: threads without a pixel read it
   Spread across{};
   if (s.alpha || s.group) {
     for (int c = threadIdx.x; c < s.channels; c += kNormThreads) {

@@ -35,7 +35,19 @@ _RUNNER = ctypes.CFUNCTYPE(
 
 
 def ptx(source: str, target: str) -> str:
-    """What nvcc makes of csrc/cuda/source.cu, with setup.py's flags."""
+    """What nvcc makes of csrc/cuda/source.cu, with setup.py's flags. $SGM_PTX_CACHE: a folder for it, of one run."""
+    cached = Path(os.environ["SGM_PTX_CACHE"], f"{source}.{target}.ptx") if "SGM_PTX_CACHE" in os.environ else None
+    if cached and cached.exists():
+        return cached.read_text()
+    text = _compile(source, target)
+    if cached:
+        whole = cached.with_suffix(f".{os.getpid()}")
+        whole.write_text(text)
+        whole.replace(cached)
+    return text
+
+
+def _compile(source: str, target: str) -> str:
     exact = ["--fmad=false"] if source in EXACT else []
     command = [NVCC, "-std=c++17", "-O3", *exact, f"-I{CSRC}", "-ptx", f"-arch={target.replace('sm', 'compute')}"]
     done = subprocess.run([*command, str(CSRC / "cuda" / f"{source}.cu"), "-o", "-"], capture_output=True, text=True)
@@ -77,7 +89,7 @@ class CudaOnPtx:
     def take(self, library: ctypes.CDLL, path: str) -> None:
         """From now on."""
         listed = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
-        table = {name: int(at, 16) for at, _, name in (line.split() for line in listed.splitlines()) if len(at) == 16}
+        table = {name: int(at, 16) for at, name in re.findall(r"^([0-9a-f]{16}) \w (\S+)$", listed, re.M)}
         base = ctypes.cast(library.sgm_host_run_by, ctypes.c_void_p).value - table["sgm_host_run_by"]
         self.symbols = {base + at: name for name, at in table.items() if "_kernel" in name}
         library.sgm_host_run_by(self._callback)
@@ -86,10 +98,10 @@ class CudaOnPtx:
         """The launcher; what it is given is what its kernels may touch, and what they did wrong is raised."""
 
         @functools.wraps(launcher)
-        def launch(*given):
-            self.tensors, self.error = list(_tensors(given)), None
+        def launch(*given, **named):
+            self.tensors, self.error = list(_tensors((*given, *named.values()))), None
             try:
-                return launcher(*given)
+                return launcher(*given, **named)
             except RuntimeError:
                 if self.error is not None:
                     raise self.error from None

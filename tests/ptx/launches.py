@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sgm_engine.kernels.aot import compile as aot
@@ -27,6 +30,23 @@ def extent(t: Tensor) -> tuple[int, int]:
     return t.data_ptr(), (last + 1) * t.element_size()
 
 
+@contextmanager
+def ptx_alone() -> Iterator[None]:
+    """Triton's compilations end with PTX, and are kept apart from whole ones."""
+
+    def stages(*given) -> tuple[str, str] | None:
+        if not given:
+            return "ptx alone", "ptx alone"
+        given[1]["cubin"] = lambda source, metadata: b""
+        return None
+
+    before, knobs.runtime.add_stages_inspection_hook = knobs.runtime.add_stages_inspection_hook, stages
+    try:
+        yield
+    finally:
+        knobs.runtime.add_stages_inspection_hook = before
+
+
 @dataclass
 class Simulator:
     """Runs launches. rough and backwards as of machine.run; compiled: what has been, by what decides on it."""
@@ -41,7 +61,7 @@ class Simulator:
     def __call__(self, launch: Launch) -> None:
         if not launch.programs:
             return
-        compiled, program = self._compile(launch)
+        _, (compiled, program) = self.compile(launch)
         parameters, maps, tensors = arguments(launch, compiled.metadata, program)
         grid = Grid(
             parameters, (launch.programs, 1), 32 * compiled.metadata.num_warps, compiled.metadata.shared, maps=maps
@@ -60,13 +80,15 @@ class Simulator:
         assert not any(n > 1 for n in more), "a grid of more than one axis"
         self(Launch(kernel, programs, values, constants, options))
 
-    def _compile(self, launch: Launch) -> tuple[Any, Program]:
+    def compile(self, launch: Launch) -> tuple[tuple, tuple[Any, Program]]:
+        """(key in ``compiled``, what is there)"""
         parts = itertools.chain(launch.constants.items(), launch.arguments.items(), launch.settings.items())
         key = launch.kernel.fn.__name__, tuple((name, _kind(value)) for name, value in parts)
         if key not in self.compiled:
-            compiled = aot.compile_launch(launch, aot.TARGETS[self.target])
+            with ptx_alone():
+                compiled = aot.compile_launch(launch, aot.TARGETS[self.target])
             self.compiled[key] = compiled, parse(compiled.asm["ptx"])
-        return self.compiled[key]
+        return key, self.compiled[key]
 
 
 def _kind(value: object) -> object:

@@ -90,7 +90,11 @@ def run(program: Program, grid: Grid, memory: GlobalMemory, rough: bool = False,
     together = max(1, LANES // (grid.threads * grid.cluster))
     count = 0
     for i in range(0, len(clusters), together):
-        count += Machine(program, grid, memory, clusters[i : i + together], rough).run()
+        machine = Machine(program, grid, memory, clusters[i : i + together], rough)
+        try:
+            count += machine.run()
+        except Fault as fault:
+            raise Fault(f"{program.name}, blocks from {clusters[i]} on: {fault}") from None
     return count
 
 

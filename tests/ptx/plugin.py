@@ -8,7 +8,6 @@ import os
 
 import pytest
 import triton
-from triton import knobs
 
 from tests.ptx import cuda_library
 from tests.ptx.launches import Simulator
@@ -18,16 +17,7 @@ SIMULATOR = Simulator(TARGET, "rough" in HOW, "backwards" in HOW)
 CUDA = cuda_library.install(SIMULATOR) if cuda_library.NVCC else None
 
 
-def _without_machine_code(*stages) -> tuple[str, str] | None:
-    """For knobs.runtime.add_stages_inspection_hook: compilation ends with PTX."""
-    if not stages:
-        return "ptx alone", "ptx alone"
-    stages[1]["cubin"] = lambda source, metadata: b""
-    return None
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    knobs.runtime.add_stages_inspection_hook = _without_machine_code
     triton.JITFunction.run = lambda kernel, *given, **named: SIMULATOR.run(kernel, *given, **named)
 
 
