@@ -2,7 +2,8 @@
 #: make test      the tests
 #: make test-isa  those that depend on the CPU, held to AVX2 and to SSE2
 #: make lint      ruff
-#: make bench     the benchmarks
+#: make bench     the benchmarks; ARGS="--base REV" is this tree against a revision
+#: make bench-history  ratios by commit, from the comparisons kept in bench/results/base
 #: make sanitize  the C++ under the sanitizers of addresses, undefined behaviour and threads: some minutes
 #: make fuzz      damaged files, odd command lines and random calls; ARGS="--seed 7 --seconds 3600" for an hour of others
 #: make setup     what the last six install, and nothing else
@@ -19,7 +20,7 @@ JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: help setup sample test test-isa lint bench sanitize fuzz clean
+.PHONY: help setup sample test test-isa lint bench bench-history sanitize fuzz clean
 help:
 	@sed -n 's/^#: \{0,1\}//p' Makefile
 
@@ -40,6 +41,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@$(BIN)/python -m pytest bench $(ARGS)
+
+bench-history: $(VENV)/.dev
+	@$(BIN)/python -m bench.history
 
 sanitize: $(VENV)/.dev
 	@$(BIN)/python -m tests.sanitize
