@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from bench.workloads import WORKLOADS
 
 ABOVE, BELOW = (1.02, 0.001), (1.05, 0.03)  # the ratio, and how often its bound may be wrong
 PAIRS, TURN, SECONDS, STUCK = (5, 25), 0.04, 55.0, 240.0  # pairs: at least, at most
+FAIL = ("SLOWER", "MORE")
 NOT_COMPARED = 77  # exit code: something other than speed stood in the way
 HERE = Path(__file__).resolve().parent
 
@@ -55,7 +57,7 @@ class Row:
 
     @property
     def fails(self) -> bool:
-        return self.verdict in ("SLOWER", "MORE")
+        return self.verdict in FAIL
 
 
 def environment(tree: Path) -> dict[str, str]:
@@ -87,7 +89,7 @@ class Tree:
         self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in ``close``
         self.process = subprocess.Popen(
             command("worker", root), env=environment(root), cwd=root, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints, start_new_session=True,
         )  # fmt: skip
         self.answer()
 
@@ -97,7 +99,7 @@ class Tree:
 
     def answer(self) -> dict:
         """CannotRun if it cannot, or says nothing for STUCK seconds and is killed."""
-        watch = threading.Timer(STUCK, self.process.kill)
+        watch = threading.Timer(STUCK, self.kill)
         watch.start()
         line = self.process.stdout.readline()
         watch.cancel()
@@ -119,12 +121,16 @@ class Tree:
         self.say(name)
         return self.answer()["counts"]
 
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # with its child
+
     def close(self) -> None:
         self.process.stdin.close()  # which ends it, and the child that it may have
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self.kill()
             self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self._complaints):
             with contextlib.suppress(BrokenPipeError):

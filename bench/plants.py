@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.trees import ROOT, run
-from bench.verdicts import ORDER
+from bench.verdicts import FAIL, ORDER
 
 SCRATCH = ROOT / "build" / "plants"
 CPP = """
@@ -26,21 +26,32 @@ struct Planted {
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
     return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
   }
-  double began = now();
-  ~Planted() { const double end = now() + SHARE * (now() - began); while (now() < end) {} }
+  static inline int calls = 0;
+  const bool pays = ++calls % EVERY == 0;
+  const double began = pays ? now() : 0;
+  ~Planted() {
+    if (!pays) return;
+    const double end = now() + EVERY * SHARE * (now() - began);
+    while (now() < end) {
+    }
+  }
 };
 }  // namespace
 """
 PYTHON = """
 def _planted(function):
-    import functools, time
+    import functools, itertools, time
+
+    calls = itertools.count(1)
 
     @functools.wraps(function)
     def call(*args, **kwargs):
+        if next(calls) % EVERY:
+            return function(*args, **kwargs)
         began = time.thread_time()
         out = function(*args, **kwargs)
         end = time.thread_time()
-        end += SHARE * (end - began)
+        end += EVERY * SHARE * (end - began)
         while time.thread_time() < end:
             pass
         return out
@@ -52,20 +63,24 @@ def _planted(function):
 
 @dataclass(frozen=True)
 class Plant:
-    """edits: (text that occurs once in ``file``, what takes its place). case: of pytest, that must fail."""
+    """edits: (text that occurs once in ``file``, what takes its place). case: of pytest, that must fail.
+
+    every: one call in so many spins, for all of them, where to read the clock costs as much as what is planted.
+    """
 
     file: str
     edits: tuple[tuple[str, str], ...]
     case: str
+    every: int = 1
 
 
-def cpp(file: str, include: str, function: str, case: str) -> Plant:
-    return Plant(file, ((include, include + CPP), (function, f"{function}\n  const Planted planted;")), case)
+def cpp(file: str, include: str, function: str, case: str, every: int = 1) -> Plant:
+    return Plant(file, ((include, include + CPP), (function, f"{function}\n  const Planted planted;")), case, every)
 
 
-def python(file: str, before: str, function: str, case: str) -> Plant:
+def python(file: str, before: str, function: str, case: str, every: int = 1) -> Plant:
     indent = " " * (len(function) - len(function.lstrip()))
-    return Plant(file, ((before, PYTHON + before), (function, f"{indent}@_planted\n{function}")), case)
+    return Plant(file, ((before, PYTHON + before), (function, f"{indent}@_planted\n{function}")), case, every)
 
 
 PLANTS = {
@@ -80,6 +95,7 @@ PLANTS = {
         '#include "cpu/pool.h"',
         "void norm(const Norm& a) {",
         "test_time[norm f32 nhwc 1x128x32x32]",
+        every=16,
     ),
     "Python's side of a request": python(
         "sgm_engine/engine/engine.py",
@@ -98,6 +114,7 @@ PLANTS = {
         "def save_png(",
         "def save_png(",
         "test_time[1,000 PNGs]",
+        every=16,
     ),
 }
 PACKED = "        self._packed()\n        self.model,"
@@ -113,28 +130,30 @@ def edited(plant: Plant, text: str, share: float) -> str:
     for old, new in plant.edits:
         if text.count(old) != 1:
             raise ValueError(f"{plant.file} holds {old!r} {text.count(old)} times: adapt the plant")
-        text = text.replace(old, new.replace("SHARE", str(share)))
+        text = text.replace(old, new.replace("SHARE", str(share)).replace("EVERY", str(plant.every)))
     return text
 
 
-def failed(cases: Sequence[str]) -> set[str]:
-    """The cases that fail in the scratch tree against HEAD. RuntimeError if something else went wrong."""
-    tests = [f"bench/test_base.py::{case}" for case in cases]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *tests, "--base", "HEAD", "-rf"], cwd=SCRATCH, capture_output=True, text=True
-    )
-    if done.returncode not in (0, 1):
+def alarm(cases: Iterable[str], seconds: int) -> bool:
+    """Whether the scratch tree is worse than HEAD in one of the cases. RuntimeError if that was not told."""
+    tests = [f"bench/test_base.py::{case}" for case in sorted(set(cases))]
+    command = [sys.executable, "-m", "pytest", *tests, "--base", "HEAD", f"--seconds={seconds}"]
+    done = subprocess.run(command, cwd=SCRATCH, capture_output=True, text=True)
+    rows = [line for line in done.stdout.splitlines() if line.split(" ")[0] in ORDER]
+    worse = [line for line in rows if line.startswith(FAIL)]
+    if done.returncode != bool(worse) or not rows:
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-1000:])
-    for line in done.stdout.splitlines():
-        if line.split(" ")[0] in ORDER:
-            print("   ", line, flush=True)
-    return {case for case in cases if f"FAILED bench/test_base.py::{case}" in done.stdout}
+    print("\n".join(rows), flush=True)
+    return bool(worse)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plants", description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=3, help="of each plant (default: 3)")
     parser.add_argument("--unchanged", type=int, default=10, help="comparisons with nothing planted (default: 10)")
+    parser.add_argument(
+        "--seconds", type=int, default=55, help="of a workload, at most: more on a busy machine (default: 55)"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="plants whose name contains TEXT")
     args = parser.parse_args()
     plants = {f"+{share:.0%} in {name}": (plant, share) for name, plant in PLANTS.items() for share in (0.1, 0.05)}
@@ -145,7 +164,7 @@ def main() -> int:
     run("git", "checkout", "-q", "--force", "--detach", "FETCH_HEAD", cwd=SCRATCH)
     missed, alarms = 0, 0
     for i in range(args.unchanged):
-        alarms += bool(failed([plant.case for plant in dict(plants.values())]))
+        alarms += alarm([plant.case for plant, _ in plants.values()], args.seconds)
         print(f"nothing planted: {alarms} alarms in {i + 1} comparisons", flush=True)
     for name, (plant, share) in plants.items():
         file, found = Path(SCRATCH, plant.file), 0
@@ -153,7 +172,7 @@ def main() -> int:
         try:
             file.write_text(edited(plant, before, share))
             for i in range(args.times):
-                found += bool(failed([plant.case]))
+                found += alarm([plant.case], args.seconds)
                 print(f"{name}: found {found} of {i + 1}", flush=True)
         finally:
             file.write_text(before)

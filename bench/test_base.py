@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -57,7 +58,8 @@ def judge(request: pytest.FixtureRequest, benchmark):
         config.base_rows += map(accepted, rows)
         fields = ("verdict", "unit", "base", "head", "ratio", "low", "high")
         benchmark.extra_info |= about() | {"base": config.base_commit}
-        benchmark.extra_info["rows"] = {row.name: {name: getattr(row, name) for name in fields} for row in rows}
+        known = lambda value: value if isinstance(value, str) or math.isfinite(value) else None  # noqa: E731 - in JSON
+        benchmark.extra_info["rows"] = {row.name: {name: known(getattr(row, name)) for name in fields} for row in rows}
         turns = rows[0].turns or [0.0]
         benchmark.pedantic(advance, (iter(turns),), rounds=len(turns))
         worse = [f"{row.name} is {row.ratio:.3f} times the base's" for row in rows if row.fails]

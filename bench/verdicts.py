@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 
-from bench.compare import Row
+from bench.compare import FAIL, Row
 
-ORDER = ("SLOWER", "MORE", "accepted", "undecided", "new", "ok")  # worst first
+ORDER = (*FAIL, "accepted", "undecided", "new", "ok")  # worst first
 
 
 def line(row: Row) -> str:

@@ -104,7 +104,9 @@ def main(tree: str) -> None:
     except Exception as error:
         return answer(error=f"{type(error).__name__}: {error}"[:300])
     answer(ready=tree)
-    while name := read().strip():
+    while line := read():
+        if not (name := line.strip()):
+            continue  # for a child that has ended already
         tempfile.tempdir = None
         tempfile.tempdir = tempfile.mkdtemp(prefix="sgm-bench-", dir=shared_memory())
         imported = Path(tempfile.tempdir, "imported")
