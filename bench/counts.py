@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.workloads import engine, ncsn, sample, unet2d
+from bench.small import ncsn, unet2d
+from bench.workloads import engine, sample
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,10 @@ def kernel(case: str):
 
 
 def record(network: str, file: str) -> None:
-    """What Python tells the executor of a network of bench.workloads, with the arrays that it points to → ``file``."""
+    """What Python tells the executor of a network of bench.small, with the arrays that it points to → ``file``."""
     import torch
 
-    from bench import workloads
+    from bench import small
     from sgm_engine import _C
     from sgm_engine.executors.native.executor import NativeNetwork
 
@@ -98,7 +98,7 @@ def record(network: str, file: str) -> None:
     methods = {name: keeping(name, getattr(_C.NativeExecutor, name)) for name in (*kept, "__init__")}
     _C.NativeExecutor = type("Recorder", (_C.NativeExecutor,), methods)
     torch.manual_seed(0)
-    model = getattr(workloads, network)().eval()
+    model = getattr(small, network)().eval()
     NativeNetwork(model, 1, *model.shape[1:])
     Path(file).write_bytes(pickle.dumps((model.shape, told)))
 

@@ -107,7 +107,7 @@ PLANTS = {
         "csrc/cpu/executor/build.cpp",
         '#include "cpu/executor/internal.h"',
         "void Executor::set_conv(int index, Array weight, Array bias) {",
-        "test_time[pack NCSN ngf 64]",
+        "test_time[pack convolutions 3x3]",
     ),
     "the PNG writer": python(
         "sgm_engine/outputs/images.py",

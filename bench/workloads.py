@@ -1,7 +1,7 @@
 """What is timed of two revisions: each line names a workload and how to set it up.
 
 ``make`` runs in a process of its own with that revision's package and returns a call without arguments. Set-up is not
-timed. A workload uses public names only, so that it runs on an older revision too; what that revision lacks is said.
+timed. Public names are used where there are any, so that it runs on an older revision too; what that lacks is said.
 Calls take 1 to 200 ms: shorter ones are repeated, longer ones leave too few pairs for the minute that each has.
 """
 
@@ -13,6 +13,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from bench.small import SIGMAS, cdm, ddpmpp, layers, mlp, ncsn, unet2d
 
 Call = Callable[[], object]
 
@@ -70,82 +72,6 @@ def noise(shape: tuple[int, ...]) -> Call:
 
     out, seed, sample_id = torch.empty(shape), torch.full((shape[0],), 7), torch.arange(shape[0])
     return lambda: ops.noise_fill_(out, seed, sample_id, 0, 0, "normal")
-
-
-def ncsn(ngf: int = 32, size: int = 28, channels: int = 1, version: int = 1):
-    from sgm_engine import models
-
-    kind = {1: models.NCSN, 2: models.NCSNv2}[version]
-    return kind(SIGMAS, channels=channels, ngf=ngf, image_size=size)
-
-
-def unet2d():
-    from bench.families import Told, unet2d
-
-    try:
-        return unet2d(28, 1, (32, 64, 64), (0, 1, 0), norm_num_groups=8)
-    except ImportError:  # diffusers is not here: the same network as it is read from a file
-        from sgm_engine.models.unet2d import UNet2DModel
-
-        down, up = ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"], ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]
-        sizes = {"sample_size": 28, "in_channels": 1, "out_channels": 1, "block_out_channels": (32, 64, 64)}
-        blocks = {"down_block_types": down, "up_block_types": up, "layers_per_block": 2, "norm_num_groups": 8}
-        return Told(UNet2DModel(**sizes, **blocks), TIMES(), (1, 28, 28))
-
-
-def TIMES():
-    import torch
-
-    return torch.linspace(900, 100, len(SIGMAS))
-
-
-def ddpmpp():
-    from bench.families import Told
-    from sgm_engine.models.score_sde import NCSNpp
-
-    return Told(NCSNpp(32, (1, 2), 1, (16,), 32), TIMES(), (3, 32, 32))
-
-
-def cdm():
-    import torch
-
-    from sgm_engine.models.cdm import CDMConfig
-
-    sizes = {"channels": 1, "image_size": 16, "width": 32, "multipliers": (1, 2), "blocks": 1, "attention": (8,)}
-    model = CDMConfig(**sizes, schedule="uniform", levels=30).build()
-    torch.nn.init.normal_(model.classifier.head.weight, std=0.01)
-    return model
-
-
-def mlp():
-    from sgm_engine.training.toy import ScoreMLP
-
-    return ScoreMLP(SIGMAS, dim=64, width=512)
-
-
-def layers(channels: int = 128, size: int = 32):
-    """3×3 convolutions and little else."""
-    import torch
-    from torch import nn
-
-    class Layers(nn.Module):
-        shape = (1, size, size)
-
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("sigmas", torch.tensor(SIGMAS))
-            widths = (1, *[channels] * 4, 1)
-            self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths))
-
-        def forward(self, x, level):
-            for conv in self.convs[:-1]:
-                x = conv(x).relu()
-            return self.convs[-1](x)
-
-    return Layers()
-
-
-SIGMAS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 
 
 def engine(make: Callable[[], object], batch: int, **options):
@@ -209,9 +135,28 @@ def trace(make: Callable[[], object]) -> Call:
     return lambda: engine(make, 1)
 
 
+def native(make: Callable[[], object]):
+    import torch
+
+    from sgm_engine.executors.native.executor import NativeNetwork
+
+    torch.manual_seed(0)
+    model = make().eval()
+    return NativeNetwork(model, 1, *model.shape[1:])
+
+
+def evaluate(make: Callable[[], object]) -> Call:
+    """One evaluation of one image, nothing around it."""
+    import torch
+
+    network = native(make)
+    x, level = randn(1, *network.shape), torch.zeros(1, dtype=torch.int64)
+    return lambda: network(x, level)
+
+
 def pack(make: Callable[[], object]) -> Call:
-    e = engine(make, 1)
-    return lambda: e.sync_weights(force=True)
+    network = native(make)
+    return lambda: network.sync(force=True)
 
 
 def pictures(count: int = 1000) -> Call:
@@ -266,7 +211,7 @@ WORKLOADS: dict[str, Workload] = {
     "norm bf16 nhwc 1x256x16x16": Workload(lambda: norm((1, 256, 16, 16), "bfloat16", True)),
     "norm f32 nhwc residual 8x64x28x28": Workload(lambda: norm((8, 64, 28, 28), "float32", True, residual=True)),
     "noise 32x3x32x32": Workload(lambda: noise((32, 3, 32, 32))),
-    "convolutions 3x3 B=1": Workload(lambda: sample(layers, 1, 7), quick=True),
+    "convolutions 3x3 B=1": Workload(lambda: evaluate(layers), quick=True),
     "NCSN B=1": Workload(lambda: sample(ncsn, 1, 4), quick=True),
     "NCSN B=8": Workload(lambda: sample(ncsn, 8), quick=True),
     "NCSN B=8 two threads": Workload(lambda: sample(ncsn, 8), "wall", threads=2),
@@ -290,6 +235,7 @@ WORKLOADS: dict[str, Workload] = {
     "first sample: load, pack": Workload(first_sample),
     "trace DDPM++": Workload(lambda: trace(ddpmpp)),
     "pack NCSN ngf 64": Workload(lambda: pack(lambda: ncsn(64))),
+    "pack convolutions 3x3": Workload(lambda: pack(layers)),
     "1,000 PNGs": Workload(pictures),
     "job: write 256 samples": Workload(lambda: job("write")),
     "job: resume": Workload(lambda: job("resume")),
