@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from bench import history, instructions, plants, registers, trees, verdicts
-from bench.compare import ABOVE, BELOW, CannotRun, Row, Tree, counted, decide, more, rounds
+from bench.compare import ABOVE, BELOW, CannotRun, Row, Tree, command, counted, decide, environment, more, rounds
 from bench.sequential import bounds, evidence, needed
 
 
@@ -264,3 +264,13 @@ def test_plants_still_fit(name):
         compile(plants.edited(plant, text, 0.05), plant.file, "exec")
     with pytest.raises(ValueError, match="adapt the plant"):
         plants.edited(plant, "", 0.05)
+
+
+def test_a_recorded_network_runs_without_pytorch(tmp_path):
+    """What callgrind counts: what Python told the C++ executor, told again by a process that has not imported torch."""
+    file, env = tmp_path / "recording", environment(trees.ROOT)
+    subprocess.run(command("instructions", "record", "cdm", file), env=env, cwd=trees.ROOT, check=True)
+    for what in ("evaluate", "pack"):
+        again = command("instructions", f"{what} cdm", 2, file)
+        again[2] += "; assert 'torch' not in sys.modules"
+        subprocess.run(again, env=env, cwd=trees.ROOT, check=True)
