@@ -78,12 +78,14 @@ def described(model) -> str:
 def none_came(model) -> str:
     from sgm_engine.checkpoints.bundled import plan_for
     from sgm_engine.checkpoints.good_plan import BY_RULE
+    from sgm_engine.models.cdm.model import CDM
 
     plan = plan_for(model)
     rule = ", ".join(f"{quality} {nfe}" for quality, nfe in BY_RULE.items())
+    own = " (both with --conditioning nearest: it knows its levels alone)" if isinstance(model, CDM) else ""
     return (
         f"no front of plans came with these weights: the default is {plan.name} of {plan.nfe} evaluations, --nfe N a "
-        f"second-order sampler by rule, --quality that of {rule}; `sgm tune --write` puts a front into a file"
+        f"second-order sampler by rule, --quality that of {rule}{own}; `sgm tune --write` puts a front into a file"
     )
 
 

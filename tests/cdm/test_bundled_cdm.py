@@ -65,6 +65,7 @@ def test_weights_by_name(sgm):
     )
     assert done.returncode == 0 and "CDM, 1×28×28" in done.stdout, done.stderr
     assert np.load("x.npz")["arr_0"].shape == (2, 28, 28, 1)
+    assert "--conditioning nearest: it knows its levels alone" in sgm("plans", "--weights", "cdm").stdout
     both = sgm("sample", "--weights", "cdm", "--checkpoint", "y.safetensors")
     assert both.returncode == 2 and "take one of the two" in both.stderr
 
