@@ -103,11 +103,11 @@ PLANTS = {
         "    def sample(\n",
         "test_time[Python's side of a request]",
     ),
-    "packing": cpp(
-        "csrc/cpu/executor/build.cpp",
-        '#include "cpu/executor/internal.h"',
-        "void Executor::set_conv(int index, Array weight, Array bias) {",
-        "test_time[pack convolutions 3x3]",
+    "packing": python(
+        "sgm_engine/executors/native/executor.py",
+        "class NativeNetwork:",
+        "    def sync(self, states",
+        "test_time[pack NCSN ngf 64]",
     ),
     "the PNG writer": python(
         "sgm_engine/outputs/images.py",
