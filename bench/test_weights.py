@@ -1,5 +1,6 @@
 """What shared weights cost: looking at them, and packing what changed. One table: pytest bench/test_weights.py -s"""
 
+import os
 import threading
 import time
 
@@ -52,6 +53,10 @@ def test_what_changed_weights_cost(benchmark, model):
     look = least(watch.look, rounds=50)
     rows.append(("a look: the digest of every tensor; where samples begin, and every 16 steps", look))
     rows.append(("of it reading the memory", least(lambda: _C.digest(memory), rounds=50)))
+    _C.set_num_threads(len(os.sched_getaffinity(0)))
+    together = least(watch.look, rounds=50, clock=time.perf_counter)
+    rows.append((f"the same look by the clock, {_C.num_threads()} threads", together))
+    _C.set_num_threads(1)
     pack = {}
     for executor, precision in (("native", "float32"), ("hybrid", "float32"), ("eager", "bfloat16")):
         engine = Engine(model, 1, executor=executor, precision=precision)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 
 import torch
 
@@ -20,6 +21,17 @@ def undisturbed() -> Iterator[None]:
     """
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
+
+
+def unrounded(method: Callable) -> Callable:
+    """``method(self, x, …)`` without autocast: products that decide by small differences, whatever surrounds them."""
+
+    @wraps(method)
+    def exact(self, x: torch.Tensor, *args):
+        with torch.autocast(x.device.type, enabled=False):
+            return method(self, x, *args)
+
+    return exact
 
 
 @contextmanager

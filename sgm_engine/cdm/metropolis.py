@@ -22,6 +22,7 @@ from sgm_engine.executors.slots import SAMPLE_STREAM, started
 from sgm_engine.kernels import ops
 from sgm_engine.kernels.noise import STREAM
 from sgm_engine.keys import as_int64, to_device
+from sgm_engine.models.energy import value_and_gradient
 from sgm_engine.plans.plan import Plan
 from sgm_engine.plans.schedule import Sigmas, check_sigmas
 
@@ -38,16 +39,20 @@ class Density(nn.Module):
         self.register_buffer("sigmas", torch.tensor(check_sigmas(sigmas), dtype=torch.float32), persistent=False)
 
     def log_q_and_score(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            value = self.log_prob(x, self.sigmas[level])
-            if value.shape != x.shape[:1]:
-                raise ValueError(f"log_prob must return one value a sample, [{len(x)}], got {list(value.shape)}")
-            (score,) = torch.autograd.grad(value.sum(), x)
-        return value.detach(), score
+        """Differentiable itself where gradients are enabled."""
+        return value_and_gradient(lambda x: self._checked(x, self.sigmas[level]), x)
+
+    def _checked(self, x: Tensor, sigma: Tensor) -> Tensor:
+        value = self.log_prob(x, sigma)
+        if value.shape != x.shape[:1]:
+            raise ValueError(f"log_prob must return one value a sample, [{len(x)}], got {list(value.shape)}")
+        return value
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         return self.log_q_and_score(x, level)[1]
+
+    def at_sigmas(self, sigmas: Sigmas) -> Density:
+        return Density(self.log_prob, sigmas, self.shape).to(self.sigmas.device)
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,18 @@ class Chains:
 def mala(model, plan: Plan, n: int, seed: int = 0, first_id: int = 0, init: Tensor | None = None) -> Chains:
     """n chains of ``plan``, whose rows are Langevin steps (a = 1, c² = 2b) or have no noise, Metropolis-adjusted.
 
-    model: a CDM, a Density, or anything with ``log_q_and_score(x, level)`` → (log q_σ(x) [n], score), ``sigmas``,
-    ``shape`` and a device like its ``sigmas``. One evaluation a row, and one more at each change of level. All n at
-    once. Proposals meet the noise that Engine.sample(n, seed, plan, first_id) would draw; whether they are taken is
-    decided by the uniform of stream "accept", draw k in row k = 1, 2, … ValueError names a row that is no such step.
+    model: a CDM, a Density, a model of as_score(kind="energy"), or anything with ``log_q_and_score(x, level)`` →
+    (log q_σ(x) [n], score), ``sigmas``, ``shape`` and a device like its ``sigmas``. One evaluation a row, and one more
+    at each change of level. All n at once. Proposals meet the noise that Engine.sample(n, seed, plan, first_id) would
+    draw; whether they are taken is decided by the uniform of stream "accept", draw k in row k = 1, 2, … ValueError
+    names a row that is no such step, and a sample that begins a level where log q or its gradient is not finite: such
+    a chain could never move.
     """
     if not hasattr(model, "log_q_and_score"):
-        raise TypeError(f"{type(model).__name__} has no energies (log_q_and_score): pass a CDM, or a Density of yours")
+        raise TypeError(
+            f"{type(model).__name__} has no energies (log_q_and_score): pass a CDM, a Density, or a model of "
+            "as_score(kind='energy')"
+        )
     _check(plan, model.sigmas)
     device, shape = model.sigmas.device, check_shape(model.shape)
     chains = check_chains(n, seed, first_id, init, shape, device)
@@ -90,6 +100,7 @@ def mala(model, plan: Plan, n: int, seed: int = 0, first_id: int = 0, init: Tens
         if plan.level[k] != level_before:
             value, score = model.log_q_and_score(x, level)
             level_before = plan.level[k]
+            _refuse_outside(value, score, ids, int(plan.level[k]))
         proposal = ops.langevin_update(x, score, table, draw, torch.full_like(level, k), seeds, ids)
         if plan.c[k] == 0:
             x, level_before = proposal, None
@@ -122,6 +133,16 @@ def _check(plan: Plan, sigmas: Tensor) -> None:
                 f"plan row {row} has sigma {plan.sigma[row]:g} at level {plan.level[row]}, which is not the model's: "
                 "make the plan from model.sigmas"
             )
+
+
+def _refuse_outside(value: Tensor, score: Tensor, ids: Tensor, level: int) -> None:
+    lost = ~(value.isfinite() & score.flatten(1).isfinite().all(1))
+    if lost.any():
+        raise ValueError(
+            f"{int(lost.sum())} of {len(ids)} chains, such as sample {int(ids[lost][0])}, begin level {level} where "
+            "log q or its gradient is not finite, and could never move: start them where the density is (init=, or the "
+            "plan's start_scale and start_shift)"
+        )
 
 
 def _square(v: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ shapes and values are checked before the network exists. Whatever is wrong ends 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import warnings
@@ -19,19 +18,31 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from sgm_engine.checkpoints.changed import with_class, with_range
 from sgm_engine.checkpoints.chosen_weights import nearest
 from sgm_engine.checkpoints.diffusers_folder import save_folder
 from sgm_engine.checkpoints.families import describe, is_elsewhere, local, open_elsewhere
 from sgm_engine.checkpoints.notes import notes_of, take_notes
 from sgm_engine.checkpoints.original_config import levels_between, read_config
 from sgm_engine.checkpoints.torch_file import CheckpointError
-from sgm_engine.checkpoints.weights_file import FLOATS, FORMAT, FORMAT_VERSION, State, open_state, read_tensor
+from sgm_engine.checkpoints.weights_file import (
+    FLOATS,
+    FORMAT,
+    FORMAT_VERSION,
+    Config,
+    State,
+    open_state,
+    read_tensor,
+    weights_of,
+)
 from sgm_engine.files.reading import short
 from sgm_engine.files.writing import write_file
 from sgm_engine.models import ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.models.family import FamilyConfig
+from sgm_engine.models.multi_sample import MultiSampleConfig
 from sgm_engine.outputs.output import is_folder, sorted_header
+from sgm_engine.pace import paced
 from sgm_engine.plans.schedule import Sigmas, check_sigmas
 
 __all__ = ["CheckpointError", "convert", "load_checkpoint", "read_config", "save_checkpoint"]
@@ -112,9 +123,9 @@ def load_checkpoint(
                 own_config = _infer(state, _hints(config, sigmas, image_size))
                 sigmas = None
             if class_labels is not None:
-                own_config = _with_class(own_config, class_labels)
+                own_config = with_class(own_config, class_labels)
             if data_range is not None:
-                own_config = _with_range(own_config, data_range)
+                own_config = with_range(own_config, data_range)
             size = path.stat().st_size if path.is_file() else None
             model = _fill(own_config, state, size)
             return model if sigmas is None else model.at_sigmas(sigmas)
@@ -129,12 +140,13 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, dtype: torch.dtyp
     Raises ValueError on values that are not finite in ``dtype``, OSError where the disk refuses.
     """
     path = Path(path)
-    if not isinstance(getattr(model, "config", None), (ModelConfig, CDMConfig, FamilyConfig)):
+    if not isinstance(getattr(model, "config", None), (ModelConfig, CDMConfig, FamilyConfig, MultiSampleConfig)):
         raise TypeError(f"model must be one of sgm_engine.models or a CDM, got {type(model).__name__}: use safetensors")
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
-    network = model.network if isinstance(model.config, FamilyConfig) else model
-    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in network.state_dict().items()}
+    state = {
+        name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights_of(model).state_dict().items()
+    }
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise ValueError(f"model: {name} holds NaN or Inf, so it was not saved")
@@ -142,9 +154,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, dtype: torch.dtyp
     write_file(path, sorted_header(save(state, metadata)))
 
 
-def convert(
-    source: str | os.PathLike, target: str | os.PathLike, **options: Any
-) -> ModelConfig | CDMConfig | FamilyConfig:
+def convert(source: str | os.PathLike, target: str | os.PathLike, **options: Any) -> Config:
     """load_checkpoint(source, **options), saved under ``target``; returns its configuration.
 
     target: NEW.safetensors is our own format, FOLDER/ a diffusers pipeline, which can hold a UNet2DModel.
@@ -169,24 +179,6 @@ def _check_target(target: str | os.PathLike) -> bool:
     if not folder and Path(target).suffix != ".safetensors":
         raise ValueError(f"target must end in .safetensors, or be a FOLDER/ for diffusers, got {target}")
     return folder
-
-
-def _with_class(config, class_labels: int):
-    if not isinstance(config, FamilyConfig):
-        raise CheckpointError(f"has no classes, so class_labels {class_labels} means nothing")
-    try:
-        return dataclasses.replace(config, class_label=class_labels)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-
-
-def _with_range(config, data_range: tuple[float, float]):
-    if isinstance(config, CDMConfig):
-        raise CheckpointError(f"is a CDM of data in [0, 1], so data_range {tuple(data_range)} means nothing")
-    try:
-        return dataclasses.replace(config, data_range=data_range)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
 
 
 def _hints(config, sigmas: Sigmas, image_size) -> dict[str, object]:
@@ -258,7 +250,7 @@ def _same_sigmas(stored: Tensor, given) -> tuple[float, ...]:
     return tuple(stored.tolist())
 
 
-def _fill(config: ModelConfig | CDMConfig | FamilyConfig, state: State, file_size: int | None) -> nn.Module:
+def _fill(config: Config, state: State, file_size: int | None) -> nn.Module:
     """The network with the state's weights, once every name, shape and size has been found to be right."""
     if (least := getattr(config, "least_tensors", 0)) > len(state.shapes):
         raise CheckpointError(f"describes a network of more than {least} tensors, and holds {len(state.shapes)}")
@@ -267,9 +259,9 @@ def _fill(config: ModelConfig | CDMConfig | FamilyConfig, state: State, file_siz
             model = config.build()
     except (RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise CheckpointError(f"does not describe a {config.architecture}: {short(error)}") from None
-    network = model.network if isinstance(config, FamilyConfig) else model
+    network = weights_of(model)
     expected = network.state_dict()
-    held = {n: s for n, s in state.shapes.items() if not (network is not model and n == "sigmas")}
+    held = {n: s for n, s in state.shapes.items() if not (isinstance(config, FamilyConfig) and n == "sigmas")}
     missing, extra = sorted(expected.keys() - held.keys()), sorted(held.keys() - expected.keys())
     if missing or extra:
         words = [f"{verb} {_some(names)}" for verb, names in (("lacks", missing), ("has unknown", extra)) if names]
@@ -282,7 +274,7 @@ def _fill(config: ModelConfig | CDMConfig | FamilyConfig, state: State, file_siz
             raise CheckpointError(f"has {name} of shape {list(held[name])}, where {list(tensor.shape)} belongs")
     if file_size is not None and sum(state.sizes.values()) > file_size:
         raise CheckpointError("describes more values than it holds")
-    weights = {name: read_tensor(state, name) for name in expected}
+    weights = {name: read_tensor(state, name) for name in paced(expected, len(expected), "reading weights", "tensors")}
     if "sigmas" in weights and not torch.equal(weights["sigmas"], model.sigmas):
         raise CheckpointError("holds other sigmas than its config")
     network.load_state_dict(weights, assign=True)

@@ -55,9 +55,10 @@ def choose(content: object, ema: bool | None, name: str = "") -> Chosen | None:
     raw = [c for c in found if not c.averaged]
     averaged = [c for c in found if c.averaged]
     averaged += [_listed(name, value, raw) for name, value in _shadows(content)]
+    averaged += _without_dots(content, raw)
     if ema and not averaged:
         raise CheckpointError("holds no averaged weights: leave out ema=True")
-    if ema is not False and not averaged and (strange := _strange(content)):
+    if ema is not False and not averaged and (strange := _strange(content, raw)):
         raise CheckpointError(
             f"holds an average {strange!r} in a form that is not understood: ema=False takes the weights themselves"
         )
@@ -168,6 +169,28 @@ def _listed(name: str, values: list[StoredTensor], raw: list[Chosen]) -> Chosen:
     return raw[0]._replace(tensors=dict(zip(names, values, strict=True)), averaged=True, where=name)
 
 
+def _beside(content: object, raw: list[Chosen]) -> Iterator[tuple[str, dict[str, StoredTensor], Chosen]]:
+    """Modules of averages in one dict with the weights, as (prefix, tensors by what follows it, the weights)."""
+    for path, tensors in _states(content, ()):
+        names = {".".join(k.split(".")[:depth]) for k in tensors for depth in (1, 2) if k.count(".") >= depth}
+        prefixes = sorted(f"{n}." for n in names if is_average(n.rpartition(".")[2]))[:MAX_DEPTH]
+        for prefix in prefixes:
+            inside = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            yield from ((prefix, inside, c) for c in raw if c.where.split("/")[: len(path)] == list(path))
+
+
+def _without_dots(content: object, raw: list[Chosen]) -> Iterator[Chosen]:
+    """Averages under the names of the weights less their dots, as latent diffusion has them."""
+    for prefix, inside, weights in _beside(content, raw):
+        holders = weights.where.rpartition("/")[2].split(".")[:-1]
+        for cut in range(len(holders) + 1):
+            names = {"".join(holders[cut:]) + n.replace(".", ""): n for n in weights.tensors}
+            found = {names[k]: t for k, t in inside.items() if k in names}
+            if {n for n in weights.tensors if not UNTRAINED.search(n)} <= found.keys():
+                yield weights._replace(tensors=found, averaged=True, where=prefix)
+                break
+
+
 def _with_buffers(chosen: Chosen, raw: list[Chosen]) -> Chosen:
     """An average that leaves out what is not trained takes it from the weights."""
     if not chosen.averaged or not raw or raw[0].family != chosen.family:
@@ -176,11 +199,14 @@ def _with_buffers(chosen: Chosen, raw: list[Chosen]) -> Chosen:
     return chosen._replace(tensors=missing | chosen.tensors, beside=raw[0].beside | chosen.beside)
 
 
-def _strange(content: object) -> str | None:
+def _strange(content: object, raw: list[Chosen]) -> str | None:
     """The name of an average that none of the above understands."""
     for key, value in content.items() if isinstance(content, dict) else ():
         if isinstance(key, str) and is_average(key) and isinstance(value, (dict, list, tuple, StoredTensor)) and value:
             tensors = value if isinstance(value, StoredTensor) else list(_states({"": value}, ()))
             if tensors or isinstance(value, (list, tuple)):
                 return key
-    return None
+        states = value.get("state") if isinstance(value, dict) else None  # of an optimizer that averages
+        if isinstance(states, dict) and any(isinstance(s, dict) and "ema" in s for s in states.values()):
+            return f"{key}/state/ema"
+    return next((prefix for prefix, inside, c in _beside(content, raw) if 2 * len(inside) > len(c.tensors)), None)

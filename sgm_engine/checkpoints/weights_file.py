@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgm_engine.checkpoints.chosen_weights import Chosen, choose, is_state
 from sgm_engine.checkpoints.torch_file import CheckpointError, Storage, StoredTensor, TorchFile
@@ -18,6 +18,7 @@ from sgm_engine.files.reading import open_file, open_safetensors, parse_json, sh
 from sgm_engine.models import ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.models.family import NETWORKS, FamilyConfig
+from sgm_engine.models.multi_sample import MultiSampleConfig
 
 FORMAT, FORMAT_VERSION = "sgm-engine", "1"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -39,7 +40,14 @@ class State(NamedTuple):
     metadata: Mapping[str, str] = MappingProxyType({})
 
 
-Config = ModelConfig | CDMConfig | FamilyConfig
+Config = ModelConfig | CDMConfig | FamilyConfig | MultiSampleConfig
+
+
+def weights_of(model: nn.Module) -> nn.Module:
+    """The module whose names a file has."""
+    if isinstance(model.config, MultiSampleConfig):
+        return getattr(model, "model", model).network
+    return model.network if isinstance(model.config, FamilyConfig) else model
 
 
 def open_state(path: Path, ema: bool | None, opened: ExitStack) -> tuple[State, Config | None]:
@@ -89,7 +97,8 @@ def _config(fields: object) -> Config:
     architecture = fields.get("architecture") if isinstance(fields, dict) else None
     if architecture in NETWORKS:
         return FamilyConfig.from_dict(fields)
-    return (CDMConfig if architecture == CDMConfig.architecture else ModelConfig).from_dict(fields)
+    named = {kind.architecture: kind for kind in (CDMConfig, MultiSampleConfig)}
+    return named.get(architecture, ModelConfig).from_dict(fields)
 
 
 def _pick(file: TorchFile, ema: bool | None, name: str) -> State:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterator
 
@@ -18,6 +19,7 @@ SCHEDULES = ("geometric", "karras", "linear", "cosine")
 EXECUTORS = ("auto", "eager", "native", "hybrid", "graph")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "direct")
 FORMATS = ("png", "npz", "safetensors", "webdataset")
+STREAM = "-"  # standard output
 QUALITIES = ("draft", "good", "best")
 PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta")
 MAX_SEED, MAX_ID, MAX_BATCH = 2**64, 2**56, 2**31  # each the first that is too large
@@ -84,6 +86,17 @@ def plan_name(text: str) -> str:
     if text not in PLANS and not text.endswith(".json"):
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(PLANS)}, or FILE.json, got {text!r}")
     return text
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return value
 
 
 def levels(text: str) -> list[float]:

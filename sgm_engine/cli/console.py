@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -28,6 +29,67 @@ def say(what: object) -> None:
 def shown(text: object) -> str:
     """What comes from a file, for a terminal: characters that would steer it are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def say_beside_bar(line: str) -> None:
+    """One line on stderr, above a bar where one is shown."""
+    from tqdm import tqdm
+
+    tqdm.write(shown(line), sys.stderr)
+    sys.stderr.flush()
+
+
+class Heard(logging.Handler):
+    """What the library logs: lines on stderr; on a terminal a bar for what takes long, gone when it is done."""
+
+    def __init__(self):
+        super().__init__()
+        self.terminal, self._barred = sys.stderr.isatty(), False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        pace = getattr(record, "pace", None)
+        if record.levelno >= logging.INFO:
+            if pace is None or not self.terminal:
+                say(record.getMessage())
+        elif pace is not None:
+            self._bar(pace)
+
+    def _bar(self, pace) -> None:
+        from tqdm import tqdm
+
+        bar = tqdm.format_meter(pace.n, pace.total, pace.seconds, unit=f" {pace.units}", prefix=pace.doing, ncols=80)
+        self._barred = pace.n < pace.total
+        print(end=f"\r\033[K{shown(bar) if self._barred else ''}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """An interrupted bar makes room for what is said next."""
+        if self._barred:
+            print(end="\r\033[K", file=sys.stderr, flush=True)
+        super().close()
+
+
+class Printed(logging.Handler):
+    """What a command is there to say: its log on stdout."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
+
+
+@contextmanager
+def heard(name: str, handler: logging.Handler, level: int) -> Iterator[None]:
+    """The logger ``name`` speaks through ``handler`` alone inside, and as before after it."""
+    log = logging.getLogger(name)
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(level)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
+        handler.close()
 
 
 def complain(code: int, error: object) -> int:
@@ -64,9 +126,13 @@ def some(things: list) -> str:
 
 @contextmanager
 def bad_input() -> Iterator[None]:
-    """Errors in here are the user's to mend: BadInput."""
+    """Errors in here are the user's to mend: BadInput. That somebody else is at it is none."""
+    from sgm_engine.errors import JobBusy
+
     try:
         yield
+    except JobBusy:
+        raise
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         if DEBUG:
             raise

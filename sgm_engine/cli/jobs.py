@@ -8,10 +8,12 @@ import signal
 import time
 from pathlib import Path
 
+from sgm_engine.cli.arguments import STREAM
 from sgm_engine.cli.console import (
     DAMAGED,
     DIVERGED,
     DONE,
+    FAULT,
     INTERRUPTED,
     TERMINATED,
     bad_input,
@@ -25,7 +27,7 @@ from sgm_engine.cli.console import (
 )
 from sgm_engine.cli.model import chosen_model, device_of, how_to_load, said
 
-JOB_OPTIONS = ("format", "shard_size", "worker", "ray", "actors")
+JOB_OPTIONS = ("format", "shard_size", "worker", "ray", "actors", "patience")  # a stream has a format too
 LINE_EVERY = 60.0  # seconds between two lines of progress of Ray's actors
 
 
@@ -57,19 +59,22 @@ def wanted(args: argparse.Namespace) -> bool:
     from sgm_engine.jobs.worker import Worker
     from sgm_engine.outputs.output import is_folder
 
-    suffix = Path(args.out).suffix
-    folder = is_folder(args.out) or (args.format is not None and suffix not in (".png", ".npz", ".safetensors"))
-    given = [f"--{name.replace('_', '-')}" for name in JOB_OPTIONS if getattr(args, name) is not None]
+    stream, suffix = args.out == STREAM, Path(args.out).suffix
+    named = args.format is not None and suffix not in (".png", ".npz", ".safetensors")
+    folder = not stream and (is_folder(args.out) or named)
+    given = [f"--{name.replace('_', '-')}" for name in JOB_OPTIONS[stream:] if getattr(args, name) is not None]
     if folder:
         if args.gif:
             raise ValueError("argument --gif: goes with a single file, not with a folder of shards: use two commands")
-        if args.ray is None and args.actors:
-            raise ValueError("argument --actors: goes with --ray")
+        for name in ("actors", "patience"):
+            if args.ray is None and getattr(args, name):
+                raise ValueError(f"argument --{name}: goes with --ray")
         if args.ray is not None and args.worker:
             raise ValueError("argument --worker: not with --ray, whose actors share the work by themselves")
         return True
     if given:
-        raise ValueError(f"argument {given[0]}: is for a folder, and --out {args.out} is one file: --out FOLDER/")
+        what = f"--out {args.out} is one {'stream' if stream else 'file'}"
+        raise ValueError(f"argument {given[0]}: is for a folder, and {what}: --out FOLDER/")
     if (count := Worker.from_environment().count) > 1:
         raise ValueError(f"argument --out: {count} workers would all write {args.out}: --out FOLDER/ for shards")
     return False
@@ -95,6 +100,9 @@ def sample(args: argparse.Namespace) -> int:
     if caught:
         code, how = (TERMINATED, "terminated") if caught[0] == signal.SIGTERM else (INTERRUPTED, "interrupted")
         return complain(code, f"{how}; nothing is half-written, and the same command goes on from here")
+    if report.lost:
+        which = f"shard{'s' if len(report.lost) > 1 else ''} {some(report.lost)}"
+        return complain(FAULT, f"{which} went from {args.out} while this job ran: the same command draws them again")
     # A worker of several answers for the job only once all of it is there: a launcher stops the others on a failure.
     diverged = job.diverged() if report.complete else report.diverged
     if diverged:
@@ -182,10 +190,11 @@ def _job(args: argparse.Namespace):
     options = {"n": args.n if args.ids is None else None, "ids": args.ids, "seed": args.seed, "plan": plan}
     options |= {"format": args.format or "png", "shard_size": args.shard_size or SHARD_SIZE, "notes": paths}
     if args.ray:
-        from sgm_engine.jobs.ray_pool import ray_job
+        from sgm_engine.jobs.ray_pool import PATIENCE, ray_job
 
         pool = {"address": args.ray, "actors": args.actors, "device": args.device, "batch": args.batch}
         pool |= {"precision": args.precision, "executor": args.executor, "float8": float8}
+        pool |= {"patience": args.patience or PATIENCE}
         return ray_job(model, args.out, **options, **pool), said(model)
     engine = Engine(model, args.batch, device_of(args.device), args.precision, args.executor, float8=float8)
     return Job(engine, args.out, **options), said(model)

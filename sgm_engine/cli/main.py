@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -18,8 +19,10 @@ from sgm_engine.cli.console import (
     TERMINATED,
     UNREAD,
     USAGE,
+    Heard,
     Terminated,
     complain,
+    heard,
     interruptible,
     plainly,
     say,
@@ -42,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         getattr(sys, name).reconfigure(errors="replace")  # a terminal without σ shows a question mark
     try:
-        with interruptible():
+        listener = Heard()
+        with heard("sgm_engine", listener, logging.DEBUG if listener.terminal else logging.INFO), interruptible():
             try:
                 args = parser().parse_args(argv)
                 return args.run(args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sgm_engine.cli.arguments import (
     QUALITIES,
     SAMPLERS,
     SCHEDULES,
+    STREAM,
     add_precision,
     add_weights,
     at_least,
@@ -38,6 +40,7 @@ examples:
   sgm sample --nfe 20                      the best plan of at most 20 evaluations; --quality best: whatever it takes
   sgm sample --plan annealed_langevin      NCSN's own sampler, 121 evaluations
   sgm sample --n 1000 --out digits.npz     what FID tools read: arr_0, uint8 [N, H, W, C]
+  sgm sample --n 1000 --format npz --out - | program                    the same bytes on standard output
   sgm sample --ids 0-63,1000 --out digits/ PNG files; sample 1000 gets the noise that it always gets
   sgm sample --n 50000 --out run/ --format npz     a job in shards: stopped or killed, the same command goes on
   torchrun --nproc-per-node 8 -m -- sgm_engine sample --n 50000 --out run/ --format npz
@@ -89,9 +92,7 @@ def register(commands) -> None:
         help="x + α·s + √(2α)·z (code), or half that α, as NCSN's paper writes",
     )
     add("--denoise", action=yes_no, help="end with x + σ²·s, a step without noise")
-    add(
-        "--eta", type=float, metavar="X", help="of consistent_annealed (1 denoises and noises afresh) and of ddim (0–1)"
-    )
+    add("--eta", type=float, metavar="X", help="of consistent_annealed (1: afresh), ddim (0–1), ancestral (2 churns)")
 
     add = p.add_argument_group("execution").add_argument
     add("--batch", type=at_least(1, MAX_BATCH), metavar="N",
@@ -103,20 +104,26 @@ def register(commands) -> None:
 
     group = p.add_argument_group("output")
     add = group.add_argument
-    add("--out", default="samples.png", metavar="PATH",
-        help=".png: one grid; .npz: uint8; .safetensors: float32; name/: shards (default: samples.png)")  # fmt: skip
+    add(
+        "--out",
+        default="samples.png",
+        metavar="PATH",
+        help=".png: a grid; .npz: uint8; .safetensors: float32; name/: shards; -: stdout (default: samples.png)",
+    )
     add("--gif", metavar="PATH", help="the annealing of the first 64 samples, as the network denoises them")
     add = group.add_mutually_exclusive_group().add_argument
     add("--progress", action=yes_no, help="a bar (default: on a terminal; elsewhere a line now and then)")
     add("--quiet", action="store_true", help="print nothing but errors")
 
     add = p.add_argument_group("jobs", "For --out FOLDER/. The same command goes on with what is missing.").add_argument
-    add("--format", choices=FORMATS, help=f"{', '.join(FORMATS)} (default: png)")
+    add("--format", choices=FORMATS, help=f"{', '.join(FORMATS)} (default: png); of --out - too")
     add("--shard-size", type=at_least(1), metavar="N", help="sample ids in a shard (default: 256)")
     add("--worker", metavar="I/K", help="take share I of K (default: from torchrun or a Slurm array, else everything)")
     add("--ray", nargs="?", const="local", metavar="ADDRESS",
         help="draw with Ray actors: here, or on the cluster at ray://… (needs the extra [ray])")  # fmt: skip
     add("--actors", type=at_least(1), metavar="N", help="with --ray (default: one for each GPU, or each CPU core)")
+    add("--patience", type=at_least(1), metavar="SECONDS",
+        help="with --ray: end after so long without a shard, saying what is waited for (default: 3600)")  # fmt: skip
     p.set_defaults(run=sample)
 
 
@@ -164,13 +171,16 @@ def sample(args: argparse.Namespace) -> int:
         film.save(gif, drawn)
     if not args.quiet:
         speed, nfe = len(drawn) / seconds, plan.nfe
-        print(f"{len(drawn)} samples in {seconds:.2f} s: {rate(speed)} samples/s, {nfe} NFE a sample, "
-              f"{rate(speed * nfe)} NFE/s")  # fmt: skip
-        print(shown(f"weights: {said(engine.model)}"))
-        print(plan_line(plan))
-        print(shown(f"start: {start_words(plan)}{assumed(engine.model)}"))
-        print(f"how: {how}")
-        print(f"written: {out.path}" + (f" and {gif}" if gif else ""))
+        lines = [
+            f"{len(drawn)} samples in {seconds:.2f} s: {rate(speed)} samples/s, {nfe} NFE a sample, "
+            f"{rate(speed * nfe)} NFE/s",
+            shown(f"weights: {said(engine.model)}"),
+            plan_line(plan),
+            shown(f"start: {start_words(plan)}{assumed(engine.model)}"),
+            f"how: {how}",
+            f"written: {out}" + (f" and {gif}" if gif else ""),
+        ]
+        print("\n".join(lines), file=sys.stderr if args.out == STREAM else sys.stdout)
     if diverged:
         return complain(DIVERGED, f"{len(diverged)} samples became non-finite and are left out: {some(diverged)}")
     return DONE
@@ -179,10 +189,11 @@ def sample(args: argparse.Namespace) -> int:
 def _targets(args: argparse.Namespace):
     """(sample ids, Output, path of the GIF or None), all checked."""
     from sgm_engine.files.writing import check_writable
-    from sgm_engine.outputs.output import Output
+    from sgm_engine.outputs.output import Output, Stream
 
     ids = range(args.n) if args.ids is None else args.ids
-    out, gif = Output.parse(args.out), Path(args.gif).expanduser() if args.gif else None
+    out = Stream.of(args.format or "png") if args.out == STREAM else Output.parse(args.out)
+    gif = Path(args.gif).expanduser() if args.gif else None
     if not ids and (gif or out.form == "grid"):
         raise ValueError("argument --n: a picture needs at least 1 sample, got 0")
     out.check()

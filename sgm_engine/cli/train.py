@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from pathlib import Path
 
-from sgm_engine.cli.arguments import BadInput
+from sgm_engine.cli.arguments import BadInput, at_least
+from sgm_engine.cli.console import Printed, heard
 
 EPILOG = """\
 examples:
@@ -16,12 +18,13 @@ examples:
   sgm train --config mine.yaml --data pictures/ --out run --set image_size=64
   torchrun --nproc-per-node 4 -m sgm_engine train --config ncsn_cifar10 --data cifar/ --out run
   sgm train --objective cdm --data mnist/ --out run    a classifier of noise levels, for likelihoods
+  sgm train --objective multi_sample --copies 4 --data mnist/ --out run    several noisy copies of an image at once
   sgm train --list                                               the configs that come with the package
 
 run/ then holds checkpoints/ (Lightning's), samples/ (PNG), metrics.csv, config.yaml, and at the end model.safetensors,
 which `sgm sample --checkpoint` takes. Needs: pip install 'sgm-engine[train]'.
 """
-CDM_CONFIG = "cdm_mnist"  # of --objective cdm, if no --config is named
+OWN_CONFIG = {"cdm": "cdm_mnist", "multi_sample": "mnist_multi_sample"}  # of an --objective, if no --config is named
 
 
 def register(commands) -> None:
@@ -30,7 +33,11 @@ def register(commands) -> None:
     p.description = "Train a score network on images."
     add = p.add_argument
     add("--config", metavar="NAME", help="a YAML file, or the name of a bundled one (--list)")
-    add("--objective", metavar="NAME", help="--set objective=NAME; cdm alone means --config cdm_mnist")
+    add("--objective", metavar="NAME",
+        help="--set objective=NAME; without --config cdm means cdm_mnist, multi_sample mnist_multi_sample")  # fmt: skip
+    add("--copies", type=at_least(1), metavar="M", help="--set copies=M, noisy copies an image, of multi_sample")
+    add("--reference-batch", type=at_least(0), metavar="N",
+        help="--set reference_batch=N, further images a step that stable_target weighs")  # fmt: skip
     add("--data", metavar="PATH", help="MNIST's IDX files, CIFAR-10's .bin files, a .npy, or a folder of pictures")
     add("--out", metavar="FOLDER", help="the run; resumed if it has checkpoints")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes to the config")
@@ -49,18 +56,20 @@ def train(args: argparse.Namespace) -> int:
     if args.list:
         for name in config_names():
             first = read_text(FOLDER / f"{name}.yaml").partition("\n")[0]
-            print(f"{name:16} {first.removeprefix('# ')}")
+            print(f"{name:18} {first.removeprefix('# ')}")
         return 0
     if args.advise:
         print(_advice(args).to_yaml())
         return 0
-    if args.objective == "cdm" and args.config is None:
-        args.config = CDM_CONFIG
+    if args.config is None:
+        args.config = OWN_CONFIG.get(args.objective)
     try:
         for name in ("config", "data", "out"):
             if getattr(args, name) is None:
                 raise ValueError(f"--{name} is missing (see `sgm train --help`)")
         objective = {} if args.objective is None else {"objective": args.objective}
+        also = {"copies": args.copies, "reference_batch": args.reference_batch}
+        objective |= {name: value for name, value in also.items() if value is not None}
         config = TrainConfig.read(args.config, objective | _changes(args.set))
         try:
             from sgm_engine.training import run
@@ -73,7 +82,8 @@ def train(args: argparse.Namespace) -> int:
             raise
         raise BadInput(error) from error
     _quiet()
-    job.fit(args.accelerator, args.tensorboard)
+    with heard("sgm_engine.training", Printed(), logging.INFO):
+        job.fit(args.accelerator, args.tensorboard)
     return 0
 
 
@@ -99,7 +109,6 @@ def _check_accelerator(name: str) -> None:
 
 def _quiet() -> None:
     """This process is the command's own: leave out Lightning's advertising and warnings that are no fault of a run."""
-    import logging
     import warnings
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ MEASURES = ("frechet", "sliced", "mmd")
 EXAMPLES = """\
 examples:
   sgm tune --budget 50 --reference DATA:test --training DATA:train --features digits
-  sgm tune --seconds 0.2 --checkpoint mine.safetensors --reference images/ --features classifier:mine.safetensors
+  sgm tune --seconds 0.2 --checkpoint mine.safetensors --reference images/ --features classifier:classes.safetensors
   sgm tune --budget 50 --baseline annealed_langevin …               and how the chosen plan compares with that one
 
 writes into --out: front.md and front.png (NFE against quality, on held-out seeds), front.json, and plan.json, which
@@ -60,25 +60,40 @@ def register(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sgm_engine.cli.console import DONE, bad_input
+    from sgm_engine.cli.console import bad_input
+    from sgm_engine.files.writing import check_writable
+    from sgm_engine.tuning.kept import claimed
 
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    with ExitStack() as stack:
+        with bad_input():
+            out = Path(args.out).expanduser()
+            if out.is_file():
+                raise ValueError(f"argument --out: {out} is a file: name a folder")
+            check_writable(out, folder=True)
+            kept = stack.enter_context(claimed(out))
+        return _run(args, out, kept)
+
+
+def _run(args: argparse.Namespace, out: Path, kept) -> int:
+    from sgm_engine.cli.console import DONE, bad_input
+    from sgm_engine.cli.console import say_beside_bar as say
+
     with bad_input():
         from sgm_engine.checkpoints.good_plan import start_at
         from sgm_engine.data.sets import open_images
+        from sgm_engine.engine.progress import counting
         from sgm_engine.evaluation.evaluate import summarise
         from sgm_engine.evaluation.features import open_extractor
-        from sgm_engine.files.writing import check_writable, staged_folder
+        from sgm_engine.files.writing import check_writable
+        from sgm_engine.jobs.identity import weights_digest
+        from sgm_engine.pace import BAR_FIRST
         from sgm_engine.plans.front import recipe_of
         from sgm_engine.plans.law import DataLaw
+        from sgm_engine.plans.plan import Plan
         from sgm_engine.tuning.candidates import FAMILIES, draw_candidates
         from sgm_engine.tuning.front import check_plotting
-        from sgm_engine.tuning.tune import Tuner
+        from sgm_engine.tuning.tune import Tuner, finalists
 
-        out = Path(args.out).expanduser()
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
-            raise ValueError(f"argument --out: {out} is there already and not empty: name a new folder")
-        check_writable(out, folder=True)
         check_plotting()
         if args.write:
             if Path(args.write).suffix != ".safetensors":
@@ -99,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError(f"{s.name} holds images {tuple(s.shape)}, the model draws {engine.shape}")
         baseline = _baseline(args, model)
         extractor = open_extractor(args.features, training, say, args.trust_features)
-        budget = args.budget or max(args.at or (0,)) or _evaluations(args.seconds, engine, say)
+        measured = (kept.about or {}).get("budget") if args.seconds else None  # an earlier run's clock counts
+        budget = args.budget or max(args.at or (0,)) or measured or _evaluations(args.seconds, engine, say)
         families = args.families.split(",") if args.families else tuple(FAMILIES)
         if getattr(model, "law", None) is None and training is not None:
             model.law = DataLaw.of(training.blocks(), *engine.data_range)
@@ -115,19 +131,25 @@ def run(args: argparse.Namespace) -> int:
             recipe_of(getattr(baseline, "plan", baseline), engine.sigmas, start)  # refused now rather than at the end
 
     reference = summarise(reference_set.blocks(), extractor, reference_set.name)
+    with bad_input():
+        kept.begin(_about(args, budget, groups, engine, weights_digest(model), reference))
+    if kept:
+        say(f"{out} has {len(kept)} figures of this search: it goes on from there")
     floor = summarise(training.take(args.held_out).blocks(), extractor) if training else None
-    tuner = Tuner(model, make_engine, extractor, reference, args.measure)
+    tuner = Tuner(model, make_engine, extractor, reference, args.measure, kept)
     began = time.perf_counter()
     survivors = []
-    for plans in groups:
-        survivors += tuner.search(plans, args.seed, args.first, args.last, say, one=bool(args.at))
-    outcome = tuner.confirm(survivors, args.held_out_seed, args.held_out, floor, baseline, say)
+    with counting(_of_search(groups, args.first, args.last), "evaluation", after=BAR_FIRST) as tell:
+        for plans in groups:
+            survivors += tuner.search(plans, args.seed, args.first, args.last, say, bool(args.at), tell)
+    again = [t.plan for t in finalists(survivors)] + ([baseline] if isinstance(baseline, Plan) else [])
+    with counting(args.held_out * sum(plan.nfe for plan in again), "evaluation", after=BAR_FIRST) as tell:
+        outcome = tuner.confirm(survivors, args.held_out_seed, args.held_out, floor, baseline, say, tell)
     outcome.about |= {"budget": budget, "candidates": sum(map(len, groups)), "seed": args.seed,
         "features": extractor.name, "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed,
         "seconds": round(time.perf_counter() - began), "precision": engine.numerics,
         "executor": engine.executor, "batch": engine.batch}  # fmt: skip
-    with staged_folder(out) as tmp:
-        outcome.write(tmp)
+    outcome.write(out)
     print(outcome.table())
     if args.write:
         front = outcome.travelling(engine.sigmas, start, engine.numerics, extractor.name, _command(args))
@@ -135,6 +157,29 @@ def run(args: argparse.Namespace) -> int:
         print(f"written: {args.write}, the weights with this front")
     print(f"written: {out}/ with front.md, front.json, front.png and plan.json")
     return DONE
+
+
+def _of_search(groups: list, first: int, last: int) -> int:
+    """Evaluations of the search, where those that survive a round are as long as the others."""
+    from sgm_engine.tuning.search import samples_of
+
+    return sum(samples_of(len(g), first, last) * sum(plan.nfe for plan in g) // len(g) for g in groups)
+
+
+def _about(args: argparse.Namespace, budget: int, groups, engine, weights: str, reference) -> dict[str, object]:
+    """All that decides a figure of the search, or which ones there will be."""
+    import hashlib
+
+    import sgm_engine
+    from sgm_engine.jobs.spec import Geometry
+
+    names = ("seconds", "measure", "first", "last", "seed", "held_out", "held_out_seed")
+    plans = " ".join(plan.digest for plans in groups for plan in plans)
+    n, *arrays = reference.moments.moments()
+    moments = f"{n} {hashlib.sha256(b''.join(a.tobytes() for a in arrays if a is not None)).hexdigest()}"
+    about = {"budget": budget, "plans": hashlib.sha256(plans.encode()).hexdigest(), "weights": weights}
+    about |= {"reference": moments, "features": reference.extractor.name, "engine": sgm_engine.__version__}
+    return about | vars(Geometry.of(engine)) | {name: getattr(args, name) for name in names}
 
 
 def _start(model, sigma: float) -> dict[str, object]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from sgm_engine.files.limits import Refused, allowance
-from sgm_engine.files.pictures import SUFFIXES, decode_picture
+from sgm_engine.files.pictures import OTHERS, SUFFIXES, decode_picture
 from sgm_engine.files.reading import MAX_DIMS, map_npy, read_bytes, read_gzipped
 from sgm_engine.keys import Key
 
@@ -197,8 +197,11 @@ def channels_first(x: np.ndarray, name: object) -> np.ndarray:
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder, at any depth, in order of their paths."""
-    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+    """The pictures in a folder, at any depth, in order of their paths. ValueError: some are of a kind not read."""
+    files = sorted(folder.rglob("*"))
+    if other := next((f for f in files if f.suffix.lower() in OTHERS), None):
+        raise ValueError(f"{other}: pictures must be {', '.join(SUFFIXES)}: convert it, or move it elsewhere")
+    return [f for f in files if f.suffix.lower() in SUFFIXES]
 
 
 def read_picture(file: Path, channels: int | None = None) -> np.ndarray:

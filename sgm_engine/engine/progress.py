@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from sgm_engine.executors.slots import Slots
 from sgm_engine.keys import to_device
-
-FIRST, EVERY = 10.0, 30.0  # seconds until the first line, and between two
+from sgm_engine.pace import Lines
 
 
 @dataclass
@@ -67,51 +65,20 @@ class StepInfo:
         return t[:k] if self._live[-1] == k - 1 else t[to_device(self._live, t.device)]
 
 
-def clock(seconds: float) -> str:
-    """A time left, "1 d 02:03:04"."""
-    days = f"{int(seconds // 86400)} d " if seconds >= 86400 else ""
-    return f"{days}{time.strftime('%H:%M:%S', time.gmtime(seconds % 86400))}"
-
-
-class Lines:
-    """What stands for a bar where nobody watches: after FIRST seconds, then every EVERY, a line on stderr.
-
-    total: how many there will be, None where that is not known. unit: of what. after: more to say, asked for each line.
-    """
-
-    def __init__(self, total: int | None, unit: str = "sample", after: Callable[[], str] = str):
-        self.total, self.unit, self.after, self.n = total, unit, after, 0
-        self._began = time.monotonic()
-        self._next = self._began + FIRST
-
-    def update(self, n: int) -> None:
-        self.n += n
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + EVERY
-            print(f"sgm: {self.line(now - self._began)}", file=sys.stderr, flush=True)
-
-    def line(self, seconds: float) -> str:
-        """After so many seconds."""
-        rate = self.n / seconds
-        if self.total is None:
-            return f"{self.n} {self.unit}s, {rate:.3g} {self.unit}s/s{self.after()}"
-        left = f", {clock((self.total - self.n) / rate)} left" if rate else ""
-        return f"{self.n} of {self.total} {self.unit}s, {rate:.3g} {self.unit}s/s{left}{self.after()}"
-
-
 @contextmanager
-def counting(total: int | None, unit: str = "sample", show: bool | str = True) -> Iterator[Callable[[int], object]]:
+def counting(
+    total: int | None, unit: str = "sample", show: bool | str = True, after: float = 0.0
+) -> Iterator[Callable[[int], object]]:
     """A function to tell of things done. show: True, a bar on a terminal, elsewhere a line now and then (Lines);
-    "bar", a bar wherever stderr goes; False, nothing."""
+    "bar", a bar wherever stderr goes; False, nothing. after: seconds until the bar appears; it is gone at the end."""
     if not show:
         yield lambda n: None
     elif show != "bar" and (sys.stderr is None or not sys.stderr.isatty()):
-        yield Lines(total, unit).update
+        yield Lines(total, f"{unit}s").update
     else:
         from tqdm import tqdm
 
-        with tqdm(total=total, unit=unit) as bar:
+        with tqdm(total=total, unit=unit, delay=after, leave=not after) as bar:
             yield bar.update
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,11 +20,14 @@ def drawn(
     lost: list[Divergence],
     size: int = 256,
     progress: bool = False,
+    tell: Callable[[int], object] = lambda n: None,
 ) -> Iterator[Tensor]:
-    """uint8 [b, C, H, W], b ≤ size, in the order of ids. lost: gets the samples that diverged, which are left out."""
+    """uint8 [b, C, H, W], b ≤ size, in the order of ids. lost: gets the samples that diverged, which are left out.
+    tell: told of evaluations done, a sample at a time."""
     block: list[Tensor] = []
     for _, x in engine.stream(ids, seed, plan, progress=progress, on_diverged=lost.append):
         block.append(x.cpu())
+        tell(plan.nfe)
         if len(block) == size:
             yield _bytes(block, engine)
             block = []

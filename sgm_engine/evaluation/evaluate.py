@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from torch import Tensor
 
-from sgm_engine.evaluation.classes import ClassTally
+from sgm_engine.evaluation.classes import PARTS, ClassTally
 from sgm_engine.evaluation.distances import mmd, sliced_wasserstein
 from sgm_engine.evaluation.features import Extractor
 from sgm_engine.evaluation.frechet import frechet
@@ -163,6 +163,9 @@ def evaluate(
     rows = [Row(names.get(m, m), *found[m], floor=base[m].value if m in base else None) for m in metrics if m in found]
     notes: dict[str, object] = {f"{names.get(m, m)} cannot be had": reason for m, reason in lost.items()}
     if samples.tally is not None:
+        if "score" in found and samples.n >= PARTS:
+            mean, deviation = samples.tally.parts()
+            notes[f"{names['score']} of ten parts"] = f"{mean:.4g} ± {deviation:.3g}"
         notes["class shares"] = [round(float(s), 4) for s in samples.tally.shares()]
         notes["class shares of the reference"] = [round(float(s), 4) for s in reference.tally.shares()]
     return Report(samples.name, samples.n, reference.name, reference.n, samples.extractor.name, rows, notes)

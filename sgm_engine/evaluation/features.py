@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from sgm_engine.data.sets import ImageSet
 from sgm_engine.files.reading import read_bytes
+
+log = logging.getLogger("sgm_engine.evaluation")
 
 FORMS = "pixels, digits, classifier:FILE, torchscript:FILE, export:FILE, inception:FILE"
 DIGITS = Path(__file__).parent / "weights" / "digits.safetensors"  # weights/CARD.md says whence
@@ -53,7 +56,7 @@ def pixels() -> Extractor:
 
 
 def open_extractor(
-    text: str, training: ImageSet | None = None, report: Callable[[str], object] = print, trust: bool = False
+    text: str, training: ImageSet | None = None, report: Callable[[str], object] = log.info, trust: bool = False
 ) -> Extractor:
     """The extractor that ``text`` names:
 

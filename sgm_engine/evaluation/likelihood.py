@@ -1,30 +1,45 @@
 """log p(x) under a score model, by its probability flow (arXiv 2011.13456, appendix D.2).
 
-dx/dσ = −σ·score(x, σ) carries an image from the smallest sigma to the largest, where almost only noise is left:
+dx/dσ = −σ·score(x, σ) carries a point from the smallest sigma to the largest, where almost only noise is left:
 
-    log p_σL(x) = log N(x(σ_1); mean, std²·I) − ∫ σ·tr ∇score(x(σ), σ) dσ     from σ_L to σ_1
+    log p_σL(x) = log N(x(σ_1); mean, std²·I) − ∫ σ²·tr ∇score(x(σ), σ) d(log σ)     from σ_L to σ_1
 
-by Heun's second-order steps, the trace by Skilling's and Hutchinson's estimate vᵀ∇score·v with random signs v.
+the trace by Skilling's and Hutchinson's estimate vᵀ∇score·v with random signs v. The integrand lies between −D and 0,
+about −D where there is only noise, so a rule in log σ has little left to err in; in σ it would fall like −D/σ, and
+any rule of few steps would make every point look more likely than it is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sgm_engine.checks import MAX_ID, MAX_SEED, check_int
-from sgm_engine.executors.witness import REPEATED, relative
-from sgm_engine.kernels import ops
-from sgm_engine.kernels.noise import STREAM
-from sgm_engine.keys import as_int64
-from sgm_engine.models.score_model import checked_score
+from sgm_engine.evaluation.flow import checked_sigmas, directions_of, heun, log_prior, refuse_draws, runge_kutta
+from sgm_engine.models.conditioning import at_sigmas
 from sgm_engine.numerics import undisturbed
-from sgm_engine.plans.schedule import Sigmas, check_number, check_sigmas
-from sgm_engine.rewriting.altered import in_training
+from sgm_engine.outputs.images import range_of
+from sgm_engine.plans.schedule import Sigmas, check_sigmas
+
+LADDER, LONGEST = 9, 1025  # levels: of the first try, and of the last
+TOO_FEW = 0.01  # bits per dimension, of the steps, that a model's own levels are warned of
+
+
+class Likelihood(NamedTuple):
+    """log_prob [n]: nats, float64. error [n]: what the last doubling of the levels changed it by, or an eighth of what
+    the one before did, if that is more. noise [n]: standard error of the trace's random signs; 0 where it is exact, NaN
+    of one probe. levels [n]: of the last ladder, int64."""
+
+    log_prob: Tensor
+    error: Tensor
+    noise: Tensor
+    levels: Tensor
 
 
 def log_likelihood(
@@ -34,100 +49,133 @@ def log_likelihood(
     seed: int = 0,
     first_id: int = 0,
     sigmas: Sigmas | None = None,
-    prior_mean: float = 0.0,
+    prior_mean: float | Tensor = 0.0,
     prior_std: float | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Natural logarithms [n], float64, of the density at x [n, C, H, W] of the model's law at its last sigma.
+    """Natural logarithms [n], float64, of the density at x [n, …] of the model's law at its last sigma.
 
     model: ``model(x, level) → score``, differentiable in x. Its sigmas [L], descending, are the steps, two evaluations
-        and their gradients each; ``at_sigmas(model, karras(σ_1, σ_L, 50))`` makes them any others. The error falls as
-        L⁻².
+        and their gradients each, by Heun's rule for x and the trapezoidal one in log σ for the trace; the error falls
+        as L⁻². ``likelihood_within`` takes as many as a tolerance needs. Where they are the model's own, the first
+        point is integrated over every other level too, and an error above 0.01 bits per dimension is warned of.
     probes: random sign vectors a sample, functions of (seed, first_id + its place) in the stream "user"; None takes all
-        C·H·W unit vectors, which is exact and costs as many gradients. The estimate is unbiased; only the trace is
+        D unit vectors, which is exact and costs as many gradients. The estimate is unbiased; only the trace is
         random. prior_mean, prior_std: of a pixel at the first sigma σ_1; std None takes σ_1.
-    Computed in float32 and float64, whatever autocast or default dtype the caller has set, and in inference mode too.
+    dtype: what the model is asked in; sums are float64, whatever autocast or default dtype the caller has set, and in
+        inference mode too.
     ValueError names what is wrong, FloatingPointError a score that is not finite.
     """
+    with _undisturbed(x) as x:
+        own = sigmas is None
+        sigmas = checked_sigmas(model, sigmas)
+        directions = directions_of(x, probes, seed, first_id, dtype)
+        prior = log_prior(prior_mean, prior_std, sigmas)
+        refuse_draws(model, x, len(sigmas) - 1, dtype)
+        found = heun(model, x, sigmas, directions, prior)
+        if own and len(x):
+            coarse = heun(model, x[:1], sigmas, directions[:, :1], prior, every=2)
+            bits = bits_per_dim((found[:, :1] - coarse).mean() / 3, x[0].numel(), 1).abs().item()
+            if bits > TOO_FEW:
+                warnings.warn(
+                    f"sigmas: {len(sigmas)} levels are too few: their steps alone err by about {bits:.2g} bits per "
+                    "dimension; likelihood_within takes as many as a tolerance needs",
+                    stacklevel=2,
+                )
+        return found.mean(0)
+
+
+def likelihood_within(
+    model: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    tolerance: float = 0.01,
+    probes: int | None = 1,
+    seed: int = 0,
+    first_id: int = 0,
+    prior_mean: float | Tensor = 0.0,
+    prior_std: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Likelihood:
+    """``log_likelihood`` between the model's first and last sigma, with levels doubled until the figure holds still.
+
+    model: what ``at_sigmas`` can condition between its levels (a model of as_score that is told σ, a family's, NCSN).
+    Runge and Kutta's fourth-order steps in log σ, four evaluations for two intervals: 9 levels, then 17, 33, … For each
+    point by itself, until its error is below ``tolerance`` bits per dimension; other arguments as above. Points that
+    1,025 levels do not bring so far are warned of, and their error says by how much.
+    """
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be positive and finite, got {tolerance}")
+    with _undisturbed(x) as x:
+        ends = checked_sigmas(model, None)[[0, -1]]
+        directions = directions_of(x, probes, seed, first_id, dtype)
+        prior = log_prior(prior_mean, prior_std, ends)
+        n, size = len(x), x.shape[1:].numel()
+        value, before = x.new_zeros(len(directions), n), x.new_full((n,), math.inf)
+        error = before.clone()
+        levels, todo, count = torch.zeros(n, dtype=torch.int64), torch.arange(n), LADDER
+        while len(todo) and count <= LONGEST:
+            sigmas = np.geomspace(*ends, count)
+            at = at_sigmas(model, sigmas)
+            if count == LADDER:
+                refuse_draws(at, x, count - 1, dtype)
+            found = runge_kutta(at, x[todo], sigmas, directions[:, todo], prior)
+            if count > LADDER:
+                change = (found - value[:, todo]).mean(0).abs()
+                error[todo], before[todo] = torch.maximum(change, before[todo] / 8), change
+            value[:, todo], levels[todo] = found, count
+            todo = todo[(error[todo] > tolerance * size * math.log(2)).cpu()]
+            count = 2 * count - 1
+        if len(todo):
+            warnings.warn(
+                f"{len(todo)} of {n} points are not within {tolerance:g} bits per dimension after {LONGEST} levels: "
+                "see their error",
+                stacklevel=2,
+            )
+        several = len(directions) > 1
+        noise = value.std(0) / len(directions) ** 0.5 if several else torch.full_like(error, math.nan)
+        return Likelihood(value.mean(0), error, torch.zeros_like(error) if probes is None else noise, levels)
+
+
+@contextmanager
+def _undisturbed(x: Tensor) -> Iterator[Tensor]:
+    """Where a density is computed, and x [n, …] there, float64."""
     with undisturbed(), torch.enable_grad():
-        x = x.clone() if isinstance(x, Tensor) and x.is_inference() else x
-        return _integrated(model, x, probes, seed, first_id, sigmas, prior_mean, prior_std)
+        if not isinstance(x, Tensor) or x.dim() < 2 or not x.is_floating_point():
+            got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x must be a tensor of floats [n, D] or [n, C, H, W], got {got}")
+        x = x.clone() if x.is_inference() else x
+        with torch.no_grad():
+            yield x.detach().double()
 
 
-@torch.no_grad()
-def _integrated(model, x, probes, seed, first_id, sigmas: Sigmas, prior_mean, prior_std) -> Tensor:
-    sigmas = getattr(model, "sigmas", None) if sigmas is None else sigmas
-    if sigmas is None:
-        raise ValueError("sigmas: the model has none of its own, so pass its noise levels, descending")
-    sigmas = check_sigmas(sigmas)
-    if len(sigmas) < 2:
-        raise ValueError(f"sigmas must be at least 2 levels to integrate between, got {len(sigmas)}")
-    if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"x must be floats [n, C, H, W], got {x.dtype} {list(x.shape)}")
-    directions = _unit_vectors(x) if probes is None else _signs(x, check_int("probes", probes, 1), seed, first_id)
-    std = check_number("prior_std", sigmas[0] if prior_std is None else prior_std)
-    if not 0 < std < np.inf:
-        raise ValueError(f"prior_std must be positive and finite, got {std}")
+class FlowDensity:
+    """``log_prob(x)`` of a score model, for pixels x in [0, 1], by ``likelihood_within`` to ``tolerance``.
 
-    x, integral = x.detach().double(), torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    if len(x):
-        _refuse_draws(model, x, len(sigmas) - 1)
-    for level in range(len(sigmas) - 1, 0, -1):
-        low, high = sigmas[level], sigmas[level - 1]
-        score, trace = _score_and_trace(model, x, level, directions)
-        ahead, ahead_trace = _score_and_trace(model, x - (high - low) * low * score, level - 1, directions)
-        x = x - (high - low) / 2 * (low * score + high * ahead)
-        integral = integral + (high - low) / 2 * (low * trace + high * ahead_trace)
-    squared = ((x - prior_mean) / std).square().flatten(1).sum(1)
-    return -squared / 2 - x.shape[1:].numel() * np.log(std * np.sqrt(2 * np.pi)) - integral
+    Chains end in N(mean, σ_1² + std²) of the model's law of the data, where it has one. errors: bits per dimension, of
+    each image so far; levels: of its last ladder. The k-th image meets the random signs of id k.
+    """
 
+    def __init__(self, model, tolerance: float = 0.01):
+        self.model, self.tolerance = model, tolerance
+        self.errors: list[float] = []
+        self.levels: list[int] = []
 
-def _score_and_trace(model, x: Tensor, level: int, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """score(x) and the mean over directions [k, n, C, H, W] of vᵀ∇score·v [n], both float64."""
-    with torch.enable_grad():
-        point = x.float().requires_grad_()
-        score = checked_score(model(point * 1, _levels(x, level)), point)  # * 1: a model may write to its input
-        trace = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        for i, v in enumerate(directions):
-            (product,) = torch.autograd.grad(score, point, v, retain_graph=i + 1 < len(directions))
-            trace += (product * v).flatten(1).double().sum(1) / len(directions)
-    score = score.detach().double()
-    if not (score.isfinite().all() and trace.isfinite().all()):
-        raise FloatingPointError(f"the score or its gradient is not finite at level {level}")
-    return score, trace
-
-
-def _levels(x: Tensor, level: int) -> Tensor:
-    return torch.full((len(x),), level, dtype=torch.int64, device=x.device)
-
-
-def _refuse_draws(model, x: Tensor, level: int) -> None:
-    """ValueError unless two calls agree: a density needs one score, and of the very image."""
-    if isinstance(model, nn.Module) and (name := in_training(model)):
-        raise ValueError(f"model: {name} is in training mode and draws or learns there: call model.eval() first")
-    first, second = (checked_score(model(x[:n].float().clone(), _levels(x[:n], level)), x[:n]) for n in (1, len(x)))
-    if (difference := relative(second[:1].double(), first.double())) > REPEATED["float32"]:
-        raise ValueError(
-            f"model must be a function of x and level, but two calls with one image differ by {difference:.1e}"
+    def log_prob(self, x: Tensor) -> Tensor:
+        low, high = range_of(self.model)
+        law, first = getattr(self.model, "law", None), float(check_sigmas(self.model.sigmas)[0])
+        mean, std = ((low + high) / 2, first) if law is None else (law.mean, math.hypot(first, law.std))
+        found = likelihood_within(
+            self.model,
+            low + (high - low) * x,
+            self.tolerance,
+            first_id=len(self.errors),
+            prior_mean=torch.tensor(np.array(mean)),
+            prior_std=std,
         )
-
-
-def _signs(x: Tensor, probes: int, seed: int, first_id: int) -> Tensor:
-    """float32 [probes, n, C, H, W] of −1 and 1."""
-    seed = check_int("seed", seed, 0, MAX_SEED)
-    first_id = check_int("first_id", first_id, 0, MAX_ID + 1 - len(x))
-    ids = torch.arange(first_id, first_id + len(x), device=x.device)
-    seeds = torch.full_like(ids, as_int64(seed))
-    out = torch.empty(probes, len(x), 1, 1, x.shape[1:].numel(), dtype=torch.float32, device=x.device)
-    for draw, one in enumerate(out):
-        ops.noise_fill_(one, seeds, ids, draw, STREAM["user"], "uniform")
-    return (2 * (out >= 0.5).float() - 1).view(probes, *x.shape)
-
-
-def _unit_vectors(x: Tensor) -> Tensor:
-    """float32 [D, n, C, H, W] whose mean of vᵀ∇score·v is the trace: unit vectors times √D."""
-    size = x.shape[1:].numel()
-    eye = torch.eye(size, dtype=torch.float32, device=x.device) * size**0.5
-    return eye.view(size, 1, *x.shape[1:]).expand(size, *x.shape)
+        size = x.shape[1:].numel()
+        self.errors += bits_per_dim(-found.error, size, 1).tolist()
+        self.levels += found.levels.tolist()
+        return found.log_prob + size * math.log(high - low)
 
 
 def bits_per_dim(log_prob: Tensor, dim: int, bins: float = 256) -> Tensor:

@@ -78,6 +78,7 @@ class Network:
         self.accelerated = any(isinstance(m, Accelerated) for m in parts)
         self._copies = float8 is not None or (self.accelerated and on_gpu)
         self.watch = Watch(self.module)
+        self.renewals = 0  # how often the model became another
         self.spares_x = False  # the model writes to its input, and is given a copy
         self._copied: list[Tensor] = []
         self._casts: list[tuple[Tensor, Tensor]] = []  # (parameter, its 16-bit buffer)
@@ -148,7 +149,7 @@ class Network:
 
     def renew(self) -> None:
         """The module is another than it was: copies and traces of it go."""
-        self._copied, self.observed = [], Observed(self.model)
+        self._copied, self.observed, self.renewals = [], Observed(self.model), self.renewals + 1
         for module in self.module.modules() if self.module is not None else ():
             if isinstance(module, Accelerated):
                 module.forget()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
+from sgm_engine.files.locks import LockFile
 from sgm_engine.files.reading import read_bytes
 from sgm_engine.files.writing import NEW, flush_folder
 
@@ -114,11 +115,10 @@ class HeldFolder:
         except OSError as error:
             raise self._plainly(error, name) from None
 
-    def open_lock(self, name: str) -> int:
-        """A descriptor of the empty file ``name``, made if it is not there, to be locked and closed."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    def open_lock(self, name: str) -> LockFile:
+        """The empty file ``name``, made if it is not there, to be locked and closed."""
         try:
-            return os.open(name, flags, 0o666, dir_fd=self.fd)
+            return LockFile(name, self.fd)
         except OSError as error:
             raise self._plainly(error, name) from None
 

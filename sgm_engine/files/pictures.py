@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+OTHERS = (".tif", ".tiff", ".gif", ".jp2", ".avif", ".heic", ".ppm", ".pgm", ".tga")  # pictures too, and not read
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # whatever the name ends in, no other decoder is asked
 BYTES_A_PIXEL = 8  # while it is decoded and converted
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 from zipfile import ZipFile
 
+from sgm_engine.pace import paced
+
+MIB = 2**20  # bytes
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW  # never a file that is there, never a link
 CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBADF)
 
@@ -56,25 +58,13 @@ def staged(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-@contextmanager
-def staged_folder(path: Path) -> Iterator[Path]:
-    """Yields a new folder beside ``path``, which may be an empty one; renamed to ``path`` at the end, else removed."""
-    tmp = path.parent / temporary_name(path.name)
-    tmp.mkdir()
-    try:
-        yield tmp
-        tmp.rename(path)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename in (None, str(tmp)):
-            error.filename = str(path)
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-
-
 def write_file(path: str | os.PathLike, content: bytes | str) -> None:
     """``content`` (a str as UTF-8) under ``path``, in place of what is there, complete or not at all."""
+    content = memoryview(content.encode() if isinstance(content, str) else content)
+    starts = range(0, len(content), MIB)
     with staged(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        for start in paced(starts, len(starts), f"writing {Path(path).name}", "MiB"):
+            file.write(content[start : start + MIB])
 
 
 def append_line(path: str | os.PathLike, line: str) -> None:
@@ -82,11 +72,6 @@ def append_line(path: str | os.PathLike, line: str) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     with os.fdopen(os.open(path, flags, 0o666), "w", encoding="utf-8") as file:
         file.write(line + "\n")
-
-
-def open_lock(path: str | os.PathLike) -> BinaryIO:
-    """The empty file ``path``, made if it is not there, to be locked and held; a link is refused."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+b")
 
 
 def remove(path: str | os.PathLike) -> None:

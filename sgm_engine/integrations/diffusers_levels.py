@@ -5,6 +5,7 @@ Families that a plan can express are expressed; ``translated`` refuses the other
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +15,7 @@ import numpy as np
 from sgm_engine.plans.schedule import check_sigmas, geometric, karras
 
 # Schedulers that differ in how they walk over one family's levels, and agree in what a network predicts at a level.
-OF_BETAS = """DDPM DDIM PNDM IPNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete
+OF_BETAS = """DDPM DDIM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete
     KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep UniPCMultistep SASolver
     DDPMParallel DDIMParallel DDIMInverse DPMSolverMultistepInverse"""
 OF_EDM = "EDMEuler EDMDPMSolverMultistep"
@@ -31,6 +32,7 @@ FIELDS = {
 REFUSED = {
     "thresholding": "dynamic thresholding changes the estimate by its own quantiles",
     "rescale_betas_zero_snr": "its first level has no signal, that is an infinite sigma",
+    "snr_shift_scale": "it shifts the levels that its betas say",
     "use_flow_sigmas": "it mixes two families of levels",
     "use_dynamic_shifting": "the shift depends on the image's size: pass shift=",
     "invert_sigmas": "its levels ascend",
@@ -41,6 +43,7 @@ REFUSED = {
     "use_beta_sigmas": "the levels of a flow are its own",
 }
 FLOWS_ONLY = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")  # elsewhere they choose levels, no more
+EARLIER = {"predict_epsilon", "tensor_format", "timestep_values"}  # fields of diffusers' first versions
 LAST_T = 1 - 1e-4  # a flow's first level, t = 1, has an infinite sigma; this one leaves float32 its digits
 
 
@@ -53,8 +56,9 @@ def translated(config: Mapping) -> dict[str, object]:
     if name == "PlanScheduler" or (name is None and "plan" in config):
         return dict(config)
     family = _by_fields(config) if name is None else FAMILY.get(name)
-    name = name or "this configuration"
-    if family is None:
+    foreign = _foreign(config, family) if name is None and family is not None else None
+    name = name or f"this configuration{f' with {foreign!r}' if foreign else ''}"
+    if family is None or foreign:
         raise ValueError(
             f"a plan cannot stand for {name}: PlanScheduler takes the configurations of "
             f"{', '.join(sorted(FAMILY))}; for another network use as_score, or PlanScheduler(sigmas=[…])"
@@ -65,12 +69,18 @@ def translated(config: Mapping) -> dict[str, object]:
                 f"{field}={config[field]!r} of {name} cannot be honoured: {why}; pass a config without it if that "
                 "is meant"
             )
+    if config.get("timestep_type") == "continuous":
+        raise ValueError(
+            f"timestep_type='continuous' of {name}: its network is told ¼·ln σ, not a timestep: use as_score"
+        )
     if str(config.get("variance_type")).startswith("learned"):
         raise ValueError(
             f"variance_type={config['variance_type']!r} of {name}: such a network has twice the channels, of which the "
             "second half is the variance; wrap it to return the first half, and pass a config with 'fixed_small'"
         )
     found = {field: config[field] for field in (*SHARED, *FIELDS[family]) if field in config}
+    if config.get("predict_epsilon") is False:  # diffusers' own name for it before prediction_type
+        found["prediction_type"] = "sample"
     if family == "edm":
         predictions = {"epsilon": "edm", "v_prediction": "edm_negative"}
         if (said := config.get("prediction_type", "epsilon")) not in predictions:
@@ -87,6 +97,17 @@ def _by_fields(config: Mapping) -> str | None:
     if "sigma_data" in config and "sigma_schedule" in config:
         return "edm"
     return "flow" if "shift" in config and "base_shift" in config else None
+
+
+def _foreign(config: Mapping, family: str) -> str | None:
+    """A field that no scheduler of this family has; or one that another family's schedulers have alone."""
+    import diffusers
+
+    classes = [getattr(diffusers, name, None) for name, of in FAMILY.items() if of == family]
+    known = {field for cls in classes if cls is not None for field in inspect.signature(cls.__init__).parameters}
+    if family == "edm" and "solver_order" in config and "algorithm_type" not in config:  # tells its network atan σ
+        return "solver_order"
+    return next((f for f in config if not f.startswith("_") and f not in known | EARLIER), None)
 
 
 class Levels(Protocol):

@@ -10,8 +10,6 @@ manifest/000000.json the record of shard 0, written after its files: run hash, i
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,23 +22,17 @@ import numpy as np
 from sgm_engine.errors import Divergence
 from sgm_engine.files.held import HeldFolder
 from sgm_engine.files.limits import most_text
-from sgm_engine.files.reading import parse_json, short
+from sgm_engine.files.locks import LockFile
+from sgm_engine.files.reading import short
 from sgm_engine.jobs.card import model_card
 from sgm_engine.jobs.formats import FORMATS
 from sgm_engine.jobs.lock import alone, locked
+from sgm_engine.jobs.record import Record, parse_record, record_name, record_text, sha256
 from sgm_engine.jobs.spec import JobError, JobSpec, ShardError
 from sgm_engine.jobs.worker import Worker
 
 RUN, CARD, MANIFEST, WORK = "run.json", "README.md", "manifest", ".sgm"
 MANY = 1 << 20  # ids of one shard that are compared with its files' sizes before they are listed
-
-
-class Record(NamedTuple):
-    """ids: the good ones. files: (size in bytes, sha256) by name."""
-
-    ids: list[int]
-    diverged: list[Divergence]
-    files: dict[str, tuple[int, str]]
 
 
 class _Held(NamedTuple):
@@ -50,7 +42,7 @@ class _Held(NamedTuple):
     work: HeldFolder
     tmp: HeldFolder
     worker: Worker
-    lock: int
+    lock: LockFile
     manifest: HeldFolder | None = None  # made once the folder is this job's
 
 
@@ -134,37 +126,45 @@ class Folder:
 
     def publish(self, spec: JobSpec, shard: int, files: Mapping[str, bytes], diverged: Iterable[Divergence]) -> None:
         """Files first, then the record that vouches for them: a kill in between costs a shard, never a lie."""
-        digests = {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in files.items()}
-        record = {"run": spec.run, "shard": shard, "ids": str(spec.shard_ids(shard)), "files": digests}
-        record["diverged"] = [d._asdict() for d in diverged]
+        record = record_text(spec, shard, files, diverged)
         self._write(self._held.top, files)
-        self._write(self._held.manifest, {_record(shard): json.dumps(record, indent=1).encode()})
+        self._write(self._held.manifest, {record_name(shard): record})
 
     def recorded(self, spec: JobSpec) -> set[int]:
         """The shards that have a record, good or bad: a listing, nothing is read."""
         found = {int(name[:-5]) for name in self._records() if name.endswith(".json") and name[:-5].isdecimal()}
         return {shard for shard in found if shard < spec.shards}
 
+    def lost(self, spec: JobSpec, shards: Iterable[int]) -> list[int]:
+        """Those of ``shards`` without a record or one of its files: only names are looked at."""
+        recorded, top, form = self.recorded(spec), self._top(), FORMATS[spec.format]
+
+        def whole(shard: int) -> bool:
+            if all(map(top.has, form.names(shard, spec.shard_ids(shard)))):
+                return True
+            try:
+                return all(map(top.has, self.record(spec, shard).files))  # samples that diverged have no file
+            except ShardError:
+                return False
+
+        return [shard for shard in shards if shard not in recorded or not whole(shard)]
+
+    def read_only(self) -> bool:
+        """Whether it is there, and nothing can be written in it."""
+        return self.path.is_dir() and not os.access(self.path, os.W_OK)
+
     def record(self, spec: JobSpec, shard: int) -> Record:
         """What was written of a shard; ShardError if there is no record, or none of this shard of this job."""
-        name = f"{MANIFEST}/{_record(shard)}"
+        name, all_ids = f"{MANIFEST}/{record_name(shard)}", spec.shard_ids(shard)
         try:
-            content, all_ids = parse_json(self._manifest().read(_record(shard), most_text())), spec.shard_ids(shard)
-            belongs = content["run"] in spec.runs and content["shard"] == shard
-            outgrown = belongs and content["ids"] != str(all_ids) and content["run"] != spec.run
-            belongs = belongs and content["ids"] == str(all_ids)
-            diverged = [_divergence(d) for d in content["diverged"]]
-            files = {file: _digest(**digest) for file, digest in content["files"].items()}
+            text = self._manifest().read(record_name(shard), most_text())
         except (FileNotFoundError, NotADirectoryError):
             raise ShardError(shard, "missing", f"{name} is not there") from None
         except OSError as error:
             raise _of_shard(error, shard, name) from None
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except ValueError:  # a FIFO, a device, or longer than any text
             raise ShardError(shard, "corrupt", f"{name} is no record") from None
-        if outgrown:
-            raise ShardError(shard, "outgrown", f"{name} is of the job before it got more ids")
-        if not belongs:
-            raise ShardError(shard, "foreign", f"{name} is of another job or another shard")
+        diverged, files = parse_record(spec, shard, name, text)
         if len(all_ids) > MANY and len(all_ids) - len(diverged) > sum(map(self._top().size, files)):
             raise ShardError(shard, "corrupt", f"its files have fewer bytes than {name} has ids")
         bad = {d.sample_id for d in diverged}
@@ -199,14 +199,14 @@ class Folder:
             raise ShardError(shard, "foreign", str(error)) from None
         if len(content) != size:
             raise ShardError(shard, "corrupt", f"{name} has {len(content)} bytes, its record says {size}")
-        if _sha256(content) != digest:
+        if sha256(content) != digest:
             raise ShardError(shard, "corrupt", f"the sha256 of {name} is not that of its record")
         return content
 
     def unexpected(self, spec: JobSpec) -> list[str]:
         """Names in the folder that are no part of the job. Files of a shard that was cut off are part of it."""
         form, known = FORMATS[spec.format], {RUN, CARD, MANIFEST, WORK}
-        known_records = {_record(shard) for shard in self.recorded(spec)}
+        known_records = {record_name(shard) for shard in self.recorded(spec)}
         strangers = [f"{MANIFEST}/{name}" for name in self._records() if name not in known_records]
         names = (name for name in self._top().names() if name not in known)
         return sorted(strangers + [name for name in names if not form.owns(name, spec.shards, spec.ids)])
@@ -257,29 +257,14 @@ class Folder:
 
     def _check_held(self) -> None:
         """JobError unless the lock at the job's path is still the one that this process holds."""
+        if self._held.lock.closed:
+            raise JobError(f"this process was forked from the one that writes in {self.path}: write there, not here")
         try:
             there = os.stat(self.path / WORK / "locks" / str(self._held.worker), follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
             there = None
-        if there is None or not os.path.samestat(there, os.fstat(self._held.lock)):
+        if there is None or not os.path.samestat(there, os.fstat(self._held.lock.fileno())):
             raise JobError(f"{self.path} was removed or replaced while this job wrote in it: nothing more is written")
-
-
-def _record(shard: int) -> str:
-    return f"{shard:06d}.json"
-
-
-def _divergence(fields: dict[str, Any]) -> Divergence:
-    d = Divergence(**fields)
-    if any(type(v) is not int for v in d[:3]) or type(d.sigma) not in (int, float):
-        raise ValueError("a divergence is three integers and a number")
-    return d
-
-
-def _digest(bytes: int, sha256: str) -> tuple[int, str]:
-    if type(bytes) is not int or not isinstance(sha256, str):
-        raise ValueError("a digest is a number of bytes and a sha256")
-    return bytes, sha256
 
 
 def _no_link(error: OSError) -> Exception:
@@ -293,7 +278,3 @@ def _of_shard(error: OSError, shard: int, name: str) -> Exception:
 
 def _flush(folder: Path) -> None:
     HeldFolder(folder).flush()
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -13,7 +13,6 @@ from typing import Any
 
 from sgm_engine.checks import MAX_SEED, check_int
 from sgm_engine.engine.engine import Engine
-from sgm_engine.engine.progress import clock
 from sgm_engine.errors import Divergence
 from sgm_engine.jobs.card import model_card
 from sgm_engine.jobs.folder import Folder, ShardError
@@ -25,6 +24,7 @@ from sgm_engine.jobs.worker import Worker
 from sgm_engine.jobs.writer import Writer
 from sgm_engine.outputs.images import check_channels
 from sgm_engine.outputs.sample_ids import SampleIds
+from sgm_engine.pace import clock
 from sgm_engine.plans.plan import Plan
 from sgm_engine.rewriting.float8.config import Float8Config
 
@@ -59,6 +59,7 @@ class Report:
     redrawn: list[ShardError] = field(default_factory=list)  # recorded shards that were damaged, and drawn again
     diverged: list[Divergence] = field(default_factory=list)  # of the share, earlier runs included; never written
     stopped: bool = False
+    lost: list[int] = field(default_factory=list)  # shards of the share that are not there at the end: stopped, removed
     complete: bool = False
 
 
@@ -71,7 +72,7 @@ class Job:
     format: "png", "npz" and "webdataset" (8 bits, of engine.data_range), or "safetensors" (float32, as drawn).
     shard_size: sample ids in a shard. Shards do not depend on who draws them.
     weights: what tells this model from others. None: the sha256 of its parameters and buffers, and every other value
-        that decides its samples (identity.py); ValueError if one cannot be told from another.
+        that decides its samples (settings.py); ValueError if one cannot be told from another.
     notes: kept in run.json, no part of what the job is; the scales of precision "float8" are added.
 
     ValueError and TypeError name the argument; JobError (a ValueError) if the folder holds something else.
@@ -136,7 +137,8 @@ class Job:
         finally:
             report.stopped = self._stop.is_set()
             self._stop.clear()
-        report.complete = len(self.folder.recorded(self.spec)) >= self.spec.shards
+        report.lost = self.folder.lost(self.spec, worker.share(self.spec.shards))
+        report.complete = not report.lost and len(self.folder.recorded(self.spec)) >= self.spec.shards
         return report
 
     def stop(self) -> None:
@@ -153,6 +155,11 @@ class Job:
 
     def _run(self, report: Report, progress: bool | str, on_shard: Callable | None) -> None:
         worker = report.worker
+        if self.folder.read_only():  # where nothing can be locked there may be nothing to do
+            there = Report(worker)
+            if not self._missing(there):
+                report.found, report.diverged = there.found, there.diverged
+                return
         with self.folder.writing(self.spec, worker, self.notes, model_card(self.spec, self.notes)):
             missing = self._missing(report)
             start = time.perf_counter()

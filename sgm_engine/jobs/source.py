@@ -66,7 +66,10 @@ class EngineSource:
         if not self._named and (changes := changed(spec.model, settings(self.engine.model))):
             raise JobError(f"the model is not what the job was made with: {changes}; make another job")
 
+        renewals = []
+
         def feed() -> Iterator[int]:
+            renewals.append(self.engine._network.renewals)  # the engine has just looked at the model
             for shard in shards:
                 ids = spec.shard_ids(shard)
                 open_shards.append(_Open(shard, ids, spec.shape))
@@ -89,20 +92,25 @@ class EngineSource:
             for sample_id, x in stream:
                 add(sample_id, x)
                 if finished:
-                    self._check(spec, contents)
+                    self._check(spec, contents, renewals[0])
                 while finished:
                     settle()  # a shard shorter than the batch can be complete as soon as the one before it
                     yield finished.popleft()
         if finished:
-            self._check(spec, contents)
+            self._check(spec, contents, renewals[0])
         for drawn in finished:  # shards whose last sample diverged
             settle()
             yield drawn
 
-    def _check(self, spec: JobSpec, contents: list[tuple]) -> None:
-        """EngineError if samples may have been drawn by other weights, or in another way, than the job says."""
-        if self.engine._network.contents() != contents:
+    def _check(self, spec: JobSpec, contents: list[tuple], renewals: int) -> None:
+        """EngineError if samples may have been drawn by another model, or in another way, than the job says."""
+        network = self.engine._network
+        if network.contents() != contents:
             raise EngineError("the model's weights changed while a job drew from it: give the job a copy of the model")
+        if (what := network.observed.changed()) is not None or network.renewals != renewals:
+            named = "" if self._named else changed(spec.model, settings(self.engine.model))
+            said = f": {named or what}" if named or what else ""
+            raise EngineError(f"the model changed while a job drew from it{said}: give the job a copy of the model")
         if changes := changed(vars(spec.geometry), vars(Geometry.of(self.engine))):
             raise EngineError(f"these samples are not computed as the job's are: {changes}. Start it with what is now")
 

@@ -65,7 +65,7 @@ class Geometry:
 class JobSpec:
     """weights: sha256 of the network's parameters. shape: (C, H, W). seed: uint64. ids: in the order of the shards.
 
-    model: whatever else of the model decides its samples, by where it is found (identity.settings).
+    model: whatever else of the model decides its samples, by where it is found (settings.py).
     data_range: (low, high) of the samples, which their 8 bits are made of.
     shard_size: sample ids a shard, the last one may have fewer. Shard k holds ids[k·shard_size : (k+1)·shard_size].
     earlier: the ids of this job before it grew, as text; shards of then that are whole are still its own.

@@ -27,8 +27,9 @@ class Writer:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._queue.put(None)
-        self._thread.join()
+        if self._thread.is_alive():  # after a fork it is not: it goes on in the parent
+            self._queue.put(None)
+            self._thread.join()
         if self._error and (kind is None or issubclass(kind, Exception)):
             raise self._error from None
 

@@ -8,7 +8,6 @@ With x = data + σ·noise, D the denoised image and F the network, every kind is
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from sgm_engine.models.ddpm_levels import ddpm_levels
+from sgm_engine.models.energy import value_and_gradient
 from sgm_engine.outputs.images import Range, check_range, range_of
 from sgm_engine.plans.schedule import Sigmas, check_number, check_sigmas
 
@@ -62,9 +63,6 @@ CONDITIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "c_noise": lambda sigma: np.log(sigma) / 4,
     "flow_time": lambda sigma: sigma / (1 + sigma),
 }
-
-
-WIDE = 500.0  # a DDPM's noisiest σ beyond which its ᾱ says more of rounding than of data (linear β: 157)
 
 
 class NotAScore(ValueError):
@@ -143,6 +141,26 @@ class ScoreModel(nn.Module):
         return column(self.q) * (found - (x if self.unit else column(self.s) * x))
 
 
+class EnergyScore(ScoreModel):
+    """forward(x, level) → −∇E of a network that answers with energies; differentiable where gradients are enabled."""
+
+    def energy(self, x: Tensor, level: Tensor) -> Tensor:
+        """E(x) [N], float32 or float64."""
+        given = {name: self._given(name, value, len(x)) for name, value in self.given.items()}
+        found = self.model(x, self.condition[level], **given)
+        if not isinstance(found, Tensor) or found.numel() != len(x) or found.shape[:1] != x.shape[:1]:
+            what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise NotAScore(f"model must return one energy a sample, [{len(x)}] or [{len(x)}, 1, …], got {what}")
+        return found.flatten().to(torch.promote_types(found.dtype, torch.float32))
+
+    def log_q_and_score(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """(−E(x) [N], −∇E(x), like x): what ``mala`` takes, since a constant of each level falls out of its ratios."""
+        return value_and_gradient(lambda x: -self.energy(x, level), x)
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        return self.log_q_and_score(x, level)[1]
+
+
 def checked_score(found: object, x: Tensor, half: bool = False) -> Tensor:
     """found, or its ``sample``, which must be a tensor of x's shape; half: its first half, of twice the channels."""
     found = getattr(found, "sample", found) if not isinstance(found, Tensor) else found  # diffusers' outputs
@@ -156,6 +174,8 @@ def checked_score(found: object, x: Tensor, half: bool = False) -> Tensor:
             said = (
                 "if the second half of its channels is a learned variance, pass learned_variance=True to leave it out"
             )
+        if isinstance(found, Tensor) and found.numel() == len(x):
+            said = "as_score(model, kind='energy') makes a score of an energy"
         if half:
             said = "learned_variance=True is for networks of twice x's channels"
         raise NotAScore(f"model must return a tensor of x's shape {list(x.shape)}, got {what}: {said}")
@@ -181,6 +201,8 @@ def as_score(
 
     kind: what model(input, condition) returns.
         "score"                 ∇ log p_σ(x)                       input x, told the level
+        "energy"                E(x) = −log p_σ(x) + const(σ)      input x, told the level; [N] or [N, 1, …]. The score
+                                is −∇E by autograd, and ``log_q_and_score`` gives both
         "denoiser"              D, the data                        input x, told sigma (k-diffusion's contract)
         "noise_prediction"      the noise                          input x, told sigma
         "vp_noise_prediction"   the noise (DDPM)                   input x/√(1 + σ²), told the timestep
@@ -204,13 +226,13 @@ def as_score(
     """
     if not callable(model):
         raise TypeError(f"model must be callable as model(x, condition), got {type(model).__name__}")
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in KINDS and kind != "energy":
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, energy, got {kind!r}")
     steps = None
     if alphas_cumprod is not None:
         if sigmas is not None and timesteps is not None:
             raise ValueError("sigmas and timesteps both give the noise levels: pass one of them")
-        sigmas, steps = _ddpm_levels(alphas_cumprod, timesteps, sigmas)
+        sigmas, steps = ddpm_levels(alphas_cumprod, timesteps, sigmas)
     elif timesteps is not None:
         raise ValueError("timesteps index alphas_cumprod: pass alphas_cumprod too")
     sigmas = getattr(model, "sigmas", None) if sigmas is None else sigmas
@@ -220,7 +242,7 @@ def as_score(
     sigma_data = check_number("sigma_data", sigma_data)
     if not 0 < sigma_data < np.inf:
         raise ValueError(f"sigma_data must be positive and finite, got {sigma_data}")
-    row = KINDS[kind](sigmas, sigma_data)
+    row = KINDS["score" if kind == "energy" else kind](sigmas, sigma_data)
     condition = row.condition if condition is None else condition
     if condition == "timestep":
         if steps is None:
@@ -236,7 +258,8 @@ def as_score(
     options = {"kind": kind, "condition": condition, "sigma_data": sigma_data, "given": _checked(given)}
     options |= {"learned_variance": learned_variance, "alphas_cumprod": alphas_cumprod if steps is told else None}
     data_range = range_of(model) if data_range is None else check_range(data_range)
-    score = ScoreModel(model, sigmas, row, told, options, data_range)
+    kind_of_model = EnergyScore if kind == "energy" else ScoreModel
+    score = kind_of_model(model, sigmas, row, told, options, data_range)
     device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
     score.training = bool(getattr(model, "training", False))  # of this alone: the model's parts stay as they are
     return score if device is None else score.to(device)
@@ -255,44 +278,3 @@ def _checked(given: Mapping[str, object] | None) -> dict[str, object]:
         if isinstance(value, Tensor) and (value.dim() == 0 or len(value) != 1):
             raise ValueError(f"given[{name!r}] must be a tensor [1, …], one image's, got {list(value.shape)}")
     return dict(given or {})
-
-
-def _ddpm_levels(alphas_cumprod, timesteps, sigmas: Sigmas) -> tuple[np.ndarray, np.ndarray]:
-    """σ = √((1−ᾱ)/ᾱ) and the timesteps, the noisiest first; at ``sigmas``, the timesteps between."""
-    alphas = alphas_cumprod.detach().cpu().numpy() if isinstance(alphas_cumprod, Tensor) else alphas_cumprod
-    alphas = np.asarray(alphas, dtype=np.float64)
-    if alphas.ndim != 1 or not ((alphas > 0) & (alphas <= 1)).all() or not (alphas < 1).any():
-        raise ValueError("alphas_cumprod must be a vector of values above 0 and at most 1, which has no noise")
-    with np.errstate(divide="ignore"):
-        own = np.sqrt((1 - alphas) / alphas)
-    if sigmas is not None:
-        return check_sigmas(sigmas), _steps_at(check_sigmas(sigmas), own)
-    noisy = np.flatnonzero(own > 0)
-    steps = noisy[::-1] if timesteps is None else np.asarray(timesteps)
-    if steps.ndim != 1 or steps.dtype.kind not in "iu" or steps.min() < 0 or steps.max() >= len(alphas):
-        raise ValueError(f"timesteps must be integers from 0 to {len(alphas) - 1}")
-    if not (own[steps] > 0).all():
-        raise ValueError(f"timesteps hold {steps[own[steps] == 0][0]}, where ᾱ is 1: without noise there is no score")
-    if own[steps].max() > WIDE:
-        least, most, last = alphas[steps].min(), own[steps].max(), np.searchsorted(own, WIDE) - 1
-        warnings.warn(
-            f"alphas_cumprod ends at {least:.2g}, so that the noisiest level is σ = {most:,.0f} of the data's scale: "
-            f"pass timesteps= from {last} down to leave such levels out",
-            stacklevel=3,
-        )
-    return own[steps], steps.astype(np.int64)
-
-
-def _steps_at(sigmas: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """The timesteps, whole or between, at which a DDPM's σ [T] are ``sigmas``, linear in ln σ."""
-    steps = np.flatnonzero(own > 0)
-    log = np.log(own[steps])
-    if (np.diff(log) <= 0).any():
-        raise ValueError("alphas_cumprod must descend for sigmas between its own")
-    outside = (sigmas > own[-1] * (1 + 1e-6)) | (sigmas < own[steps[0]] * (1 - 1e-6))
-    if outside.any():
-        span = f"{own[steps[0]]:g} to {own[-1]:g}"
-        raise ValueError(f"sigmas hold {sigmas[outside][0]:g}, and alphas_cumprod goes from {span}")
-    told = np.interp(np.log(sigmas), log, steps)
-    near = np.abs(told - told.round()) < 1e-5
-    return told.round().astype(np.int64) if near.all() else np.where(near, told.round(), told)

@@ -7,6 +7,8 @@ A file is written beside its target, flushed to the disk and renamed over it. Wh
     x.npz           `arr_0` uint8 [N, H, W, C], what FID tools read, and `sample_id` int64 [N]
     x.safetensors   `samples` float32 [N, C, H, W], neither clamped nor rounded, and `sample_id` int64 [N]
     x/              a folder of shards: jobs/
+
+A Stream has the content of one of the first three on standard output.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +52,9 @@ class Output:
             )
         return cls(path, _FORMS[path.suffix.lower()])
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     def check(self) -> None:
         """OSError if this cannot be written: found out before the sampling rather than after it."""
         check_writable(self.path)
@@ -64,7 +70,32 @@ class Output:
         ids = np.fromiter(sample_ids, np.int64)
         if len(ids) != len(samples):
             raise ValueError(f"write: {len(samples)} samples came with {len(ids)} sample ids")
-        write_file(self.path, _CONTENT[self.form](samples, ids, about or {}, data_range))
+        self._put(_CONTENT[self.form](samples, ids, about or {}, data_range))
+
+    def _put(self, content: bytes) -> None:
+        write_file(self.path, content)
+
+
+class Stream(Output):
+    """Standard output, for another program to read."""
+
+    @classmethod
+    def of(cls, format: str) -> Stream:
+        """format: what the name of such a file ends in."""
+        if f".{format}" not in _FORMS:
+            raise ValueError(f"argument --format: {format} is for a folder; --out - takes png, npz or safetensors")
+        return cls(Path("-"), _FORMS[f".{format}"])
+
+    def __str__(self) -> str:
+        return "standard output"
+
+    def check(self) -> None:
+        if sys.stdout.isatty():
+            raise ValueError("argument --out: - is standard output, and that is a terminal: add > FILE or | PROGRAM")
+
+    def _put(self, content: bytes) -> None:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
 
 
 def npz_bytes(samples, ids: np.ndarray, data_range: images.Range = images.UNIT) -> bytes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
+from numbers import Integral
 
 MAX_ID = 2**56
 
@@ -19,8 +21,7 @@ class SampleIds(Sequence[int]):
             if r.step != 1 or r.start < 0 or r.stop > MAX_ID:
                 raise ValueError(f"sample ids go up by 1 and are at least 0 and below 2**56, got {r}")
         self._ends = list(accumulate(len(r) for r in self.ranges))
-        rising = sorted(self.ranges, key=lambda r: r.start)
-        for low, high in pairwise(rising):
+        for low, high in pairwise(sorted(self.ranges, key=lambda r: r.start)):
             if high.start < low.stop:
                 raise ValueError(f"sample id {high.start} comes twice")
 
@@ -71,14 +72,26 @@ class SampleIds(Sequence[int]):
         return self.ranges[i][position - (self._ends[i] - len(self.ranges[i]))]
 
     def __contains__(self, sample_id: object) -> bool:
-        return any(sample_id in r for r in self.ranges)
+        return self._range_of(sample_id) is not None
 
     def index(self, sample_id: int, *limits) -> int:
         """The position of sample_id; ValueError if it is not among them."""
-        for r, end in zip(self.ranges, self._ends, strict=True):
-            if sample_id in r:
-                return end - len(r) + r.index(sample_id)
-        raise ValueError(f"sample id {sample_id} is not among {self}")
+        if (k := self._range_of(sample_id)) is None:
+            raise ValueError(f"sample id {sample_id} is not among {self}")
+        return self._ends[k] - len(self.ranges[k]) + self.ranges[k].index(sample_id)
+
+    @cached_property
+    def _rising(self) -> tuple[list[int], list[int]]:
+        """The first ids of the ranges, ascending, and which range each one begins."""
+        order = sorted(range(len(self.ranges)), key=lambda k: self.ranges[k].start)
+        return [self.ranges[k].start for k in order], order
+
+    def _range_of(self, sample_id: object) -> int | None:
+        if not isinstance(sample_id, Integral):
+            return None
+        starts, order = self._rising
+        place = bisect_right(starts, sample_id) - 1
+        return order[place] if place >= 0 and sample_id in self.ranges[order[place]] else None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SampleIds) and str(self) == str(other)
@@ -99,11 +112,10 @@ class SampleIds(Sequence[int]):
         return f"SampleIds.parse({str(self)!r})"
 
     def _slice(self, start: int, stop: int) -> SampleIds:
-        first, parts = bisect_right(self._ends, start), []
-        for r, end in zip(self.ranges[first:], self._ends[first:], strict=True):
+        first, last = bisect_right(self._ends, start), bisect_left(self._ends, stop)
+        parts = []
+        for r, end in zip(self.ranges[first : last + 1], self._ends[first : last + 1], strict=True):
             offset = end - len(r)
-            if offset >= stop:
-                break
             parts.append(r[max(0, start - offset) : stop - offset])
         return SampleIds(parts)
 

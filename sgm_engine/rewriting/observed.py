@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 import types
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from functools import partial
 
@@ -40,6 +40,7 @@ TRUSTED = {"torch", "numpy", "sgm_engine", *sys.stdlib_module_names} - {"__main_
 # Their objects change all the time, and say nothing about a network.
 OPAQUE = {"lightning", "lightning_fabric", "pytorch_lightning", "accelerate", "torch", *sys.stdlib_module_names}
 OPAQUE -= {"types", "argparse", "collections", "functools", "__main__", "dataclasses"}
+OWNERS = (Tensor, list, tuple, dict, set, frozenset, deque)  # which may have attributes beside what they hold
 OWN_OPAQUE = ("sgm_engine.engine", "sgm_engine.executors", "sgm_engine.service", "sgm_engine.rewriting")
 
 
@@ -93,6 +94,8 @@ class _Walk:
                 self._record(what, path)
 
     def _record(self, what: object, path: str) -> None:
+        if isinstance(what, OWNERS) and (own := getattr(what, "__dict__", None)):
+            self._entries(own, path)
         if isinstance(what, nn.Module):
             self._module(what, path)
         elif isinstance(what, Tensor):
@@ -111,6 +114,9 @@ class _Walk:
             self._items(what, path)
         elif isinstance(what, (dict, types.MappingProxyType)):
             self._entries(what, path)
+            if isinstance(what, defaultdict):
+                self.records.append(State(lambda: (what.default_factory,), f"{path}.default_factory", what))
+                self.todo.append((what.default_factory, f"{path}.default_factory"))
         elif not isinstance(what, (types.ModuleType, types.BuiltinFunctionType)):
             self._object(what, path)
 

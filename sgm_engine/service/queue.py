@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from time import monotonic
@@ -17,6 +17,7 @@ from sgm_engine.engine.results import Results
 from sgm_engine.errors import QueueFull, ServiceClosed
 from sgm_engine.plans.plan import Plan
 
+TIDY = 64  # entries of ended requests that a heap may keep, or as many as it has others
 REMEMBERED = 4096  # requests that the percentiles of Metrics look back on
 
 
@@ -39,6 +40,22 @@ class Request:
         self.n = len(self.chains)
 
 
+def note_cancelled(cancelled: deque[Request], request: Request) -> None:
+    """Have ``request`` in ``cancelled`` as soon as its future is cancelled, unless nobody knows it any more by then."""
+    found = ref(request)
+
+    def note(future: Future) -> None:
+        if future.cancelled() and (request := found()) is not None:
+            cancelled.append(request)
+
+    Future.add_done_callback(request.future, note)  # at once, in whatever thread
+
+
+def check_seconds(name: str, value: float | None) -> None:
+    if value is not None and not (isinstance(value, (int, float)) and value >= 0):
+        raise ValueError(f"{name} must be seconds >= 0 or None, got {value!r}")
+
+
 class FairQueue:
     """Requests with samples to start. They share the network's evaluations evenly; none waits for another's end.
 
@@ -49,10 +66,11 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, Request]] = []  # (its turn, a number that breaks ties, request)
-        self._clock, self._pushed = 0, 0
+        self._clock, self._pushed, self._most = 0, 0, TIDY
 
     def push(self, request: Request) -> None:
         self._pushed += 1
+        self._most = tidied(self._heap, self._most, lambda entry: not entry[2].over)
         heapq.heappush(self._heap, (self._clock + request.plan.nfe, self._pushed, request))
 
     def peek(self) -> Request | None:
@@ -109,9 +127,11 @@ class Deadlines:
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, ref[Request]]] = []  # the number breaks ties
+        self._most = TIDY
 
     def add(self, request: Request) -> None:
         if request.deadline is not None:
+            self._most = tidied(self._heap, self._most, lambda entry: (r := entry[2]()) is not None and not r.over)
             heapq.heappush(self._heap, (request.deadline, id(request), ref(request)))
 
     def passed(self) -> list[Request]:
@@ -120,6 +140,15 @@ class Deadlines:
         while self._heap and self._heap[0][0] <= monotonic():
             found.append(heapq.heappop(self._heap)[2]())
         return [request for request in found if request is not None and not request.over]
+
+
+def tidied(heap: list, most: int, alive: Callable[[tuple], bool]) -> int:
+    """Drop the entries of a heap that are not ``alive`` once it has more than ``most``; how many it may have next."""
+    if len(heap) <= most:
+        return most
+    heap[:] = filter(alive, heap)
+    heapq.heapify(heap)
+    return max(TIDY, 2 * len(heap))
 
 
 @dataclass(frozen=True)

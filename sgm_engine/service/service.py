@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from time import monotonic
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -27,7 +26,8 @@ from sgm_engine.errors import DeadlineExceeded
 from sgm_engine.executors.slots import Job
 from sgm_engine.plans.plan import Plan
 from sgm_engine.service.awaited import awaited
-from sgm_engine.service.queue import Deadlines, Door, FairQueue, Meter, Metrics, Request
+from sgm_engine.service.callbacks import Callbacks, ClientFuture, check_process
+from sgm_engine.service.queue import Deadlines, Door, FairQueue, Meter, Metrics, Request, check_seconds, note_cancelled
 
 ROWS = 65536  # of plans that can share a batch without waiting for one another
 LINGER = 1.0  # seconds without work after which the worker thread ends
@@ -59,7 +59,7 @@ class SamplerService:
         self._requests: set[Request] = set()  # accepted and not over
         self._cancelled: deque[Request] = deque()
         self._worker: threading.Thread | None = None
-        self._process = os.getpid()
+        self._callbacks, self._process = Callbacks(), os.getpid()
 
     def submit(
         self,
@@ -78,17 +78,15 @@ class SamplerService:
             then QueueFull. ``future.cancel()`` works until the last sample is there and frees the slots at once.
         """
         called = monotonic()
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                "this service was made before a fork, and its thread is in the parent: start processes with spawn, "
-                "or make the service in the child"
-            )
+        check_process(self._process)
         engine = self.engine
         if check_int("n", n, 0) > self.capacity:
             raise ValueError(f"n must be at most capacity = {self.capacity}, got {n}: raise it, or submit n in parts")
         plan, chains = engine._check(plan, None), check_chains(n, seed, first_id, init, engine.shape, engine.device)
-        deadline, wait = _seconds("deadline", deadline), _seconds("wait", wait)
-        request = Request(chains, plan, called, None if deadline is None else called + deadline)
+        check_seconds("deadline", deadline)
+        check_seconds("wait", wait)
+        late = None if deadline is None else called + deadline
+        request = Request(chains, plan, called, late, ClientFuture(self._callbacks))
         if n == 0:
             request.future.set_result(torch.empty(0, *self.engine.shape, device=self.engine.device))
             return request.future
@@ -99,13 +97,17 @@ class SamplerService:
             self._door.enter(n, min(limits, default=None))
             if self._worker is None:
                 worker = threading.Thread(target=self._work, name="SamplerService")
-                worker.start()  # it may be refused: then nothing has been accepted
+                try:
+                    worker.start()
+                except BaseException:  # no more threads here: nothing has been accepted
+                    self._door.leave(n)
+                    raise
                 self._worker = worker
             self._requests.add(request)
             self._queue.push(request)
             self._deadlines.add(request)
             self._lock.notify_all()
-        request.future.add_done_callback(partial(_note_cancelled, self._cancelled, ref(request)))
+        note_cancelled(self._cancelled, request)
         return request.future
 
     async def draw(
@@ -123,6 +125,7 @@ class SamplerService:
 
     def metrics(self) -> Metrics:
         """What is pending and running, how full the slots were, and how long requests waited."""
+        check_process(self._process)
         with self._lock:
             meter, batch = self._meter, self.engine.batch
             return Metrics(
@@ -139,6 +142,8 @@ class SamplerService:
 
     def shutdown(self, wait: bool = True, cancel: bool = False) -> None:
         """Take no more requests. cancel: cancel those that were accepted. wait: return when no thread is left."""
+        if os.getpid() != self._process:  # a fork that leaves the block
+            return
         with self._lock:
             self._door.closed = True
             outstanding, worker = list(self._requests), self._worker
@@ -146,8 +151,10 @@ class SamplerService:
         if cancel:
             for request in outstanding:
                 request.future.cancel()
-        if wait and worker is not None and worker is not threading.current_thread():
-            worker.join()
+        if wait and worker is not threading.current_thread():
+            if worker is not None:
+                worker.join()
+            self._callbacks.join()
 
     def __enter__(self) -> SamplerService:
         return self
@@ -158,6 +165,7 @@ class SamplerService:
     # The worker's thread ----------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        self._callbacks.service = threading.current_thread()
         try:
             while self._has_work():
                 with self.engine._request():
@@ -281,20 +289,10 @@ class SamplerService:
             request.future.set_exception(error)
         elif told:
             request.future.set_result(x)
+        self._callbacks.start()
 
     def _results(self, request: Request) -> Results:
         if request.results is None:
             ids = [sample_id for sample_id, _, _ in request.chains]
             request.results = Results(ids, request.plan, self.engine.shape, self.engine.device)
         return request.results
-
-
-def _note_cancelled(cancelled: deque[Request], request: ref[Request], future: Future) -> None:
-    if future.cancelled() and (found := request()) is not None:
-        cancelled.append(found)
-
-
-def _seconds(name: str, value: float | None) -> float | None:
-    if value is not None and not (isinstance(value, (int, float)) and value >= 0):
-        raise ValueError(f"{name} must be seconds >= 0 or None, got {value!r}")
-    return value

@@ -20,6 +20,7 @@ from sgm_engine.engine.defaults import FEW, few_steps
 from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import SampleDiverged
 from sgm_engine.models.family import FamilyModel
+from sgm_engine.models.multi_sample import MeanScore, MultiSample
 from sgm_engine.outputs.images import grid, save_png
 from sgm_engine.plans.plan import Plan
 from sgm_engine.training.module import weights_dtype
@@ -141,12 +142,17 @@ class SampleGrid(Callback):
 
 
 def _drawing(network: nn.Module) -> nn.Module:
-    """A network of a diffusion family, which trains at many levels, at the few of its plan; the weights are shared."""
+    """What is drawn from, on the same weights: a network of a diffusion family, which trains at many levels, at the few
+    of its plan; of a network of several copies the score of their mean."""
+    if isinstance(network, MultiSample):
+        return MeanScore(network)
     return network.at_sigmas(network.config.sigmas) if isinstance(network, FamilyModel) else network
 
 
 def _weights(network: nn.Module) -> nn.Module:
-    """What holds the weights: FamilyModels of several levels may share it."""
+    """What holds the weights: models of several levels or kinds may share it."""
+    if isinstance(network, (MultiSample, MeanScore)):
+        return network.network if isinstance(network, MultiSample) else network.model.network
     return network.network if isinstance(network, FamilyModel) else network
 
 

@@ -52,6 +52,8 @@ def cdm_direct(model: CDM, x: Tensor, levels: Tensor, key: Key, *, reduction: st
 
 def _noisy(model: CDM, x: Tensor, levels: Tensor, key: Key) -> tuple[Tensor, Tensor]:
     """u of class t [N], and its ε."""
+    if x.is_floating_point() and x.dtype.itemsize < 4:
+        raise ValueError(f"x must be float32 or float64, got {x.dtype}: 16 bits are for autocast")
     noise = key.normal(x)
     signal, std = (table[levels].to(x.dtype).view(-1, *[1] * (x.dim() - 1)) for table in (model.signal, model.noise))
     return signal * model.to_u(x) + std * noise, noise

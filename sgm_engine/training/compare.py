@@ -1,6 +1,7 @@
 """Does it help to train on several noisy copies? One experiment on a 2-D mixture with a known score.
 
     python -m sgm_engine.training.compare --out multi-sample
+    python -m sgm_engine.training.compare --data mnist/           how noisy the targets are, on images: no training
 
 writes table.md and plot.png there. Every network has the same hidden layers and sees as many evaluations; noise levels
 are matched by what an observation tells, σ/√M. docs/training.md says what came out.
@@ -10,13 +11,16 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sgm_engine.checks import check_int
+from sgm_engine.data.images import dequantise, load_images
 from sgm_engine.files.writing import staged, write_file
 from sgm_engine.keys import Key
 from sgm_engine.plans.schedule import geometric
@@ -130,11 +134,43 @@ def target_error(size: int, sigma: float, n: int = 40_000) -> float:
     return (target - TRIPLE.denoised(y, sigma)).square().mean().item()
 
 
+def image_targets(images: np.ndarray, sigmas: Sequence[float], n: int = 256, sizes=(64, 320, 1088)) -> list[str]:
+    """How far the targets for ``n`` of the images lie from the exact one, E[x | y] over all of them, uint8 [N, …].
+
+    Mean square a dimension in units of σ²: of x itself, the target of denoising and, at the same noise of the mean, of
+    any number of copies; and of the stable target over the image and ``size`` − 1 others. Lines of a Markdown table.
+    """
+    key = Key(0, torch.arange(len(images)))
+    x = torch.from_numpy(np.array(images)).flatten(1)
+    x = dequantise(x, key.uniform(x.float()))
+    own = Key(0, torch.arange(n))
+    lines = [
+        "| σ | x itself |" + "".join(f" stable target of {size} |" for size in sizes),
+        "|---" * (2 + len(sizes)) + "|",
+    ]
+    for i, sigma in enumerate(sigmas):
+        y, column = x[:n] + sigma * own.normal(x[:n], 1 + i), torch.full((n, 1), float(sigma))
+        exact = objectives.posterior_mean(y, x, column)
+        targets = [x[:n]]
+        for size in sizes:  # every image with its own others, drawn from the rest
+            others = (own.uniform(torch.empty(n, size - 1), 100 + i) * (len(x) - n)).long() + n
+            one = [torch.cat([x[j : j + 1], x[others[j]]]) for j in range(n)]
+            found = (objectives.posterior_mean(y[j : j + 1], one[j], column[:1]) for j in range(n))
+            targets.append(torch.cat(list(found)))
+        errors = [(target - exact).square().mean().item() / sigma**2 for target in targets]
+        lines.append(f"| {sigma:.3g} |" + "".join(f" {e:.2e} |" for e in errors))
+    return lines
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sgm_engine.training.compare", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("multi-sample"), help="folder of table.md and plot.png")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--data", type=Path, help="images: print how noisy their targets are, and train nothing")
     args = parser.parse_args(argv)
+    if args.data is not None:
+        print("\n".join(image_targets(load_images(args.data)[:10_000], geometric(5, 0.01, 10))))
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the networks are too small to share out
     key, gaps = Key(99, torch.arange(40_000)), {}

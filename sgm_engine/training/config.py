@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from sgm_engine.files.reading import MAX_YAML, parse_yaml, read_text
-from sgm_engine.models import ModelConfig
+from sgm_engine.models import ARCHITECTURES, ModelConfig
 from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.models.config import MAX_LEVELS
 from sgm_engine.models.family import NETWORKS, FamilyConfig
+from sgm_engine.models.multi_sample import MAX_COPIES, MultiSampleConfig
 from sgm_engine.plans.schedule import geometric
 from sgm_engine.training import families
 from sgm_engine.training.objectives import OBJECTIVES
@@ -35,12 +36,14 @@ class TrainConfig:
     models.preconditioning, its constants}, empty for the usual one, and for ddpm the fields of a diffusers scheduler;
     levels: also of a ddpm's timesteps, evenly; plan: with "nfe", evaluations.
     image_size: of a folder of pictures; other data know theirs. objective: of OBJECTIVES ("cdm" for a CDM), and its
-    keyword arguments in objective_options. direct_steps: so many first steps train a CDM of potentials as a denoiser
-    (``cdm_direct``), warmup and decay apart. steps: optimizer steps in all; batch: images a step, over all processes.
-    warmup: steps; decay: share of the steps, at the end, over which lr falls to 0; ema: 0 keeps no average; clip: of
-    the gradient's norm, 0 none. precision: float32, bfloat16 or float16 (mixed). compile_norms: torch.compile of the
-    norms, whose plain formula is slow on a CPU. weights: what model.safetensors holds, float32 or float16. plan: "name"
-    and arguments, kept with the weights and used by the sample grids. *_every: steps, 0 never.
+    keyword arguments in objective_options. copies: of multi_sample, each with √copies times the noise of the levels,
+    which are those of their mean. reference_batch: so many further images a step, of stable_target. direct_steps: so
+    many first steps train a CDM of potentials as a denoiser (``cdm_direct``), warmup and decay apart. steps: optimizer
+    steps in all; batch: images a step, over all processes. warmup: steps; decay: share of the steps, at the end, over
+    which lr falls to 0; ema: 0 keeps no average; clip: of the gradient's norm, 0 none. precision: float32, bfloat16 or
+    float16 (mixed). compile_norms: torch.compile of the norms, whose plain formula is slow on a CPU. weights: what
+    model.safetensors holds, float32 or float16. plan: "name" and arguments, kept with the weights and used by the
+    sample grids. *_every: steps, 0 never.
     """
 
     architecture: str
@@ -54,6 +57,8 @@ class TrainConfig:
     image_size: int | None = None
     flip: bool = False
     objective: str = "denoising"
+    copies: int = 1
+    reference_batch: int = 0
     objective_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     direct_steps: int = 0
     steps: int = 200_000
@@ -81,7 +86,16 @@ class TrainConfig:
             self._check_type(field.name, getattr(self, field.name), str(field.type))
         for name in ("steps", "batch", "log_every"):
             self._need(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("direct_steps", "warmup", "clip", "sample_every", "save_every", "validate_every", "seed"):
+        for name in (
+            "direct_steps",
+            "warmup",
+            "clip",
+            "sample_every",
+            "save_every",
+            "validate_every",
+            "seed",
+            "reference_batch",
+        ):
             self._need(name, getattr(self, name) >= 0, "at least 0")
         for name in ("ema", "beta1", "beta2"):
             self._need(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
@@ -93,13 +107,24 @@ class TrainConfig:
         self._need("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
         cdm = self.architecture == CDMConfig.architecture
         self._need("objective", cdm == (self.objective == "cdm"), "cdm if, and only if, the architecture is CDM")
+        many = self.objective == "multi_sample"
+        limit = f"between 2 and {MAX_COPIES} if, and only if, the objective is multi_sample, else 1"
+        self._need("copies", 2 <= self.copies <= MAX_COPIES if many else self.copies == 1, limit)
+        stable = self.objective == "stable_target"
+        self._need("reference_batch", self.reference_batch == 0 or stable, "0 unless the objective is stable_target")
         direct = self.direct_steps == 0 or (self.objective == "cdm" and self.network.get("potentials") is not None)
         self._need("direct_steps", direct, "0 for a network without potentials")
         self._need("direct_steps", self.direct_steps < self.steps, f"below steps = {self.steps}")
         self.model(1, 32 if self.image_size is None else self.image_size)  # checks what the network's config checks
 
-    def model(self, channels: int, image_size: int) -> ModelConfig | CDMConfig | FamilyConfig:
+    def model(self, channels: int, image_size: int) -> ModelConfig | CDMConfig | FamilyConfig | MultiSampleConfig:
         """The network for images [channels, image_size, image_size]."""
+        if self.copies > 1:
+            if self.architecture not in ARCHITECTURES:
+                known = ", ".join(ARCHITECTURES)
+                raise ValueError(f"architecture must be one of {known} for several copies, got {self.architecture}")
+            one = dataclasses.replace(self, copies=1, objective="denoising", objective_options={})
+            return MultiSampleConfig(self.copies, one.model(channels * self.copies, image_size))
         if self.architecture in NETWORKS:
             return families.record(self, channels, image_size)
         if self.preconditioning:

@@ -6,7 +6,7 @@ import errno
 import fcntl
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,8 +14,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 
+from sgm_engine.files.locks import LockFile
 from sgm_engine.files.reading import open_file, open_zip
-from sgm_engine.files.writing import open_lock, remove, staged
+from sgm_engine.files.writing import remove, staged
 
 KEPT = 2
 
@@ -117,9 +118,9 @@ def tidy(folder: Path) -> None:
         remove(path)
 
 
-def lock(folder: Path) -> BinaryIO:
-    """Hold the folder until the file is closed, or the process ends. ValueError if another one does."""
-    file = open_lock(folder / ".lock")
+def lock(folder: Path) -> LockFile:
+    """Hold the folder until the lock is closed, or the process ends. ValueError if another one does."""
+    file = LockFile(folder / ".lock")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

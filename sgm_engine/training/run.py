@@ -1,15 +1,17 @@
-"""One training run in a folder of its own: what ``sgm train`` does between its arguments and Lightning's Trainer."""
+"""One training run in a folder of its own: what ``sgm train`` does between its arguments and Lightning's Trainer.
+
+Its lines are INFO of the logger "sgm_engine.training"; the command prints them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 import lightning.pytorch as pl
 import numpy as np
@@ -21,12 +23,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from sgm_engine.checkpoints.bundled import plan_for
 from sgm_engine.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from sgm_engine.data.images import Batches, load_images
-from sgm_engine.engine.progress import clock
+from sgm_engine.files.locks import LockFile
 from sgm_engine.files.reading import read_text
 from sgm_engine.files.writing import append_line, remove, write_file
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
 from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.family import FamilyModel
+from sgm_engine.models.multi_sample import MeanScore
+from sgm_engine.pace import clock
 from sgm_engine.plans.law import DataLaw
 from sgm_engine.training.callbacks import EMA, SampleGrid, live_network
 from sgm_engine.training.cdm_fits import fit_base, fit_biases
@@ -35,6 +39,9 @@ from sgm_engine.training.families import differences, training_levels
 from sgm_engine.training.keeping import Keep, WholeFiles, lock, newest_checkpoint
 from sgm_engine.training.module import ScoreModule
 from sgm_engine.training.objectives import OBJECTIVES
+from sgm_engine.training.reference import ReferenceBatch
+
+log = logging.getLogger("sgm_engine.training")
 
 MAY_CHANGE = {"steps", "direct_steps", "lr", "warmup", "decay", "clip", "precision", "compile_norms"}  # on resuming
 MAY_CHANGE |= {"weights", "plan", "log_every", "sample_every", "save_every", "validate_every"}
@@ -54,7 +61,7 @@ class Job:
     module: ScoreModule
     folder: Path
     resume: Path | None
-    lock: TextIO | None  # this process's hold on the folder; the first process of a group has it
+    lock: LockFile | None  # this process's hold on the folder; the first process of a group has it
 
     def fit(self, accelerator: str = "auto", tensorboard: bool = False) -> None:
         """Train to the end, and write model.safetensors. The folder is free for another process after it."""
@@ -106,23 +113,19 @@ class Job:
             if isinstance(network, CDM):
                 fit_biases(network, self.images, c.seed)
             save_checkpoint(network, self.folder / "model.safetensors", WEIGHTS[c.weights])
-            print(f"written: {self.folder / 'model.safetensors'}")
+            log.info("written: %s", self.folder / "model.safetensors")
 
     def _callbacks(self) -> list[pl.Callback]:
         c = self.config
         callbacks: list[pl.Callback] = [EMA(c.ema)] if c.ema else []
         if c.sample_every:
-            callbacks.append(SampleGrid(c.sample_every, folder=self.folder / "samples", say=_say))
+            callbacks.append(SampleGrid(c.sample_every, folder=self.folder / "samples", say=log.info))
         keep = Keep(self.folder / "checkpoints", c.save_every or c.steps)
         return [*callbacks, Report(self.folder, c.log_every, keep), keep]
 
     def _loggers(self, tensorboard: bool) -> list:
         loggers = [CSVLogger(self.folder, "csv", flush_logs_every_n_steps=1)]
         return [*loggers, TensorBoardLogger(self.folder, "tensorboard")] if tensorboard else loggers
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 class Report(pl.Callback):
@@ -138,7 +141,7 @@ class Report(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._began = time.perf_counter()
         if trainer.global_step and trainer.is_global_zero:
-            print(f"resumed at step {trainer.global_step}", flush=True)
+            log.info("resumed at step %d", trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, *_) -> None:
         self._total = self._total + trainer.callback_metrics["loss"].detach()
@@ -160,7 +163,7 @@ class Report(pl.Callback):
     def _line(self, step: int, of: int, loss: str, seconds: float) -> None:
         """seconds: of a step."""
         self._said = time.perf_counter()
-        _say(f"step {step:>7}/{of}{loss}  {seconds:.3f} s/step  {clock((of - step) * seconds)} left")
+        log.info(f"step {step:>7}/{of}{loss}  {seconds:.3f} s/step  {clock((of - step) * seconds)} left")
 
 
 def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Path | None = None) -> Job:
@@ -189,8 +192,10 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
         _initialise(network, init)
     options = dict(config.objective_options)
     objective = partial(OBJECTIVES[config.objective], **options) if options else config.objective
+    if config.reference_batch:
+        objective = ReferenceBatch(images, config.reference_batch, config.flip, **options)
     module = ScoreModule(
-        network,
+        network.model if isinstance(network, MeanScore) else network,
         objective,
         config.lr,
         (config.beta1, config.beta2),
@@ -211,7 +216,7 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
         if damaged and resume is None:
             raise ValueError(f"{damaged[0]}: is damaged, and there is no whole checkpoint: name another folder")
         if damaged and first:
-            print(f"{', '.join(map(str, damaged))}: damaged; going on from {resume}", file=sys.stderr)
+            log.warning("%s: damaged; going on from %s", ", ".join(map(str, damaged)), resume)
             for path in damaged:
                 remove(path)
     except BaseException:
@@ -224,6 +229,11 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
 def _initialise(network: nn.Module, weights: str | Path) -> None:
     """Copy the weights of a checkpoint of the same network; its plan may be another."""
     start = load_checkpoint(weights)
+    if isinstance(network, MeanScore):
+        network, many = network.model.network, network.model.copies
+        if not isinstance(start, MeanScore) or start.model.copies != many:
+            raise ValueError(f"--init {weights}: holds no network of {many} copies")
+        start = start.model.network
     if type(start.config) is not type(network.config):
         raise ValueError(f"--init {weights}: holds a {start.config.architecture}, not a {network.config.architecture}")
     if isinstance(network, FamilyModel):

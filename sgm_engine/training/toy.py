@@ -24,6 +24,8 @@ class Mixture:
         if self.means.shape[:1] != self.weights.shape or self.stds.shape != self.weights.shape:
             shapes = [tuple(t.shape) for t in (self.weights, self.means, self.stds)]
             raise ValueError(f"weights [K], means [K, D], stds [K] must agree, got shapes {shapes}")
+        if not (self.stds >= 0).all():
+            raise ValueError(f"stds must be at least 0, got {self.stds.min().item():g}")
 
     @property
     def dim(self) -> int:
@@ -55,6 +57,8 @@ class Mixture:
         """log w_k·N(x; …) [N, K] and (μ_k − x)/v_k [N, K, D]."""
         noise = torch.as_tensor(sigma, dtype=torch.float64).expand(len(x))
         variance = self.stds**2 + noise[:, None] ** 2  # [N, K]
+        if not (variance > 0).all():
+            raise ValueError(f"sigma must be positive where points have no width, got {noise.min().item():g}")
         difference = self.means - x.flatten(1).double()[:, None]
         exponent = -0.5 * difference.square().sum(2) / variance
         norm = 0.5 * self.dim * torch.log(2 * torch.pi * variance)
@@ -86,6 +90,26 @@ class ScoreMLP(nn.Module):
         total = (sigma**2 + self.sigma_data**2).sqrt()
         hidden = self.layers(torch.cat([flat / total, sigma.log() / 4], 1))
         return (self.sigma_data / (sigma * total) * hidden - flat / total**2).view(x.shape)
+
+
+class EnergyMLP(ScoreMLP):
+    """forward(x [N, …], level [N]) → E [N], for as_score(kind="energy"): −∇E has the preconditioning of ScoreMLP.
+
+    E = ½‖x‖²/(σ² + σ_d²) − σ_d/σ·f(x/√(σ² + σ_d²), log σ), f the same MLP with one output.
+    """
+
+    def __init__(self, sigmas, dim: int = 2, width: int = 64, sigma_data: float = 1.0, seed: int = 0):
+        super().__init__(sigmas, dim, width, sigma_data, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layers[-1] = nn.Linear(width, 1)
+
+    def at(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The energy at any σ [N]."""
+        flat, sigma = x.flatten(1), sigma[:, None].to(x.dtype)
+        total = (sigma**2 + self.sigma_data**2).sqrt()
+        f = self.layers(torch.cat([flat / total, sigma.log() / 4], 1))
+        return (0.5 * (flat / total).square().sum(1, keepdim=True) - self.sigma_data / sigma * f)[:, 0]
 
 
 TRIPLE = Mixture([0.2, 0.5, 0.3], [[-1, -0.5], [1, 0.8], [0.2, -1.2]], [0.15, 0.25, 0.4])

@@ -13,39 +13,54 @@ so all have the same gradient in θ = (W, b, c). ``Quadrature`` replaces their r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sgm_engine.plans.schedule import check_sigmas
 from sgm_engine.training.toy import Mixture
 
 
 class EnergyModel(nn.Module):
-    """θ = (W [hidden, dim], b [hidden], c [dim]), float64, at one noise level σ; random, from ``seed``."""
+    """θ = (W [hidden, dim], b [L, hidden], c [L, dim]), float64; random, from ``seed``. One of Vincent's models at each
+    of the levels ``sigma``, a number or descending, with W in common.
 
-    def __init__(self, dim: int, hidden: int, sigma: float, seed: int = 0):
+    Points are [N, …] of dim elements. A score network, and what ``mala`` takes (``log_q_and_score``).
+    """
+
+    def __init__(self, dim: int, hidden: int, sigma: float | Sequence[float], seed: int = 0):
         super().__init__()
+        sigmas = check_sigmas([sigma] if isinstance(sigma, (int, float)) else sigma)
+        self.shape = (1, 1, dim)
         generator = torch.Generator().manual_seed(seed)
-        shapes = (hidden, dim), (hidden,), (dim,)
+        shapes = (hidden, dim), (len(sigmas), hidden), (len(sigmas), dim)
         self.W, self.b, self.c = (
             nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in shapes
         )
-        self.register_buffer("sigmas", torch.tensor([sigma], dtype=torch.float64))
+        self.register_buffer("sigmas", torch.tensor(sigmas, dtype=torch.float64))
 
-    def energy(self, x: Tensor) -> Tensor:
-        """x [N, dim] → E [N]."""
-        hidden = F.softplus(x @ self.W.T + self.b).sum(1)
-        return -(x @ self.c - 0.5 * x.square().sum(1) + hidden) / self.sigmas[0] ** 2
+    def energy(self, x: Tensor, level: Tensor | int = 0) -> Tensor:
+        """x [N, …] → E [N]."""
+        x, c = x.flatten(1).to(self.W.dtype), self.c[level]
+        hidden = F.softplus(x @ self.W.T + self.b[level]).sum(1)
+        return -((x * c).sum(1) - 0.5 * x.square().sum(1) + hidden) / self.sigmas[level] ** 2
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """x [N, dim] → the autoencoder's output, like x."""
-        return torch.sigmoid(x @ self.W.T + self.b) @ self.W + self.c
+    def reconstruct(self, x: Tensor, level: Tensor | int = 0) -> Tensor:
+        """x [N, …] → the autoencoder's output, like x."""
+        flat = x.flatten(1).to(self.W.dtype)
+        found = torch.sigmoid(flat @ self.W.T + self.b[level]) @ self.W + self.c[level]
+        return found.view(x.shape).to(x.dtype)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        """ψ(x), the score; level [N] is 0 everywhere."""
-        return (self.reconstruct(x) - x) / self.sigmas[level][:, None] ** 2
+        """ψ(x), the score."""
+        variance = self.sigmas[level].view(-1, *[1] * (x.dim() - 1)) ** 2
+        return (self.reconstruct(x, level) - x) / variance.to(x.dtype)
+
+    def log_q_and_score(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """(−E(x) [N], ψ(x)): log q up to a number of each level."""
+        return -self.energy(x, level), self(x, level)
 
 
 class Quadrature:

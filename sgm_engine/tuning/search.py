@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from sgm_engine.evaluation.evaluate import Summary
@@ -16,13 +16,16 @@ T = TypeVar("T")
 class Trial:
     """A plan on its way through the search: what is kept of its samples, ids 0 … n − 1, and how good they are.
 
-    quality: lower is better; infinite where a sample diverged.
+    quality: lower is better; infinite where a sample diverged. ahead: the steps, in samples, that the summary has
+    yet to catch up with; their quality was known.
     """
 
     plan: Plan
     summary: Summary
     quality: float = float("inf")
     n: int = 0
+    drawn: int = 0  # samples in the summary
+    ahead: list[int] = field(default_factory=list)
 
 
 def halve(
@@ -53,6 +56,16 @@ def halve(
             return alive
         alive = best(alive, max(1, round(keep * len(alive))), goals)
         n = min(2 * n, last)
+
+
+def samples_of(count: int, first: int, last: int, keep: float = 0.5) -> int:
+    """How many samples ``halve`` draws of ``count`` trials, all rounds together."""
+    total, before, n = 0, 0, first
+    while True:
+        total += count * (n - before)
+        if n >= last:
+            return total
+        count, before, n = max(1, round(keep * count)), n, min(2 * n, last)
 
 
 def best(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,10 @@ from sgm_engine.files.reading import open_safetensors
 from sgm_engine.models.conditioning import conditioned
 from sgm_engine.plans.plan import Plan
 from sgm_engine.tuning.front import Outcome, Point, label
+from sgm_engine.tuning.kept import Key
 from sgm_engine.tuning.search import Trial, front, halve
 
+Tell = Callable[[int], object]
 NAMES = {"frechet": "Fréchet distance", "sliced": "sliced W1", "mmd": "squared MMD"}
 
 
@@ -37,7 +39,7 @@ class Drawn:
 class Tuner:
     """Measures plans against one reference. engine_for(model): an engine of it.
 
-    measure: "frechet", "sliced" or "mmd"; lower is better.
+    measure: "frechet", "sliced" or "mmd"; lower is better. kept: figures that were measured before; gets the others.
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class Tuner:
         extractor: Extractor,
         reference: Summary,
         measure: str = "frechet",
+        kept: MutableMapping[Key, list] | None = None,
     ):
         if measure not in NAMES:
             raise ValueError(f"measure must be one of {', '.join(NAMES)}, got {measure!r}")
         self.model, self.engine_for = model, engine_for
         self.extractor, self.reference, self.measure = extractor, reference, measure
         self._target = reference.moments.moments()
+        self.kept = {} if kept is None else kept
 
     def search(
         self,
@@ -62,22 +66,37 @@ class Tuner:
         last: int,
         report: Callable[[str], object] = lambda line: None,
         one: bool = False,
+        tell: Tell = lambda n: None,
     ) -> list[Trial]:
         """The survivors of successive halving, with ``last`` samples each of ``seed``; one: the best alone, by quality
-        whatever its evaluations."""
+        whatever its evaluations. tell: told of evaluations done."""
 
         def extend(trial: Trial, n: int) -> None:
-            lost: list = []
-            for block in self._draw(trial.plan, range(trial.n, n), seed, lost):
-                trial.summary.update(block)
-            trial.n = n
-            trial.quality = float("inf") if lost else self.quality(trial.summary)
+            key = "search", seed, n, trial.plan.digest
+            trial.ahead.append(n)
+            if key in self.kept:
+                tell((n - trial.n) * trial.plan.nfe)
+            else:
+                lost = self._catch_up(trial, seed, tell) or (trial.n and np.isinf(trial.quality))
+                self.kept[key] = [float("inf") if lost else self.quality(trial.summary)]
+            (trial.quality,), trial.n = self.kept[key], n
 
         trials = [Trial(plan, Summary(self.extractor, plan.name)) for plan in plans]
         if not one:
             return halve(trials, extend, first, last, report=report)
         alive = halve(trials, extend, first, last, report=report, goals=lambda t: (0.0, t.quality))
         return [min(alive, key=lambda t: t.quality)]
+
+    def _catch_up(self, trial: Trial, seed: int, tell: Tell) -> list:
+        """Draw what the summary lacks, in the same steps as ever; the samples that diverged."""
+        lost: list = []
+        for n in trial.ahead:
+            told = tell if n == trial.ahead[-1] else lambda n: None  # the others were told of when they were found
+            for block in self._draw(trial.plan, range(trial.drawn, n), seed, lost, told):
+                trial.summary.update(block)
+            trial.drawn = n
+        trial.ahead.clear()
+        return lost
 
     def quality(self, summary: Summary) -> float:
         if self.measure == "frechet":
@@ -92,21 +111,28 @@ class Tuner:
         floor: Summary | None = None,
         baseline: Plan | Drawn | None = None,
         report: Callable[[str], object] = lambda line: None,
+        tell: Tell = lambda n: None,
     ) -> Outcome:
         """The front of the survivors, each of its plans drawn again from a held-out ``seed``.
 
         The chosen plan is the survivor of the best quality in the search; its figure here is of samples that had no
         part in the choice. ValueError if every survivor diverged.
         """
-        best = front([t for t in survivors if np.isfinite(t.quality)], lambda t: (t.plan.nfe, t.quality))
+        best = finalists(survivors)
         if not best:
             raise ValueError("every plan that survived the search diverged: lower the step sizes or check the model")
         points, of_chosen, difference = [], None, None
+        compared = baseline is not None and self.measure == "frechet"
         for trial in best:
-            summary = self._held_out(trial.plan, seed, n)
-            estimate = self._estimate(summary)
-            chosen = trial is best[-1]  # the last has the best quality
-            of_chosen = summary if chosen else of_chosen
+            chosen, key = trial is best[-1], ("held out", seed, n, trial.plan.digest)  # the last has the best quality
+            if key not in self.kept or (chosen and compared):
+                summary = self._held_out(trial.plan, seed, n, tell)
+                of_chosen = summary if chosen else of_chosen
+                if key not in self.kept:
+                    self.kept[key] = list(self._estimate(summary))
+            else:
+                tell(n * trial.plan.nfe)
+            estimate = Estimate(*self.kept[key])
             points.append(
                 Point(label(trial.plan), trial.plan.nfe, estimate, "chosen" if chosen else "front", trial.plan)
             )
@@ -114,21 +140,21 @@ class Tuner:
         if baseline is not None:
             plan = baseline.plan if isinstance(baseline, Drawn) else baseline
             blocks = baseline.images.blocks() if isinstance(baseline, Drawn) else None
-            summary = summarise(blocks, self.extractor) if blocks else self._held_out(plan, seed, n)
+            summary = summarise(blocks, self.extractor) if blocks else self._held_out(plan, seed, n, tell)
             points.append(Point(label(plan), plan.nfe, self._estimate(summary), "baseline", plan))
-            if self.measure == "frechet":
+            if compared:
                 difference = frechet_difference(of_chosen.moments, summary.moments, self.reference.moments)
         points.sort(key=lambda p: p.nfe)
         least = None if floor is None else self._estimate(floor, 2).value
         return Outcome(points, NAMES[self.measure], self.reference.name, n, least, difference, {})
 
-    def _draw(self, plan: Plan, ids: range, seed: int, lost: list) -> Iterator[Tensor]:
+    def _draw(self, plan: Plan, ids: range, seed: int, lost: list, tell: Tell) -> Iterator[Tensor]:
         model, plan = conditioned(self.model, plan)
-        return drawn(self.engine_for(model), plan, ids, seed, lost)
+        return drawn(self.engine_for(model), plan, ids, seed, lost, tell=tell)
 
-    def _held_out(self, plan: Plan, seed: int, n: int) -> Summary:
+    def _held_out(self, plan: Plan, seed: int, n: int, tell: Tell) -> Summary:
         lost: list = []
-        summary = summarise(self._draw(plan, range(n), seed, lost), self.extractor, plan.name)
+        summary = summarise(self._draw(plan, range(n), seed, lost, tell), self.extractor, plan.name)
         if lost:
             raise ValueError(f"{len(lost)} of {n} held-out samples of {label(plan)} diverged: {lost[0]}")
         return summary
@@ -141,6 +167,11 @@ class Tuner:
             return sliced_wasserstein(x, y, replicates=replicates)
         x, y = summary.vectors.rows(MMD_VECTORS), self.reference.vectors.rows(MMD_VECTORS)
         return mmd(x, y, permutations=2, replicates=replicates)
+
+
+def finalists(survivors: list[Trial]) -> list[Trial]:
+    """Those that are drawn again from a held-out seed: the front of the trials that did not diverge."""
+    return front([t for t in survivors if np.isfinite(t.quality)], lambda t: (t.plan.nfe, t.quality))
 
 
 def plan_of_samples(path: Path) -> Plan:

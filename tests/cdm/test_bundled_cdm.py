@@ -66,8 +66,6 @@ def test_weights_by_name(sgm):
     assert np.load("x.npz")["arr_0"].shape == (2, 28, 28, 1)
     both = sgm("sample", "--weights", "cdm", "--checkpoint", "y.safetensors")
     assert both.returncode == 2 and "take one of the two" in both.stderr
-    scored = sgm("eval", "x.npz", "--reference", "x.npz", "--nll", "--weights", "mnist")
-    assert scored.returncode == 2 and "--weights cdm has it" in scored.stderr
 
 
 def test_the_likelihood_is_one_forward_pass(drawn, monkeypatch):

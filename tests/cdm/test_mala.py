@@ -101,5 +101,21 @@ def test_a_proposal_that_is_not_finite_is_refused(monkeypatch):
     assert found.x.isfinite().all() and found.x.max() <= 0.5
 
 
+@pytest.mark.parametrize("outside", [-torch.inf, torch.nan])
+def test_a_start_outside_the_support_is_refused(outside):
+    """On [0, ∞) half of all chains of a plain start could never move."""
+
+    def half_line(x, sigma):
+        flat = x.flatten(1)[:, 0]
+        return torch.where(flat < 0, outside, -0.5 * flat**2)
+
+    model = Density(half_line, [1.0], (1, 1, 1))
+    init = torch.tensor([1.0, -1.0, 2.0, -0.5]).view(4, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"2 of 4 chains, such as sample 11, begin level 0 where log q .*init="):
+        mala(model, langevin(), 4, first_id=10, init=init)
+    moved = mala(model, langevin(), 4, first_id=10, init=init.abs()).x
+    assert (moved != init.abs()).all() and (moved >= 0).all()
+
+
 def test_streams_are_apart():
     assert len(set(module.STREAM.values())) == len(module.STREAM)

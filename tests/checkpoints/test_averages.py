@@ -42,6 +42,8 @@ LAYOUTS = {
     },
     "Lightning, side by side": lambda m: {
         "state_dict": prefixed("network.", m.state_dict()) | prefixed("ema.", half(m)), "loops": {}, "epoch": 3},
+    "latent diffusion's": lambda m: {"state_dict": prefixed("model.net.", m.state_dict()) | {"model_ema.decay": COUNT}
+        | {f"model_ema.net{n.replace('.', '')}": p.detach() / 2 for n, p in m.named_parameters()}},
     "no sigmas": lambda m: {"model": m.state_dict(), "ema": {k: v for k, v in half(m).items() if k != "sigmas"}},
 }  # fmt: skip
 
@@ -87,6 +89,16 @@ def test_prefixes_come_off(tmp_path, model, prefix, kind):
         (
             lambda m: {"model": m.state_dict(), "ema": {"fast": {"a": torch.ones(3)}}},
             "'ema' in a form that is not understood",
+        ),
+        (
+            lambda m: {
+                "model": prefixed("net.", m.state_dict()) | {f"net_ema.{i}": p for i, p in enumerate(shadow(m))}
+            },
+            "'net_ema.' in a form that is not understood",
+        ),
+        (
+            lambda m: {"model": m.state_dict(), "opt": {"state": {0: {"ema": shadow(m)[0]}}, "param_groups": []}},
+            "'opt/state/ema' in a form that is not understood",
         ),
         (lambda m: {"a": m.state_dict(), "b": m.state_dict()}, "holds 2 networks .a, b.: save the one"),
         (lambda m: {"ema": half(m), "swa": half(m), "model": m.state_dict()}, "holds 2 networks .ema, swa."),

@@ -74,3 +74,36 @@ def test_a_sample_of_a_programs_job(sgm, tmp_path, tiny_weights):
     assert done.returncode == 2 and "made by a program" in done.stderr and "pass --checkpoint" in done.stderr
     assert sgm("resample", "run", "--id", 1, "--checkpoint", tiny_weights, "--out", "one.npz").returncode == 0
     assert np.load(tmp_path / "one.npz")["sample_id"].tolist() == [1]
+
+
+@pytest.mark.parametrize("form", ["npz", "safetensors", "png"])
+def test_samples_on_standard_output_are_those_of_the_file(form, tmp_path, tiny_weights, capsysbinary, monkeypatch):
+    from sgm_engine.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    draw = ["sample", "--checkpoint", str(tiny_weights), "--batch", "2", "--n", "3"]
+    assert main([*draw, "--out", f"x.{form}"]) == 0
+    capsysbinary.readouterr()
+    assert main([*draw, "--out", "-", *([] if form == "png" else ["--format", form])]) == 0
+    told = capsysbinary.readouterr()
+    assert told.out == (tmp_path / f"x.{form}").read_bytes()
+    assert b"3 samples in " in told.err and told.err.endswith(b"written: standard output\n")
+    assert main([*draw, "--out", "-", "--quiet"]) == 0 and capsysbinary.readouterr().err == b""
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        (["--format", "webdataset"], "argument --format: webdataset is for a folder; --out - takes png"),
+        (["--shard-size", 2], "argument --shard-size: is for a folder, and --out - is one stream"),
+    ],
+)
+def test_what_a_stream_cannot_be(words, why, sgm, tiny_weights):
+    done = sgm("sample", "--checkpoint", tiny_weights, "--n", 1, "--out", "-", *words)
+    assert done.returncode == 2 and why in done.stderr and done.stdout == ""
+
+
+def test_no_picture_goes_to_a_terminal(sgm, tiny_weights, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    done = sgm("sample", "--checkpoint", tiny_weights, "--n", 1, "--out", "-")
+    assert done.returncode == 2 and "and that is a terminal: add > FILE or | PROGRAM" in done.stderr

@@ -6,6 +6,9 @@ trace against float64 stands beside them, and the mutation gate shows that it no
 
 import dataclasses
 import itertools
+import re
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,15 +140,51 @@ def mode_weight(sigmas, plan, at_sigma):
     return (x.sum((1, 2, 3)) > 0).double().mean().item()
 
 
+def exact_weight(plan, variance):
+    """The same of the chains' own law, by quadrature: across (1, 1)/√2, all that the weights depend on, in float64.
+
+    variance: of a mode, at each row of the plan.
+    """
+    m, h = 50**0.5, 0.125
+    s = np.arange(-112, 112 + h / 2, h)
+    p = (8 * 2**0.5 - abs(s)).clip(0)  # the start, U[−8, 8]²
+    for row in range(plan.nfe):
+        if row == 0 or plan.level[row] != plan.level[row - 1]:
+            score = (m * np.tanh((2 * m * s / variance[row] + np.log(4)) / 2) - s) / variance[row]
+            kernel = np.exp(-((s[:, None] - s - plan.b[row] * score) ** 2) / (2 * plan.c[row] ** 2))
+            kernel *= h / (plan.c[row] * np.sqrt(2 * np.pi))
+        p = kernel @ p
+    return (p[s > 0].sum() + p[s == 0].sum() / 2) / p.sum()
+
+
 def test_mixture_weight_of_annealed_langevin():
     sigmas = geometric(20, 1, 10)
     plan = annealed_langevin(sigmas, 100, step_lr=0.1, convention="paper", denoise=False)
-    assert abs(mode_weight(sigmas, plan, sigmas) - 0.782295) <= 0.0158
+    exact = exact_weight(plan, 1 + plan.sigma**2)
+    assert exact == pytest.approx(0.782756, abs=2e-6)
+    assert exact_weight(plan, plan.sigma**2) == pytest.approx(0.782295, abs=2e-6)  # of modes of width σ
+    assert abs(mode_weight(sigmas, plan, sigmas) - exact) <= 0.0158
 
 
 def test_mixture_weight_of_plain_langevin():
     plan = annealed_langevin([1.0], 1000, step_lr=0.1, convention="paper", denoise=False)
-    assert abs(mode_weight([1.0], plan, [0.0]) - 0.508952) <= 0.0192
+    exact = exact_weight(plan, np.ones(plan.nfe))
+    assert exact == pytest.approx(0.508952, abs=3e-5) and abs(mode_weight([1.0], plan, [0.0]) - exact) <= 0.0192
+
+
+def test_the_example_prints_the_law_of_its_own_chains(tmp_path, monkeypatch, capsys):
+    """NCSN's figure 3: each panel's weight within four standard errors of its law, each as wide as the data."""
+    pytest.importorskip("matplotlib", reason="pip install 'sgm-engine[train]'")
+    monkeypatch.chdir(tmp_path), monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "21_toy_mixture.py"))
+    lines = capsys.readouterr().out.splitlines()
+    sigmas = geometric(20, 1, 10)
+    plans = [annealed_langevin(s, n, 0.1, convention="paper", denoise=False) for s, n in (([1.0], 1000), (sigmas, 100))]
+    exact = [0.8] + [exact_weight(plan, plan.sigma**2) for plan in plans]  # modes of width σ, 1 at the end: the data's
+    for line, law in zip(lines, exact, strict=True):
+        weight, said, error, width = (float(n) for n in re.findall(r"\d\.\d+", line))
+        assert said == pytest.approx(law, abs=3e-5) and abs(weight - law) < 4 * error
+        assert width == pytest.approx(1, abs=0.05)
 
 
 # -- the same noise in float64, and the mutation gate ------------------------------------------------------------------

@@ -5,29 +5,15 @@ import sys
 
 import pytest
 
+from sgm_engine import pace
 from sgm_engine.engine import progress
 from tests.engine.engines import PLAN, engine
-
-
-class Clock:
-    def __init__(self, step):
-        self.now, self.step = 0.0, step
-
-    def monotonic(self):
-        self.now += self.step
-        return self.now
-
-    strftime, gmtime = staticmethod(progress.time.strftime), staticmethod(progress.time.gmtime)
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+from tests.test_pace import Clock, Terminal
 
 
 def test_lines_have_a_rate_and_the_time_left(monkeypatch, capsys):
     """A second a look: a line after 10 of them, then every 30."""
-    monkeypatch.setattr(progress, "time", Clock(1.0))
+    monkeypatch.setattr(pace, "time", Clock(1.0))
     with progress.counting(1000, "image") as tell:
         for _ in range(75):
             tell(2)
@@ -36,15 +22,13 @@ def test_lines_have_a_rate_and_the_time_left(monkeypatch, capsys):
         "sgm: 80 of 1000 images, 2 images/s, 00:07:40 left",
         "sgm: 140 of 1000 images, 2 images/s, 00:07:10 left",
     ]
-    assert progress.Lines(None).line(2.0) == "0 samples, 0 samples/s"
-    assert progress.clock(90061) == "1 d 01:01:01" and progress.clock(59) == "00:00:59"
 
 
 @pytest.mark.parametrize("terminal, show, bar", [(True, True, True), (False, "bar", True), (False, True, False)])
 def test_an_engine_shows_it(monkeypatch, terminal, show, bar):
     stderr = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr(progress, "time", Clock(11.0))
+    monkeypatch.setattr(pace, "time", Clock(11.0))
     quiet = engine().sample(9, plan=PLAN)
     assert stderr.getvalue() == ""
     assert engine().sample(9, plan=PLAN, progress=show).equal(quiet)

@@ -12,8 +12,9 @@ from tests.mutations import LEVELS, MUTATIONS, Model
 
 PLAN = annealed_langevin(LEVELS, 1, step_lr=1e-3)
 RUNS = [(executor, "float32") for executor in ("auto", "native", "hybrid", "eager", "graph")]
+RUNS += [("native", "direct"), ("native", "bfloat16")]
 RUNS += [(executor, half) for executor in ("auto", "eager", "graph") for half in ("bfloat16", "float16")]
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+TOLERANCE = {"float32": 1e-4, "direct": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 DRAWS = int(os.environ.get("SGM_MUTATIONS", "66"))  # by hand: SGM_MUTATIONS=600
 
 
@@ -33,7 +34,7 @@ def outcome(draw):
     name = list(MUTATIONS)[(draw * 7 + draw // len(RUNS)) % len(MUTATIONS)]
     kind = "closed" if name in ("closure", "array") or pick.random() < 0.2 else "open"
     if kind == "closed" and executor in ("native", "hybrid"):
-        executor = "auto"
+        executor, precision = "auto", "float32" if precision == "direct" else precision
     model, undo = Model(pick.randrange(100), kind).eval(), []
     engine = engine_on(model, executor, precision)
     engine.sample(2, plan=PLAN)

@@ -137,6 +137,22 @@ def test_classifier_score_at_its_ends_and_by_its_definition():
     assert tally(logits, 500).score() == pytest.approx(tally(logits, 3).score(), nan_ok=True)
 
 
+def test_classifier_score_of_ten_parts():
+    """By its definition on each part; sets sorted by class and sets with classes in turn have all classes in each."""
+    for order in (np.arange(640) % 10, np.sort(np.arange(640) % 10)):
+        mean, deviation = tally(1000.0 * np.eye(10)[order]).parts()
+        assert 8.5 < mean <= 10 and deviation < 0.5
+    logits = np.random.default_rng(12).standard_normal((507, 4)) * 3
+    p = scipy.special.softmax(logits, 1)
+    part = np.concatenate([np.random.default_rng(b).permutation(10) for b in range(51)])[:507]
+    scores = [np.exp(np.mean(np.sum(q * np.log(q / q.mean(0)), 1))) for q in (p[part == k] for k in range(10))]
+    for block in (17, 507):
+        assert tally(logits, block).parts() == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-12)
+    assert np.mean(scores) < tally(logits).score().value
+    with pytest.raises(ValueError, match="a score of 10 parts needs as many images, got 9"):
+        tally(logits[:9]).parts()
+
+
 def test_class_imbalance_is_the_total_variation():
     a, b = tally(np.eye(4)[[0] * 30 + [1] * 10]), tally(np.eye(4)[[0] * 20 + [1] * 10 + [3] * 10])
     assert a.imbalance(b).value == pytest.approx(0.25)

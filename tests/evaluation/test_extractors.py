@@ -144,6 +144,7 @@ def test_eval_measures_files_and_writes_json(evaluate, mnist, tmp_path):
     assert rows["first minus second"]["value"] < 0 and rows["first minus second"]["value"] == pytest.approx(
         rows["Fréchet distance"]["value"] - rows["Fréchet of --against"]["value"]
     )
+    assert " ± " in report["notes"]["classifier score of ten parts"]
     assert report["n"] == 15 and "FID" not in done.stdout and all(name in done.stdout for name in rows)
     assert report["notes"]["distance to the nearest training image"]["samples"]["median"] == 0  # they are copies
 
@@ -162,7 +163,8 @@ BAD = [
     (["wrong.npz"], ["one shape", "(3, 6, 5)"]),
     (["good.npz", "--metrics", "beauty"], ["metrics", "beauty"]),
     (["good.npz", "--metrics", "score"], ["score", "classes"]),
-    (["good.npz", "--metrics", "nll"], ["nll", "log_prob"]),
+    (["good.npz", "--metrics", "nll", "--nll-images", "0"], ["--nll-images", "at least 1"]),
+    (["good.npz", "--nll", "--nll-tolerance", "0"], ["--nll-tolerance", "positive"]),
     (["good.npz", "--features", "magic"], ["features", "'magic'", "pixels"]),
     (["good.npz", "--features", "inception:absent.pth"], ["absent.pth"]),
     (["good.npz", "--json", "no/where.json"], ["no/where.json"]),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sgm_engine.evaluation.likelihood import _signs, log_likelihood
+from sgm_engine.evaluation.flow import _signs
+from sgm_engine.evaluation.likelihood import log_likelihood
 from sgm_engine.models.conditioning import at_sigmas
 from sgm_engine.models.ncsn import NCSN
 from sgm_engine.plans.schedule import geometric, karras
@@ -43,10 +44,10 @@ def test_a_gaussian_and_its_prior():
 
 
 def test_order_on_the_mixture():
-    coarse, fine = (error(levels).abs().median().item() for levels in (81, 161))
+    coarse, fine = (error(levels).abs().mean().item() for levels in (81, 321))
     print(coarse, fine)
-    assert error(161).abs().max() < 0.1  # of densities that differ by 39 nats
-    assert 1.9 < np.log2(coarse / fine) < 2.6
+    assert error(161).abs().max() < 0.06  # of densities that differ by 39 nats
+    assert 1.8 < np.log2(coarse / fine) / 2 < 2.4
 
 
 def test_probes_are_unbiased_and_reproducible():
@@ -65,6 +66,7 @@ def test_probes_are_unbiased_and_reproducible():
     assert set(signs.unique().tolist()) == {-1, 1} and not torch.equal(signs[0], signs[1])
 
 
+@pytest.mark.filterwarnings("ignore:sigmas. 5 levels are too few")
 def test_a_network():
     """Parameters that require gradients get none, and the result requires none."""
     with torch.random.fork_rng():
@@ -81,7 +83,11 @@ def test_a_network():
     [
         ({"sigmas": None}, "sigmas: the model has none"),
         ({"sigmas": [1.0]}, "at least 2 levels"),
-        ({"x": torch.zeros(2, 2)}, r"x must be floats \[n, C, H, W\]"),
+        ({"x": torch.zeros(2)}, r"x must be a tensor of floats \[n, D\] or \[n, C, H, W\]"),
+        ({"x": torch.zeros(2, 2, dtype=torch.int64)}, r"x must be a tensor of floats"),
+        ({"x": points(2).numpy()}, r"x must be a tensor of floats .*, got ndarray"),
+        ({"model": torch.no_grad()(lambda x, level: -x)}, "model must be differentiable in x"),
+        ({"dtype": torch.float16}, "dtype must be torch.float32 or torch.float64"),
         ({"probes": 0}, "probes must be"),
         ({"prior_std": 0.0}, "prior_std must be positive"),
     ],

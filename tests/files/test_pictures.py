@@ -98,6 +98,16 @@ def test_refused_by_name(name, tmp_path):
         assert str(caught.value).startswith(f"{tmp_path}/b.png") and "\n" not in str(caught.value)
 
 
+def test_pictures_of_another_kind_are_not_left_out(tmp_path):
+    (tmp_path / "a.png").write_bytes(EXACT["RGB"][0])
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert len(open_images(tmp_path)) == len(load_images(tmp_path, size=6)) == 1
+    (tmp_path / "b.tif").write_bytes(encoded(Image.fromarray(RGB), "TIFF"))
+    for read in (open_images, lambda path: load_images(path, size=6)):
+        with pytest.raises(ValueError, match=r"b\.tif: pictures must be \.png"):
+            read(tmp_path)
+
+
 def test_a_larger_limit_is_the_users(monkeypatch):
     content = encoded(Image.new("1", (2048, 2048), 1))
     monkeypatch.setenv("SGM_FILE_MEMORY", "16M")

@@ -9,6 +9,7 @@ diffusers = pytest.importorskip("diffusers", reason="pip install 'sgm-engine[int
 
 from sgm_engine import Engine  # noqa: E402
 from sgm_engine.integrations.diffusers import PlanScheduler, score_model  # noqa: E402
+from sgm_engine.jobs.settings import settings  # noqa: E402
 
 SHAPE, LEVELS = (1, 8, 8), 7
 
@@ -114,7 +115,9 @@ def test_the_clip_of_a_configuration_reaches_the_samples(net):
     assert 0 < engine.sample(4, 0).abs().max() <= 0.1 + 1e-4
 
 
-@pytest.mark.parametrize("name", ["ScoreSdeVe", "CMStochasticIterative", "DDPMWuerstchen", "ScoreSdeVp", "VQDiffusion"])
+@pytest.mark.parametrize(
+    "name", ["ScoreSdeVe", "CMStochasticIterative", "DDPMWuerstchen", "ScoreSdeVp", "VQDiffusion", "IPNDM"]
+)
 def test_other_families_are_refused_by_name(name):
     cls = getattr(diffusers, f"{name}Scheduler", None)
     with pytest.raises(ValueError, match=f"a plan cannot stand for {name}Scheduler: .*DDPMScheduler"):
@@ -126,12 +129,29 @@ def test_other_families_are_refused_by_name(name):
             score_model(None, cls())
 
 
+@pytest.mark.parametrize("name, field", [
+    ("CosineDPMSolverMultistep", "solver_order"), ("LCM", "original_inference_steps"),
+    ("TCD", "original_inference_steps"), ("CogVideoXDDIM", "snr_shift_scale"), ("RePaint", "eta"),
+])  # fmt: skip
+def test_a_configuration_without_its_name_is_known_by_its_fields(name, field):
+    config = getattr(diffusers, f"{name}Scheduler")().config
+    with pytest.raises(ValueError, match=f"a plan cannot stand for this configuration with '{field}'"):
+        PlanScheduler.from_config(config)
+
+
+def test_a_field_of_the_first_versions_is_honoured():
+    config = {"_class_name": "DDPMScheduler", "predict_epsilon": False, "tensor_format": "pt"}
+    assert PlanScheduler.from_config(config).config.prediction_type == "sample"
+    assert PlanScheduler.from_config(config | {"predict_epsilon": True}).config.prediction_type == "epsilon"
+
+
 @pytest.mark.parametrize(
     "library, says",
     [
         (diffusers.DDPMScheduler(thresholding=True), "thresholding=True of .* cannot be honoured"),
         (diffusers.DDIMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr=True .* infinite sigma"),
         (diffusers.DDPMScheduler(variance_type="learned_range"), "twice the channels"),
+        (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), "timestep_type='continuous' .* as_score"),
         (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting=True"),
         (diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), "use_karras_sigmas=True"),
         (diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "use_flow"),
@@ -169,3 +189,15 @@ def test_sigmas_as_a_tensor_are_saved(tmp_path):
     scheduler = PlanScheduler(prediction_type="score", sigmas=torch.tensor([1.0, 0.5, 0.25]))
     scheduler.save_pretrained(tmp_path)
     assert np.array_equal(PlanScheduler.from_pretrained(tmp_path).sigmas, scheduler.sigmas)
+
+
+def test_what_a_job_says_of_a_network_of_the_library():
+    """Its classes reach far: all that they read is one digest."""
+    width = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1, "in_channels": 1}
+    kinds = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    net, other = (diffusers.UNet2DModel(sample_size=8, out_channels=1, **width, **kinds) for _ in range(2))
+    before = settings(net)
+    assert settings(other) == before and "installed libraries" in before
+    net.mid_block.resnets[0].output_scale_factor = 2.0
+    now = settings(net)
+    assert [name for name in now if now[name] != before.get(name)] == ["mid_block.resnets.0.output_scale_factor"]

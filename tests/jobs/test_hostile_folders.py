@@ -1,6 +1,7 @@
 """Folders of jobs that come from somebody else: links, pipes, counts without end; and folders that change hands."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -225,3 +226,13 @@ def test_a_folder_that_cannot_be_listed_is_named_before_anything_is_drawn(copy, 
     for out in (copy, tmp_path / "empty"):
         with pytest.raises(OSError, match=r"cannot be listed: allow it, or name another folder.*(job|empty)"):
             toy_job(out, N, SHARD)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(fd, mode):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match=r"cannot lock files .*use another folder.*/job") as caught:
+        toy_job(tmp_path / "job", N, SHARD).run()
+    assert caught.value.filename == str(tmp_path / "job")

@@ -111,6 +111,7 @@ BAD = [
     (["--out", "s/", "--worker", "4/4"], ["worker 4 of 4"]),
     (["--out", "s/", "--worker", "two"], ["'two'"]),
     (["--out", "s/", "--actors", "2"], ["--actors", "--ray"]),
+    (["--out", "s/", "--patience", "9"], ["--patience", "--ray"]),
     (["--out", "s/", "--format", "jpg"], ["--format", "'jpg'"]),
     (["--out", "s/", "--shard-size", "0"], ["--shard-size"]),
     (["--out", "no/where/"], ["no/where", "no folder"]),

@@ -167,6 +167,26 @@ def test_a_bias_by_level(isa):
         graph.run(x, level + 1, torch.empty(3, 20, 8, 8))
 
 
+@pytest.mark.parametrize("images", [1, 7, 13])
+@pytest.mark.parametrize("out, groups", [(12, 1), (32, 1), (64, 1), (80, 1), (256, 2)])
+def test_images_of_one_pixel(isa, images, out, groups):
+    """A linear layer, with a bias of each image's own level and an addend; an image alone has the same bits."""
+    torch.manual_seed(0)
+    x, level, shift = torch.randn(images, 40, 1, 1), torch.arange(images) % LEVELS, torch.randn(LEVELS, out)
+    conv, skip = nn.Conv2d(40, out, 1, groups=groups), nn.Conv2d(40, out, 1)
+    kernel = Kernel.of(conv).shifted(row(shift))
+    with torch.no_grad():
+        y, added = (copy.deepcopy(c).double()(F.silu(x.double())) for c in (conv, skip))
+        want = y + shift[level, :, None, None] + 0.5 * added
+
+    def emit(graph, value):
+        return graph.conv(value, kernel, None, "silu", add=[(graph.conv(value, skip, None, "silu"), 0.5)])
+
+    found = run_layers(emit, x, level)
+    assert relative_error(found, want) < TOLERANCE
+    assert torch.equal(run_layers(emit, x[-1:], level[-1:]), found[-1:])
+
+
 @pytest.mark.parametrize("name, function", [
     ("gelu", F.gelu), ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")), ("tanh", torch.tanh),
     ("sigmoid", torch.sigmoid), (("leaky_relu", 0.2), lambda x: F.leaky_relu(x, 0.2)),

@@ -12,7 +12,7 @@ from sgm_engine.executors.native.executor import NativeNetwork, refusal
 from sgm_engine.executors.native.norm import Norm, Table, film
 from tests.cdm.potentials import digits, potential
 from tests.native.classifiers import gradients_agree, score64, worst
-from tests.native.layers import bits_of_any_threads, relative_error
+from tests.native.layers import bits_of_any_threads, relative_error, run_layers
 
 SHAPES = {
     "small": {},
@@ -172,3 +172,10 @@ def test_what_it_refuses():
     model = potential()
     model.classifier.before[0].film.register_forward_hook(lambda *_: None)
     assert "hook" in str(refusal(model))
+
+
+@pytest.mark.parametrize("shape", [(36, 1, 1), (9, 2, 2), (18, 1, 2), (4, 3, 3)])
+def test_reshape_keeps_the_order_of_pixels(isa, shape):
+    x = torch.randn(3, 6, 3, 2)
+    want = x.permute(0, 2, 3, 1).reshape(3, *shape[1:], shape[0]).permute(0, 3, 1, 2)
+    assert torch.equal(run_layers(lambda g, v: g.reshape(v, shape), x), want)

@@ -1,6 +1,7 @@
 """What a record of a module sees: every change that decides what it computes, not what a call itself writes."""
 
 import copy
+from collections import defaultdict
 
 import pytest
 import torch
@@ -78,6 +79,29 @@ def test_the_name_of_what_changed():
     assert record.changed() is None and record.records[0].same()
     model.blocks[0].mix = 0.25
     assert record.changed() == "Model.blocks.0.mix"
+
+
+class Listed(list):
+    pass
+
+
+class Table(defaultdict):
+    pass
+
+
+@pytest.mark.parametrize("what, change", [
+    (Listed([1.0]), lambda w: setattr(w, "scale", 2.0)),
+    (torch.zeros(1), lambda w: setattr(w, "scale", 2.0)),
+    (Table(float), lambda w: setattr(w, "default_factory", int)),
+], ids=lambda v: type(v).__name__)  # fmt: skip
+def test_what_a_container_has_beside_its_items(what, change):
+    what.__dict__["scale"] = 1.0
+    model = Model(1, "open").eval()
+    model.extra = what
+    record = Observed(model)
+    assert record.changed() is None
+    change(what)
+    assert record.changed().startswith("Model.extra")
 
 
 def test_counters_and_caches_of_a_call_are_left_out():

@@ -52,4 +52,4 @@ def free():
 @pytest.fixture(autouse=True)
 def no_thread_left():
     yield
-    assert not [t for t in threading.enumerate() if t.name == "SamplerService"]
+    assert not [t for t in threading.enumerate() if t.name.startswith("SamplerService")]

@@ -1,11 +1,12 @@
 """Several noisy copies of one x: the table of the exact mixture, and the objective and samplers' feeding of copies."""
 
+import numpy as np
 import pytest
 import torch
 
 from sgm_engine.keys import Key
 from sgm_engine.training import multisample, objectives
-from sgm_engine.training.compare import AsScore, MultiSampleMLP, facts, stable, target_error, train
+from sgm_engine.training.compare import AsScore, MultiSampleMLP, facts, image_targets, stable, target_error, train
 from sgm_engine.training.toy import TRIPLE, ScoreMLP, gap
 
 KEY = Key(0, torch.arange(100_000))
@@ -86,6 +87,17 @@ def test_networks_of_the_comparison_learn():
     many = train(lambda *a: objectives.multi_sample(*a, copies=2), MultiSampleMLP(sigmas, 2), 0, steps=300, batch=128)
     assert gap(AsScore(many), TRIPLE, key) < 0.12
     assert gap(train(stable, ScoreMLP(sigmas), 0, steps=300, batch=128), TRIPLE, key) < 0.11
+
+
+def test_targets_of_images():
+    """Far from other images all targets are the image; where noise drowns them, x is off by the data's own spread."""
+    images = (255 * (np.random.default_rng(0).random((400, 1, 4, 4)) < 0.5)).astype(np.uint8)
+    rows = [[float(v) for v in line.split("|")[1:-1]] for line in image_targets(images, [20.0, 0.02], 100, (8, 40))[2:]]
+    (_, x, few, many), near = rows
+    spread = images.astype(float).var() / 256**2
+    assert x * 20**2 == pytest.approx(spread, rel=0.05)
+    assert few == pytest.approx(x / 8, rel=0.1) and many == pytest.approx(x / 40, rel=0.25)  # means of so many images
+    assert max(near[1:]) < 1e-6
 
 
 def test_bad_arguments():

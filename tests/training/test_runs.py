@@ -109,7 +109,7 @@ def test_a_run_that_became_nan_keeps_a_good_checkpoint(begun, tmp_path, log_ever
 
 
 @pytest.mark.parametrize("cut", ["half", "empty", "bits"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(begun, tmp_path, capsys, cut):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(begun, tmp_path, caplog, cut):
     shutil.copytree(begun / "run", tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "00000004.ckpt"
     content = bytearray(newest.read_bytes())
@@ -119,8 +119,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(begun, tmp_path
     config = TrainConfig.read(tmp_path / "run" / "config.yaml")
     job = run.prepare(config, begun / "set", tmp_path / "run")
     assert job.resume.name == "00000002.ckpt"
-    said = capsys.readouterr().err
-    assert "00000004.ckpt: damaged; going on from" in said and "00000002.ckpt" in said
+    assert "00000004.ckpt: damaged; going on from" in caplog.text and "00000002.ckpt" in caplog.text
     job.lock.close()
     job.resume.write_bytes(b"")
     with pytest.raises(ValueError, match=r"00000002.ckpt: is damaged, and there is no whole checkpoint"):

@@ -2,16 +2,21 @@
 
 import copy
 import gc
+import io
 from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.fake_graphs import FakeGraphs
 
 pl = pytest.importorskip("lightning.pytorch", reason="training needs the extra [train]")
 from lightning.pytorch.callbacks import EMAWeightAveraging  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from sgm_engine.data.images import Batches  # noqa: E402
@@ -95,18 +100,24 @@ def test_a_grid_takes_few_steps_and_says_once_what_it_costs(tmp_path):
 
 def test_every_logger_that_takes_pictures_gets_the_grid(tmp_path):
     """Lightning's W&B logger has log_image, TensorBoard's experiment add_image, CSV's neither."""
-    got, image = [], np.zeros((8, 8, 1), np.uint8)
-    board = SimpleNamespace(add_image=lambda name, x, step, dataformats: got.append((name, x is image, step)))
-    wandb = SimpleNamespace(log_image=lambda key, images, step: got.append((key, images[0] is image, step)))
-    loggers = [wandb, SimpleNamespace(experiment=board), SimpleNamespace(experiment=object())]
+    image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    wandb, board = create_autospec(WandbLogger, instance=True), TensorBoardLogger(tmp_path, "board")
+    loggers = [wandb, board, CSVLogger(tmp_path, "csv")]
     trainer = SimpleNamespace(loggers=loggers, global_step=7, default_root_dir=tmp_path)
     SampleGrid()._write(trainer, image)
-    assert got == [("samples", True, 7)] * 2 and (tmp_path / "samples" / "00000007.png").is_file()
+    (name, images), options = wandb.log_image.call_args
+    assert (name, images[0] is image, options) == ("samples", True, {"step": 7})
+    board.experiment.flush()
+    events = EventAccumulator(board.log_dir).Reload()
+    (kept,) = events.Images("samples")
+    assert kept.step == 7 and np.array_equal(Image.open(io.BytesIO(kept.encoded_image_string)), image)
+    assert (tmp_path / "samples" / "00000007.png").is_file()
 
 
-def test_a_run_is_never_silent_for_long(tmp_path, capsys, monkeypatch):
+def test_a_run_is_never_silent_for_long(tmp_path, caplog, monkeypatch):
     """25 s a step, figures every 4: a line after the first step, and between figures once 30 s had none."""
     now = [0.0]
+    caplog.set_level("INFO", "sgm_engine")
     monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
     report = run.Report(tmp_path, 4, keep=None)
     trainer = SimpleNamespace(global_step=0, max_steps=10, is_global_zero=True)
@@ -115,7 +126,7 @@ def test_a_run_is_never_silent_for_long(tmp_path, capsys, monkeypatch):
     for step in range(1, 9):
         now[0], trainer.global_step = 25.0 * step, step
         report.on_train_batch_end(trainer, None, None)
-    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    said = [line.split() for line in caplog.messages]
     assert [words[1] for words in said] == ["1/10", "3/10", "4/10", "6/10", "8/10"]
     assert said[0][2:] == ["25.000", "s/step", "00:03:45", "left"]
     assert said[2][2:] == ["loss", "2.000", "25.000", "s/step", "00:02:30", "left"]

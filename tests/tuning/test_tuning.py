@@ -1,12 +1,14 @@
 """Tuning: which plans are tried, which survive, and that the figures of the front are of samples not searched on."""
 
 import json
+import re
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from sgm_engine import pace
 from sgm_engine.data.sets import from_array
 from sgm_engine.engine.engine import Engine
 from sgm_engine.evaluation.evaluate import summarise
@@ -15,7 +17,7 @@ from sgm_engine.plans.plan import Plan, ancestral, annealed_langevin
 from sgm_engine.plans.schedule import geometric, nearest_level
 from sgm_engine.tuning.candidates import FAMILIES, draw_candidates
 from sgm_engine.tuning.front import label
-from sgm_engine.tuning.search import best, front, halve
+from sgm_engine.tuning.search import best, front, halve, samples_of
 from sgm_engine.tuning.tune import Drawn, Tuner, plan_of_samples
 
 SIGMAS = geometric(5, 0.05, 12)
@@ -91,7 +93,8 @@ def test_halving_draws_each_sample_once_and_gives_survivors_more():
 
     alive = halve(trials, extend, 10, 30)
     assert sorted(t.n for t in trials) == [10, 10, 10, 10, 20, 20, 30, 30] and len(alive) == 2
-    assert sum(drawn for _, drawn in log) == 8 * 10 + 4 * 10 + 2 * 10
+    assert sum(drawn for _, drawn in log) == 8 * 10 + 4 * 10 + 2 * 10 == samples_of(8, 10, 30)
+    assert samples_of(5, 16, 16) == 5 * 16 and samples_of(3, 2, 100) == 3 * 2 + 2 * 2 + 96
     assert min(t.quality for t in alive) == 1
     with pytest.raises(ValueError, match="first must be at least 2 and at most last, got 8 and 4"):
         halve(trials, extend, 8, 4)
@@ -188,18 +191,16 @@ def data(tmp_path):
     return tmp_path / "reference.npy"
 
 
-def test_tune_writes_a_front_and_a_plan_that_can_be_used_again(sgm, tiny_weights, data, tmp_path):
+def test_tune_writes_a_front_and_a_plan_that_can_be_used_again(sgm, tiny_weights, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "FIRST", 0.0)
     pytest.importorskip("matplotlib", reason="pip install 'sgm-engine[test]'")
     small = ("--checkpoint", tiny_weights, "--batch", 16, "--reference", data)
     size = ("--candidates", 4, "--first", 8, "--last", 16, "--held-out", 16)
     done = sgm("tune", "--budget", 6, *small, *size, "--training", data, "--baseline", "annealed_langevin")
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (tmp_path / "tuned").iterdir()) == [
-        "front.json",
-        "front.md",
-        "front.png",
-        "plan.json",
-    ]
+    assert re.search(r"^sgm: \d+ of \d+ evaluations, \S+ evaluations/s, 00:\d\d:\d\d left$", done.stderr, re.M)
+    files = [".lock", "front.json", "front.md", "front.png", "plan.json", "search.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "tuned").iterdir()) == files
     found = json.loads((tmp_path / "tuned/front.json").read_text())
     plan = Plan.from_json((tmp_path / "tuned/plan.json").read_text())
     chosen = [p for p in found["points"] if p["role"] == "chosen"]

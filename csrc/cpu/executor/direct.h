@@ -95,14 +95,39 @@ static void direct_phase(const Run& run, const Layer& layer, const Conv& conv, c
   }
 }
 
+// Images of one pixel, as linear layers have: the rows of the kernel are images, which read the weights together.
+template <class Element>
+static void direct_images(const Run& run, const Layer& layer, const Conv& conv, const Padded& p, int block) {
+  const int padded = run.tensor(layer.output).padded, width = conv.vectors * kWidth, most = max_rows(conv.vectors);
+  const typename Element::Type* const src = (const typename Element::Type*)run.workspace.padded + conv.first[block];
+  const auto* weights = (const typename Element::Weight*)conv.weights + (int64_t)block * conv.c_step * width;
+  const int64_t no_offset = 0;
+  alignas(64) float result[kAccumulators * kWidth];
+  for (int begin = 0; begin < run.images; begin += most) {
+    const int count = least(most, run.images - begin);
+    int64_t rows[kMaxRows];
+    for (int i = 0; i < count; i++) rows[i] = (int64_t)(begin + i) * p.channels;
+    kernel_function<Element>(conv.vectors, count)(src, rows, 1, &no_offset, &conv.taps[0].index, weights, conv.c_step, result);
+    for (int i = 0; i < count; i++)
+      for (int k = block * width; k < least((block + 1) * width, padded); k += kWidth) {
+        Vec v = load(result + i * width + k - block * width) + load(conv.bias + run.bias_row(conv, begin + i) + k);
+        for (int a = 0; a < 2; a++)
+          if (layer.add[a] >= 0) v += load(run.data(layer.add[a], begin + i) + k) * layer.add_scale[a];
+        store(run.data(layer.output, begin + i) + k, v);
+      }
+  }
+}
+
 template <class Element>
 static void direct(const Run& run, const Layer& layer, const Conv& conv) {
   const Padded p = pad_input<Element>(run, layer, conv);
   const Tensor& out = run.tensor(layer.output);
+  const bool one_pixel = p.height * p.width * out.height * out.width == 1 && conv.tap_count == 1 && out.moments < 0;
   int first, last;
   run.share(conv.blocks, first, last);
-  for (int block = first; block < last; block++)
-    for (int image = 0; image < run.images; image++) {
+  for (int block = first; block < last; block++) {
+    if (one_pixel) direct_images<Element>(run, layer, conv, p, block);
+    for (int image = 0; image < run.images && !one_pixel; image++) {
       for (int i = 0; i < conv.phase_count; i++) direct_phase<Element>(run, layer, conv, p, conv.phases[i], block, image);
       float* const kept = run.moments(layer.output, image);
       if (conv.up == 1 || !kept) continue;  // the pixels of a phase are no rows: count them once all are there
@@ -113,6 +138,7 @@ static void direct(const Run& run, const Layer& layer, const Conv& conv) {
         moments.write(kept + k, out.padded);
       }
     }
+  }
   run.wait();
 }
 

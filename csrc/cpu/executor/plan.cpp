@@ -155,8 +155,8 @@ void Executor::plan_memory(const Layer& layer) {
 // One layer writes the score, the last, and what reads x reads all of it.
 void Executor::check_ends() const {
   const auto ends = [&](Op first, Op last) { return layers_.front().op == first && layers_.back().op == last; };
-  if (layers_.empty() || !(ends(Op::load, Op::store) || ends(Op::embed, Op::store_gradient) || ends(Op::noise_features, Op::store_potential)))
-    refuse("the first layer must be a load and the last a store, or an embed and a store_gradient, or noise_features and a store_potential");
+  if (layers_.empty() || !(ends(Op::load, Op::store) || ends(Op::embed, Op::store_gradient) || ends(Op::noise_features, Op::store_potential) || ends(Op::noise_features, Op::store)))
+    refuse("the first layer must be a load and the last a store, an embed and a store_gradient, or noise_features and a store or a store_potential");
   const Tensor x = sample();
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layer& l = layers_[i];

@@ -82,18 +82,22 @@ static void constant(const Run& run, const Layer& layer) {
   });
 }
 
+// The numbers of an image pixel by pixel, in pixels of another number of channels.
 static void reshape(const Run& run, const Layer& layer) {
   const Tensor &in = run.tensor(layer.input), &out = run.tensor(layer.output);
   for (int image = run.member.rank; image < run.images; image += run.member.size) {
-    const float* const x = run.data(layer.input, image);
-    float* const y = run.data(layer.output, image);
-    int i = 0;
-    for (int pixel = 0; pixel < out.height * out.width; pixel++)
-      for (int c = 0; c < out.padded; c++) {
-        const int64_t from = (int64_t)(i / in.channels) * in.padded + i % in.channels;
-        y[(int64_t)pixel * out.padded + c] = c < out.channels ? x[from] : 0.f;
-        i += c < out.channels;
-      }
+    const float* x = run.data(layer.input, image);
+    float* y = run.data(layer.output, image);
+    int from = 0, to = 0;  // channels of the pixels at x and y
+    for (int left = out.channels * out.height * out.width; left;) {
+      const int count = least(in.channels - from, out.channels - to);
+      memcpy(y + to, x + from, count * sizeof(float));
+      left -= count, from += count, to += count;
+      if (from == in.channels) from = 0, x += in.padded;
+      if (to < out.channels) continue;
+      memset(y + to, 0, (out.padded - to) * sizeof(float));
+      to = 0, y += out.padded;
+    }
   }
   run.wait();
 }

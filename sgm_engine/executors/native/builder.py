@@ -12,6 +12,7 @@ from sgm_engine.executors.native.kernel import Kernel
 from sgm_engine.executors.native.norm import Norm, Table, Unsupported, norm_of
 from sgm_engine.executors.native.weights import Packed, as_float32, given
 from sgm_engine.kernels.digest import digests
+from sgm_engine.pace import paced
 
 # "direct" and "winograd" are float32 by one algorithm wherever it applies, "float32" by the cheaper of the two a layer.
 PRECISIONS = ("float32", "bfloat16", "direct", "winograd")
@@ -75,7 +76,8 @@ class Builder:
         states = dict(states or {})
         others = {id(t): t for w in self.weights for t in w.tensors if t is not None and id(t) not in states}
         states |= zip(others, digests(others.values()), strict=True)
-        changed = sum(w.refresh(states, force) for w in self.weights)
+        weights = paced(self.weights, len(self.weights), "packing weights", "layers")
+        changed = sum(w.refresh(states, force) for w in weights)
         if not others and None not in states.values():
             self._settled = given
         return changed

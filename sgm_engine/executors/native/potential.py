@@ -19,13 +19,17 @@ from sgm_engine.models.cdm.potential import Block, Film, Mixing, PotentialNet
 
 def lower_potential(graph: Graph, model: CDM, shape: tuple[int, int, int]) -> None:
     """Emit the layers of ∇ₓ log q_σ of images [*shape]."""
+    out = _fields(graph, model.classifier, *_features(graph, model, shape))
+    append_gradient(graph, out, graph.potential(out))
+
+
+def _features(graph: Graph, model: CDM, shape: tuple[int, int, int]) -> tuple[Value, Value]:
+    """The planes of u, and what tells a layer the noise."""
     net = model.classifier
     waves = net.features.waves.shape[1]
     planes, noise = graph.noise_features(shape, net.potentials, waves, _tables(model), len(net.features.waves))
     h = graph.conv(noise, _dense(net.features.embed1))
-    e = graph.conv(h, _dense(net.features.embed2), None, "silu")
-    out = _fields(graph, net, planes, e)
-    append_gradient(graph, out, graph.potential(out))
+    return planes, graph.conv(h, _dense(net.features.embed2), None, "silu")
 
 
 def _fields(graph: Graph, net: PotentialNet, planes: Value, e: Value) -> Value:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine.models.cdm.classes import NoiseClasses
+from sgm_engine.numerics import unrounded
 
 
 class GaussianBase(nn.Module):
@@ -57,6 +58,7 @@ class GaussianBase(nn.Module):
         self.centre = self.share * mean
         self.missed = 1 - self.share.mean(0)  # of the variance of ε, by its mean given u
 
+    @unrounded
     def whiten(self, u: Tensor) -> Tensor:
         """z = Vᵀ(u − μ) [N, D] of u [N, …], in the dtype of u."""
         return (u.flatten(1) - self.mean.to(u.dtype)) @ self.basis.to(u.dtype)
@@ -67,6 +69,7 @@ class GaussianBase(nn.Module):
         square, cross = z.square() @ self.precision.double(), z @ self.shifted.double()
         return cross - 0.5 * (square + self.constant.double())
 
+    @unrounded
     def noise_pred(self, z: Tensor, t: Tensor) -> Tensor:
         """E[ε | u, class t] [N, D] if data were this Gaussian; z of u, t [N]."""
         inner = z * self.precision.to(z.dtype).T[t] - self.shifted.to(z.dtype).T[t]

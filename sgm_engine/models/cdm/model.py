@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm_engine.models.cdm.classes import NoiseClasses
+from sgm_engine.models.energy import value_and_gradient
 from sgm_engine.plans.schedule import Sigmas, check_sigmas, nearest_level
 
 
@@ -110,12 +111,7 @@ class CDM(nn.Module):
 
     def log_q_and_score(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """(log q_σ(x) [N], its gradient, like x). Differentiable itself where gradients are enabled."""
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            x = x if create_graph and x.requires_grad else x.detach().requires_grad_()
-            value = self.log_q(x, level)
-            (score,) = torch.autograd.grad(value.sum(), x, create_graph=create_graph)
-        return (value, score) if create_graph else (value.detach(), score)
+        return value_and_gradient(lambda x: self.log_q(x, level), x)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         return self.log_q_and_score(x, level)[1]

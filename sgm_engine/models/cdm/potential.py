@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from sgm_engine.models.cdm.classes import NoiseClasses
 from sgm_engine.models.cdm.gaussian import GaussianBase
+from sgm_engine.numerics import unrounded
 
 EMBEDDED, BASIS = 64, 16  # numbers that tell a layer the noise; smooth functions of a class that weigh the potentials
 REACH = 3.0  # σ's from black or white at which a tanh plane still tells pixels apart
@@ -60,6 +61,10 @@ class NoiseFeatures(nn.Module):
         self.embed1, self.embed2 = linear(len(waves), EMBEDDED), linear(EMBEDDED, EMBEDDED)
 
     def forward(self, u: Tensor) -> Features:
+        return self._of(u)
+
+    @unrounded
+    def _of(self, u: Tensor) -> Features:
         base = self.base
         z = base.whiten(u if self.training else u.double())
         densities = base.log_densities(z)
@@ -129,6 +134,15 @@ class PotentialHead(nn.Module):
         self.weight = nn.Parameter(torch.randn(BASIS, potentials) * (0.1 / math.sqrt(potentials)))
         self.bias = nn.Parameter(torch.zeros(len(place)))
 
+    def forward(self, inner: Tensor, missed: Tensor) -> Tensor:
+        """Σ_m w_m(t)·inner_m + b_t [N, T + 2] of inner products [N, M]."""
+        return self._sums(inner, missed)
+
+    @unrounded
+    def _sums(self, inner: Tensor, missed: Tensor) -> Tensor:
+        return inner @ self.weights(missed).T + self.biases()
+
+    @unrounded
     def weights(self, missed: Tensor) -> Tensor:
         """κ_t·w_m(t) [T + 2, M]."""
         kappa = missed.clamp(min=0).sqrt()
@@ -184,7 +198,7 @@ class PotentialNet(nn.Module):
         a = self._fields(found)  # [N, M, 4·C, H/2, W/2]
         y = F.pixel_unshuffle(found.noise, 2)
         inner = (a * y[:, None]).flatten(2).sum(2)  # [N, M]
-        return found.densities + (inner @ self.head.weights(self._missed).T + self.head.biases())
+        return found.densities + self.head(inner, self._missed)
 
     def direct(self, u: Tensor, t: Tensor) -> Tensor:
         """E[ε | u, class t], like u, without a gradient in u: another model of the same weights, near ``forward``'s."""
