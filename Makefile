@@ -3,10 +3,11 @@
 #: make test-isa  those that depend on the CPU, held to AVX2 and to SSE2
 #: make ptx       those of the GPU kernels on their machine-level programs, interpreted: no GPU is needed
 #: make lint      ruff
-#: make bench     the benchmarks
+#: make bench     the benchmarks; ARGS="--base REV" is this tree against a revision
+#: make bench-history  ratios by commit, from the comparisons kept in bench/results/base
 #: make sanitize  the C++ under the sanitizers of addresses, undefined behaviour and threads: some minutes
 #: make fuzz      damaged files, odd command lines and random calls; ARGS="--seed 7 --seconds 3600" for an hour of others
-#: make setup     what the last seven install, and nothing else
+#: make setup     what the last eight install, and nothing else
 #: make clean     remove what make made
 #:
 #: PYTHON=python3.12   which Python     VENV=.venv   where to install     ARGS="--n 16"   more for sgm sample or pytest
@@ -20,7 +21,7 @@ JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: help setup sample test test-isa ptx lint bench sanitize fuzz clean
+.PHONY: help setup sample test test-isa ptx lint bench bench-history sanitize fuzz clean
 help:
 	@sed -n 's/^#: \{0,1\}//p' Makefile
 
@@ -44,6 +45,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@$(BIN)/python -m pytest bench $(ARGS)
+
+bench-history: $(VENV)/.dev
+	@$(BIN)/python -m bench.history
 
 sanitize: $(VENV)/.dev
 	@$(BIN)/python -m tests.sanitize

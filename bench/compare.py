@@ -1,192 +1,223 @@
-"""Did a kernel get slower? ``python -m bench.compare BASE`` compares revision BASE with the working tree.
+"""One workload of two trees, in live processes that take turns, until it is clear whether this tree is slower.
 
-Both are built and installed side by side on this machine. Fresh processes time every workload, one thread, in the
-order A B B A …, so that a drift of the machine's speed cancels within a pair. A workload fails when the lower 95%
-bound of its median ratio (working tree / BASE) is above 1.05, twice in a row. Exact counts are compared too: the
-registers of every GPU kernel (compiled for sm_90) may not take another allocation unit, and where valgrind is present,
-the instructions that the C++ kernels execute may grow by 2%.
-
-Exit status: 0 no workload is slower, 1 at least one is, 2 the comparison could not be made.
+A round: each tree starts a fresh process, which sets the workload up; then they take five pairs of turns or more, in an
+order drawn anew for each pair. Its figure is the median of the pairs' ratios, this tree's time over the base's. Where
+its memory lies makes a process some per cent faster or slower for as long as it lives: a round is one observation.
+Rounds go on until the bounds of bench.sequential decide: SLOWER, the median ratio lies above 1.02 (wrong once in a
+thousand); ok, it lies below 1.05 (wrong 3 times in a hundred); undecided, the time is over.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
 import math
 import os
-import shutil
+import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.counts import COUNTS
+from bench.sequential import bounds
 from bench.workloads import WORKLOADS
 
-ROOT = Path(__file__).resolve().parent.parent
-SLOWER, PAIRS, MORE_INSTRUCTIONS = 1.05, 16, 1.02
+ABOVE, BELOW = (1.02, 0.001), (1.05, 0.03)  # the ratio, and how often its bound may be wrong
+PAIRS, TURN, SECONDS, STUCK = (5, 25), 0.04, 55.0, 240.0  # pairs: at least, at most
+FAIL = ("SLOWER", "MORE")
+NOT_COMPARED = 77  # exit code: something other than speed stood in the way
+HERE = Path(__file__).resolve().parent
 
 
-class CannotCompare(Exception):
-    """Something other than speed stands in the way."""
+class CannotRun(Exception):
+    """A tree cannot run a workload, and why."""
 
 
-def lower_bound(ratios: list[float], confidence: float = 0.95) -> float:
-    """A lower confidence bound of the median, from order statistics: exact, whatever the distribution.
+@dataclass
+class Row:
+    """A line of the table. base, head: medians of a call, or counts, in ``unit``; ratio head/base and its bounds."""
 
-    P(median < k-th smallest of n) = Σ_{i<k} C(n, i)/2ⁿ; the largest k that keeps this ≤ 1 − confidence.
-    """
-    n, ordered, tail, k = len(ratios), sorted(ratios), 0.0, 0
-    while tail + math.comb(n, k) / 2**n <= 1 - confidence:
-        tail += math.comb(n, k) / 2**n
-        k += 1
-    if k == 0:
-        raise ValueError(f"{n} pairs are too few for a {confidence:.0%} bound")
-    return ordered[k - 1]
+    name: str
+    verdict: str  # "SLOWER", "MORE", "ok", "undecided", "new" (the base has nothing like it) or "accepted"
+    note: str = ""
+    unit: str = "ms"
+    base: float = math.nan
+    head: float = math.nan
+    ratio: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    turns: list[float] = field(default_factory=list, repr=False)  # seconds a call, this tree's
 
-
-def run(command: list[str], cwd: Path, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise CannotCompare(f"{' '.join(map(str, command))} failed:\n{(done.stdout + done.stderr)[-3000:]}")
-    return done.stdout
-
-
-def install(source: Path, target: Path) -> None:
-    """Build the tree at ``source`` as a package under ``target``, apart from what this environment has."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    run([*command, "--target", str(target), str(source)], source, os.environ | {"SGM_WITH_CUDA": "0"})
+    @property
+    def fails(self) -> bool:
+        return self.verdict in FAIL
 
 
-def environment(package: Path, runner: Path) -> dict[str, str]:
+def environment(tree: Path) -> dict[str, str]:
+    """Of a process with ``tree``'s package, on one thread unless it says otherwise."""
     return os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(package), str(runner)]),
+        "PYTHONPATH": str(tree),
         "SGM_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONHASHSEED": "0",
         # glibc keeps what is freed: a fresh mapping a call would time the kernel's page faults, not ours
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     }
 
 
-def measure(package: Path, runner: Path, names: list[str]) -> dict[str, float | str]:
-    return json.loads(run([sys.executable, "-m", "bench.measure", *names], runner, environment(package, runner)))
+def command(module: str, *arguments: object) -> list[str]:
+    """This tree's bench.``module`` as a program, whichever tree's package it finds: the same yardstick for both."""
+    start = f"import sys, runpy; sys.path[0] = {str(HERE.parent)!r}; import bench; sys.path[0] = ''; "
+    return [sys.executable, "-c", start + f"runpy.run_module('bench.{module}', run_name='__main__', alter_sys=True)",
+            *map(str, arguments)]  # fmt: skip
 
 
-def compare_times(base: Path, head: Path, runner: Path, names: list[str], pairs: int) -> dict[str, list[float]]:
-    """ratios head/base by workload, one a pair; workloads that BASE cannot run are left out and named."""
-    ratios: dict[str, list[float]] = {name: [] for name in names}
-    for pair in range(pairs):
-        order = [("base", base), ("head", head)][:: 1 if pair % 2 == 0 else -1]
-        times = {label: measure(package, runner, list(ratios)) for label, package in order}
-        for name in list(ratios):
-            before, after = times["base"][name], times["head"][name]
-            if isinstance(after, str):
-                raise CannotCompare(f"{name}: the working tree fails: {after}")
-            if isinstance(before, str):
-                print(f"  new, nothing to compare with: {name} ({before[:80]})")
-                del ratios[name]
-                continue
-            ratios[name].append(after / before)
-    return ratios
+class Tree:
+    """A tree's live process: see bench.worker. ``whose`` names it in messages."""
 
+    def __init__(self, root: Path, whose: str):
+        self.root, self.whose = root, whose
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in ``close``
+        self.process = subprocess.Popen(
+            command("worker", root), env=environment(root), cwd=root, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints, start_new_session=True,
+        )  # fmt: skip
+        self.answer()
 
-def report(ratios: dict[str, list[float]]) -> list[str]:
-    """Print one line a workload; return those that are slower."""
-    slower = []
-    for name, values in ratios.items():
-        bound = lower_bound(values)
-        verdict = "SLOWER" if bound > SLOWER else "ok"
-        print(f"  {verdict:6} {name:36} median {statistics.median(values):.3f}  lower bound {bound:.3f}")
-        if bound > SLOWER:
-            slower.append(name)
-    return slower
+    def say(self, line: object) -> None:
+        with contextlib.suppress(BrokenPipeError):  # ``answer`` says why
+            print(line, file=self.process.stdin, flush=True)
 
+    def answer(self) -> dict:
+        """CannotRun if it cannot, or says nothing for STUCK seconds and is killed."""
+        watch = threading.Timer(STUCK, self.kill)
+        watch.start()
+        line = self.process.stdout.readline()
+        watch.cancel()
+        if not line:
+            self._complaints.seek(0)
+            why = (self._complaints.read().strip().splitlines() or ["without a word"])[-1]
+            raise CannotRun(f"{self.whose}: its process ended ({self.process.wait()}): {why[-200:]}")
+        said = json.loads(line)
+        if "error" in said:
+            raise CannotRun(f"{self.whose}: {said['error']}")
+        return said
 
-def compare_instructions(base: Path, head: Path, runner: Path) -> list[str]:
-    """Names of the C++ kernels that execute over 2% more instructions than BASE's."""
-    if shutil.which("valgrind") is None:
-        print("instructions: not counted, valgrind is not installed")
-        return []
-    from bench.instructions import CASES, count
+    def turn(self, calls: int) -> float:
+        self.say(calls)
+        return self.answer()["seconds"]
 
-    grown = []
-    for case in CASES:
-        before, after = (count(case, environment(package, runner), runner) for package in (base, head))
-        if before is None:
-            print(f"  new, nothing to compare with: {case}")
-            continue
-        if after is None:
-            raise CannotCompare(f"{case}: the working tree cannot run it")
-        ratio = after / before
-        verdict = "MORE" if ratio > MORE_INSTRUCTIONS else "ok"
-        print(f"  {verdict:6} {case:36} {before:,} → {after:,} instructions ({ratio:.4f})")
-        if ratio > MORE_INSTRUCTIONS:
-            grown.append(case)
-    return grown
+    def counts(self, name: str) -> dict[str, int]:
+        """Of one of counts.COUNTS, in a fresh process."""
+        self.say(name)
+        return self.answer()["counts"]
 
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # with its child
 
-def compare_registers(base: Path, head: Path, runner: Path, sources: dict[Path, Path]) -> list[str]:
-    """Names of the GPU kernels that take more registers than BASE's."""
-    from bench.registers import grown
-
-    counts = []
-    for package in (base, head):
-        command = [sys.executable, "-m", "bench.registers", str(sources[package])]
-        counts.append(json.loads(run(command, runner, environment(package, runner))))
-    before, after = counts
-    more = grown(before, after)
-    for name in more:
-        print(f"  MORE   {name}: {before[name]} → {after[name]} registers")
-    print(f"  registers of {len(before.keys() & after.keys())} GPU kernels compared, {len(more)} take more")
-    return more
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
-    parser.add_argument("base", help="the git revision to compare the working tree with, such as HEAD~1 or origin/main")
-    parser.add_argument("--pairs", type=int, default=PAIRS, help=f"pairs of processes (default {PAIRS}; at least 5)")
-    parser.add_argument("--only", metavar="TEXT", default="", help="only the workloads whose name contains TEXT")
-    parser.add_argument("--repeat", type=int, default=1, help="repeat the whole comparison, to see how often it alarms")
-    parser.add_argument("--times-only", action="store_true", help="leave out the counts of registers and instructions")
-    args = parser.parse_args(argv)
-    names = [name for name in WORKLOADS if args.only in name]
-    if not names:
-        parser.error(f"--only {args.only!r} matches none of: {', '.join(WORKLOADS)}")
-    if args.pairs < 5:
-        parser.error(f"--pairs {args.pairs}: a 95% bound needs at least 5")
-    with tempfile.TemporaryDirectory(prefix="sgm-compare-") as folder:
-        scratch = Path(folder)
-        worktree, base, head, runner = (scratch / n for n in ("worktree", "base", "head", "runner"))
+    def close(self) -> None:
+        self.process.stdin.close()  # which ends it, and the child that it may have
         try:
-            run(["git", "worktree", "add", "--detach", str(worktree), args.base], ROOT)
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self._complaints):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+
+Round = tuple[float, list[float], list[float]]  # its ratio; seconds a call of base and of this tree
+
+
+def rounds(base: Tree, head: Tree, name: str) -> Iterator[Round]:
+    """Rounds of a workload without end; a pair is one where each call starts a process anyway. CannotRun."""
+    both, calls, alone = (base, head), 0, WORKLOADS[name].clock == "children"
+    while True:
+        began = time.monotonic()
+        for tree in both:
+            tree.say(name)
+        first, refusals = [], []
+        for tree in both:
             try:
-                install(worktree, base)
-                shutil.copytree(worktree / "csrc", scratch / "csrc")
-            finally:
-                run(["git", "worktree", "remove", "--force", str(worktree)], ROOT)
-            install(ROOT, head)
-            shutil.copytree(ROOT / "bench", runner / "bench")  # the same yardstick for both
-            failures = 0
-            for _ in range(args.repeat):
-                slower = report(compare_times(base, head, runner, names, args.pairs))
-                if slower:
-                    print("once more, to be sure:")
-                    slower = report(compare_times(base, head, runner, slower, args.pairs))
-                failures += bool(slower)
-            if args.repeat > 1:
-                print(f"{failures} of {args.repeat} comparisons failed")
-            grown = []
-            if not args.times_only:
-                grown += compare_registers(base, head, runner, {base: scratch / "csrc", head: ROOT / "csrc"})
-                grown += compare_instructions(base, head, runner)
-        except CannotCompare as problem:
-            print(f"bench.compare: {problem}", file=sys.stderr)
-            return 2
-    return 1 if failures or grown else 0
+                first.append((tree, tree.answer()["seconds"]))
+            except CannotRun as why:
+                refusals.append(why)
+        try:
+            if refusals:
+                raise refusals[-1]  # this tree's, if both
+            calls = calls or max(1, round(TURN / max(seconds for _, seconds in first)))
+            pairs: list[tuple[float, float]] = []
+            ready = time.monotonic()
+            while len(pairs) < PAIRS[0] or (len(pairs) < PAIRS[1] and time.monotonic() < 2 * ready - began):
+                turns = {i: both[i].turn(calls) for i in random.sample((0, 1), 2)}
+                pairs.append((turns[0], turns[1]))
+                if alone:
+                    yield turns[1] / turns[0], [turns[0]], [turns[1]]
+        finally:
+            for tree, _ in first:
+                tree.say("")
+        if not alone:
+            yield statistics.median(b / a for a, b in pairs), *map(list, zip(*pairs, strict=True))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def decide(found: Iterator[Round], seconds: float = SECONDS, clock: Callable[[], float] = time.monotonic) -> Row:
+    """Takes rounds until the median ratio is known to lie above 1.02 or below 1.05, or the time is over."""
+    ratios, base, head, end = [], [], [], clock() + seconds
+    while True:
+        ratio, before, after = next(found)
+        ratios.append(ratio), base.extend(before), head.extend(after)
+        low, high = bounds(ratios, ABOVE[1])[0], bounds(ratios, BELOW[1])[1]
+        verdict = "SLOWER" if low > ABOVE[0] else "ok" if high < BELOW[0] else "undecided"
+        if verdict != "undecided" or clock() > end:
+            medians = (1e3 * statistics.median(times) for times in (base, head))
+            return Row("", verdict, f"{len(ratios)} rounds", "ms", *medians, statistics.median(ratios), low, high, head)
+
+
+def compare(base: Tree, head: Tree, name: str, seconds: float = SECONDS) -> Row:
+    """The row of a workload; "new" if only the base cannot run it. CannotRun if this tree cannot."""
+    found = rounds(base, head, name)
+    try:
+        row = decide(found, seconds)
+    except CannotRun as why:
+        if str(why).startswith(head.whose):
+            raise
+        return Row(name, "new", str(why))
+    finally:
+        found.close()
+    row.name = name
+    return row
+
+
+def more(name: str, before: Mapping[str, int], after: Mapping[str, int], most: float) -> list[Row]:
+    """A row for each number that both have; "MORE" where this tree's is over ``most`` times the base's."""
+    rows = []
+    for key in sorted(before.keys() & after.keys()):
+        a, b = before[key], after[key]
+        ratio = b / a if a else 1.0 if b == a else math.inf
+        rows.append(Row(f"{name}: {key}", "MORE" if ratio > most else "ok", "", "", a, b, ratio, ratio, ratio))
+    return rows or [Row(name, "new", "base: it counts nothing of this name")]
+
+
+def counted(base: Tree, head: Tree, name: str) -> list[Row]:
+    """The rows of one of counts.COUNTS: of memory the least of three processes."""
+    count, found = COUNTS[name], []
+    for tree in (head, base):
+        try:
+            tries = [tree.counts(name) for _ in range(3 if count.memory else 1)]
+        except CannotRun as why:
+            if tree is head:
+                raise
+            return [Row(name, "new", str(why))]
+        found.append({key: min(each[key] for each in tries) for key in tries[0]})
+    return more(name, found[1], found[0], count.most)

@@ -2,7 +2,9 @@
 
 import io
 import logging
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -94,3 +96,12 @@ def test_conversion_and_packing_are_heard(sgm, tiny_weights, monkeypatch):
     assert "sgm: reading weights: 0 of " in said and "sgm: writing copy.safetensors: 0 of " in said
     said = sgm("sample", "--checkpoint", tiny_weights, "--n", 1, "--batch", 1, "--executor", "native", "--out", "x.npz")
     assert "sgm: packing weights: 0 of " in said.stderr
+
+
+def test_the_library_prints_nothing():
+    """But programs of its own (``python -m``), and the lines that progress=True asks for."""
+    root = Path(pace.__file__).parent
+    texts = {str(p.relative_to(root)): p.read_text() for p in root.rglob("*.py")}
+    printing = {name for name, text in texts.items() if re.search(r"(?<![\w.])print\(", text)}
+    programs = {name for name, text in texts.items() if '__name__ == "__main__"' in text}
+    assert {name for name in printing - programs if not name.startswith("cli/")} == {"pace.py"}

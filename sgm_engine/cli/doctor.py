@@ -224,7 +224,6 @@ def _cuda_library() -> str:
 
 
 def _weights() -> dict[str, str]:
-    from sgm_engine.checkpoints.bundled import bundled_names, bundled_path
-
-    sizes = {name: bundled_path(name).stat().st_size for name in bundled_names()}
+    files = sorted((Path(sgm_engine.__file__).parent / "weights").glob("*.safetensors"))  # NumPy may be what is missing
+    sizes = {file.stem: file.stat().st_size for file in files}
     return {name: f"{size / 2**20:.1f} MiB" for name, size in sizes.items()} or {"bundled": "none in this installation"}

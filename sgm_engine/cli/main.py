@@ -62,6 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         return complain(INTERRUPTED, "interrupted; nothing is half-written")
     except BrokenPipeError:  # `sgm doctor | head -1`: nobody reads on
         return UNREAD
+    except ModuleNotFoundError as error:
+        if DEBUG:
+            raise
+        return complain(FAULT, f"there is no module {error.name}: pip install sgm-engine brings it (see `sgm doctor`)")
     except (OSError, MemoryError, RuntimeError, ValueError) as error:  # a full disk, a batch too large, …
         if DEBUG:
             raise

@@ -54,7 +54,7 @@ def settings(model: Callable) -> dict[str, str]:
     found.visit("", model)
     for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
         if hooks := getattr(nn.modules.module, name):
-            found.visit(f"hooks of all modules: {name}", hooks)
+            found.visit(f"hooks of all modules: {name}", list(hooks.values()))
     return found.said()
 
 
@@ -188,7 +188,7 @@ class _Walk:
         for name, value in vars(part).items():
             hidden = own and (name in NOTES or (name.startswith("_") and not (of_torch and is_plain(value))))
             if (name in HOOKS and value) or (name not in OF_MODULES and not hidden and not is_cache(part, name)):
-                self.visit(_join(path, name), value)
+                self.visit(_join(path, name), list(value.values()) if name in HOOKS else value)  # their keys count up
         if of_torch:
             self.layers |= self.entries
             self.entries = outside

@@ -1,58 +1,18 @@
-"""The yardsticks of bench/: bounds, ratios, counts and the table, on figures whose answer is known."""
-
-import itertools
-import random
+"""The yardsticks of bench/: ratios, peers and their table, on figures whose answer is known."""
 
 import pytest
 import torch
 
-from bench import compare, table
+from bench import table
 from bench.common import Ratio, median_ratio
 from bench.peers import PEERS, plain
-from bench.registers import grown
 from sgm_engine.models import NCSN, NCSNv2
-
-PAIRS = compare.PAIRS
-
-
-def test_lower_bound_is_exact():
-    """Of 2ⁿ equally likely patterns of signs, it lies above the median in at most 5%, and is as high as that allows."""
-    n = 12
-    above = 0
-    for signs in itertools.product((-1, 1), repeat=n):  # values ±(1 … n): the median of the law is 0
-        above += compare.lower_bound([s * (i + 1) for i, s in enumerate(signs)]) > 0
-    assert above / 2**n <= 0.05
-    assert compare.lower_bound(list(range(n))) == 2  # the third smallest: P = 79/4096; the fourth: 299/4096 > 5%
-
-
-def test_lower_bound_needs_five():
-    with pytest.raises(ValueError, match="4 pairs are too few"):
-        compare.lower_bound([1.0] * 4)
-
-
-def noisy(ratio: float, seed: int, noise: float = 0.05) -> list[float]:
-    """Pairs of a noisy machine: most within some per cent, one in ten off by a half."""
-    draw = random.Random(seed)
-    return [ratio * draw.lognormvariate(0, noise if draw.random() < 0.9 else 0.5) for _ in range(PAIRS)]
-
-
-def test_the_gate_separates_ten_per_cent_from_none(capsys):
-    alarms = [bool(compare.report({"kernel": noisy(1.0, seed)})) for seed in range(200)]
-    caught = [bool(compare.report({"kernel": noisy(1.1, seed, 0.03)})) for seed in range(200)]
-    assert sum(alarms) == 0
-    assert sum(caught) >= 190
-    assert "SLOWER" in capsys.readouterr().out
 
 
 def test_median_ratio():
     ratio = median_ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
     assert (ratio.median, ratio.f_seconds, ratio.g_seconds) == (2.0, 4.0, 2.0)
     assert 2.0 <= ratio.low <= ratio.high <= 3.0
-
-
-def test_registers_count_in_units_of_eight():
-    before = {"a": 31, "b": 32, "gone": 8}
-    assert grown(before, {"a": 32, "b": 33, "new": 255}) == ["b"]
 
 
 @pytest.mark.parametrize("own_statistics", [True, False])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import one_hot
 
 from sgm_engine import load_checkpoint
+from sgm_engine.jobs.settings import settings
 from sgm_engine.kernels import reference
 from sgm_engine.plans.schedule import karras
 from tests.edm2_reference import Reference
@@ -191,6 +192,7 @@ def test_convert_there_and_back_is_the_same_bytes(sgm, tmp_path, family):
     theirs = load_checkpoint(source, **{o[2:].replace("-", "_"): int(v) if v.isdecimal() else v
                                         for o, v in zip(options[::2], options[1::2], strict=True)})  # fmt: skip
     assert model.config == theirs.config
+    assert settings(model) == settings(theirs) == {}  # all of it is in the configuration
     assert all(torch.equal(v, model.network.state_dict()[k]) for k, v in theirs.network.state_dict().items())
 
 

@@ -37,6 +37,18 @@ def test_text_holds_every_fact_on_a_line_of_its_own():
             assert any(line.split(None, 1)[0] == name.split()[0] and line.endswith(value) for line in lines if line)
 
 
+def test_weights_are_listed_without_numpy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sgm_engine.checkpoints.bundled", None)  # its first import
+    assert [*doctor._weights()] == ["cdm_mnist", "mnist"]
+
+
+def test_a_missing_package_is_one_line(sgm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sgm_engine.engine.engine", None)
+    done = sgm("sample")
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
+    assert "there is no module sgm_engine.engine.engine: pip install sgm-engine brings it" in done.stderr
+
+
 def test_json_on_the_command_line(sgm):
     done = sgm("doctor", "--json")
     assert done.returncode == 0 and json.loads(done.stdout).keys() == doctor.facts().keys()

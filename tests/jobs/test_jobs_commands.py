@@ -169,23 +169,21 @@ def test_a_diverged_job_ends_with_its_own_code(sgm, tiny_weights, monkeypatch, t
     load = checkpoint.load_checkpoint
 
     def sick(*args):
-        model, calls = load(*args), []
-
         def poison(module, inputs, score):
-            calls.append(score)
-            if len(calls) == 5:  # after the two questions at the start
+            if len(score) == 4 and (inputs[1] == 1).all():  # rows 2 and 3, of the whole batch
                 score[1] = float("nan")
 
+        model = load(*args)
         model.register_forward_hook(poison)
         return model
 
     monkeypatch.setattr(checkpoint, "load_checkpoint", sick)
-    sample = ["sample", "--checkpoint", tiny_weights, "--batch", 4, "--n", 6, "--out", "run/", "--executor", "eager"]
+    sample = ["sample", "--checkpoint", tiny_weights, "--batch", 4, "--n", 4, "--out", "run/", "--executor", "eager"]
     for _ in range(2):  # the second finds it all there, and the record of what is not
         done = sgm(*sample, "--device", "cpu", "--quiet")
         assert done.returncode == 3
         assert "1 samples became non-finite and are left out: sample 1 at row 2" in done.stderr
-    assert sorted(path.name for path in (tmp_path / "run").glob("*.png")) == [f"{i:06d}.png" for i in (0, 2, 3, 4, 5)]
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.png")) == [f"{i:06d}.png" for i in (0, 2, 3)]
     assert sgm("verify", "run").returncode == 0
 
 

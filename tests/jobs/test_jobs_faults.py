@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from itertools import count
 
 import numpy as np
 import pytest
@@ -87,14 +88,12 @@ def test_a_diverged_sample_is_recorded_and_never_written(tmp_path):
     generate(toy_engine(4), tmp_path / "well", 12, **options)
     well = [load_file(tmp_path / "well" / f"shard-00000{k}.safetensors") for k in range(3)]
     for sample, row in [(i % 12, i % 7) for i in range(30)]:
-        calls = []
+        calls = count()
 
         def sick(x, level, at=(sample // 4) * 7 + row, slot=sample % 4, calls=calls):
             score = faults.toy_score(x, level)
-            if len(x) == 4:  # not of the one or two images that an engine asks about first
-                if len(calls) == at:  # samples 0–3, then 4–7, then 8–11 fill the four slots
-                    score[slot, 0, 1, 2] = float("nan")
-                calls.append(level)
+            if len(x) == 4 and next(calls) == at:  # not of the one or two images that an engine asks about first
+                score[slot, 0, 1, 2] = float("nan")  # samples 0–3, then 4–7, then 8–11 fill the four slots
             return score
 
         out = tmp_path / f"{sample}-{row}"

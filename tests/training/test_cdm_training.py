@@ -67,6 +67,9 @@ def test_the_objective_says_which_config(workplace, sgm, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             sgm("train", "--data", ".", "--out", "run", *arguments)
     assert seen == [("cdm_mnist", {"objective": "cdm"}), ("tiny.yaml", {"objective": "cdm"})]
+    with pytest.raises(ZeroDivisionError):
+        sgm("train", "--data", ".", "--out", "run", "--objective", "multi_sample", "--copies", 4)
+    assert seen[2] == ("mnist_multi_sample", {"objective": "multi_sample", "copies": 4})
 
 
 @pytest.mark.parametrize(
