@@ -37,7 +37,7 @@ test-isa: $(VENV)/.dev
 	@$(BIN)/python -m tests.isa -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 ptx: $(VENV)/.dev
-	@$(BIN)/python -m tests.ptx -n $(JOBS) $(ARGS)
+	@$(BIN)/python -m tests.ptx -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

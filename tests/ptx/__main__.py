@@ -25,9 +25,9 @@ ALL = {
     "sm_80": (TRITON, "not tma and not float8"),  # what an A100 has not
 }
 QUICK = {
-    "sm_90": (TRITON + CUDA, NO_LAUNCH),
-    "sm_90,rough": (TRITON + CUDA, f"{NO_LAUNCH} and (large_mean or convolution)"),
-    "sm_80": (TRITON, "not tma and not float8 and (known_pixels or convolution or large_mean)"),
+    "sm_90": (TRITON + CUDA, f"{NO_LAUNCH} and not (norm and (nchw or options))"),
+    "sm_90,rough": (["tests/kernels/test_triton_norm.py"], "large_mean or activation_before"),
+    "sm_80": (TRITON, "(convolution and shape0 and not tma and not float8) or (tuned and 64x128) or one_element"),
 }
 
 

@@ -5,6 +5,7 @@ be), backwards (the last block first).
 """
 
 import os
+from collections import Counter
 
 import pytest
 import triton
@@ -15,18 +16,34 @@ from tests.ptx.launches import Simulator
 TARGET, *HOW = os.environ["SGM_PTX"].split(",")
 SIMULATOR = Simulator(TARGET, "rough" in HOW, "backwards" in HOW)
 CUDA = cuda_library.install(SIMULATOR) if cuda_library.NVCC else None
+OF_WORKERS: Counter[str] = Counter()  # what pytest-xdist's processes have run
+
+
+def counts() -> Counter[str]:
+    """Of this process."""
+    found = Counter(launches=SIMULATOR.launches, instructions=SIMULATOR.instructions)
+    if CUDA is not None:
+        found.update(cuda_launches=CUDA.launches, instructions=CUDA.instructions)
+    return found
 
 
 def pytest_configure(config: pytest.Config) -> None:
     triton.JITFunction.run = lambda kernel, *given, **named: SIMULATOR.run(kernel, *given, **named)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["ptx"] = dict(counts())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    OF_WORKERS.update(getattr(node, "workeroutput", {}).get("ptx", {}))
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
+    total = counts() + OF_WORKERS
     terminalreporter.write_line(
-        f"Triton for {TARGET}: {SIMULATOR.launches} launches of {len(SIMULATOR.compiled)} kernels, "
-        f"{SIMULATOR.instructions:,} instructions"
+        f"On PTX for {TARGET}: {total['launches']} launches of Triton, {total['cuda_launches']} of CUDA C++, "
+        f"{total['instructions']:,} instructions"
     )
-    if CUDA is None:
-        terminalreporter.write_line("CUDA C++ did not run on PTX: nvcc is not installed")
-    else:
-        terminalreporter.write_line(f"CUDA C++: {CUDA.launches} launches, {CUDA.instructions:,} instructions")

@@ -19,7 +19,11 @@ from tests.ptx.program import Fault, parse
 TILES = triton_conv.TILES if TARGET == "sm_80" else triton_conv.TILES + triton_conv.LARGE_TILES
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
+def words(tile: triton_conv.ConvTile) -> str:
+    return f"{tile.pixels}x{tile.channels}x{tile.depth}{' tma' if tile.tma else ''}"
+
+
+@pytest.mark.parametrize("tile", TILES, ids=words)
 def test_tiles_that_are_tuned_over(tile):
     """A 3×3 convolution of two chunks of channels, with all that can follow it; on sm_90 by wgmma."""
     shape, c_out = (1, 2 * tile.depth, 16, 16), tile.channels
