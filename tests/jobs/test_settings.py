@@ -133,7 +133,9 @@ def test_what_says_nothing_of_samples():
 
 
 @pytest.mark.parametrize(
-    "value", [random.Random(0), np.array([1, None]), np.array(["a"]), torch.eye(2).to_sparse()], ids=str
+    "value",
+    [random.Random(0), np.array([1, None]), np.array(["a"]), torch.eye(2).to_sparse()],
+    ids=["generator", "objects", "texts", "sparse"],
 )
 def test_what_cannot_be_told_from_another_is_named(value):
     net = Net()
