@@ -1,7 +1,7 @@
 """Jobs: many samples to disk, in shards that survive anything. docs/jobs.md is the page for users.
 
 spec.py      what a job is, and the hash of it: equal hashes, equal bytes
-identity.py  what tells a model from another; settings.py (digests.py, objects.py) what is no weight of it
+identity.py  what tells a model from another; settings.py (built.py, digests.py, objects.py) what is no weight of it
 record.py    what vouches for a shard
 folder.py    where everything lies; nothing appears under its name before it is complete and on the disk
 lock.py      one writer for each share of the shards

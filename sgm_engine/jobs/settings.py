@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sgm_engine.jobs.built import NOTES, OF_MODULES, as_built
 from sgm_engine.jobs.digests import digest_of, digest_of_code, names_in
 from sgm_engine.jobs.objects import (
     OWN,
@@ -37,8 +38,6 @@ from sgm_engine.rewriting.altered import MODAL, altered
 BY_NAME = (types.ModuleType, types.BuiltinFunctionType, torch.memory_format, torch.layout, type(torch.add))
 BY_NAME += (types.MemberDescriptorType, types.GetSetDescriptorType, types.MethodDescriptorType)
 CONTAINERS = (list, tuple, set, frozenset)
-OF_MODULES = {*vars(nn.Module()), "training"}
-NOTES = ("plan", "front", "law", "averaged")  # of networks of this package: recommendations, where they come from
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 UNWRAPPED = ("__func__", "fget", "func", "__wrapped__")  # where methods, properties and caches keep their function
 
@@ -74,7 +73,9 @@ def indistinct(path: str, value: object) -> ValueError:
 
 
 class _Walk:
-    def __init__(self):
+    def __init__(self, pristine: bool = False):
+        """pristine: as if nobody had altered a class."""
+        self._pristine = pristine
         self.entries: dict[str, str] = {}
         self.layers: dict[str, str] = {}  # of PyTorch's own layers, of which there are many
         self.library: dict[str, str] = {}  # what the code of installed libraries reads
@@ -164,7 +165,9 @@ class _Walk:
             return self._layer(path, part)
         if alone:
             self._say(_join(path, "config"), config.to_json())
-        here, built = _Walk(), _Walk()
+        if as_built(part, config):
+            return None
+        here, built = _Walk(self._pristine), _Walk(pristine=True)
         here._seen, here._alive = dict(self._seen), self._alive
         here._layer(path, part)
         with torch.device("meta"):
@@ -175,7 +178,7 @@ class _Walk:
 
     def _layer(self, path: str, part: nn.Module) -> None:
         self._code(path, type(part))
-        if what := altered(part):
+        if not self._pristine and (what := altered(part)):
             self._say(_join(path, "altered"), what)
             for name in ("forward", "_conv_forward"):
                 if isinstance(method := vars(type(part)).get(name), types.FunctionType):

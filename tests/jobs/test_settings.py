@@ -182,6 +182,29 @@ def test_a_network_of_this_package_that_was_changed(what):
     assert any(name.startswith(OWN[what][1]) for name in now)
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d, NCSN])
+def test_a_class_that_was_changed_under_a_network_of_this_package(layer, monkeypatch):
+    """What its configuration builds has the changed class too, and is no measure of it."""
+    model, before = ncsn(), layer.forward
+    assert settings(model) == {}
+    monkeypatch.setattr(layer, "forward", lambda self, *args: before(self, *args))
+    changed = settings(model)
+    assert changed and settings(ncsn()) == changed  # whichever comes first
+    monkeypatch.undo()
+    assert settings(model) == {}
+
+
+def test_the_quick_answer_is_that_of_the_walk(monkeypatch):
+    """Numbers of another type are other numbers."""
+    for name, value in (("groups", True), ("groups", 1.0), ("dilation", [1, 1]), ("padding_mode", "reflect"), ("a", 1)):
+        model = ncsn()
+        setattr(model.begin_conv, name, value)
+        quick = settings(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(settings_module, "as_built", lambda part, config: False)
+            assert quick == settings(model) != {}, name
+
+
 def test_a_network_made_of_one_of_this_package(monkeypatch):
     net = ncsn(Bent)
     before = settings(net), weights_digest(net)
