@@ -1,6 +1,5 @@
 """The network's precisions: what each computes in, and that PyTorch's switches are afterwards what they were."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from sgm_engine.models.ncsn import NCSN
 from sgm_engine.numerics import float32_math
 from sgm_engine.plans.plan import annealed_langevin
 from sgm_engine.plans.schedule import geometric
+from tests.forks import forks
 
 SIGMAS = geometric(1, 0.1, 3)
 PLAN = annealed_langevin(SIGMAS, 2, step_lr=1e-3)
@@ -70,7 +70,7 @@ for name, user in %r.items():
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@forks
 def test_switches_are_afterwards_what_they_were():
     run = subprocess.run([sys.executable, "-c", SCRIPT % USERS], capture_output=True, text=True)
     lines = run.stdout.splitlines()

@@ -118,18 +118,21 @@ def test_a_shard_may_be_all_diverged(tmp_path):
         assert verify(tmp_path / form).ok
 
 
+class Scaled(torch.nn.Module):
+    """The toy's score times a weight."""
+
+    sigmas, shape = faults.SIGMAS, (1, 4, 4)
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, level):
+        return self.scale * faults.toy_score(x, level)
+
+
 def test_weights_that_change_while_a_job_draws_are_noticed(tmp_path):
-    class Net(torch.nn.Module):
-        sigmas, shape = faults.SIGMAS, (1, 4, 4)
-
-        def __init__(self):
-            super().__init__()
-            self.scale = torch.nn.Parameter(torch.ones(()))
-
-        def forward(self, x, level):
-            return self.scale * faults.toy_score(x, level)
-
-    net = Net()
+    net = Scaled()
     job = Job(Engine(net, batch=8, executor="eager"), tmp_path / "job", 400, shard_size=8, plan=toy_plan())
 
     def train(progress):
@@ -149,17 +152,7 @@ def test_weights_that_change_while_a_job_draws_are_noticed(tmp_path):
 
 
 def test_a_shard_whose_last_sample_diverged_is_no_less_checked(tmp_path, monkeypatch):
-    class Net(torch.nn.Module):
-        sigmas, shape = faults.SIGMAS, (1, 4, 4)
-
-        def __init__(self):
-            super().__init__()
-            self.scale = torch.nn.Parameter(torch.ones(()))
-
-        def forward(self, x, level):
-            return self.scale * faults.toy_score(x, level)
-
-    engine = Engine(Net(), batch=8, executor="eager")
+    engine = Engine(Scaled(), batch=8, executor="eager")
     job, stream = Job(engine, tmp_path / "job", 8, shard_size=8, plan=toy_plan()), engine.stream
 
     def changed(*args, **options):

@@ -2,7 +2,6 @@
 
 import asyncio
 import multiprocessing
-import os
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -15,6 +14,7 @@ from sgm_engine.service import queue as queueing
 from sgm_engine.service import service as module
 from sgm_engine.service.queue import Request
 from sgm_engine.service.service import SamplerService
+from tests.forks import forks
 from tests.service.services import LONG, PLAN, SHAPE, engine, free, gate  # noqa: F401 - fixtures
 
 
@@ -171,7 +171,7 @@ def _child(service, queue):
         queue.put(str(error))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+@forks
 def test_after_a_fork(free):
     service, queue = SamplerService(engine(free)), multiprocessing.get_context("fork").Queue()
     child = multiprocessing.get_context("fork").Process(target=_child, args=(service, queue))
