@@ -20,7 +20,7 @@ def chosen_model(args: argparse.Namespace, begun: Plan | None = None):
 
     model = load_model(args)
     conditioned, plan = chosen(model, args) if begun is None else as_begun(model, args, begun)
-    scales = chosen_scales(args, model, device_of(args.device), Path(args.out).expanduser(), args.quiet)
+    scales = chosen_scales(args, model, device_of(args.device), args.out, args.quiet)
     return conditioned, plan, weights_path(args), scales
 
 

@@ -108,7 +108,7 @@ def register(commands) -> None:
         "--out",
         default="samples.png",
         metavar="PATH",
-        help=".png: a grid; .npz: uint8; .safetensors: float32; name/: shards; -: stdout (default: samples.png)",
+        help=".png: a grid; .npz: uint8; .safetensors: float32; name/, s3://…: shards; -: stdout (samples.png)",
     )
     add("--gif", metavar="PATH", help="the annealing of the first 64 samples, as the network denoises them")
     add = group.add_mutually_exclusive_group().add_argument
@@ -118,7 +118,12 @@ def register(commands) -> None:
     add = p.add_argument_group("jobs", "For --out FOLDER/. The same command goes on with what is missing.").add_argument
     add("--format", choices=FORMATS, help=f"{', '.join(FORMATS)} (default: png); of --out - too")
     add("--shard-size", type=at_least(1), metavar="N", help="sample ids in a shard (default: 256)")
-    add("--worker", metavar="I/K", help="take share I of K (default: from torchrun or a Slurm array, else everything)")
+    add(
+        "--worker",
+        metavar="I/K",
+        help="take share I of K (default: as torchrun, Slurm or Kubernetes says, else everything)",
+    )
+    add("--steal", action="store_const", const=True, help="then draw what other workers have not written yet")
     add("--ray", nargs="?", const="local", metavar="ADDRESS",
         help="draw with Ray actors: here, or on the cluster at ray://… (needs the extra [ray])")  # fmt: skip
     add("--actors", type=at_least(1), metavar="N", help="with --ray (default: one for each GPU, or each CPU core)")
