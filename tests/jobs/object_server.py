@@ -77,9 +77,9 @@ def storage():
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in CREDENTIALS.items():
+        found.environment = CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}
+        for name, value in found.environment.items():
             patch.setenv(name, value)
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         import s3fs
 
         patch.setattr(s3fs.S3FileSystem, "retries", 1)

@@ -63,7 +63,7 @@ def plain_job(out, n, shard_size, **options):
     return Job.from_source(Here(), plain_spec(n, shard_size, **options), out)
 
 
-def ray_plain_job(out, n, shard_size, pause=0.0, make=None, actors=None, patience=60.0, address="auto"):
+def ray_plain_job(out, n, shard_size, pause=0.0, make=None, actors=None, patience=240.0, address="auto"):
     """Drawn by the actors of the cluster that this process has joined."""
     from functools import partial
 
