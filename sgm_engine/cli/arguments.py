@@ -145,6 +145,14 @@ def add_weights(add: Callable) -> None:
     add("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)")
 
 
+def add_ray(add: Callable) -> None:
+    add("--ray", nargs="?", const="local", metavar="ADDRESS",
+        help="draw with Ray actors: here, or on the cluster at ray://… (needs the extra [ray])")  # fmt: skip
+    add("--actors", type=at_least(1), metavar="N", help="with --ray (default: one for each GPU, or each CPU core)")
+    add("--patience", type=at_least(1), metavar="SECONDS",
+        help="with --ray: end after so long without an answer, saying what is waited for (default: 3600)")  # fmt: skip
+
+
 def add_precision(add: Callable) -> None:
     """What float8_choice.chosen_scales reads, and --precision itself."""
     add("--precision", choices=(*PRECISIONS, "float8"), default="float32",

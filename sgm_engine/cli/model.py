@@ -109,12 +109,19 @@ def assumed(model) -> str:
 
 def engines(args: argparse.Namespace, model) -> Callable[[object], Engine]:
     """model → Engine as the arguments of ``add_engine`` say, for ``model`` and for what conditions it otherwise."""
-    from sgm_engine.cli.float8_choice import chosen_scales
     from sgm_engine.engine.engine import Engine
 
-    device = device_of(args.device)
-    float8 = chosen_scales(args, model, device)
-    return lambda model: Engine(model, args.batch, device, args.precision, args.executor, float8=float8)
+    options = engine_options(args, model) | {"device": device_of(args.device)}
+    return lambda model: Engine(model, **options)
+
+
+def engine_options(args: argparse.Namespace, model) -> dict[str, object]:
+    """Options of Engine, the device as it was named."""
+    from sgm_engine.cli.float8_choice import chosen_scales
+
+    float8 = chosen_scales(args, model, device_of(args.device))
+    options = {name: getattr(args, name) for name in ("batch", "device", "precision", "executor")}
+    return options | {"float8": float8}
 
 
 def load_plan(text: str | None, model, nfe: int | None = None, quality: str | None = None):

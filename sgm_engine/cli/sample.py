@@ -22,6 +22,7 @@ from sgm_engine.cli.arguments import (
     SCHEDULES,
     STREAM,
     add_precision,
+    add_ray,
     add_weights,
     at_least,
     plan_name,
@@ -124,11 +125,7 @@ def register(commands) -> None:
         help="take share I of K (default: as torchrun, Slurm or Kubernetes says, else everything)",
     )
     add("--steal", action="store_const", const=True, help="then draw what other workers have not written yet")
-    add("--ray", nargs="?", const="local", metavar="ADDRESS",
-        help="draw with Ray actors: here, or on the cluster at ray://… (needs the extra [ray])")  # fmt: skip
-    add("--actors", type=at_least(1), metavar="N", help="with --ray (default: one for each GPU, or each CPU core)")
-    add("--patience", type=at_least(1), metavar="SECONDS",
-        help="with --ray: end after so long without a shard, saying what is waited for (default: 3600)")  # fmt: skip
+    add_ray(add)
     p.set_defaults(run=sample)
 
 

@@ -62,7 +62,7 @@ class Report:
     redrawn: list[ShardError] = field(default_factory=list)  # recorded shards that were damaged, and drawn again
     diverged: list[Divergence] = field(default_factory=list)  # of the share, earlier runs included; never written
     stopped: bool = False
-    stolen: list[int] = field(default_factory=list)  # shards of other workers' shares, drawn by this run
+    stolen: set[int] = field(default_factory=set)  # shards of other workers' shares, drawn by this run
     lost: list[int] = field(default_factory=list)  # shards of the share that are not there at the end: stopped, removed
     complete: bool = False
 
@@ -212,7 +212,7 @@ class Job:
         left = sorted(set(range(self.spec.shards)) - self.folder.recorded(self.spec) - set(share))
         for shard in Random(report.worker.index).sample(left, len(left)):
             if self._record(shard) is None:
-                report.stolen.append(shard)
+                report.stolen.add(shard)
                 yield shard
 
     def _record(self, shard: int) -> Record | None:
@@ -234,13 +234,14 @@ class Job:
 
     def _progress(self, report: Report, seconds: float) -> Progress:
         """Counts by whole shards; only the last shard of a job may be shorter."""
-        share, size = [*report.worker.share(self.spec.shards), *report.stolen], self.spec.shard_size
-        short = size * self.spec.shards - len(self.spec.ids) if self.spec.shards - 1 in share else 0
-        in_all, done = len(share) * size - short, report.found + report.shards
-        samples = in_all if done == len(share) else done * size
+        share, size, last = report.worker.share(self.spec.shards), self.spec.shard_size, self.spec.shards - 1
+        short = size * self.spec.shards - len(self.spec.ids) if last in share or last in report.stolen else 0
+        shards, done = len(share) + len(report.stolen), report.found + report.shards
+        in_all = shards * size - short
+        samples = in_all if done == shards else done * size
         rate = report.samples / seconds if seconds > 0 else 0.0
         left = (in_all - samples) / rate if rate else 0.0
-        return Progress(samples, in_all, done, len(share), rate, left)
+        return Progress(samples, in_all, done, shards, rate, left)
 
 
 def generate(

@@ -69,10 +69,15 @@ class Crew:
         return self.about
 
     def draw(
-        self, job: bytes, shards: Sequence[int], args_of: Callable[[int], tuple], stopped: Callable[[], bool]
+        self,
+        job: bytes,
+        shards: Sequence[int],
+        args_of: Callable[[int], tuple],
+        stopped: Callable[[], bool],
+        stay: bool = False,
     ) -> Iterator[tuple[int, tuple]]:
-        """(shard, what ``draw(job, *args_of(shard))`` of an actor returned), as they get finished. No actor is left
-        afterwards."""
+        """(shard, what ``draw(job, *args_of(shard))`` of an actor returned), as they get finished. stay: actors that
+        have nothing more to draw are there for the next call; else none is left."""
         waiting, done = deque(shards), set()
         job, self._errors, self._crashes = self._ray.put(job), Counter(), Counter()
         self._shunned: dict[int, set[str]] = defaultdict(set)
@@ -86,7 +91,9 @@ class Crew:
                     self._hear()  # the time that the disk took is not the actors'
                 self._look(waiting, done)
         finally:
-            self.close()
+            for member in list(self.members):
+                if member.queue or not stay:
+                    self._drop(member)
 
     def close(self) -> None:
         for member in list(self.members):

@@ -70,7 +70,7 @@ def test_a_late_worker_does_not_draw_what_was_taken_over(out, files):
     after(late, 2, lambda: reports.append(plain_job(out, N, SHARD).run(Worker(1, 2), steal=True)))
     report = late.run(Worker(0, 2), steal=True)
     assert reports[0].complete and sorted(reports[0].stolen)[-2:] == [6, 8]
-    assert report.shards == 2 and report.found == 3 and report.stolen == [] and report.complete
+    assert report.shards == 2 and report.found == 3 and report.stolen == set() and report.complete
     assert read(out) == files
 
 
@@ -93,4 +93,4 @@ def test_a_damaged_shard_of_the_own_share_is_drawn_again(whole, tmp_path):
 
 def test_without_it_shares_stay_apart(tmp_path):
     report = plain_job(tmp_path / "job", N, SHARD).run(Worker(1, 3))
-    assert report.shards == 3 and report.stolen == [] and not report.complete
+    assert report.shards == 3 and report.stolen == set() and not report.complete
