@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from sgm_engine.errors import Divergence
-from sgm_engine.files.limits import most_text
 from sgm_engine.files.reading import parse_json
 from sgm_engine.files.storage import Prefix, is_url
 from sgm_engine.jobs.folder import CARD, MANIFEST, RUN, WORK, Folder
@@ -75,7 +74,7 @@ class Bucket(Folder):
 
     def _check_own(self, spec: JobSpec) -> None:
         try:
-            own = parse_json(self._prefix.read(RUN, most_text()))["run"] == spec.run
+            own = parse_json(self._prefix.read(RUN))["run"] == spec.run
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             own = False
         if not own:
