@@ -72,6 +72,16 @@ def test_workers_share_a_prefix_and_any_number_may_write(url, whole):
     assert drawn(objects(url)) == whole
 
 
+def test_what_another_machine_changes_is_seen(url):
+    """fsspec keeps listings, and knows of its own changes alone."""
+    import s3fs
+
+    job = plain_job(url, N, SHARD)
+    assert job.run().complete and len(job.folder.recorded(job.spec)) == 5
+    s3fs.S3FileSystem(skip_instance_cache=True).rm(f"{url}/manifest/000001.json")
+    assert job.folder.recorded(job.spec) == {0, 2, 3, 4} and job.folder.lost(job.spec, range(5)) == [1]
+
+
 @pytest.mark.parametrize("fault", ["busy", "cut", "unheard"])
 def test_a_put_that_fails_is_tried_again(storage, url, whole, fault):
     """Three times each; aiohttp by itself tries once more where a connection breaks."""
