@@ -52,7 +52,7 @@ def register(commands) -> None:
     add("--seed", type=at_least(0, MAX_SEED), default=0, metavar="N", help="of the search (default: 0)")
     add("--held-out-seed", type=at_least(0, MAX_SEED), default=1000, metavar="N", help="of the front (default: 1000)")
     add("--held-out", type=at_least(2), default=1024, metavar="N", help="samples for each figure (default: 1024)")
-    add("--out", default="tuned/", metavar="FOLDER", help="a new folder (default: tuned/)")
+    add("--out", default="tuned/", metavar="FOLDER", help="a new folder, or s3://… (default: tuned/)")
     add(
         "--write", metavar="FILE.safetensors", help="the weights with the front in them; may be the --checkpoint itself"
     )
@@ -63,20 +63,22 @@ def register(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from sgm_engine.cli.console import bad_input
+    from sgm_engine.files.storage import is_url
     from sgm_engine.files.writing import check_writable
     from sgm_engine.tuning.kept import claimed
 
     with ExitStack() as stack:
         with bad_input():
-            out = Path(args.out).expanduser()
-            if out.is_file():
-                raise ValueError(f"argument --out: {out} is a file: name a folder")
-            check_writable(out, folder=True)
+            out = args.out.rstrip("/") if is_url(args.out) else Path(args.out).expanduser()
+            if isinstance(out, Path):
+                if out.is_file():
+                    raise ValueError(f"argument --out: {out} is a file: name a folder")
+                check_writable(out, folder=True)
             kept = stack.enter_context(claimed(out))
         return _run(args, out, kept, stack)
 
 
-def _run(args: argparse.Namespace, out: Path, kept, stack: ExitStack) -> int:
+def _run(args: argparse.Namespace, out: Path | str, kept, stack: ExitStack) -> int:
     from sgm_engine.cli.console import DONE, bad_input
     from sgm_engine.cli.console import say_beside_bar as say
 
