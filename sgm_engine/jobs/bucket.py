@@ -1,4 +1,6 @@
-"""A job on object storage, in the layout of folder.py, less .sgm/. No locks: equal jobs put equal bytes.
+"""A job on object storage, in the layout of folder.py; .sgm/ holds one empty object, by which conditional puts were tried.
+
+There are no locks: equal jobs put equal bytes.
 
 run.json is created only if it is absent, so the first of two jobs has the prefix. A shard is created only if it is
 absent too; what is there instead is replaced only while run.json is this job's. So a writer that was stopped while its
