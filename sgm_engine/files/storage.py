@@ -7,7 +7,6 @@ machine's role.
 from __future__ import annotations
 
 import errno
-import os
 import random
 import tempfile
 import time
@@ -15,6 +14,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 T = TypeVar("T")
@@ -124,15 +125,21 @@ class Prefix:
 
 
 @contextmanager
-def staged_object(url: str) -> Iterator[BinaryIO]:
-    """Yields a temporary file of this machine, which is put under ``url`` at the end, unless something is raised."""
-    folder, _, name = url.rpartition("/")
-    prefix = Prefix(folder)
+def staged_folder(url: str) -> Iterator[Path]:
+    """Yields a temporary folder of this machine, whose files are put under ``url`` unless something is raised."""
+    prefix = Prefix(url)
     with tempfile.TemporaryDirectory() as where:
-        path = os.path.join(where, "object")
-        with open(path, "w+b") as file:
-            yield file
-        prefix._ask(lambda to: prefix._fs.put_file(path, to), name)
+        yield Path(where)
+        for path in sorted(Path(where).iterdir()):
+            prefix._ask(partial(prefix._fs.put_file, str(path)), path.name)
+
+
+@contextmanager
+def staged_object(url: str) -> Iterator[BinaryIO]:
+    """The same for one file, which is open."""
+    folder, _, name = url.rpartition("/")
+    with staged_folder(folder) as where, open(where / name, "w+b") as file:
+        yield file
 
 
 def _short(error: BaseException) -> str:

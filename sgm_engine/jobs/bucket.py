@@ -1,4 +1,4 @@
-"""A job on object storage, in the layout of folder.py; .sgm/ holds one empty object, by which conditional puts were tried.
+"""A job on object storage, in the layout of folder.py; .sgm/ holds one empty object, which tried conditional puts.
 
 There are no locks: equal jobs put equal bytes.
 

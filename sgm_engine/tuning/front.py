@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from sgm_engine.evaluation.report import Estimate
-from sgm_engine.files.reading import read_bytes
-from sgm_engine.files.storage import Prefix, is_url
+from sgm_engine.files.storage import is_url, staged_folder
 from sgm_engine.files.writing import staged, write_file
 from sgm_engine.plans.front import Front, Start, recipe_of
 from sgm_engine.plans.front import Point as TravellingPoint
@@ -115,10 +113,8 @@ class Outcome:
     def write(self, folder: Path | str) -> None:
         """front.md, front.json, front.png and plan.json, the chosen one, in a folder that is there, or under a URL."""
         if is_url(folder):
-            with TemporaryDirectory() as near:
-                self.write(Path(near))
-                for path in sorted(Path(near).iterdir()):
-                    Prefix(folder).write(path.name, read_bytes(path))
+            with staged_folder(folder) as near:
+                self.write(near)
             return
         write_file(folder / "front.md", self.table())
         write_file(folder / "front.json", self.to_json())

@@ -133,9 +133,10 @@ def test_a_stalled_writer_spoils_nothing(url, whole):
 
     stalled = plain_job(url, N, SHARD, seed=1)
 
-    def others(source, *args):
-        for k, shard in enumerate(source(*args)):
+    def others(source, spec, shards, settle, *rest):
+        for k, shard in enumerate(source(spec, shards, settle, *rest)):
             if k == 2:
+                settle()
                 s3fs.S3FileSystem().rm(url, recursive=True)
                 assert plain_job(url, N, SHARD).run().complete
             yield shard
