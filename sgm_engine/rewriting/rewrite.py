@@ -37,12 +37,12 @@ class PooledConv(nn.Module):
         self._seen = self._version()
 
     def __deepcopy__(self, memo: dict) -> PooledConv:
-        new = PooledConv.__new__(PooledConv)
+        new, given = PooledConv.__new__(PooledConv), id(self.kernel) in memo
         memo[id(self)] = new
         for name, value in self.__dict__.items():
             new.__dict__[name] = copy.deepcopy(value, memo)
-        # A copy that shares the buffer (a cast copy of the network) leaves it to this module.
-        new._seen = None if new.kernel is self.kernel else new._version()
+        # A copy that is given the buffer (a cast copy of the network) leaves it to whom it comes from.
+        new._seen = None if given else new._version()
         return new
 
     def _version(self) -> tuple:
