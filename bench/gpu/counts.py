@@ -77,6 +77,7 @@ def floor(ops: tuple[Op, ...]) -> int:
 def _of(node: fx.Node, modules: dict[str, nn.Module], values: dict[fx.Node, object]) -> Iterator[Op]:
     if node.op not in ("call_module", "call_function") or node.target is operator.getitem:
         return
+    from sgm_engine.rewriting.norms import upsampled
     from sgm_engine.rewriting.recognise import FusedNorm
     from sgm_engine.rewriting.rewrite import PooledConv
 
@@ -89,10 +90,8 @@ def _of(node: fx.Node, modules: dict[str, nn.Module], values: dict[fx.Node, obje
         yield _norm(size, shape, node.kwargs)
     elif isinstance(module, (nn.Conv2d, PooledConv)):
         yield from _convolution(module, into, shape)
-    elif node.target is F.interpolate:  # autocast's in float32, which the sum after it makes 16 bits again
-        yield Op("cast", into, 1, HALF * small, FULL * small)
-        yield Op("upsampling", shape, 1, FULL * small, FULL * size)
-        yield Op("cast", shape, 1, FULL * size, HALF * size)
+    elif node.target is upsampled:
+        yield Op("upsampling", shape, 1, HALF * small, HALF * size)
     elif node.target is F.avg_pool2d:
         yield Op("mean", shape, 1, HALF * small, HALF * size)
     elif node.target is operator.add:

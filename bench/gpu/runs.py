@@ -20,7 +20,7 @@ from bench.gpu.network import core, step_times
 from bench.gpu.sanitize import sanitize
 from bench.gpu.stages import Row
 
-END_S = 15  # of a command's time, for what is stopped to end and for the results
+END_S = 20  # of a command's time, for what is stopped to end and for the results
 Stages = dict[str, Callable[[], Iterable[Row]]]
 
 

@@ -88,7 +88,8 @@ class Rewriter(NormRewrites):
         report: Callable[[str, str], None],
         around_norms: bool = False,
     ):
-        """around_norms: also an activation before a norm, and a 5×5 mean after it, become part of it."""
+        """around_norms: also an activation before a norm, and a 5×5 mean after it, become part of it, and what is
+        upsampled for one stays in 16 bits."""
         self.around_norms = around_norms
         self.graph, self.modules, self.values = graph, modules, values
         self.report = lambda what, where: report(what, where.removeprefix("module."))
@@ -99,7 +100,7 @@ class Rewriter(NormRewrites):
         self._make_additions_functional()
         norms = (self._residual, self._activation)
         if self.around_norms:
-            norms = (self._before, *norms, self._pool)
+            norms = (self._before, *norms, self._pool, self._upsampled)
         for rewrite in (self._upsampling, self._zero_sum, self._mean_pool, *norms):
             self.places = {node: i for i, node in enumerate(self.graph.nodes)}
             for node in list(self.graph.nodes):

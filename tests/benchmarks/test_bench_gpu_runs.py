@@ -21,7 +21,7 @@ def test_the_counts_of_a_step():
     ops = counts.step()
     found = Counter(op.kind for op in ops)
     assert (found["convolution"], found["bias"], found["norm"]) == (75, 27, 71)
-    assert counts.total(ops, "kernels") == 75 + 27 + 2 * 71 + 4 + 3 + 6  # sums, casts, and what there is one of
+    assert counts.total(ops, "kernels") == 75 + 27 + 2 * 71 + 4 + 7 == 255  # sums, and what there is one of
     convolutions_of = {
         "res1": 4 * 128 * 128 * 9 * 32**2,
         "res2": (128 * 128 * 9 * 32**2) + (128 * 256 * 16 * 16**2) + 2 * 256 * 256 * 9 * 16**2 + 128 * 256 * 16**2,
