@@ -97,7 +97,10 @@ def _key(launch: Launch) -> str:
 
 def of_step(ngf: int = counts.NGF, side: int = counts.SIDE, batches: tuple[int, ...] = (1, 128)) -> Iterator:
     """By a step of NCSN with empty tables, in bfloat16, as an engine makes it."""
-    for op in counts.step(ngf, side):
+    # Counted in a process of its own: where PyTorch has computed with several threads, those forked later hang.
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        ops = pool.apply(_counted, (ngf, side))
+    for op in ops:
         if op.kind == "norm":
             residual, before, pool, activation = op.form
             options = {"residual": residual, "before": before, "pool": pool, "activation": activation}
@@ -110,6 +113,10 @@ def of_step(ngf: int = counts.NGF, side: int = counts.SIDE, batches: tuple[int, 
         update = Update(x, x.bfloat16(), coef, draw, row, stop, seed, sample_id, bad_row, None, x, True)
         yield f"update at {batch}", triton_update.describe(update)
         yield f"noise at {batch}", triton_noise.describe(x, seed, sample_id, 0, 0, "normal")
+
+
+def _counted(ngf: int, side: int) -> tuple[counts.Op, ...]:
+    return counts.step(ngf, side)
 
 
 def of_norm(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -74,6 +75,19 @@ def test_kernels_compile_side_by_side(tmp_path, monkeypatch):
     assert (row["compiled"], row["of"]) == (2, 3) and row["s of a core"] > 0
     assert failed["case"] == "wrong" and "no_such_name" in failed["failed"]
     assert len(list(tmp_path.glob("*/*.cubin"))) == 2
+
+
+def test_what_is_to_be_compiled_is_found_in_another_process(monkeypatch):
+    """PyTorch's threads do not survive a fork, and every stage after this one forks."""
+    here, step = os.getpid(), counts.step
+
+    def elsewhere(ngf, side):
+        assert os.getpid() != here
+        return step(ngf, side)
+
+    monkeypatch.setattr(counts, "step", elsewhere)
+    names = [name for name, _ in compiling.of_step(4, 8)]
+    assert len(names) == 2 * 71 + 4
 
 
 def fake_run(monkeypatch, tmp_path, made, spent):
