@@ -14,8 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 
 def pretended(run: str, folder: Path) -> int:
     """One command, in this process, which must not have imported the package yet."""
@@ -32,7 +30,8 @@ def pretended(run: str, folder: Path) -> int:
     runs.SHAPES, runs.NORMS, runs.BATCHES = [(128, 128, 16, 1), (128, 128, 16, 2)], [(32, 8)], (2, 1)
     norms.SHAPES = runs.NORMS
     timing.peak_flops, timing.copy_bandwidth = lambda: 1e15, lambda: 1e12
-    timing.copies, timing.KERNELS = lambda size: 2, torch.autograd.DeviceType.CPU
+    timing.copies = lambda size: 2
+    timing.kernels_of = lambda step: step() or {"what stands in for kernels": (1, 0.0)}
     cuda.noise_fill, cuda.langevin_update = triton_noise.noise_fill, triton_update.langevin_update
     cuda.norm = lambda n, variant="auto": triton_norm.norm(n)
     cuda.norm_workspace_size = triton_norm.norm_workspace_size

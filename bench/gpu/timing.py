@@ -11,7 +11,6 @@ from functools import cache
 import torch
 
 DEVICE = "cuda"
-KERNELS = torch.autograd.DeviceType.CUDA  # where the profiler sees what ran
 
 
 def captured(work: Callable[[], None], warm_ups: int = 1) -> torch.cuda.CUDAGraph:
@@ -117,7 +116,7 @@ def kernels_of(step: Callable[[], None]) -> dict[str, tuple[int, float]]:
         torch.cuda.synchronize()
     found: dict[str, tuple[int, float]] = {}
     for event in seen.events():
-        if event.device_type == KERNELS:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
             count, spent = found.get(event.name, (0, 0.0))
             found[event.name] = count + 1, spent + event.device_time / 1e3
     return found
