@@ -26,9 +26,9 @@ def load_images(path: str | Path, split: str = "train", form: str | None = None,
 
     form: one of FORMATS, None finds out. mnist: a folder of IDX files; cifar10: a folder of data_batch_*.bin and
     test_batch.bin; both may be gzipped. npy: uint8 [N, C, H, W] or [N, H, W, C]. folder: pictures, at any depth, cut to
-    a square in the middle and scaled to ``size`` pixels; grey if the first one is. npy and folder: a split is the file
-    or folder of that name inside ``path`` (train.npy, test/); without one, ``path`` is the training data and "test" is
-    empty.
+    a square in the middle and scaled to ``size`` pixels; grey if the first one is. Of the others ``size`` divides the
+    side, and each pixel is the mean of a block. npy and folder: a split is the file or folder of that name inside
+    ``path`` (train.npy, test/); without one, ``path`` is the training data and "test" is empty.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -36,16 +36,14 @@ def load_images(path: str | Path, split: str = "train", form: str | None = None,
     form = form or _form(path)
     if form not in FORMATS:
         raise ValueError(f"data format must be one of {', '.join(FORMATS)}, got {form!r}")
-    if form == "mnist":
-        return _mnist(path, split)
-    if form == "cifar10":
-        return _cifar10(path, split)
+    if form in ("mnist", "cifar10"):
+        return _shrunk(_mnist(path, split) if form == "mnist" else _cifar10(path, split), size)
     name = f"{split}.npy" if form == "npy" else split
     if path.is_dir() and (path / name).exists():
         path = path / name
     elif split != "train":
         return np.empty((0, 1, 1, 1), np.uint8)
-    return _npy(path) if form == "npy" else _folder(path, size)
+    return _shrunk(_npy(path), size) if form == "npy" else _folder(path, size)
 
 
 class Batches(IterableDataset):
@@ -214,6 +212,18 @@ def read_picture(file: Path, channels: int | None = None) -> np.ndarray:
     if channels == 1 and len(pixels) == 3:
         raise ValueError(f"{file}: is RGB, and the first picture of its set is grey: make them all the same")
     return np.repeat(pixels, 3, 0) if channels == 3 and len(pixels) == 1 else pixels
+
+
+def _shrunk(images: np.ndarray, size: int | None) -> np.ndarray:
+    """uint8 [N, C, H, H] → [N, C, size, size]: means of square blocks, halves rounded up."""
+    n, channels, height, width = images.shape
+    if size is None or height == width == size:
+        return images
+    if height != width or height % size:
+        raise ValueError(f"image_size must divide the side of images of {height}×{width}, got {size}")
+    block = height // size
+    sums = images.reshape(n, channels, size, block, size, block).sum((3, 5), dtype=np.uint32)
+    return ((sums + block**2 // 2) // block**2).astype(np.uint8)
 
 
 def _npy(path: Path) -> np.ndarray:

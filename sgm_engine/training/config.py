@@ -35,15 +35,15 @@ class TrainConfig:
     A network of models.family: ngf its width, ``network`` its other arguments; preconditioning: {"name" of a scheme of
     models.preconditioning, its constants}, empty for the usual one, and for ddpm the fields of a diffusers scheduler;
     levels: also of a ddpm's timesteps, evenly; plan: with "nfe", evaluations.
-    image_size: of a folder of pictures; other data know theirs. objective: of OBJECTIVES ("cdm" for a CDM), and its
-    keyword arguments in objective_options. copies: of multi_sample, each with √copies times the noise of the levels,
-    which are those of their mean. reference_batch: so many further images a step, of stable_target. direct_steps: so
-    many first steps train a CDM of potentials as a denoiser (``cdm_direct``), warmup and decay apart. steps: optimizer
-    steps in all; batch: images a step, over all processes. warmup: steps; decay: share of the steps, at the end, over
-    which lr falls to 0; ema: 0 keeps no average; clip: of the gradient's norm, 0 none. precision: float32, bfloat16 or
-    float16 (mixed). compile_norms: torch.compile of the norms, whose plain formula is slow on a CPU. weights: what
-    model.safetensors holds, float32 or float16. plan: "name" and arguments, kept with the weights and used by the
-    sample grids. *_every: steps, 0 never.
+    image_size: of a folder of pictures; other data know theirs, and a divisor of it takes means of blocks.
+    objective: of OBJECTIVES ("cdm" for a CDM), and its keyword arguments in objective_options. copies: of multi_sample,
+    each with √copies times the noise of the levels, which are those of their mean. reference_batch: so many further
+    images a step, of stable_target. direct_steps: so many first steps train a CDM of potentials as a denoiser
+    (``cdm_direct``), warmup and decay apart. steps: optimizer steps in all; batch: images a step, over all processes.
+    warmup: steps; decay: share of the steps, at the end, over which lr falls to 0; ema: 0 keeps no average; clip: of
+    the gradient's norm, 0 none. precision: float32, bfloat16 or float16 (mixed). compile_norms: torch.compile of the
+    norms, whose plain formula is slow on a CPU. weights: what model.safetensors holds, float32 or float16. plan: "name"
+    and arguments, kept with the weights and used by the sample grids. *_every: steps, 0 never.
     """
 
     architecture: str

@@ -177,8 +177,8 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
     if len(images) == 0:
         raise ValueError(f"data: {data} holds no images")
     channels, height, width = images.shape[1:]
-    if height != width or config.image_size not in (None, height):
-        raise ValueError(f"data: images are {height}×{width}, but must be square, image_size={config.image_size}")
+    if height != width:
+        raise ValueError(f"data: images must be square, got {height}×{width}")
     with torch.random.fork_rng(devices=[]):  # the layers' own initialisation
         torch.manual_seed(config.seed)
         network = config.model(channels, height).build()
