@@ -259,11 +259,19 @@ def test_small_steps_add_up(tmp_path, monkeypatch):
 def test_plants_still_fit(name):
     plant = plants.PLANTS.get(name, plants.MEMORY)
     text = (trees.ROOT / plant.file).read_text()
-    assert plants.edited(plant, text, 0.05) != text
+    with_it = plants.edited(plant, text)
+    assert plant.key in with_it and "EVERY" not in with_it
     if plant.file.endswith(".py"):
-        compile(plants.edited(plant, text, 0.05), plant.file, "exec")
+        compile(with_it, plant.file, "exec")
     with pytest.raises(ValueError, match="adapt the plant"):
-        plants.edited(plant, "", 0.05)
+        plants.edited(plant, "")
+
+
+def test_limits_of_a_probability():
+    """Of Clopper and Pearson: 20 of 20 and 0 of 50 have 0.025^(1/n) for the one that is not 0 or 1."""
+    assert plants.limits(20, 20) == pytest.approx((0.025 ** (1 / 20), 1))
+    assert plants.limits(0, 50) == pytest.approx((0, 1 - 0.025 ** (1 / 50)))
+    assert plants.limits(2, 10) == pytest.approx((0.02521, 0.55610), abs=1e-4)
 
 
 def test_a_recorded_network_runs_without_pytorch(tmp_path):
