@@ -1,9 +1,9 @@
 """One workload of two trees, in live processes that take turns, until it is clear whether this tree is slower.
 
-A round: each tree starts a fresh process, which sets the workload up; then they take five pairs of turns or more, in an
-order drawn anew for each pair. Its figure is the median of the pairs' ratios, this tree's time over the base's. Where
-its memory lies makes a process some per cent faster or slower for as long as it lives, and no number of pairs removes
-that: a round is one observation. It forks a live process, which four rounds share before it is replaced.
+A round: each tree starts a fresh process, which sets the workload up; then they take five pairs of turns or more (three
+of long ones), in an order drawn anew for each pair. Its figure is the median of the pairs' ratios, this tree's time
+over the base's. Where its memory lies makes a process some per cent faster or slower for as long as it lives, and no
+number of pairs removes that: a round is one observation. Its processes are forks of live ones, replaced after four.
 Rounds go on until the bounds of bench.sequential decide: SLOWER, the median ratio lies above 1.015 (wrong twice in a
 thousand); ok, it lies below 1.035 (wrong once in a hundred); undecided, the time is over.
 """
@@ -175,7 +175,8 @@ def rounds(base: Tree, head: Tree, name: str) -> Iterator[Round]:
             calls = calls or max(1, round(TURN / max(seconds for _, seconds in first)))
             pairs: list[tuple[float, float]] = []
             ready = time.monotonic()
-            while len(pairs) < PAIRS[0] or (len(pairs) < PAIRS[1] and time.monotonic() < 2 * ready - began):
+            least = PAIRS[0] if calls > 1 else 3
+            while len(pairs) < least or (len(pairs) < PAIRS[1] and time.monotonic() < 2 * ready - began):
                 turns = {i: both[i].turn(calls) for i in random.sample((0, 1), 2)}
                 pairs.append((turns[0], turns[1]))
                 if alone:

@@ -2,21 +2,23 @@
 
 A clone of HEAD is built once with every plant in it. SGM_PLANT_… wakes one: a function spins for a share of its own CPU
 time after each call, or memory is kept twice. ``pytest bench/ --base HEAD`` must fail there on the workload that uses
-it, and pass in this tree, which must be HEAD's. Trials are taken in turns and kept in bench/results/plants.json, so
-that another day adds to them; bench/results/plants.md is the table.
+it, and pass in this tree, which must be HEAD's. A row is a trial. Those of plants that do not meet in a workload share
+a run of pytest. They are kept in bench/results/plants.json, so that another day adds to them;
+bench/results/plants.md is the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +81,7 @@ class Plant:
     it. case: of pytest, that must fail.
 
     every: one call in so many spins, for all of them, where to read the clock costs as much as what is planted.
+    apart: others would be part of its workload.
     """
 
     key: str
@@ -86,16 +89,19 @@ class Plant:
     edits: tuple[tuple[str, str], ...]
     case: str
     every: int = 1
+    apart: bool = False
 
 
-def cpp(key: str, file: str, include: str, function: str, case: str, every: int = 1) -> Plant:
+def cpp(key: str, file: str, include: str, function: str, case: str, every: int = 1, apart: bool = False) -> Plant:
     edits = (include, include + CPP), (function, f"{function}\n  const Planted planted;")
-    return Plant(key, file, edits, case, every)
+    return Plant(key, file, edits, case, every, apart)
 
 
-def python(key: str, file: str, before: str, function: str, case: str, every: int = 1) -> Plant:
+def python(key: str, file: str, before: str, function: str, case: str, every: int = 1, apart: bool = False) -> Plant:
     indent = " " * (len(function) - len(function.lstrip()))
-    return Plant(key, file, ((before, PYTHON + before), (function, f"{indent}@_planted\n{function}")), case, every)
+    return Plant(
+        key, file, ((before, PYTHON + before), (function, f"{indent}@_planted\n{function}")), case, every, apart
+    )
 
 
 PLANTS = {
@@ -120,6 +126,7 @@ PLANTS = {
         "class Engine(Loop):",
         "    def sample(\n",
         "test_time[Python's side of a request]",
+        apart=True,
     ),
     "packing": python(
         "SGM_PLANT_PACK",
@@ -142,6 +149,7 @@ PLANTS = {
         '#include "cpu/executor/executor.h"',
         "void Executor::set_conv(int index, Array weight, Array bias) {",
         "test_time[pack NCSN ngf 64]",
+        apart=True,
     ),
 }
 PACKED = "        self._packed()\n        self.model,"
@@ -170,26 +178,30 @@ def scratch() -> None:
         KEPT.mkdir(parents=True, exist_ok=True)
         (SCRATCH / "build").mkdir()
         (SCRATCH / "build" / "base").symlink_to(KEPT)
+    files = {SCRATCH / plant.file for plant in (*PLANTS.values(), MEMORY)}
+    before = {file: (file.read_text(), file.stat().st_mtime_ns) for file in files if file.exists()}
     run("git", "fetch", "-q", ROOT, "HEAD", cwd=SCRATCH)
-    if run("git", "rev-parse", "FETCH_HEAD", cwd=SCRATCH) != run("git", "rev-parse", "HEAD", cwd=SCRATCH) or not run(
-        "git", "status", "--porcelain", "-uno", cwd=SCRATCH
-    ):
-        run("git", "checkout", "-q", "--force", "--detach", "FETCH_HEAD", cwd=SCRATCH)
-        for plant in (*PLANTS.values(), MEMORY):
-            file = SCRATCH / plant.file
-            file.write_text(edited(plant, file.read_text()))
+    run("git", "checkout", "-q", "--force", "--detach", "FETCH_HEAD", cwd=SCRATCH)
+    for plant in (*PLANTS.values(), MEMORY):
+        file = SCRATCH / plant.file
+        file.write_text(edited(plant, file.read_text()))
+    for file, (text, when) in before.items():
+        if file.read_text() == text:  # nothing to build
+            os.utime(file, ns=(when, when))
 
 
-def alarm(cases: Iterable[str], seconds: int, tree: Path = ROOT, **awake: str) -> tuple[bool, list[str]]:
-    """Whether the tree is worse than HEAD in one of the cases, and their rows. RuntimeError if that was not told."""
-    tests = [f"bench/test_base.py::{case}" for case in sorted(set(cases))]
+def alarms(
+    cases: list[str], seconds: int, tree: Path = ROOT, awake: Mapping[str, str] | None = None
+) -> list[list[str]]:
+    """The rows of each case, this tree against HEAD. RuntimeError if something else went wrong."""
+    tests = [f"bench/test_base.py::{case}" for case in cases]
     command = [sys.executable, "-m", "pytest", *tests, "--base", "HEAD", f"--seconds={seconds}"]
-    done = subprocess.run(command, cwd=tree, env=os.environ | awake, capture_output=True, text=True)
-    rows = [line for line in done.stdout.splitlines() if line.split(" ")[0] in ORDER]
-    worse = [line for line in rows if line.startswith(FAIL)]
-    if done.returncode != bool(worse) or not rows:
+    done = subprocess.run(command, cwd=tree, env=os.environ | (awake or {}), capture_output=True, text=True)
+    said = [line for line in done.stdout.splitlines() if line.split(" ")[0] in ORDER]
+    rows = [[line for line in said if case.partition("[")[2][:-1] in line] for case in cases]
+    if done.returncode != any(line.startswith(FAIL) for line in said) or not all(rows):
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-1000:])
-    return bool(worse), rows
+    return rows
 
 
 def limits(found: int, of: int, error: float = 0.025) -> tuple[float, float]:
@@ -213,8 +225,8 @@ def table(trials: list[dict]) -> str:
     loads = sorted(t["load"] for t in trials)
     lines = [
         "# What the gate finds of what is planted\n",
-        f"`python -m bench.plants`, {days[0]} to {days[-1]}, on {'; '.join(machines)}, with a load of {loads[0]:.0f} to "
-        f"{loads[-1]:.0f}. The limits are those of Clopper and Pearson, 95%.\n",
+        f"`python -m bench.plants`, {days[0]} to {days[-1]}, on {'; '.join(machines)}, with a load of "
+        f"{loads[0]:.0f} to {loads[-1]:.0f}. The limits are those of Clopper and Pearson, 95%.\n",
         "| planted | alarms | of trials | probability of an alarm | a trial took, median |",
         "|---|---|---|---|---|",
     ]
@@ -237,28 +249,34 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="plants whose name contains TEXT")
     args = parser.parse_args()
     scratch()
-    plants = {f"+{share:.0%} in {name}": (plant, share) for name, plant in PLANTS.items() for share in (0.1, 0.05)}
-    plants = {name: p for name, p in (plants | {"memory twice": (MEMORY, 1)}).items() if args.only in name}
-    cases = sorted({plant.case for plant, _ in plants.values()})
-    wanted = [(i / args.times, name, [plant.case], {plant.key: str(share)})
-              for name, (plant, share) in plants.items() for i in range(args.times)]  # fmt: skip
-    wanted += [(i / args.unchanged, "nothing", [cases[i % len(cases)]], {}) for i in range(args.unchanged)]
-    trials, bad, end = (
-        json.loads(RESULTS.read_text()) if RESULTS.exists() else [],
-        0,
-        time.monotonic() + 60 * args.minutes,
-    )
-    for _, name, those, awake in sorted(wanted, key=lambda trial: trial[0]):
+    cases = sorted({plant.case for plant in (*PLANTS.values(), MEMORY)})
+    runs = [((i + 0.9) / args.unchanged, {case: case for case in cases}, {}) for i in range(args.unchanged)]
+    for i, apart, share in itertools.product(range(args.times), (False, True), (0.1, 0.05)):
+        those = {f"+{share:.0%} in {name}": plant for name, plant in PLANTS.items() if plant.apart == apart}
+        if not apart and share == 0.1:
+            those["memory twice"] = MEMORY
+        those = {name: plant for name, plant in those.items() if args.only in name}
+        awake = {plant.key: str(share) for plant in those.values()}
+        if those:
+            runs.append(((i + apart / 2) / args.times, {name: plant.case for name, plant in those.items()}, awake))
+    trials, bad = json.loads(RESULTS.read_text()) if RESULTS.exists() else [], 0
+    end = time.monotonic() + 60 * args.minutes
+    for _, those, awake in sorted(runs, key=lambda run: run[0]):
         if (began := time.monotonic()) > end:
             break
-        found, rows = alarm(those, args.seconds, SCRATCH if awake else ROOT, **awake)
-        trials.append({
+        found = alarms(list(those.values()), args.seconds, SCRATCH if awake else ROOT, awake)
+        about = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "planted": name, "alarm": found, "rows": rows, "seconds": round(time.monotonic() - began),
-            "load": round(os.getloadavg()[0], 1), "machine": f"{os.cpu_count()} cores, {machine()}",
-        })  # fmt: skip
-        bad += found != bool(awake)
-        print(name, *rows, sep="\n  ", flush=True)
+            "seconds": round((time.monotonic() - began) / len(those)),
+            "load": round(os.getloadavg()[0], 1),
+            "machine": machine(),
+        }
+        for (name, _), rows in zip(those.items(), found, strict=True):
+            alarm = any(row.startswith(FAIL) for row in rows)
+            planted = name if awake else "nothing"
+            trials.append({"planted": planted, "alarm": alarm, "rows": rows} | about)
+            bad += alarm != bool(awake)
+            print(planted, *rows, sep="\n  ", flush=True)
         RESULTS.write_text(json.dumps(trials, indent=1) + "\n")
         RESULTS.with_suffix(".md").write_text(table(trials))
     return int(bool(bad))
@@ -267,7 +285,7 @@ def main() -> int:
 def machine() -> str:
     from bench.common import about
 
-    return about()["device"]
+    return f"{os.cpu_count()} cores of {about()['device']}"
 
 
 if __name__ == "__main__":
