@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from bench.trees import ROOT, run
 from bench.verdicts import FAIL, ORDER
