@@ -21,7 +21,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from bench.common import about as device
 from bench.trees import ROOT, run
+from bench.trials import table
 from bench.verdicts import FAIL, ORDER
 
 SCRATCH = ROOT / "build" / "plants"
@@ -154,7 +156,9 @@ PLANTS = {
     ),
 }
 PACKED = "        self._packed()\n        self.model,"
-TWICE = "        self._twice = b'1' * (self.graph.native.bytes() if 'KEY' in __import__('os').environ else 0)\n"
+TWICE = (
+    "        self._twice = b'1' * (self.graph.native.bytes() if float(__import__('os').environ.get('KEY', 0)) else 0)\n"
+)
 MEMORY = Plant(
     "SGM_PLANT_MEMORY",
     "sgm_engine/executors/native/executor.py",
@@ -172,6 +176,13 @@ def edited(plant: Plant, text: str) -> str:
     return text
 
 
+def woken(package: str, shares: Mapping[str, str]) -> str:
+    """sgm_engine/__init__.py with the plants of ``shares`` awake, by key, and all others asleep, whatever a parent's
+    environment says."""
+    shares = {plant.key: shares.get(plant.key, "0") for plant in (*PLANTS.values(), MEMORY)}
+    return package.replace('"""\n', f'"""\n__import__("os").environ.update({shares})\n', 1)
+
+
 def scratch() -> None:
     """The clone: a commit on HEAD with every plant in it."""
     if not SCRATCH.exists():
@@ -186,6 +197,8 @@ def scratch() -> None:
     for file, (text, when) in before.items():
         if file.read_text() == text:  # nothing to build
             os.utime(file, ns=(when, when))
+    package = SCRATCH / "sgm_engine" / "__init__.py"
+    package.write_text(woken(package.read_text(), {}))
     run("git", "-c", "user.name=bench", "-c", "user.email=@", "commit", "-qam", "Plants, asleep", cwd=SCRATCH)
 
 
@@ -196,7 +209,7 @@ def alarms(cases: list[str], seconds: int, awake: Mapping[str, str]) -> list[lis
     package = SCRATCH / "sgm_engine" / "__init__.py"
     asleep = package.read_text()
     try:
-        package.write_text(asleep.replace('"""\n', f'"""\n__import__("os").environ.update({dict(awake)})\n', 1))
+        package.write_text(woken((ROOT / "sgm_engine" / "__init__.py").read_text(), awake))
         done = subprocess.run(command, cwd=SCRATCH, capture_output=True, text=True)
     finally:
         package.write_text(asleep)
@@ -205,40 +218,6 @@ def alarms(cases: list[str], seconds: int, awake: Mapping[str, str]) -> list[lis
     if done.returncode != any(line.startswith(FAIL) for line in said) or not all(rows):
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-1000:])
     return rows
-
-
-def limits(found: int, of: int, error: float = 0.025) -> tuple[float, float]:
-    """Clopper and Pearson's, 95%, of the probability that ``found`` of ``of`` shows."""
-
-    def at_least(k: int, p: float) -> float:
-        return sum(math.comb(of, j) * p**j * (1 - p) ** (of - j) for j in range(k, of + 1))
-
-    def solve(k: int, wanted: float) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if at_least(k, middle) < wanted else (low, middle)
-        return low
-
-    return solve(found, error) if found else 0.0, solve(found + 1, 1 - error) if found < of else 1.0
-
-
-def table(trials: list[dict]) -> str:
-    days, machines = sorted({t["date"][:10] for t in trials}), sorted({t["machine"] for t in trials})
-    loads = sorted(t["load"] for t in trials)
-    lines = [
-        "# What the gate finds of what is planted\n",
-        f"`python -m bench.plants`, {days[0]} to {days[-1]}, on {'; '.join(machines)}, with a load of "
-        f"{loads[0]:.0f} to {loads[-1]:.0f}. The limits are those of Clopper and Pearson, 95%.\n",
-        "| planted | alarms | of trials | probability of an alarm | a trial took, median |",
-        "|---|---|---|---|---|",
-    ]
-    for name in dict.fromkeys(t["planted"] for t in trials):
-        those = [t for t in trials if t["planted"] == name]
-        found, took = sum(t["alarm"] for t in those), sorted(t["seconds"] for t in those)[len(those) // 2]
-        low, high = limits(found, len(those))
-        lines.append(f"| {name} | {found} | {len(those)} | {low:.2f} to {high:.2f} | {took:.0f} s |")
-    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -274,7 +253,7 @@ def main() -> int:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "seconds": round((time.monotonic() - began) / len(those)),
             "load": round(os.getloadavg()[0], 1),
-            "machine": machine(),
+            "machine": f"{os.cpu_count()} cores of {device()['device']}",
         }
         for (name, _), rows in zip(those.items(), found, strict=True):
             alarm = any(row.startswith(FAIL) for row in rows)
@@ -285,12 +264,6 @@ def main() -> int:
         RESULTS.write_text(json.dumps(trials, indent=1) + "\n")
         RESULTS.with_suffix(".md").write_text(table(trials))
     return int(bool(bad))
-
-
-def machine() -> str:
-    from bench.common import about
-
-    return f"{os.cpu_count()} cores of {about()['device']}"
 
 
 if __name__ == "__main__":
