@@ -56,6 +56,7 @@ static void direct_phase(const Run& run, const Layer& layer, const Conv& conv, c
   const T* src = (const T*)run.workspace.padded + image * p.image() + conv.first[block];
   float* const target = run.data(layer.output, image);
   float* const kept = conv.up == 1 ? run.moments(layer.output, image) : nullptr;
+  const int64_t next = (int64_t)kLeastRows * taken * conv.up * out.padded;  // from an output to that of the next group
   alignas(64) float result[kAccumulators * kWidth];
   for (int g = 0; g < groups; g += taken) {
     const int begin = boundary(g), end = boundary(g + taken);
@@ -82,8 +83,13 @@ static void direct_phase(const Run& run, const Layer& layer, const Conv& conv, c
       const Vec bias = load(conv.bias + run.bias_row(conv, image) + k);
       for (int i = 0; i < end - begin; i++) {
         Vec v = load(result + i * width + j * kWidth) + bias;
-        for (int a = 0; a < 2; a++)
-          if (layer.add[a] >= 0) v += load(run.data(layer.add[a], image) + at[i] + k) * layer.add_scale[a];
+        for (int a = 0; a < 2; a++) {
+          if (layer.add[a] < 0) continue;
+          const float* const add = run.data(layer.add[a], image) + at[i] + k;
+          __builtin_prefetch(add + next);
+          v += load(add) * layer.add_scale[a];
+        }
+        __builtin_prefetch(target + at[i] + k + next, 1);
         store(target + at[i] + k, v);
       }
       if (!kept) continue;
