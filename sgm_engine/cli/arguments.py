@@ -14,14 +14,14 @@ from sgm_engine.outputs.sample_ids import SampleIds
 
 PLANS = ("annealed_langevin", "consistent_annealed", "reverse_diffusion", "ancestral", "ddim")
 SAMPLERS = ("ancestral", "reverse_diffusion", "ddim", "euler", "heun", "dpm_solver_2m", "sde_dpm_solver_2m",
-            "predictor_corrector")  # fmt: skip
+            "sa_solver", "predictor_corrector")  # fmt: skip
 SCHEDULES = ("geometric", "karras", "linear", "cosine")
 EXECUTORS = ("auto", "eager", "native", "hybrid", "graph")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "direct")
 FORMATS = ("png", "npz", "safetensors", "webdataset")
 STREAM = "-"  # standard output
 QUALITIES = ("draft", "good", "best")
-PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta")
+PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta", "tau")
 MAX_SEED, MAX_ID, MAX_BATCH = 2**64, 2**56, 2**31  # each the first that is too large
 
 

@@ -94,6 +94,7 @@ def register(commands) -> None:
     )
     add("--denoise", action=yes_no, help="end with x + σ²·s, a step without noise")
     add("--eta", type=float, metavar="X", help="of consistent_annealed (1: afresh), ddim (0–1), ancestral (2 churns)")
+    add("--tau", type=float, metavar="X", help="of sa_solver: noise, in units of the reverse diffusion's (default: 1)")
 
     add = p.add_argument_group("execution").add_argument
     add("--batch", type=at_least(1, MAX_BATCH), metavar="N",
