@@ -12,7 +12,8 @@ from sgm_engine.models.multi_sample import MultiSampleConfig
 
 def with_class(config, class_labels: int | None, guidance: float | None):
     if not isinstance(config, (FamilyConfig, CDMConfig)):
-        raise CheckpointError(f"has no classes, so class_labels {class_labels} means nothing")
+        given = f"guidance {guidance}" if class_labels is None else f"class_labels {class_labels}"
+        raise CheckpointError(f"has no classes, so {given} means nothing")
     if guidance is not None and not isinstance(config, CDMConfig):
         raise CheckpointError(f"is guided from Python, by sgm_engine.classifier_free: leave out guidance {guidance:g}")
     changes = {"class_label": class_labels, "guidance": guidance}
