@@ -51,7 +51,9 @@ def register(commands) -> None:
         help="of the flow's steps, per dimension (default: 0.01)")  # fmt: skip
     add("--neighbours", type=at_least(1), default=5, metavar="K", help="of precision to coverage (default: 5)")
     add("--replicates", type=at_least(2), default=200, metavar="N", help="of each bootstrap (default: 200)")
-    add("--json", metavar="PATH", help="write the report there as well")
+    add("--json", metavar="PATH", help="write the report there as well, with each sample's nearest training image")
+    add("--copies", metavar="PNG",
+        help="draw the samples that lie nearest to training images there, each above its image")  # fmt: skip
     group = p.add_argument_group("if samples are to be drawn")
     add = group.add_argument
     add("--plan", metavar="PLAN", help="a plan's JSON file, or the name of one (default: what the weights recommend)")
@@ -73,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
         from sgm_engine.files.writing import check_writable, write_file
         from sgm_engine.models.conditioning import conditioned
 
-        if args.json:
-            check_writable(Path(args.json))
+        for path in filter(None, (args.json, args.copies)):
+            check_writable(Path(path))
         metrics, extra = _metrics(args, e.METRICS)
         open_set = partial(open_images, data_range=args.data_range)
         reference_set = open_set(args.reference)
@@ -111,13 +113,24 @@ def run(args: argparse.Namespace) -> int:
             _likelihoods(args, own, [reference_set, *sets[: args.nll and bool(args.samples)]], report)
         if "copies" in extra:
             found = e.copies(samples, reference, training.blocks(1024))
-            report.notes["distance to the nearest training image"] = {k: v for k, v in found.items() if k != "nearest"}
+            near = {name: found.pop(name) for name in ("nearest", "distance")}
+            report.details["nearest training images"] = near
+            report.notes["distance to the nearest training image"] = found
+            if args.copies:
+                _draw_pairs(Path(args.copies), e.pairs(samples, reference, training.blocks(1024), near))
         if lost:
             report.notes["diverged and left out"] = f"{len(lost)}, such as {lost[0]}"
         if args.json:
             write_file(Path(args.json), report.to_json())
     print(report.table())
     return DONE
+
+
+def _draw_pairs(path: Path, images) -> None:
+    """images uint8 [2n, H, W, C]: n above n."""
+    from sgm_engine.outputs.images import grid, save_png
+
+    save_png(path, grid(images, columns=len(images) // 2))
 
 
 def _likelihoods(args: argparse.Namespace, model, sets: list, report) -> None:
@@ -141,6 +154,8 @@ def _likelihoods(args: argparse.Namespace, model, sets: list, report) -> None:
 
 def _metrics(args: argparse.Namespace, known: tuple[str, ...]) -> tuple[list[str] | None, list[str]]:
     """(those of evaluate, or None for its default; the others)."""
+    if args.copies and not (args.training and (args.metrics is None or "copies" in args.metrics)):
+        raise ValueError("argument --copies: pass --training, and copies among --metrics if those are named")
     if args.metrics is None:
         return None, ["copies"] if args.training else []
     asked = [m.strip() for m in args.metrics.split(",")]

@@ -102,7 +102,8 @@ class Row:
 
 @dataclass
 class Report:
-    """samples, reference, features: what was compared, in which features; rows: the figures; notes: everything else."""
+    """samples, reference, features: what was compared, in which features; rows: the figures; notes: everything else;
+    details: what only the JSON has."""
 
     samples: str
     n: int
@@ -111,6 +112,7 @@ class Report:
     features: str
     rows: list[Row]
     notes: dict[str, object] = field(default_factory=dict)
+    details: dict[str, object] = field(default_factory=dict)
 
     def to_json(self) -> str:
         content = asdict(self)
@@ -210,7 +212,8 @@ def copies(samples: Summary, reference: Summary, training: Iterable[Tensor]) -> 
     samples and of as many reference images, which were not trained on and so cannot be copies.
 
     training: blocks of uint8 [b, C, H, W], read once. closer: the share of samples nearer to a training image than
-    99% of the reference images are; 1% is what no copying looks like.
+    99% of the reference images are; 1% is what no copying looks like. nearest, distance: of each sample, in the order
+    of ``samples.images.rows(min(samples.n, reference.n))``, the number of its nearest training image and how far it is.
     """
     x, y = (s.images.rows(min(samples.n, reference.n)) for s in (samples, reference))
     both = np.concatenate([x, y]).reshape(len(x) + len(y), -1) / 255
@@ -221,7 +224,23 @@ def copies(samples: Summary, reference: Summary, training: Iterable[Tensor]) -> 
         "reference": _quantiles(theirs),
         "closer": round(float((mine < np.quantile(theirs, 0.01)).mean()), 4),
         "nearest": index[: len(x)].tolist(),
+        "distance": np.round(mine, 4).tolist(),
     }
+
+
+def pairs(samples: Summary, reference: Summary, training: Iterable[Tensor], found: dict, count: int = 16) -> np.ndarray:
+    """The ``count`` samples that lie nearest to training images, then those images in the same order.
+
+    found: of ``copies`` of the same sets. uint8 [2·count, H, W, C], the nearest first; count falls to what there is.
+    """
+    rows = samples.images.rows(min(samples.n, reference.n))
+    order = np.argsort(found["distance"], kind="stable")[:count]
+    wanted = [found["nearest"][i] for i in order]
+    images, start = {}, 0
+    for block in training:
+        images |= {i: block[i - start].numpy() for i in wanted if start <= i < start + len(block)}
+        start += len(block)
+    return np.stack([*rows[order], *(images[i] for i in wanted)]).transpose(0, 2, 3, 1)
 
 
 def bits_per_dimension(

@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 
 from sgm_engine.evaluation.distances import mmd, sliced_wasserstein
-from sgm_engine.evaluation.evaluate import METRICS, Reservoir, Summary, copies, evaluate, summarise
+from sgm_engine.evaluation.evaluate import METRICS, Reservoir, Summary, copies, evaluate, pairs, summarise
 from sgm_engine.evaluation.features import Extractor, pixels
 
 
@@ -55,6 +55,11 @@ def test_copies_are_found_and_strangers_are_not():
     found = copies(summaries[2], summaries[0], training.split(64))
     assert found["closer"] == 1 and found["nearest"] == list(range(100)) and found["samples"]["median"] < 0.01
     assert fresh["closer"] < 0.1
+    found["distance"][7] = 0.0  # the nearest of all
+    drawn = pairs(summaries[2], summaries[0], training.split(64), found, 3)
+    assert drawn.shape == (6, *training.shape[2:], training.shape[1])
+    np.testing.assert_array_equal(drawn[0], stolen[7].permute(1, 2, 0))
+    np.testing.assert_array_equal(drawn[3], training[7].permute(1, 2, 0))
 
 
 def test_evaluate_refuses_what_it_cannot_measure():

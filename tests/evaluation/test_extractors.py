@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sgm_engine import Engine, load_bundled
 from sgm_engine.data.sets import from_array, open_images
@@ -136,7 +137,8 @@ def test_eval_measures_files_and_writes_json(evaluate, mnist, tmp_path):
     x = open_images(mnist).all().permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "a.npz", arr_0=x[:15])
     np.savez(tmp_path / "b.npz", arr_0=255 - x[:15])
-    done = evaluate("a.npz", "--features", "classifier:c.safetensors", "--json", "r.json", "--against", "b.npz")
+    done = evaluate("a.npz", "--features", "classifier:c.safetensors", "--json", "r.json", "--against", "b.npz",
+        "--copies", "pairs.png")  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "r.json").read_text())
     rows = {row["metric"]: row for row in report["rows"]}
@@ -147,6 +149,14 @@ def test_eval_measures_files_and_writes_json(evaluate, mnist, tmp_path):
     assert " ± " in report["notes"]["classifier score of ten parts"]
     assert report["n"] == 15 and "FID" not in done.stdout and all(name in done.stdout for name in rows)
     assert report["notes"]["distance to the nearest training image"]["samples"]["median"] == 0  # they are copies
+    near = report["details"]["nearest training images"]
+    assert (
+        near["nearest"] == list(range(15))
+        and near["distance"] == [0] * 15
+        and "nearest training images" not in done.stdout
+    )
+    above, below = np.split(np.asarray(Image.open(tmp_path / "pairs.png"))[2:], 2)
+    np.testing.assert_array_equal(above, below)
 
 
 def test_eval_draws_its_own_samples(evaluate, tiny_weights, tmp_path):
@@ -162,6 +172,7 @@ BAD = [
     (["absent.npz"], ["absent.npz"]),
     (["wrong.npz"], ["one shape", "(3, 6, 5)"]),
     (["good.npz", "--metrics", "beauty"], ["metrics", "beauty"]),
+    (["good.npz", "--metrics", "frechet", "--copies", "x.png"], ["--copies", "copies among --metrics"]),
     (["good.npz", "--metrics", "score"], ["score", "classes"]),
     (["good.npz", "--metrics", "nll", "--nll-images", "0"], ["--nll-images", "at least 1"]),
     (["good.npz", "--nll", "--nll-tolerance", "0"], ["--nll-tolerance", "positive"]),

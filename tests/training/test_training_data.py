@@ -53,6 +53,19 @@ def test_folder_of_pictures(tmp_path):
     assert images.shape == (2, 3, 8, 8) and (images[1] == 7).all()
 
 
+def test_a_size_that_divides_takes_means_of_blocks(tmp_path):
+    images = np.random.default_rng(1).integers(0, 256, (3, 1, 6, 6), dtype=np.uint8)
+    np.save(tmp_path / "train.npy", images)
+    (tmp_path / "idx").mkdir()
+    (tmp_path / "idx" / "train-images-idx3-ubyte").write_bytes(idx(images[:, 0]))
+    mean = np.array([[[[block.mean() for block in np.split(row, 3, 1)] for row in np.split(x[0], 3)]] for x in images])
+    for data in (tmp_path, tmp_path / "idx"):
+        np.testing.assert_array_equal(load_images(data, size=3), np.floor(mean + 0.5))
+        np.testing.assert_array_equal(load_images(data, size=6), images)
+        with pytest.raises(ValueError, match="image_size must divide the side of images of 6×6, got 4"):
+            load_images(data, size=4)
+
+
 BAD = {
     "not an IDX": ("train-images-idx3-ubyte", b"\0\0\x0d\x03" + b"\0" * 20, "not an IDX file"),
     "truncated": ("train-images-idx3-ubyte", idx(GREY[:, 0])[:-1], "truncated or damaged"),
@@ -167,7 +180,7 @@ def test_largest_distance():
     flat = images.reshape(1203, -1) / 255
     exact = max(((flat[i] - flat) ** 2).sum(1).max() for i in range(1203)) ** 0.5
     assert largest_distance(images) == pytest.approx(exact, rel=1e-5)
-    assert largest_distance(images, limit=300) <= exact
+    assert largest_distance(images, limit=300) <= exact * (1 + 1e-5)  # of fewer images, in float32
 
 
 def test_advice_of_the_command(sgm, tmp_path):
