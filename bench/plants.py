@@ -32,7 +32,7 @@ CPP = """
 #include <stdlib.h>
 #include <time.h>
 namespace {
-struct Planted {
+struct KEY {
   static double now() {
     timespec t;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
@@ -42,7 +42,7 @@ struct Planted {
   static inline int calls = 0;
   const bool pays = share > 0 && ++calls % EVERY == 0;
   const double began = pays ? now() : 0;
-  ~Planted() {
+  ~KEY() {
     if (!pays) return;
     const double end = now() + EVERY * share * (now() - began);
     while (now() < end) {
@@ -95,7 +95,7 @@ class Plant:
 
 
 def cpp(key: str, file: str, include: str, function: str, case: str, **options) -> Plant:
-    edits = (include, include + CPP), (function, f"{function}\n  const Planted planted;")
+    edits = (include, include + CPP), (function, f"{function}\n  const KEY planted;")
     return Plant(key, file, edits, case, **options)
 
 
