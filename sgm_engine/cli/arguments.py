@@ -142,6 +142,7 @@ def add_weights(add: Callable) -> None:
     add("--data-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="of the data, the network's and that of floating point images, where no file says it: -1 1")  # fmt: skip
     add("--class-labels", type=at_least(0), metavar="N", help="the class to draw, of a network with classes")
+    add("--guidance", type=positive, metavar="W", help="towards that class, without a classifier; 1: none (of a CDM)")
     add("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)")
 
 

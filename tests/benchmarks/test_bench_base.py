@@ -3,13 +3,14 @@
 import itertools
 import json
 import math
+import os
 import random
 import statistics
 import subprocess
 
 import pytest
 
-from bench import history, instructions, plants, registers, trees, verdicts
+from bench import history, instructions, plants, registers, trees, trials, verdicts
 from bench.compare import ABOVE, BELOW, LIVES, CannotRun, Row, Tree, command, counted, decide, environment, more, rounds
 from bench.sequential import bounds, evidence, needed
 
@@ -271,11 +272,20 @@ def test_plants_still_fit(name):
         plants.edited(plant, "")
 
 
+def test_a_plant_wakes_in_one_tree_only(monkeypatch):
+    """The process that starts both trees imports the woken package itself."""
+    for plant in (*plants.PLANTS.values(), plants.MEMORY):
+        monkeypatch.setenv(plant.key, "0.1")
+    for shares, norm in (({}, "0"), ({"SGM_PLANT_NORM": "0.05"}, "0.05")):
+        exec(plants.woken('"""Title."""\n', shares))
+        assert (os.environ["SGM_PLANT_NORM"], os.environ["SGM_PLANT_PACK"]) == (norm, "0")
+
+
 def test_limits_of_a_probability():
     """Of Clopper and Pearson: 20 of 20 and 0 of 50 have 0.025^(1/n) for the one that is not 0 or 1."""
-    assert plants.limits(20, 20) == pytest.approx((0.025 ** (1 / 20), 1))
-    assert plants.limits(0, 50) == pytest.approx((0, 1 - 0.025 ** (1 / 50)))
-    assert plants.limits(2, 10) == pytest.approx((0.02521, 0.55610), abs=1e-4)
+    assert trials.limits(20, 20) == pytest.approx((0.025 ** (1 / 20), 1))
+    assert trials.limits(0, 50) == pytest.approx((0, 1 - 0.025 ** (1 / 50)))
+    assert trials.limits(2, 10) == pytest.approx((0.02521, 0.55610), abs=1e-4)
 
 
 def test_a_recorded_network_runs_without_pytorch(tmp_path):
