@@ -37,12 +37,19 @@ ISAS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-    ISAS |= {"avx2": avx2, "avx512": avx512, "avx512_bf16": [*avx512, "-mavx512bf16"]}
+    ISAS |= {"avx2": avx2, "avx512": avx512, "avx512_bf16": [*avx512, "-mavx512bf16", "-DSGM_AVX512_BF16"]}
+NO_BF16 = ("digest", "update")  # files of csrc/cpu to which the last of these is no use: SGM_DECLARE_UP_TO_AVX512
 CUDA_ARCHS = (80, 90, 100, 120)  # plus PTX of 90 for whatever comes between and after
 
 
 def contraction(source: Path) -> str:
     return "-ffp-contract=off" if source.name.startswith(EXACT) else "-ffp-contract=fast"
+
+
+def isas(source: Path) -> dict[str, list[str]]:
+    """The instruction sets that a file of csrc/cpu is compiled for, with their flags."""
+    plain = source.name.startswith(NO_BF16)
+    return {isa: flags for isa, flags in ISAS.items() if not (plain and isa == "avx512_bf16")}
 
 
 def find_nvcc() -> str | None:
@@ -115,13 +122,13 @@ def ninja_command() -> list[str]:
         raise SystemExit("no ninja: pip install ninja") from None
 
 
-def together(folder: Path, sources: list[Path]) -> Path:
-    """One file that includes them: pybind11's headers are most of what they take to compile, and no loop is hot."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unit, text = folder / "bindings.cpp", "".join(f'#include "{source}"\n' for source in sources)
+def together(ninja: Ninja, name: str, sources: list[Path], flags: str) -> Path:
+    """One object of files that share headers, which take longer to compile than what is in the files."""
+    ninja.folder.mkdir(parents=True, exist_ok=True)
+    unit, text = ninja.folder / f"{name}.cpp", "".join(f'#include "{source}"\n' for source in sources)
     if not unit.is_file() or unit.read_text() != text:
         unit.write_text(text)
-    return unit
+    return ninja.edge("cxx", ninja.folder / f"{name}.o", [unit], flags=flags)
 
 
 def build_cpu(ninja: Ninja, module: Path) -> None:
@@ -141,19 +148,22 @@ def build_cpu(ninja: Ninja, module: Path) -> None:
         f"{cxx} -shared {python_later} -pthread $in -o $out.new {os.environ.get('LDFLAGS', '')} && mv -f $out.new $out"
     )
     ninja.rule("link", link, deps=False)
-    bindings = [source for source in sorted(CSRC.rglob("*.cpp")) if source.name.startswith("binding")]
+    sources = sorted(CSRC.rglob("*.cpp"))
+    bindings = [s for s in sources if s.name.startswith("binding")]
+    packs = [s for s in sources if s.name == "pack.cpp"]  # loops over weights
+    kernels = [s for s in sources if s.stem.endswith("_isa")]
+    rest = [s for s in sources if s not in bindings + packs + kernels]
     objects = [
-        ninja.edge("cxx", ninja.folder / "bindings.o", [together(ninja.folder, bindings)], flags=f"{python} -O1")
+        together(ninja, "bindings", bindings, f"{python} -O1"),
+        together(ninja, "packs", packs, "-ffp-contract=fast"),
+        together(ninja, "rest", rest, "-ffp-contract=off -O1"),
     ]
-    for source in sorted(set(CSRC.rglob("*.cpp")) - set(bindings)):
+    for source in kernels:
         name = str(source.relative_to(CSRC)).replace("/", ".")
-        if source.stem.endswith("_isa"):
-            for isa, flags in ISAS.items():
-                quiet = ["-Wno-psabi", "-Wno-maybe-uninitialized"]  # GCC 12's AVX-512 headers trip the second
-                variant = " ".join([contraction(source), *flags, f"-DSGM_ISA={isa}", *quiet])
-                objects.append(ninja.edge("cxx", ninja.folder / f"{name}.{isa}.o", [source], flags=variant))
-        else:
-            objects.append(ninja.edge("cxx", ninja.folder / f"{name}.o", [source], flags=contraction(source)))
+        for isa, flags in isas(source).items():
+            quiet = ["-Wno-psabi", "-Wno-maybe-uninitialized"]  # GCC 12's AVX-512 headers trip the second
+            variant = " ".join([contraction(source), *flags, f"-DSGM_ISA={isa}", *quiet])
+            objects.append(ninja.edge("cxx", ninja.folder / f"{name}.{isa}.o", [source], flags=variant))
     ninja.edge("link", module, objects)
 
 

@@ -1,16 +1,17 @@
 """One workload of two trees, in live processes that take turns, until it is clear whether this tree is slower.
 
-A round: each tree starts a fresh process, which sets the workload up; then they take five pairs of turns or more, in an
-order drawn anew for each pair. Its figure is the median of the pairs' ratios, this tree's time over the base's. Where
-its memory lies makes a process some per cent faster or slower for as long as it lives: a round is one observation.
-Rounds go on until the bounds of bench.sequential decide: SLOWER, the median ratio lies above 1.02 (wrong once in a
-thousand), and again with other live processes; ok, it lies below 1.05 (wrong 3 times in a hundred); undecided, the time
-is over.
+A round: each tree starts a fresh process, which sets the workload up; then they take five pairs of turns or more (three
+of long ones), in an order drawn anew for each pair. Its figure is the median of the pairs' ratios, this tree's time
+over the base's. Where its memory lies makes a process some per cent faster or slower for as long as it lives, and no
+number of pairs removes that: a round is one observation. Its processes are forks of live ones, replaced after four.
+Rounds go on until the bounds of bench.sequential decide: SLOWER, the median ratio lies above 1.015 (wrong twice in a
+thousand); ok, it lies below 1.035 (wrong once in a hundred); undecided, the time is over.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,8 @@ from bench.counts import COUNTS
 from bench.sequential import bounds
 from bench.workloads import WORKLOADS
 
-ABOVE, BELOW = (1.02, 0.001), (1.05, 0.03)  # the ratio, and how often its bound may be wrong
+ABOVE, BELOW = (1.015, 0.002), (1.035, 0.01)  # the ratio, and how often its bound may be wrong
+LIVES = 4  # rounds of a live process
 PAIRS, TURN, SECONDS, STUCK = (5, 25), 0.04, 55.0, 240.0  # pairs: at least, at most
 FAIL = ("SLOWER", "MORE")
 NOT_COMPARED = 77  # exit code: something other than speed stood in the way
@@ -88,14 +90,15 @@ class Tree:
     def __init__(self, root: Path, whose: str):
         self.root, self.whose = root, whose
         self.start()
+        self.answer()
 
     def start(self) -> None:
+        """Without waiting until it is ready, which is its first answer."""
         self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in ``close``
         self.process = subprocess.Popen(
             command("worker", self.root), env=environment(self.root), cwd=self.root, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints, start_new_session=True,
         )  # fmt: skip
-        self.answer()
 
     def say(self, line: object) -> None:
         with contextlib.suppress(BrokenPipeError):  # ``answer`` says why
@@ -144,12 +147,21 @@ class Tree:
 Round = tuple[float, list[float], list[float]]  # its ratio; seconds a call of base and of this tree
 
 
+def renew(both: Sequence[Tree]) -> None:
+    for tree in both:
+        tree.close()
+    for tree in both:
+        tree.start()
+    for tree in both:
+        tree.answer()
+
+
 def rounds(base: Tree, head: Tree, name: str) -> Iterator[Round]:
     """Rounds of a workload without end; a pair is one where each call starts a process anyway. CannotRun."""
     both, calls, alone = (base, head), 0, WORKLOADS[name].clock == "children"
-    while True:
+    for number in itertools.count(1):
         began = time.monotonic()
-        for tree in both:
+        for tree in random.sample(both, 2):
             tree.say(name)
         first, refusals = [], []
         for tree in both:
@@ -163,7 +175,8 @@ def rounds(base: Tree, head: Tree, name: str) -> Iterator[Round]:
             calls = calls or max(1, round(TURN / max(seconds for _, seconds in first)))
             pairs: list[tuple[float, float]] = []
             ready = time.monotonic()
-            while len(pairs) < PAIRS[0] or (len(pairs) < PAIRS[1] and time.monotonic() < 2 * ready - began):
+            least = PAIRS[0] if calls > 1 else 3
+            while len(pairs) < least or (len(pairs) < PAIRS[1] and time.monotonic() < 2 * ready - began):
                 turns = {i: both[i].turn(calls) for i in random.sample((0, 1), 2)}
                 pairs.append((turns[0], turns[1]))
                 if alone:
@@ -173,10 +186,12 @@ def rounds(base: Tree, head: Tree, name: str) -> Iterator[Round]:
                 tree.say("")
         if not alone:
             yield statistics.median(b / a for a, b in pairs), *map(list, zip(*pairs, strict=True))
+        if number % LIVES == 0:
+            renew(both)
 
 
 def decide(found: Iterator[Round], seconds: float = SECONDS, clock: Callable[[], float] = time.monotonic) -> Row:
-    """Takes rounds until the median ratio is known to lie above 1.02 or below 1.05, or the time is over."""
+    """Takes rounds until the median ratio is known to lie above 1.015 or below 1.035, or the time is over."""
     ratios, base, head, end = [], [], [], clock() + seconds
     while True:
         ratio, before, after = next(found)
@@ -189,30 +204,18 @@ def decide(found: Iterator[Round], seconds: float = SECONDS, clock: Callable[[],
 
 
 def compare(base: Tree, head: Tree, name: str, seconds: float = SECONDS) -> Row:
-    """The row of a workload; "new" if only the base cannot run it. CannotRun if this tree cannot.
-
-    SLOWER is only what other live processes find slower too: their children share what lies where in the parent.
-    """
-    first = None
-    while True:
-        found = rounds(base, head, name)
-        try:
-            row = decide(found, seconds)
-        except CannotRun as why:
-            if str(why).startswith(head.whose):
-                raise
-            return Row(name, "new", str(why))
-        finally:
-            found.close()
-        row.name = name
-        if first is not None:
-            row.note += f", {first.ratio:.3f} in {first.note} before"
-        if first is not None or row.verdict != "SLOWER":
-            return row
-        first = row
-        for tree in (base, head):
-            tree.close()
-            tree.start()
+    """The row of a workload; "new" if only the base cannot run it. CannotRun if this tree cannot."""
+    found = rounds(base, head, name)
+    try:
+        row = decide(found, seconds)
+    except CannotRun as why:
+        if str(why).startswith(head.whose):
+            raise
+        return Row(name, "new", str(why))
+    finally:
+        found.close()
+    row.name = name
+    return row
 
 
 def more(name: str, before: Mapping[str, int], after: Mapping[str, int], most: float) -> list[Row]:

@@ -5,6 +5,9 @@
 //   foo_isa.cpp   namespace sgm::SGM_ISA { void foo(float* x, int64_t n) { … } }
 //   caller        SGM_PICK(foo)(x, n)
 //
+// SGM_DECLARE_UP_TO_AVX512 in place of the first: what AVX512_BF16 adds is of no use to foo, and avx512 serves there
+// (setup.py, NO_BF16).
+//
 // An inline function or template that is not in sgm::SGM_ISA (std::vector included) must not reach such a file's object:
 // the linker keeps one copy of it, perhaps the AVX-512 one, for everybody. tests/test_build.py looks for that.
 // SGM_GENERIC_ONLY leaves one set, as on other processors, for builds that have to be quick.
@@ -38,6 +41,11 @@ void set_isa(const char* isa_name);  // for tests; throws std::invalid_argument
   namespace avx2 { result function arguments; }          \
   namespace avx512 { result function arguments; }        \
   namespace avx512_bf16 { result function arguments; }
+#define SGM_DECLARE_UP_TO_AVX512(result, function, arguments) \
+  namespace generic { result function arguments; }            \
+  namespace avx2 { result function arguments; }               \
+  namespace avx512 { result function arguments; }             \
+  namespace avx512_bf16 { using avx512::function; }
 #define SGM_PICK(function)                                                                                    \
   ([]() -> decltype(&::sgm::generic::function) {                                                              \
     constexpr decltype(&::sgm::generic::function) table[] = {                                                 \
@@ -47,5 +55,6 @@ void set_isa(const char* isa_name);  // for tests; throws std::invalid_argument
 #else
 #define SGM_DECLARE_PER_ISA(result, function, arguments) \
   namespace generic { result function arguments; }
+#define SGM_DECLARE_UP_TO_AVX512 SGM_DECLARE_PER_ISA
 #define SGM_PICK(function) (&::sgm::generic::function)
 #endif

@@ -69,10 +69,10 @@ void noise_fill(const NoiseFill& fill);
 // A sample's work comes in pieces; pieces of all samples are numbered through: sample = piece / pieces_per_sample.
 int64_t update_pieces(const Update& update);
 int64_t noise_pieces(const NoiseFill& fill);
-SGM_DECLARE_PER_ISA(void, update_range, (const Update& update, int64_t begin, int64_t end))
-SGM_DECLARE_PER_ISA(void, noise_range, (const NoiseFill& fill, int64_t begin, int64_t end))
+SGM_DECLARE_UP_TO_AVX512(void, update_range, (const Update& update, int64_t begin, int64_t end))
+SGM_DECLARE_UP_TO_AVX512(void, noise_range, (const NoiseFill& fill, int64_t begin, int64_t end))
 
 // n counters and keys, planes [4, n] and [2, n], to words [4, n]; for tests.
-SGM_DECLARE_PER_ISA(void, philox_range, (const uint32_t* counter, const uint32_t* key, uint32_t* words, int64_t n))
+SGM_DECLARE_UP_TO_AVX512(void, philox_range, (const uint32_t* counter, const uint32_t* key, uint32_t* words, int64_t n))
 
 }  // namespace sgm

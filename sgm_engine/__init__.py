@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         heun,
         plan_of_nfe,
         predictor_corrector,
+        sa_solver,
         sde_dpm_solver_2m,
     )
     from sgm_engine.plans.schedule import cosine, geometric, karras, linear, ncsnv2
@@ -99,6 +100,7 @@ __all__ = [
     "preconditioned",
     "predictor_corrector",
     "reverse_diffusion",
+    "sa_solver",
     "save_checkpoint",
     "sde_dpm_solver_2m",
     "with_drift",
@@ -136,6 +138,7 @@ __getattr__, __dir__, _names = lazily(
             "heun",
             "plan_of_nfe",
             "predictor_corrector",
+            "sa_solver",
             "sde_dpm_solver_2m",
         ),
         "plans.schedule": ("cosine", "geometric", "karras", "linear", "ncsnv2"),

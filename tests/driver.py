@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setup import CSRC, ISAS, contraction
+from setup import CSRC, contraction
+from setup import isas as isas_of
 
 NATIVE = Path(__file__).parent / "native"
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized")
@@ -30,7 +31,7 @@ class Driver:
         cxx: str = "g++",
         main_flags: Iterable[str] = (),
     ):
-        self.folder, self.cxx, self.isas = folder, cxx, {isa: ISAS[isa] for isa in isas}
+        self.folder, self.cxx, self.isas = folder, cxx, set(isas)
         only = ["-DSGM_GENERIC_ONLY"] if set(isas) == {"generic"} else []
         self.flags = ["-std=c++17", "-g", "-pthread", *WARNINGS, *only, *flags]
         self.main_flags, self.built = list(main_flags), False
@@ -65,8 +66,9 @@ class Driver:
             if file.name.startswith(NOT_LINKED):
                 continue
             if file.stem.endswith("_isa"):
-                for isa, flags in self.isas.items():
-                    jobs.append((file, [contraction(file), *flags, f"-DSGM_ISA={isa}"], f"{stem}.{isa}"))
+                for isa, flags in isas_of(file).items():
+                    if isa in self.isas:
+                        jobs.append((file, [contraction(file), *flags, f"-DSGM_ISA={isa}"], f"{stem}.{isa}"))
             else:
                 jobs.append((file, [contraction(file)], stem))
         main = plain / f"main.{program}.o"

@@ -162,12 +162,12 @@ def stand_in_for_kernels():
         setattr(module, name, recorded(stand_in))
 
     def norm(n):  # what was left for a slab is not read: the statistics are those of x
-        residual = None if n.residual is None else n.residual.float()
-        parameters = (*n.parameters, n.level, n.activation, residual, n.eps, n.groups, n.before, n.pool)
-        y = reference.noise_conditioned_norm(n.x.float(), *parameters)
-        y, total = y if isinstance(y, tuple) else (y, None)
-        if n.sum_out is not None:
-            n.sum_out.copy_(total)
+        x = n.x
+        if n.sum_out is not None:  # rounded at each step, as the kernels do
+            x = x if n.residual is None else (x.float() + n.residual.float()).to(x.dtype)
+            x = n.sum_out.copy_(reference.ACTIVATIONS[n.before](x.float()))
+        given = (*n.parameters, n.level, n.activation, None, n.eps, n.groups, "none", n.pool)
+        y = reference.noise_conditioned_norm(x.float(), *given)
         n.out.copy_(y if n.inverse is None else reference.quantised(y.to(n.x.dtype), n.inverse))
 
     def convolution(x, weight, bias, residual, dilation, out, partial=None, tile=triton_conv.TILES[0], scale=None):

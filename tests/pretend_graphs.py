@@ -111,6 +111,7 @@ def release_pool(device, pool):
 
 @contextmanager
 def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
+    pool = pool or graph_pool_handle()
     assert not _under_way, "the allocator thinks that a capture is under way"
     used = [other for other in _alive if other.pool() == pool]
     assert pool in _handles and pool not in _spoilt and (used or pool == _handles[-1]), "a pool that is none"

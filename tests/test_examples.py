@@ -2,17 +2,22 @@
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import sgm_engine
 from bench import stand_ins
 from sgm_engine.checkpoints.bundled import plan_for
 from sgm_engine.checkpoints.checkpoint import load_checkpoint
+from sgm_engine.cli import jobs
+from sgm_engine.cli.main import parser
+from sgm_engine.jobs.worker import Worker
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {
@@ -42,6 +47,22 @@ def test_example(name, tmp_path, monkeypatch, capsys):
     if name == "with_deepinv":
         measured, restored = (float(word) for word in printed.split() if word.replace(".", "").isdigit())
         assert restored > measured + 1
+
+
+@pytest.mark.parametrize("name", ["torchrun.sh", "slurm.sh", "kubernetes.yaml"])
+def test_the_commands_of_many_machines_are_commands(name):
+    """Their options are those of sgm; Kubernetes' manifest says the count of its pods twice."""
+    text = (EXAMPLES / name).read_text()
+    if name.endswith(".yaml"):
+        spec = yaml.safe_load(text)["spec"]
+        (container,) = spec["template"]["spec"]["containers"]
+        words = container["command"]
+        told = {e["name"]: e["value"] for e in container["env"]} | {"JOB_COMPLETION_INDEX": "31"}
+        assert spec["completionMode"] == "Indexed" and Worker.from_environment(told) == Worker(31, spec["completions"])
+    else:
+        words = shlex.split(text.splitlines()[-1])
+    args = parser().parse_args(words[words.index("sample") :])
+    assert args.steal and jobs.wanted(args)
 
 
 def test_the_readmes_program_runs(tiny_weights, monkeypatch, capsys):

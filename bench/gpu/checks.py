@@ -38,10 +38,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def shell(*command: str, **variables: str) -> str:
     """Output of a command run in the source tree; RuntimeError with its last lines if it fails."""
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment() | variables)
+    with running(list(command), **variables) as run:
+        said, _ = run.communicate()
     if run.returncode:
-        raise RuntimeError(f"{' '.join(command)} exited {run.returncode}: …{(run.stdout + run.stderr)[-1500:]}")
-    return run.stdout + run.stderr
+        raise RuntimeError(f"{' '.join(command)} exited {run.returncode}: …{said[-1500:]}")
+    return said
 
 
 def environment() -> dict[str, str]:
@@ -82,6 +83,7 @@ def tests(folder: Path) -> Iterator[Row]:
     failures: list[str] = []
     bad: set[str] = set()
     folder.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, Row] = {}  # of files, which go on counting when they have been handed out
     with running([sys.executable, "-m", "pytest", *options, *GPU_TESTS]) as run, open(folder / "tests.log", "w") as log:
         for line in run.stdout:
             log.write(line)
@@ -91,16 +93,23 @@ def tests(folder: Path) -> Iterator[Row]:
             elif (outcome := outcome_of(line)) and outcome[0] in found:
                 file, test, result = outcome
                 found[file][result] += 1
+                if file not in rows:
+                    yield rows.setdefault(file, {"case": file})
+                rows[file] |= _counted(found[file])
                 if result in ("FAILED", "ERROR") and (case := f"{file}::{test}") not in bad:
                     bad.add(case)
                     yield {"case": case, "failed": result.lower()}
         status = run.wait()
     print("".join(failures)[:6000], flush=True)
-    for file, counts in found.items():
-        said = ", ".join(f"{count} {result.lower()}" for result, count in sorted(counts.items()))
-        yield {"case": file, "result": said or "no test", "failed": None if counts["PASSED"] else "no test passed"}
+    for file in (file for file in found if file not in rows):
+        yield {"case": file, **_counted(found[file])}
     if status:
         yield {"case": "pytest", "failed": f"exit status {status}"}
+
+
+def _counted(counts: Counter) -> Row:
+    said = ", ".join(f"{count} {result.lower()}" for result, count in sorted(counts.items()))
+    return {"result": said or "no test", "failed": None if counts["PASSED"] else "no test passed"}
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,29 +16,42 @@ from bench.gpu.apart import Case, apart, short
 from bench.gpu.stages import Row
 from bench.gpu.timing import DEVICE
 
-# (channels in, channels out, side, dilation): every 3×3 of NCSN on CIFAR-10 but the first and the last.
+if TYPE_CHECKING:
+    from sgm_engine.kernels.triton.conv import ConvTile
+
+# (channels in, channels out, side, dilation): every 3×3 of stride 1 of an accelerated NCSN on CIFAR-10 but the first
+# and the last, by their share of the operations: bench.gpu.counts has it.
 SHAPES = [
-    (128, 128, 32, 1),
-    (128, 256, 16, 1),
     (256, 256, 16, 1),
+    (128, 128, 32, 1),
     (256, 256, 16, 2),
     (256, 256, 16, 4),
+    (128, 128, 16, 1),
     (256, 128, 16, 1),
 ]
-BATCHES = (1, 16, 128)
+BATCHES = (128, 16, 1)
 MARGIN = 1.02  # the kernel has to be this much faster than what it replaces to be put into the table
 ERROR = 1e-2  # relative, of a result in bfloat16
 Table = dict[str, object]  # what is found for this device: shape → tile
 Launch = Callable[..., tuple[Tensor, "Tensor | None"]]  # (tile, residual=None, partials=False) → (result, partials)
 
 
-def convolutions() -> Iterator[Row]:
+class Work(NamedTuple):
+    """What is timed: shapes, batches, tiles of bfloat16 (None: all that there are), and whether float8 is too."""
+
+    shapes: list[tuple[int, int, int, int]]
+    batches: tuple[int, ...]
+    tiles: tuple[ConvTile, ...] | None = None
+    float8: bool = True
+
+
+def convolutions(work: Work | None = None) -> Iterator[Row]:
     """Time, floor (operations over the matrix peak) and share of both, and what of it goes into the table."""
     from sgm_engine.kernels.tables import conv as conv_table
 
     found: Table = {}
     device = None
-    for row in apart(cases, seconds=150):
+    for row in apart(partial(cases, work or Work(SHAPES, BATCHES)), seconds=150):
         device, best = row.pop("device", device), row.pop("table", None)
         if best is not None:  # after every case, so that nothing is lost
             found |= best
@@ -47,30 +61,30 @@ def convolutions() -> Iterator[Row]:
     yield {"case": f"{len(found)} shapes written to {conv_table.PATH.name}"}
 
 
-def cases() -> Iterator[Case]:
+def cases(work: Work) -> Iterator[Case]:
     yield "matrix product", _ceiling
-    for shape in SHAPES:
-        for batch in BATCHES:
-            yield f"{shape} at {batch}", partial(_measure, *shape, batch)
+    for shape in work.shapes:
+        for batch in work.batches:
+            yield f"{shape} at {batch}", partial(_measure, *shape, batch, work)
 
 
 def _ceiling() -> list[Row]:
     return [{"case": "matrix product", "TFLOP/s": timing.peak_flops() / 1e12, "device": torch.cuda.get_device_name()}]
 
 
-def _measure(c_in: int, c_out: int, side: int, dilation: int, batch: int) -> list[Row]:
+def _measure(c_in: int, c_out: int, side: int, dilation: int, batch: int, work: Work) -> list[Row]:
     """Rows, and at their end what is to be put into the table."""
     x, layer = _problem(c_in, c_out, side, dilation, batch)
     floor = 2 * 9 * c_in * c_out * side * side * batch / timing.peak_flops() * 1e6
     found: Table = {}
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        rows = _bfloat16(x, layer, floor, found)
-        if torch.cuda.get_device_capability() >= (8, 9):
+        rows = _bfloat16(x, layer, floor, found, work.tiles)
+        if work.float8 and torch.cuda.get_device_capability() >= (8, 9):
             rows += _float8(x, layer, floor, rows[0]["µs"], found)
     return [*rows, {"table": found}]
 
 
-def _bfloat16(x: Tensor, layer: nn.Conv2d, floor: float, found: Table) -> list[Row]:
+def _bfloat16(x: Tensor, layer: nn.Conv2d, floor: float, found: Table, tiles: tuple | None) -> list[Row]:
     from sgm_engine.kernels.tables import conv as conv_table
     from sgm_engine.kernels.triton import conv as triton_conv
     from sgm_engine.rewriting.float8.conv import launch
@@ -81,8 +95,9 @@ def _bfloat16(x: Tensor, layer: nn.Conv2d, floor: float, found: Table) -> list[R
     ours = lambda tile, *rest: launch(x, weight, bias, dilation, tile, x.dtype, None, *rest)  # noqa: E731
     key, time_us = conv_table.shape_key(x, weight, dilation), timing.microseconds([cudnn])
     rows: list[Row] = [{"case": key, "backend": "cuDNN", "µs": time_us, "floor µs": floor, "share": floor / time_us}]
-    tiles = _possible(triton_conv.TILES + triton_conv.LARGE_TILES, x, weight)
-    timed = _tiles(key, tiles, ours, want, floor, rows)
+    timed = _tiles(
+        key, _possible(tiles or triton_conv.TILES + triton_conv.LARGE_TILES, x, weight), ours, want, floor, rows
+    )
     best = min(timed, key=timed.get, default=None)
     if best is not None and timed[best] < time_us / MARGIN:
         found[key] = best

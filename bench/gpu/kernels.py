@@ -33,12 +33,12 @@ def report(
     return row
 
 
-def kernels() -> Iterator[Case]:
-    """The update, the generator and the norms of both GPU backends."""
+def kernels(shapes: list | None = None, batches: tuple | None = None) -> Iterator[Case]:
+    """The update, the generator and the norms of both GPU backends. shapes: of norms, (channels, side)."""
     yield "copy", copy
-    for batch in BATCHES:
+    for batch in batches or BATCHES:
         yield f"update and normals at {batch}", partial(updates, batch)
-    yield from norms.norms(report)
+    yield from norms.norms(report, shapes, batches)
 
 
 def copy() -> list[Row]:
@@ -48,13 +48,13 @@ def copy() -> list[Row]:
     return [{"case": "copy", "backend": "torch", "GB/s": timing.copy_bandwidth() / 1e9, "device": device}]
 
 
-def backends() -> Iterator[Row]:
+def backends(shapes: list | None = None, batches: tuple | None = None) -> Iterator[Row]:
     """The same, and the table of the backend that is fastest where it was right: what the ops go by from then on."""
     from sgm_engine.kernels.tables import backend as backend_table
 
     rows: list[Row] = []
     try:
-        for row in apart(kernels):
+        for row in apart(partial(kernels, shapes, batches)):
             rows.append(row)
             yield row
     finally:  # also of what was measured before the time was over

@@ -18,12 +18,11 @@ from bench.peers import plain as without_kernels
 BATCHES = (1, 16, 128)
 CHAINS = ((1, 100), (16, 100), (128, 20))  # batch, steps a level: 1,001 evaluations, or a part of them
 NGF, SIDE = 128, 32
-FLOPS, BYTES = (
-    19.79e9,
-    58e6,
-)  # of an image and evaluation: convolutions; reads and writes of activations, fused, in bf16
-WEIGHTS = 60e6  # bytes of bf16 weights, read once a step
+# Of an image and evaluation, by bench.gpu.counts: operations of convolutions; bytes read and written by them and by
+# norms of one pass, in bf16. And the bytes of bf16 weights, read once a step.
+FLOPS, BYTES, WEIGHTS = 19.40e9, 59.2e6, 59.8e6
 NFE = 1001  # of an image
+STEPS = 10  # a level, of the requests that are timed
 # name → what an Engine is made with; the first is what the peers are measured against.
 ENGINES: dict[str, dict] = {
     "graph bfloat16": {"precision": "bfloat16", "executor": "graph"},
@@ -37,8 +36,13 @@ ENGINES: dict[str, dict] = {
 }
 PEERS = ("eager", "eager + manual graph", "compile", "compile + manual graph", "compile reduce-overhead")
 PEERS += ("compile max-autotune",)
+# Who is compared first, each with cuDNN's timing and without.
+CORE_BATCHES = (128, 1)
+CORE_ENGINES = ("graph bfloat16, cuDNN timed", "graph bfloat16")
+CORE_PEERS = ("eager", "compile + manual graph")
 
 
+@cache
 def network():
     from sgm_engine.models.ncsn import NCSN
 
@@ -80,13 +84,19 @@ def checked(score: torch.Tensor, want: torch.Tensor, most: float = 0.1) -> float
     return error
 
 
-def engine_of(model: torch.nn.Module, batch: int, options: dict):
+@cache
+def accelerated():
+    from sgm_engine.rewriting.acceleration import accelerate
+
+    return accelerate(network()[0])
+
+
+def engine_of(batch: int, options: dict):
     from sgm_engine.engine.engine import Engine
     from sgm_engine.executors.graphs import GraphConfig
-    from sgm_engine.rewriting.acceleration import accelerate
     from sgm_engine.tuning.float8_calibration import calibrate_float8
 
-    options, fast = dict(options), accelerate(model)
+    options, fast = dict(options), accelerated()
     if options["precision"] == "float8":
         options["float8"] = calibrate_float8(fast, device=DEVICE)
     if "graph" in options:
@@ -117,12 +127,13 @@ def engine_row(name: str, batch: int) -> Iterator[Row]:
     options = ENGINES[name]
     if options["precision"] == "float8" and torch.cuda.get_device_capability() < (8, 9):
         return
-    model, sigmas, x, level, want = problem(batch)
-    plan = annealed_langevin(sigmas, steps_per_level=10)
+    _, sigmas, x, level, want = problem(batch)
+    plan = annealed_langevin(sigmas, steps_per_level=STEPS)
     floor_ms = 1e3 * max(FLOPS * batch / timing.peak_flops(), (BYTES * batch + WEIGHTS) / timing.copy_bandwidth())
-    row: Row = {"case": f"engine {name}", "batch": batch}
+    timed = options.get("graph", {}).get("benchmark", False)
+    row: Row = {"case": f"engine {name}", "batch": batch, "cuDNN timed": timed}
     try:
-        engine = engine_of(model, batch, options)
+        engine = engine_of(batch, options)
         engine.sample(batch, plan=plan)
         before, began = engine.stats.steps, time.perf_counter()
         engine.sample(batch, plan=plan)
@@ -132,29 +143,52 @@ def engine_row(name: str, batch: int) -> Iterator[Row]:
         most = 0.3 if options["precision"] == "float8" else 0.1  # of weights that are random
         with torch.no_grad():
             row["score error"] = checked(engine._network(x, level), want, most)
-        launches, busy_ms = timing.kernels_of(lambda: engine._executor.run(1))  # slots are idle: no update
-        row |= {"kernels a step": launches, "gaps": max(0.0, 1 - busy_ms / ms), "share of roofline": floor_ms / ms}
-        row["images/s"] = batch * 1e3 / (ms * NFE)
+        row |= {"images/s": batch * 1e3 / (ms * NFE), "share of roofline": floor_ms / ms}
+        row |= busy(lambda: engine._executor.run(1), ms)  # slots are idle: no update
     except Exception as error:
         row["failed"] = short(error)
     yield row
 
 
-def step_times() -> Iterator[Row]:
-    """One step of NCSN CIFAR-10 (channels-last; x float32) by the engine and by each peer, in one run."""
+def busy(step: Callable[[], None], ms: float) -> Row:
+    """What ran of a step of so many milliseconds, and how long, in all and by its name."""
+    seen = timing.kernels_of(step)
+    launches, busy_ms = sum(count for count, _ in seen.values()), sum(spent for _, spent in seen.values())
+    by_name = [{"kernel": name, "launches": n, "ms": spent, "share": spent / ms} for name, (n, spent) in seen.items()]
+    by_name.sort(key=lambda kernel: -kernel["ms"])
+    return {"kernels a step": launches, "gaps": max(0.0, 1 - busy_ms / ms), "by kernel name": by_name}
+
+
+def step_times(cases: Callable[[], Iterator[Case]] | None = None) -> Iterator[Row]:
+    """One step of NCSN CIFAR-10 (channels-last; x float32) by the engine and by each peer, in one run.
+
+    Like is compared with like: an engine and peers for which cuDNN timed its algorithms, or none of which it did for.
+    """
     fastest: dict[object, float] = {}
-    for row in apart(steps, seconds=240):
+    for row in apart(cases or steps, seconds=240):
+        like = row.get("batch"), row.get("cuDNN timed")
         if (ms := row.get("ms a step")) and str(row["case"]).startswith("engine"):
-            fastest.setdefault(row["batch"], ms)
-        elif ms and row["batch"] in fastest:
-            row["engine is faster by"] = ms / fastest[row["batch"]]
+            fastest.setdefault(like, ms)
+        elif ms and like in fastest:
+            row["engine is faster by"] = ms / fastest[like]
         yield row
+
+
+def core() -> Iterator[Case]:
+    """The comparison that a first run is for: what needs no compiler first."""
+    for batch in CORE_BATCHES:
+        for name in CORE_ENGINES:
+            yield f"{name} at {batch}", partial(engine_row, name, batch)
+    for name in CORE_PEERS:
+        for batch in CORE_BATCHES:
+            for timed in (True, False):
+                yield f"{name} at {batch}, cuDNN {'' if timed else 'not '}timed", partial(peer_row, name, batch, timed)
 
 
 def steps() -> Iterator[Case]:
     """What is compared first, what takes longest to compile last, so that it is what is missing if the time is over."""
-    first, *others = ENGINES
-    for name in (first, *PEERS[:2], *others):
+    first, second, *others = ENGINES
+    for name in (first, second, *PEERS[:2], *others):
         for batch in BATCHES:
             yield f"{name} at {batch}", partial(engine_row if name in ENGINES else peer_row, name, batch)
     for names in (PEERS[2:4], PEERS[4:5], PEERS[5:]):
@@ -163,17 +197,19 @@ def steps() -> Iterator[Case]:
                 yield f"{name} at {batch}", partial(peer_row, name, batch)
 
 
-def peer_row(name: str, batch: int) -> Iterator[Row]:
+def peer_row(name: str, batch: int, timed: bool = True) -> Iterator[Row]:
+    """timed: whether cuDNN times its algorithms."""
     model, _, x, level, want = problem(batch)
-    row: Row = {"case": name, "batch": batch}
+    row: Row = {"case": name, "batch": batch, "cuDNN timed": timed}
     try:
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=timed):
             score, manual = peers(model, batch)[name]()
             row["score error"] = checked(score(x, level), want)
             state = x.clone()
             step = lambda: timing.peer_step(score, state, level)  # noqa: E731
-            row["ms a step"] = ms = timing.milliseconds(timing.graphed(step) if manual else step)
-            row["images/s"] = batch * 1e3 / (ms * NFE)
+            step = timing.graphed(step) if manual else step
+            row["ms a step"] = ms = timing.milliseconds(step)
+            row |= {"images/s": batch * 1e3 / (ms * NFE), **busy(step, ms)}
     except Exception as error:
         row["failed"] = short(error)
     yield row
@@ -188,10 +224,10 @@ def end_to_end() -> Iterator[Case]:
 def chain(batch: int, steps_per_level: int) -> Iterator[Row]:
     from sgm_engine.plans.plan import annealed_langevin
 
-    model, sigmas = network()
+    _, sigmas = network()
     plan = annealed_langevin(sigmas, steps_per_level=steps_per_level)
     name, options = next(iter(ENGINES.items()))
-    engine = engine_of(model, batch, options)
+    engine = engine_of(batch, options)
     engine.sample(batch, plan=annealed_langevin(sigmas, steps_per_level=1))
     torch.cuda.synchronize()
     began = time.perf_counter()

@@ -66,10 +66,10 @@ def case(module, batch, channels, side, dtype, layout, what="norm + ELU", varian
     return call, check
 
 
-def norms(report: Callable[..., Row]) -> Iterator[Case]:
-    for channels, side in SHAPES:
+def norms(report: Callable[..., Row], shapes: list | None = None, batches: tuple | None = None) -> Iterator[Case]:
+    for channels, side in shapes or SHAPES:
         for what in FORMS:
-            for batch in BATCHES:
+            for batch in batches or BATCHES:
                 for backend, variant in VARIANTS:
                     if variant != "cluster" or "pool" not in FORMS[what][0]:
                         name = f"{what} {channels}×{side}², bf16 NHWC"

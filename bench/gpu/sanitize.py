@@ -31,8 +31,10 @@ KERNELS = {
 }
 
 
-def sanitize(folder: Path) -> Iterator[Row]:
-    """The four tools at once: most of their time is PyTorch's start. What they say: sanitize.log."""
+def sanitize(
+    folder: Path, backends: tuple[str, ...] = tuple(KERNELS), checks: tuple[str, ...] = CHECKS
+) -> Iterator[Row]:
+    """All tools at once: most of their time is PyTorch's start. What they say: sanitize.log."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         raise RuntimeError("not run: there is no compute-sanitizer")
@@ -40,14 +42,14 @@ def sanitize(folder: Path) -> Iterator[Row]:
     runs, ports = {}, count(FIRST_PORT, 100)
     with ExitStack() as stack:
         log = stack.enter_context(open(folder / "sanitize.log", "w"))
-        for backend in KERNELS:
+        for backend in backends:
             if backend == "triton":
                 try:
                     shell(*exercise(backend))  # compiles them, while the others run: compilers need not be watched
                 except RuntimeError as error:
                     yield {"case": "Triton's kernels, not watched yet", "failed": str(error)}
                     break
-            for check in CHECKS:
+            for check in checks:
                 command = [tool, *options(check, backend), "--port", str(next(ports)), *exercise(backend)]
                 # Every tensor has memory of its own, or what is written beyond one would lie in PyTorch's next.
                 out = stack.enter_context(TemporaryFile("w+", errors="replace"))

@@ -115,16 +115,24 @@ def write_results(folder: Path, machine: Row, stages: list[Stage], today: dateti
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Markdown; the columns are the keys of all rows, in the order in which they come."""
+    """Markdown; the columns are the keys of all rows, in the order in which they come. Rows in a row: tables below."""
     if not rows:
         return []
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    nested = {key for row in rows for key, value in row.items() if isinstance(value, list)}
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in nested]
     body = [f"| {' | '.join(_cell(row.get(c)) for c in columns)} |" for row in rows]
-    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *body, ""]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *body, ""]
+    for row in rows:
+        for key in row.keys() & nested:
+            lines += [f"### {_name(row)}, {key}", "", *table(row[key])]
+    return lines
 
 
 def _name(row: Row) -> str:
-    return " ".join(str(row[key]) for key in ("case", "backend", "batch") if key in row) or "?"
+    words = [str(row[key]) for key in ("case", "backend", "batch") if key in row]
+    if "cuDNN timed" in row:
+        words.append(f"cuDNN {'' if row['cuDNN timed'] else 'not '}timed")
+    return " ".join(words) or "?"
 
 
 def _cell(value: object) -> str:

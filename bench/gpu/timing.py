@@ -106,13 +106,17 @@ def milliseconds(step: Callable[[], None], budget_s: float = 2.0) -> float:
     return statistics.median(times)
 
 
-def kernels_of(step: Callable[[], None]) -> tuple[int, float]:
-    """(kernels launched, milliseconds in which one of them ran) of one call, as the profiler saw them."""
+def kernels_of(step: Callable[[], None]) -> dict[str, tuple[int, float]]:
+    """Kernel → (launches, milliseconds in which it ran) of one call, as the profiler saw them."""
     from torch.profiler import ProfilerActivity, profile
 
     step()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
         step()
         torch.cuda.synchronize()
-    found = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return len(found), sum(e.device_time for e in found) / 1e3
+    found: dict[str, tuple[int, float]] = {}
+    for event in seen.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            count, spent = found.get(event.name, (0, 0.0))
+            found[event.name] = count + 1, spent + event.device_time / 1e3
+    return found

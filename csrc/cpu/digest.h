@@ -22,6 +22,6 @@ inline uint64_t mix(uint64_t hash, uint64_t word) {
   return hash ^ hash >> 32;
 }
 
-SGM_DECLARE_PER_ISA(uint64_t, digest_piece, (const void* data, int64_t size))
+SGM_DECLARE_UP_TO_AVX512(uint64_t, digest_piece, (const void* data, int64_t size))
 
 }  // namespace sgm

@@ -97,11 +97,7 @@ void backward_of(const NormBackward& a, int64_t n, int64_t group) {
 }  // namespace
 
 void norm_backward_group(const NormBackward& a, int64_t n, int64_t group) {
-  switch (a.dtype) {
-    case Dtype::float32: return backward_of<Float32>(a, n, group);
-    case Dtype::bfloat16: return backward_of<BFloat16>(a, n, group);
-    case Dtype::float16: return backward_of<Float16>(a, n, group);
-  }
+  SGM_BY_TYPE(norm_backward_group, backward_of, a, n, group);
 }
 
 }  // namespace sgm::SGM_ISA

@@ -243,6 +243,7 @@ void apply_activation(const Norm& a, int64_t n, int64_t begin, int64_t end) {
 
 template <class Type>
 void apply_of(const Norm& a, int64_t n, int64_t begin, int64_t end) {
+  fold(a, n, begin, end);
   switch (a.activation) {
     case Activation::none: return apply_activation<Type, Activation::none>(a, n, begin, end);
     case Activation::elu: return apply_activation<Type, Activation::elu>(a, n, begin, end);
@@ -272,20 +273,9 @@ void norm_merge(const Norm& a, int64_t n) {
 }
 
 void norm_statistics(const Norm& a, int64_t n, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case Dtype::float32: return statistics_of<Float32>(a, n, begin, end);
-    case Dtype::bfloat16: return statistics_of<BFloat16>(a, n, begin, end);
-    case Dtype::float16: return statistics_of<Float16>(a, n, begin, end);
-  }
+  SGM_BY_TYPE(norm_statistics, statistics_of, a, n, begin, end);
 }
 
-void norm_apply(const Norm& a, int64_t n, int64_t begin, int64_t end) {
-  fold(a, n, begin, end);
-  switch (a.dtype) {
-    case Dtype::float32: return apply_of<Float32>(a, n, begin, end);
-    case Dtype::bfloat16: return apply_of<BFloat16>(a, n, begin, end);
-    case Dtype::float16: return apply_of<Float16>(a, n, begin, end);
-  }
-}
+void norm_apply(const Norm& a, int64_t n, int64_t begin, int64_t end) { SGM_BY_TYPE(norm_apply, apply_of, a, n, begin, end); }
 
 }  // namespace sgm::SGM_ISA

@@ -206,3 +206,17 @@ SGM_INLINE void for_each_vector(int64_t n, F f) {
 
 SGM_INLINE Vec keep(Vec v, All) { return v; }
 SGM_INLINE Vec keep(Vec v, First lanes) { return first_lanes(lanes.count) ? v : Vec{}; }
+
+// Returns of<type of a>(a, …). AVX512_BF16 is of use to bfloat16 alone: ``function`` of avx512 serves the others there.
+#if defined(SGM_AVX512_BF16)
+#define SGM_BY_TYPE(function, of, a, ...)                                                        \
+  if ((a).dtype != Dtype::bfloat16) return ::sgm::avx512::function(a, __VA_ARGS__); \
+  return of<BFloat16>(a, __VA_ARGS__)
+#else
+#define SGM_BY_TYPE(function, of, a, ...)                         \
+  switch ((a).dtype) {                                            \
+    case Dtype::float32: return of<Float32>(a, __VA_ARGS__);      \
+    case Dtype::bfloat16: return of<BFloat16>(a, __VA_ARGS__);    \
+    case Dtype::float16: return of<Float16>(a, __VA_ARGS__);      \
+  }
+#endif

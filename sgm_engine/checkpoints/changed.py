@@ -10,11 +10,15 @@ from sgm_engine.models.family import FamilyConfig
 from sgm_engine.models.multi_sample import MultiSampleConfig
 
 
-def with_class(config, class_labels: int):
-    if not isinstance(config, FamilyConfig):
-        raise CheckpointError(f"has no classes, so class_labels {class_labels} means nothing")
+def with_class(config, class_labels: int | None, guidance: float | None):
+    if not isinstance(config, (FamilyConfig, CDMConfig)):
+        given = f"guidance {guidance}" if class_labels is None else f"class_labels {class_labels}"
+        raise CheckpointError(f"has no classes, so {given} means nothing")
+    if guidance is not None and not isinstance(config, CDMConfig):
+        raise CheckpointError(f"is guided from Python, by sgm_engine.classifier_free: leave out guidance {guidance:g}")
+    changes = {"class_label": class_labels, "guidance": guidance}
     try:
-        return dataclasses.replace(config, class_label=class_labels)
+        return dataclasses.replace(config, **{name: v for name, v in changes.items() if v is not None})
     except ValueError as error:
         raise CheckpointError(str(error)) from None
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from sgm_engine.checkpoints import published_cdm
 from sgm_engine.checkpoints.changed import with_class, with_range
 from sgm_engine.checkpoints.chosen_weights import nearest
 from sgm_engine.checkpoints.diffusers_folder import save_folder
@@ -85,13 +86,14 @@ def load_checkpoint(
     sha256: str | None = None,
     class_labels: int | None = None,
     data_range: tuple[float, float] | None = None,
+    guidance: float | None = None,
 ) -> nn.Module:
     """The network of a checkpoint, float32, on the CPU, in evaluation mode; ``.config`` and ``.plan`` describe it, the
     data's law ``.law`` and the front of plans ``.front`` are what our own files hold beside it, else None.
 
     path: our .safetensors; an original .pth of NCSN or NCSNv2; a checkpoint of score_sde, EDM, ADM,
-        EDM2, improved-diffusion or denoising-diffusion-pytorch; a diffusers folder; Lightning's .ckpt with one of these
-        inside; or "hf:owner/name".
+        EDM2, improved-diffusion, denoising-diffusion-pytorch or CDM; a diffusers folder; Lightning's .ckpt with one of
+        these inside; or "hf:owner/name".
     config: a ModelConfig, or the path of the config.yml beside an original, of the config .py beside one of
         score_sde, or ADM's flags; for tensors alone a FamilyConfig, or the path of its JSON.
         Without it the architecture follows from names and shapes, and what those cannot tell from the published
@@ -100,7 +102,8 @@ def load_checkpoint(
         our own say all three themselves, and none may be given. sigmas of a diffusion family: in units of data in
         [0, 1].
     ema: the averaged weights: None takes them where there are any, True insists, False refuses them.
-    sha256: hexadecimal digest that the file must have. class_labels: the class of the samples, where there are classes.
+    sha256: hexadecimal digest that the file must have. class_labels: the class of the samples, where there are classes;
+        guidance: of a CDM, the weight of classifier-free guidance towards it, 1 for none.
     data_range: (low, high) of what the network was trained on, where the file does not say it or says it wrongly: the
         samples of an NCSN are then of that range, those of a diffusion family in [0, 1] as ever.
 
@@ -117,13 +120,17 @@ def load_checkpoint(
                 state, own_config = open_state(path, ema, opened)
                 if own_config is not None and (extra := [name for name, value in given.items() if value is not None]):
                     raise CheckpointError(f"carries its own config: leave out {', '.join(extra)}")
-                if own_config is None and state.family not in (None, "NCSN"):
+                if own_config is None and state.family == "CDM":
+                    if extra := [name for name in ("config", "sigmas") if given[name] is not None]:
+                        raise CheckpointError(f"says its own noise levels: leave out {', '.join(extra)}")
+                    state, own_config = published_cdm.opened(state, image_size)
+                elif own_config is None and state.family not in (None, "NCSN"):
                     own_config = describe(state, path, config, image_size)
             if own_config is None:
                 own_config = _infer(state, _hints(config, sigmas, image_size))
                 sigmas = None
-            if class_labels is not None:
-                own_config = with_class(own_config, class_labels)
+            if class_labels is not None or guidance is not None:
+                own_config = with_class(own_config, class_labels, guidance)
             if data_range is not None:
                 own_config = with_range(own_config, data_range)
             size = path.stat().st_size if path.is_file() else None

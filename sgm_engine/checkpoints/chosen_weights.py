@@ -15,6 +15,7 @@ from sgm_engine.checkpoints.torch_file import CheckpointError, StoredTensor
 
 # The tensor by which each family is known, and what its other tensors are called, after a prefix.
 FAMILIES = {
+    "CDM": (r"linear_layer\.weight", r"(conv_in|down|mid|up|norm_out|conv_out|linear_layer|temb|label_emb)\."),
     "NCSN": (r"begin_conv\.weight", r"(begin_conv|end_conv|normalizer|res\d+|refine\d+)\."),
     "score_sde": (r"all_modules\.0\.(?:W|weight|Conv_0\.weight)", r"all_modules\.\d+\."),
     "EDM2": (r"emb_noise\.weight", r"((emb_\w+|(enc|dec)\.\d+x\d+_\w+|out_conv)\.|out_gain$)"),

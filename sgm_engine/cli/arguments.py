@@ -14,14 +14,14 @@ from sgm_engine.outputs.sample_ids import SampleIds
 
 PLANS = ("annealed_langevin", "consistent_annealed", "reverse_diffusion", "ancestral", "ddim")
 SAMPLERS = ("ancestral", "reverse_diffusion", "ddim", "euler", "heun", "dpm_solver_2m", "sde_dpm_solver_2m",
-            "predictor_corrector")  # fmt: skip
+            "sa_solver", "predictor_corrector")  # fmt: skip
 SCHEDULES = ("geometric", "karras", "linear", "cosine")
 EXECUTORS = ("auto", "eager", "native", "hybrid", "graph")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "direct")
 FORMATS = ("png", "npz", "safetensors", "webdataset")
 STREAM = "-"  # standard output
 QUALITIES = ("draft", "good", "best")
-PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta")
+PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta", "tau")
 MAX_SEED, MAX_ID, MAX_BATCH = 2**64, 2**56, 2**31  # each the first that is too large
 
 
@@ -142,7 +142,16 @@ def add_weights(add: Callable) -> None:
     add("--data-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="of the data, the network's and that of floating point images, where no file says it: -1 1")  # fmt: skip
     add("--class-labels", type=at_least(0), metavar="N", help="the class to draw, of a network with classes")
+    add("--guidance", type=positive, metavar="W", help="towards that class, without a classifier; 1: none (of a CDM)")
     add("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)")
+
+
+def add_ray(add: Callable) -> None:
+    add("--ray", nargs="?", const="local", metavar="ADDRESS",
+        help="draw with Ray actors: here, or on the cluster at ray://… (needs the extra [ray])")  # fmt: skip
+    add("--actors", type=at_least(1), metavar="N", help="with --ray (default: one for each GPU, or each CPU core)")
+    add("--patience", type=at_least(1), metavar="SECONDS",
+        help="with --ray: end after so long without an answer, saying what is waited for (default: 3600)")  # fmt: skip
 
 
 def add_precision(add: Callable) -> None:

@@ -33,8 +33,11 @@ def register(commands) -> None:
 def convert(args: argparse.Namespace) -> int:
     with bad_input():
         from sgm_engine.checkpoints.checkpoint import load_checkpoint, save_as
+        from sgm_engine.files.storage import is_url
         from sgm_engine.files.writing import check_writable
 
+        if is_url(args.target):
+            raise ValueError(f"cannot write {args.target}: a model goes to a disk")
         if Path(args.target).suffix:
             check_writable(Path(args.target))
         options = {"config": args.config, "image_size": args.image_size, "ema": args.ema, "sha256": args.sha256}

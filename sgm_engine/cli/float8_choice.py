@@ -12,14 +12,14 @@ from torch import nn
 from sgm_engine.cli.console import say
 from sgm_engine.files.reading import read_text
 from sgm_engine.files.writing import check_writable, write_file
-from sgm_engine.jobs.folder import RUN, Folder
+from sgm_engine.jobs.bucket import open_folder
 from sgm_engine.jobs.worker import Worker
 from sgm_engine.rewriting.float8.config import Float8Config, lacking
 from sgm_engine.tuning.float8_calibration import calibrate_float8
 
 
 def chosen_scales(
-    args: argparse.Namespace, model: nn.Module, device: str, job: Path | None = None, quiet: bool = False
+    args: argparse.Namespace, model: nn.Module, device: str, job: str | None = None, quiet: bool = False
 ) -> Float8Config | None:
     """The scales in --float8 FILE, else those of a job in the folder ``job``, else made now, at the model's own levels,
     and kept in FILE. None for any other precision. ValueError names arguments that do not go together."""
@@ -75,7 +75,8 @@ def _read(path: Path) -> Float8Config | None:
         raise ValueError(f"argument --float8: {path}: {error}") from None
 
 
-def _of_job(folder: Path | None) -> Float8Config | None:
+def _of_job(out: str | None) -> Float8Config | None:
     """The scales that the job in a folder has recorded, if there is one and it has."""
-    notes = Folder(folder).load()[1] if folder and (folder / RUN).is_file() else {}
+    folder = open_folder(out) if out else None
+    notes = folder.load()[1] if folder and folder.begun() else {}
     return Float8Config.from_json(notes["float8"]) if "float8" in notes else None

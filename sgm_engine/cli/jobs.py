@@ -27,7 +27,7 @@ from sgm_engine.cli.console import (
 )
 from sgm_engine.cli.model import chosen_model, device_of, how_to_load, said
 
-JOB_OPTIONS = ("format", "shard_size", "worker", "ray", "actors", "patience")  # a stream has a format too
+JOB_OPTIONS = ("format", "shard_size", "worker", "steal", "ray", "actors", "patience")  # a stream has a format too
 LINE_EVERY = 60.0  # seconds between two lines of progress of Ray's actors
 
 
@@ -69,8 +69,9 @@ def wanted(args: argparse.Namespace) -> bool:
         for name in ("actors", "patience"):
             if args.ray is None and getattr(args, name):
                 raise ValueError(f"argument --{name}: goes with --ray")
-        if args.ray is not None and args.worker:
-            raise ValueError("argument --worker: not with --ray, whose actors share the work by themselves")
+        for name in ("worker", "steal"):
+            if args.ray is not None and getattr(args, name):
+                raise ValueError(f"argument --{name}: not with --ray, whose actors share the work by themselves")
         return True
     if given:
         what = f"--out {args.out} is one {'stream' if stream else 'file'}"
@@ -89,7 +90,7 @@ def sample(args: argparse.Namespace) -> int:
     bar = False if args.quiet or args.progress is False else "bar" if args.progress else True
     with stoppable(job.stop) as caught:
         try:
-            report = job.run(worker, bar, _Lines() if bar and args.ray else None)
+            report = job.run(worker, bar, _Lines() if bar and args.ray else None, bool(args.steal))
         except OSError as error:
             error.filename = error.filename or str(job.folder.path)  # a full disk does not say which
             raise
@@ -141,13 +142,13 @@ def resample(args: argparse.Namespace) -> int:
         from sgm_engine.checkpoints.bundled import bundled_path
         from sgm_engine.checkpoints.checkpoint import load_checkpoint
         from sgm_engine.engine.engine import Engine
-        from sgm_engine.jobs.folder import Folder
+        from sgm_engine.jobs.bucket import open_folder
         from sgm_engine.jobs.resample import model_of, resample
         from sgm_engine.outputs.images import save_png
         from sgm_engine.outputs.output import Output
         from sgm_engine.rewriting.float8.config import Float8Config
 
-        spec, notes = Folder(args.folder).load()
+        spec, notes = open_folder(args.folder).load()
         out = Output.parse(args.out or f"sample-{args.id}.safetensors")
         out.check()
         if args.checkpoint is None and "checkpoint" not in notes:
@@ -202,11 +203,11 @@ def _job(args: argparse.Namespace):
 
 def _begun(out: str):
     """The plan of the job in that folder; None where there is none, or one that cannot be read, which Job will say."""
-    from sgm_engine.jobs.folder import Folder
+    from sgm_engine.jobs.bucket import open_folder
     from sgm_engine.jobs.spec import JobError
 
     try:
-        return Folder(out).load()[0].plan
+        return open_folder(out).load()[0].plan
     except JobError:
         return None
 
@@ -218,6 +219,8 @@ def _print(job, report, weights: str) -> None:
     speed = report.samples / report.seconds if report.samples else 0.0
     if report.found:
         print(f"found: {report.found} shards that were there already")
+    if report.stolen:
+        print(f"taken over: {len(report.stolen)} shards of other workers")
     print(
         f"{report.samples} samples in {report.seconds:.2f} s: {rate(speed)} samples/s, {spec.plan.nfe} NFE a sample, "
         f"{rate(speed * spec.plan.nfe)} NFE/s"

@@ -20,7 +20,7 @@ def chosen_model(args: argparse.Namespace, begun: Plan | None = None):
 
     model = load_model(args)
     conditioned, plan = chosen(model, args) if begun is None else as_begun(model, args, begun)
-    scales = chosen_scales(args, model, device_of(args.device), Path(args.out).expanduser(), args.quiet)
+    scales = chosen_scales(args, model, device_of(args.device), args.out, args.quiet)
     return conditioned, plan, weights_path(args), scales
 
 
@@ -33,7 +33,9 @@ def load_model(args: argparse.Namespace):
 
 def how_to_load(args: argparse.Namespace) -> dict[str, object]:
     """Options of load_checkpoint that were given."""
-    named = {name: getattr(args, name) for name in ("image_size", "class_labels", "ema", "data_range", "sigmas")}
+    named = {
+        name: getattr(args, name) for name in ("image_size", "class_labels", "guidance", "ema", "data_range", "sigmas")
+    }
     return {name: value for name, value in named.items() if value is not None}
 
 
@@ -59,7 +61,7 @@ def said(model) -> str:
         ngf = f", ngf {config.ngf}" if hasattr(config, "ngf") else ""
         low, high = getattr(model, "data_range", None) or UNIT
         of = "" if (low, high) == UNIT else f", of data in [{low:g}, {high:g}]"
-        return f"{config.architecture}, {shape}{ngf}, {len(model.sigmas)} levels{averaged}{of}"
+        return f"{config.architecture}, {shape}{ngf}, {len(model.sigmas)} levels{_label(model)}{averaged}{of}"
     low, high = config.data_range
     label = "" if not config.classes else f", class {'none' if config.class_label is None else config.class_label}"
     return (
@@ -67,6 +69,13 @@ def said(model) -> str:
         f"on [{low:g}, {high:g}], σ {config.sigma_max:.4g} → {config.sigma_min:.2g}, "
         f"{config.plan['name']} of {config.plan['nfe']}"
     )
+
+
+def _label(model) -> str:
+    """Class and guidance of a network with labels."""
+    if not getattr(model, "labels", 0):
+        return ""
+    return f", class {'any' if model.class_label is None else model.class_label}, guidance {model.guidance:g}"
 
 
 def described(model) -> str:
@@ -109,12 +118,19 @@ def assumed(model) -> str:
 
 def engines(args: argparse.Namespace, model) -> Callable[[object], Engine]:
     """model → Engine as the arguments of ``add_engine`` say, for ``model`` and for what conditions it otherwise."""
-    from sgm_engine.cli.float8_choice import chosen_scales
     from sgm_engine.engine.engine import Engine
 
-    device = device_of(args.device)
-    float8 = chosen_scales(args, model, device)
-    return lambda model: Engine(model, args.batch, device, args.precision, args.executor, float8=float8)
+    options = engine_options(args, model) | {"device": device_of(args.device)}
+    return lambda model: Engine(model, **options)
+
+
+def engine_options(args: argparse.Namespace, model) -> dict[str, object]:
+    """Options of Engine, the device as it was named."""
+    from sgm_engine.cli.float8_choice import chosen_scales
+
+    float8 = chosen_scales(args, model, device_of(args.device))
+    options = {name: getattr(args, name) for name in ("batch", "device", "precision", "executor")}
+    return options | {"float8": float8}
 
 
 def load_plan(text: str | None, model, nfe: int | None = None, quality: str | None = None):

@@ -22,6 +22,7 @@ from sgm_engine.cli.arguments import (
     SCHEDULES,
     STREAM,
     add_precision,
+    add_ray,
     add_weights,
     at_least,
     plan_name,
@@ -93,6 +94,7 @@ def register(commands) -> None:
     )
     add("--denoise", action=yes_no, help="end with x + σ²·s, a step without noise")
     add("--eta", type=float, metavar="X", help="of consistent_annealed (1: afresh), ddim (0–1), ancestral (2 churns)")
+    add("--tau", type=float, metavar="X", help="of sa_solver: noise, in units of the reverse diffusion's (default: 1)")
 
     add = p.add_argument_group("execution").add_argument
     add("--batch", type=at_least(1, MAX_BATCH), metavar="N",
@@ -108,7 +110,7 @@ def register(commands) -> None:
         "--out",
         default="samples.png",
         metavar="PATH",
-        help=".png: a grid; .npz: uint8; .safetensors: float32; name/: shards; -: stdout (default: samples.png)",
+        help=".png: a grid; .npz: uint8; .safetensors: float32; name/, s3://…: shards; -: stdout (samples.png)",
     )
     add("--gif", metavar="PATH", help="the annealing of the first 64 samples, as the network denoises them")
     add = group.add_mutually_exclusive_group().add_argument
@@ -118,12 +120,13 @@ def register(commands) -> None:
     add = p.add_argument_group("jobs", "For --out FOLDER/. The same command goes on with what is missing.").add_argument
     add("--format", choices=FORMATS, help=f"{', '.join(FORMATS)} (default: png); of --out - too")
     add("--shard-size", type=at_least(1), metavar="N", help="sample ids in a shard (default: 256)")
-    add("--worker", metavar="I/K", help="take share I of K (default: from torchrun or a Slurm array, else everything)")
-    add("--ray", nargs="?", const="local", metavar="ADDRESS",
-        help="draw with Ray actors: here, or on the cluster at ray://… (needs the extra [ray])")  # fmt: skip
-    add("--actors", type=at_least(1), metavar="N", help="with --ray (default: one for each GPU, or each CPU core)")
-    add("--patience", type=at_least(1), metavar="SECONDS",
-        help="with --ray: end after so long without a shard, saying what is waited for (default: 3600)")  # fmt: skip
+    add(
+        "--worker",
+        metavar="I/K",
+        help="take share I of K (default: as torchrun, Slurm or Kubernetes says, else everything)",
+    )
+    add("--steal", action="store_const", const=True, help="then draw what other workers have not written yet")
+    add_ray(add)
     p.set_defaults(run=sample)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sgm_engine.cli.arguments import BadInput, at_least
 from sgm_engine.cli.console import Printed, heard
+from sgm_engine.files.storage import is_url
 
 EPILOG = """\
 examples:
@@ -67,6 +68,8 @@ def train(args: argparse.Namespace) -> int:
         for name in ("config", "data", "out"):
             if getattr(args, name) is None:
                 raise ValueError(f"--{name} is missing (see `sgm train --help`)")
+        if is_url(args.out):
+            raise ValueError(f"--out {args.out}: a run goes to a disk: name a folder")
         objective = {} if args.objective is None else {"objective": args.objective}
         also = {"copies": args.copies, "reference_batch": args.reference_batch}
         objective |= {name: value for name, value in also.items() if value is not None}

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from sgm_engine.cli.arguments import MAX_SEED, add_engine, at_least
-from sgm_engine.cli.model import engines, load_model, load_plan, weights_path
+from sgm_engine.cli.arguments import MAX_SEED, add_engine, add_ray, at_least
+from sgm_engine.cli.model import engine_options, engines, load_model, load_plan, weights_path
 
 MEASURES = ("frechet", "sliced", "mmd")
 
@@ -52,29 +52,33 @@ def register(commands) -> None:
     add("--seed", type=at_least(0, MAX_SEED), default=0, metavar="N", help="of the search (default: 0)")
     add("--held-out-seed", type=at_least(0, MAX_SEED), default=1000, metavar="N", help="of the front (default: 1000)")
     add("--held-out", type=at_least(2), default=1024, metavar="N", help="samples for each figure (default: 1024)")
-    add("--out", default="tuned/", metavar="FOLDER", help="a new folder (default: tuned/)")
+    add("--out", default="tuned/", metavar="FOLDER", help="a new folder, or s3://… (default: tuned/)")
     add(
         "--write", metavar="FILE.safetensors", help="the weights with the front in them; may be the --checkpoint itself"
     )
-    add_engine(p.add_argument_group("model and execution"))
+    group = p.add_argument_group("model and execution")
+    add_engine(group)
+    add_ray(group.add_argument)
 
 
 def run(args: argparse.Namespace) -> int:
     from sgm_engine.cli.console import bad_input
+    from sgm_engine.files.storage import is_url
     from sgm_engine.files.writing import check_writable
     from sgm_engine.tuning.kept import claimed
 
     with ExitStack() as stack:
         with bad_input():
-            out = Path(args.out).expanduser()
-            if out.is_file():
-                raise ValueError(f"argument --out: {out} is a file: name a folder")
-            check_writable(out, folder=True)
+            out = args.out.rstrip("/") if is_url(args.out) else Path(args.out).expanduser()
+            if isinstance(out, Path):
+                if out.is_file():
+                    raise ValueError(f"argument --out: {out} is a file: name a folder")
+                check_writable(out, folder=True)
             kept = stack.enter_context(claimed(out))
-        return _run(args, out, kept)
+        return _run(args, out, kept, stack)
 
 
-def _run(args: argparse.Namespace, out: Path, kept) -> int:
+def _run(args: argparse.Namespace, out: Path | str, kept, stack: ExitStack) -> int:
     from sgm_engine.cli.console import DONE, bad_input
     from sgm_engine.cli.console import say_beside_bar as say
 
@@ -86,6 +90,7 @@ def _run(args: argparse.Namespace, out: Path, kept) -> int:
         from sgm_engine.evaluation.features import open_extractor
         from sgm_engine.files.writing import check_writable
         from sgm_engine.jobs.identity import weights_digest
+        from sgm_engine.jobs.spec import Geometry
         from sgm_engine.pace import BAR_FIRST
         from sgm_engine.plans.front import recipe_of
         from sgm_engine.plans.law import DataLaw
@@ -99,6 +104,10 @@ def _run(args: argparse.Namespace, out: Path, kept) -> int:
             if Path(args.write).suffix != ".safetensors":
                 raise ValueError(f"argument --write: must end in .safetensors, got {args.write!r}")
             check_writable(Path(args.write).expanduser())
+        if args.ray is None and (given := [name for name in ("actors", "patience") if getattr(args, name)]):
+            raise ValueError(f"argument --{given[0]}: goes with --ray")
+        if args.ray and args.seconds:
+            raise ValueError("argument --seconds: not with --ray, since it is measured on this machine: take --budget")
         if args.held_out_seed == args.seed:
             raise ValueError(f"argument --held-out-seed: must differ from --seed, both are {args.seed}")
         if args.first > args.last:
@@ -129,14 +138,16 @@ def _run(args: argparse.Namespace, out: Path, kept) -> int:
             groups = [draw(budget, args.candidates)]
         if args.write and baseline is not None:
             recipe_of(getattr(baseline, "plan", baseline), engine.sigmas, start)  # refused now rather than at the end
+        pool = _pool(args, model, stack)
+        geometry = pool.geometry if pool else Geometry.of(engine)
 
     reference = summarise(reference_set.blocks(), extractor, reference_set.name)
     with bad_input():
-        kept.begin(_about(args, budget, groups, engine, weights_digest(model), reference))
+        kept.begin(_about(args, budget, groups, geometry, weights_digest(model), reference))
     if kept:
         say(f"{out} has {len(kept)} figures of this search: it goes on from there")
     floor = summarise(training.take(args.held_out).blocks(), extractor) if training else None
-    tuner = Tuner(model, make_engine, extractor, reference, args.measure, kept)
+    tuner = Tuner(model, make_engine, extractor, reference, args.measure, kept, pool)
     began = time.perf_counter()
     survivors = []
     with counting(_of_search(groups, args.first, args.last), "evaluation", after=BAR_FIRST) as tell:
@@ -147,16 +158,28 @@ def _run(args: argparse.Namespace, out: Path, kept) -> int:
         outcome = tuner.confirm(survivors, args.held_out_seed, args.held_out, floor, baseline, say, tell)
     outcome.about |= {"budget": budget, "candidates": sum(map(len, groups)), "seed": args.seed,
         "features": extractor.name, "first": args.first, "last": args.last, "held_out_seed": args.held_out_seed,
-        "seconds": round(time.perf_counter() - began), "precision": engine.numerics,
-        "executor": engine.executor, "batch": engine.batch}  # fmt: skip
+        "seconds": round(time.perf_counter() - began), "precision": geometry.precision,
+        "executor": geometry.executor, "batch": geometry.batch}  # fmt: skip
     outcome.write(out)
     print(outcome.table())
     if args.write:
-        front = outcome.travelling(engine.sigmas, start, engine.numerics, extractor.name, _command(args))
+        front = outcome.travelling(engine.sigmas, start, geometry.precision, extractor.name, _command(args))
         _write(model, args, front)
         print(f"written: {args.write}, the weights with this front")
     print(f"written: {out}/ with front.md, front.json, front.png and plan.json")
     return DONE
+
+
+def _pool(args: argparse.Namespace, model, stack: ExitStack):
+    """The Pool of --ray, gone when the command ends; None without."""
+    if args.ray is None:
+        return None
+    from sgm_engine.jobs.ray_pool import PATIENCE
+    from sgm_engine.tuning.pool import Pool
+
+    pool = Pool(model, engine_options(args, model), args.ray, args.actors, args.patience or PATIENCE)
+    stack.callback(pool.close)
+    return pool
 
 
 def _of_search(groups: list, first: int, last: int) -> int:
@@ -166,12 +189,11 @@ def _of_search(groups: list, first: int, last: int) -> int:
     return sum(samples_of(len(g), first, last) * sum(plan.nfe for plan in g) // len(g) for g in groups)
 
 
-def _about(args: argparse.Namespace, budget: int, groups, engine, weights: str, reference) -> dict[str, object]:
+def _about(args: argparse.Namespace, budget: int, groups, geometry, weights: str, reference) -> dict[str, object]:
     """All that decides a figure of the search, or which ones there will be."""
     import hashlib
 
     import sgm_engine
-    from sgm_engine.jobs.spec import Geometry
 
     names = ("seconds", "measure", "first", "last", "seed", "held_out", "held_out_seed")
     plans = " ".join(plan.digest for plans in groups for plan in plans)
@@ -179,7 +201,7 @@ def _about(args: argparse.Namespace, budget: int, groups, engine, weights: str, 
     moments = f"{n} {hashlib.sha256(b''.join(a.tobytes() for a in arrays if a is not None)).hexdigest()}"
     about = {"budget": budget, "plans": hashlib.sha256(plans.encode()).hexdigest(), "weights": weights}
     about |= {"reference": moments, "features": reference.extractor.name, "engine": sgm_engine.__version__}
-    return about | vars(Geometry.of(engine)) | {name: getattr(args, name) for name in names}
+    return about | vars(geometry) | {name: getattr(args, name) for name in names}
 
 
 def _start(model, sigma: float) -> dict[str, object]:

@@ -46,12 +46,35 @@ def load_images(path: str | Path, split: str = "train", form: str | None = None,
     return _shrunk(_npy(path), size) if form == "npy" else _folder(path, size)
 
 
+def load_labels(path: str | Path, split: str = "train") -> np.ndarray | None:
+    """Class of each image that ``load_images`` gives, int64 [N]; None where there are none.
+
+    MNIST's and CIFAR-10's own; beside train.npy, train_labels.npy, whole numbers [N].
+    """
+    path = Path(path).expanduser()
+    form = _form(path)
+    if form == "mnist":
+        files = _find(path, f"{'t10k' if split == 'test' else 'train'}-labels-idx1-ubyte")
+        return read_idx(files[0]).astype(np.int64) if files else None
+    if form == "cifar10":
+        files = _find(path, "test_batch.bin" if split == "test" else "data_batch_*.bin")
+        return np.concatenate([cifar_records(file)[:, 0] for file in files]).astype(np.int64) if files else None
+    file = path / f"{split}_labels.npy"
+    if form != "npy" or not file.is_file():
+        return None
+    labels = map_npy(file)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{file}: must hold whole numbers [N], got {labels.dtype} {labels.shape}")
+    return np.array(labels, np.int64)
+
+
 class Batches(IterableDataset):
     """Batches of ``images`` without end, as uint8 tensors [batch, C, H, W], from number ``start`` on, or ``start()``.
 
     Training sample k is image order(epoch)[k mod N], epoch = k // N. Of the global batch t, samples t·G … (t+1)·G − 1
     with G = batch·world, process ``rank`` reads the rank-th part; so a run is the same however it is divided.
 
+    labels: int64 [N]; batches are then pairs, images and labels [batch].
     rank, world: of this process; None: torch.distributed's, else those of torchrun's environment, else 0 of 1. The
     workers of a DataLoader read every W-th batch each, which it hands out in order.
     state_dict() says how many batches were handed out; after load_state_dict the next iteration goes on from there, in
@@ -66,12 +89,15 @@ class Batches(IterableDataset):
         rank: int | None = None,
         world: int | None = None,
         start: int | Callable[[], int] = 0,
+        labels: np.ndarray | None = None,
     ):
         if len(images) == 0:
             raise ValueError("images: there are none to train on")
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
-        self.images, self.batch, self.seed = images, batch, seed
+        if labels is not None and len(labels) != len(images):
+            raise ValueError(f"labels: {len(labels)} of {len(images)} images")
+        self.images, self.batch, self.seed, self.labels = images, batch, seed, labels
         if (rank is None) != (world is None):
             raise ValueError(f"rank and world: give both or neither, got rank={rank}, world={world}")
         if rank is not None and not 0 <= rank < world:
@@ -80,7 +106,7 @@ class Batches(IterableDataset):
         self._next: int | None = None  # the batch to hand out
         self._orders: dict[int, np.ndarray] = {}
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         t = (self.start() if callable(self.start) else self.start) if self._next is None else self._next
@@ -110,13 +136,14 @@ class Batches(IterableDataset):
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    def read(self, t: int) -> Tensor:
+    def read(self, t: int) -> Tensor | tuple[Tensor, Tensor]:
         """This process's part of global batch t."""
         rank, world = self._place()
         first = (t * world + rank) * self.batch
         n = len(self.images)
         index = [self._order(k // n)[k % n] for k in range(first, first + self.batch)]
-        return torch.from_numpy(np.array(self.images[index]))  # a copy, writable and dense
+        x = torch.from_numpy(np.array(self.images[index]))  # a copy, writable and dense
+        return x if self.labels is None else (x, torch.from_numpy(self.labels[index]))
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:

@@ -21,6 +21,7 @@ from sgm_engine.rewriting.altered import in_training
 from sgm_engine.rewriting.float8.config import Float8Config, check_float8, float8_layers, fuse_quantisation, trace_first
 from sgm_engine.rewriting.float8.conv import Float8Conv
 from sgm_engine.rewriting.observed import Observed
+from sgm_engine.rewriting.rewrite import PooledConv
 
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "float8", "direct")
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.bfloat16}
@@ -129,8 +130,9 @@ class Network:
                     self._mode = _CastAlready(self._casts, self.device.type if self._half else None)
                 if self._quantised:
                     self._fused = fuse_quantisation(self._forward)
+            derived = {id(m.kernel): m._conv[0].weight for m in self.module.modules() if isinstance(m, PooledConv)}
             for parameter, buffer in self._casts:
-                state = states.get(id(parameter))
+                state = states.get(id(derived.get(id(parameter), parameter)))
                 if force or state is None or self._written.get(id(parameter)) != state:
                     buffer.copy_(parameter)
                     self._written[id(parameter)] = state
@@ -233,14 +235,15 @@ class _CastAlready(TorchFunctionMode):
 
 
 def _casts(module: nn.Module, dtype: torch.dtype, replaced: dict[nn.Conv2d, Float8Conv]) -> list[tuple[Tensor, Tensor]]:
-    """(parameter, its buffer in ``dtype``) of the layers of _CAST, but for those that ``replaced`` has another for.
+    """(parameter, its buffer in ``dtype``) of the layers of _CAST, but for those that ``replaced`` has another for; and
+    of kernels that take in a 2×2 mean, which are derived from parameters.
 
     In float32, only of weights that do not lie as images do on a GPU.
     """
     casts = {}
     for layer in module.modules():
-        if isinstance(layer, _CAST) and layer not in replaced:
-            for p in layer.parameters(recurse=False):
+        if isinstance(layer, (*_CAST, PooledConv)) and layer not in replaced:
+            for p in [layer.kernel] if isinstance(layer, PooledConv) else layer.parameters(recurse=False):
                 layout = torch.channels_last if p.dim() == 4 else torch.preserve_format  # as x
                 if dtype == torch.float32 and (p.dim() != 4 or p.is_contiguous(memory_format=layout)):
                     continue

@@ -12,21 +12,20 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from sgm_engine.errors import Divergence
 from sgm_engine.files.held import HeldFolder
 from sgm_engine.files.limits import most_text
-from sgm_engine.files.locks import LockFile
 from sgm_engine.files.reading import short
 from sgm_engine.jobs.card import model_card
 from sgm_engine.jobs.formats import FORMATS
-from sgm_engine.jobs.lock import alone, locked
+from sgm_engine.jobs.lock import Held, alone, locked
 from sgm_engine.jobs.record import Record, parse_record, record_name, record_text, sha256
 from sgm_engine.jobs.spec import JobError, JobSpec, ShardError
 from sgm_engine.jobs.worker import Worker
@@ -35,23 +34,12 @@ RUN, CARD, MANIFEST, WORK = "run.json", "README.md", "manifest", ".sgm"
 MANY = 1 << 20  # ids of one shard that are compared with its files' sizes before they are listed
 
 
-class _Held(NamedTuple):
-    """What a writer holds open: the folders, and the lock of its share."""
-
-    top: HeldFolder
-    work: HeldFolder
-    tmp: HeldFolder
-    worker: Worker
-    lock: LockFile
-    manifest: HeldFolder | None = None  # made once the folder is this job's
-
-
 class Folder:
     """All that is in it is reached by descriptors, and links in it are refused: JobError."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path).expanduser()
-        self._held: _Held | None = None
+        self._held: Held | None = None
 
     def load(self) -> tuple[JobSpec, dict[str, Any]]:
         """The job that lies here and the notes of its run.json. JobError: none, or a damaged one."""
@@ -60,9 +48,13 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             raise JobError(f"{self.path} holds no job: there is no {RUN}") from None
         except ValueError as error:
-            raise JobError(f"{self.path / RUN}: {error}") from None
+            raise JobError(f"{self.path}/{RUN}: {error}") from None
         except OSError as error:
             raise _no_link(error) from None
+
+    def begun(self) -> bool:
+        """Whether there is a run.json, good or bad."""
+        return (self.path / RUN).is_file()
 
     def check(self, spec: JobSpec) -> JobSpec:
         """The job to run: ``spec``, which knows what it has grown from. JobError unless this is a place for it: no
@@ -72,19 +64,26 @@ class Folder:
                 raise JobError(f"{self.path} is a file: name a folder")
             top = self._top()
             if top.has(RUN):
-                then, _ = self.load()
-                if (grown := then.grown(spec)) is None:
-                    changes = then.changes(spec)
-                    what = f"{self.path} holds another job: {changes}"
-                    raise JobError(f"{what}. Ask for the same, or name another folder")
+                grown = self._grown(spec)
                 self.recorded(spec)  # a folder that cannot be listed is named before anything is drawn
                 return grown
-            others = set(top.names()) - {WORK}
-            if others and RUN not in others:  # it may have appeared just now
-                raise JobError(f"output folder {self.path} is not empty and holds no job: name a new one")
+            self._check_new(top.names())
         elif not self.path.parent.is_dir():
             raise JobError(f"cannot write {self.path}: there is no folder {self.path.parent}")
         return spec
+
+    def _grown(self, spec: JobSpec) -> JobSpec:
+        """``spec`` as the job that lies here, with further ids or without; JobError if it is another."""
+        then, _ = self.load()
+        if (grown := then.grown(spec)) is None:
+            what = f"{self.path} holds another job: {then.changes(spec)}"
+            raise JobError(f"{what}. Ask for the same, or name another folder")
+        return grown
+
+    def _check_new(self, names: Iterable[str]) -> None:
+        others = set(names) - {WORK}
+        if others and RUN not in others:  # it may have appeared just now
+            raise JobError(f"output folder {self.path} is not empty and holds no job: name a new one")
 
     @contextmanager
     def writing(self, spec: JobSpec, worker: Worker, notes: Mapping[str, Any], card: str) -> Iterator[None]:
@@ -100,7 +99,7 @@ class Folder:
                     owner = name.split(".")[0]
                     if owner == str(worker) or not owner.endswith(f"-of-{worker.count}"):
                         tmp.remove(name)
-                self._held = _Held(top, work, tmp, worker, lock)
+                self._held = Held(top, work, tmp, worker, lock)
                 self._create(RUN, spec.to_json(notes).encode())  # before all else: it makes this folder a job's
                 self._grow(spec, notes)  # another worker may have been first, with another job
                 self._create(CARD, card.encode())
@@ -137,13 +136,13 @@ class Folder:
 
     def lost(self, spec: JobSpec, shards: Iterable[int]) -> list[int]:
         """Those of ``shards`` without a record or one of its files: only names are looked at."""
-        recorded, top, form = self.recorded(spec), self._top(), FORMATS[spec.format]
+        recorded, has, form = self.recorded(spec), self._finder(), FORMATS[spec.format]
 
         def whole(shard: int) -> bool:
-            if all(map(top.has, form.names(shard, spec.shard_ids(shard)))):
+            if all(map(has, form.names(shard, spec.shard_ids(shard)))):
                 return True
             try:
-                return all(map(top.has, self.record(spec, shard).files))  # samples that diverged have no file
+                return all(map(has, self.record(spec, shard).files))  # samples that diverged have no file
             except ShardError:
                 return False
 
@@ -213,6 +212,10 @@ class Folder:
 
     def _top(self) -> HeldFolder:
         return self._held.top if self._held else HeldFolder(self.path)
+
+    def _finder(self) -> Callable[[str], bool]:
+        """What says whether a file is there, asked many times."""
+        return self._top().has
 
     def _manifest(self) -> HeldFolder:
         return self._top().folder(MANIFEST)

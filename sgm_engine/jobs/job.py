@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from random import Random
 from typing import Any
 
 from sgm_engine.checks import MAX_SEED, check_int
 from sgm_engine.engine.engine import Engine
 from sgm_engine.errors import Divergence
+from sgm_engine.jobs.bucket import open_folder
 from sgm_engine.jobs.card import model_card
-from sgm_engine.jobs.folder import Folder, ShardError
+from sgm_engine.jobs.folder import ShardError
 from sgm_engine.jobs.formats import FORMATS
 from sgm_engine.jobs.identity import ModelIdentity, identity_of
+from sgm_engine.jobs.record import Record
 from sgm_engine.jobs.source import Drawn, EngineSource, Source
 from sgm_engine.jobs.spec import SHARD_SIZE, Geometry, JobSpec
 from sgm_engine.jobs.worker import Worker
@@ -59,6 +62,7 @@ class Report:
     redrawn: list[ShardError] = field(default_factory=list)  # recorded shards that were damaged, and drawn again
     diverged: list[Divergence] = field(default_factory=list)  # of the share, earlier runs included; never written
     stopped: bool = False
+    stolen: set[int] = field(default_factory=set)  # shards of other workers' shares, drawn by this run
     lost: list[int] = field(default_factory=list)  # shards of the share that are not there at the end: stopped, removed
     complete: bool = False
 
@@ -68,7 +72,8 @@ class Job:
     job; other arguments are refused.
 
     engine: draws the samples; its precision, executor and batch are part of the job, as are the weights.
-    out: the folder. n: sample ids 0 to n − 1; or ids: SampleIds, their text ("0-63,100") or an iterable of integers.
+    out: the folder, or s3://…, gs://…, az://… (the extra [storage]).
+    n: sample ids 0 to n − 1; or ids: SampleIds, their text ("0-63,100") or an iterable of integers.
     format: "png", "npz" and "webdataset" (8 bits, of engine.data_range), or "safetensors" (float32, as drawn).
     shard_size: sample ids in a shard. Shards do not depend on who draws them.
     weights: what tells this model from others. None: the sha256 of its parameters and buffers, and every other value
@@ -111,7 +116,7 @@ class Job:
         return job
 
     def _prepare(self, source: Source, out: str | os.PathLike, notes: Mapping[str, Any] | None) -> None:
-        self.source, self.folder, self.notes = source, Folder(out), dict(notes or {})
+        self.source, self.folder, self.notes = source, open_folder(out), dict(notes or {})
         self._stop = threading.Event()
         self.spec = self.folder.check(self.spec)
 
@@ -120,11 +125,13 @@ class Job:
         worker: Worker | None = None,
         progress: bool | str = False,
         on_shard: Callable[[Progress], object] | None = None,
+        steal: bool = False,
     ) -> Report:
         """Draw and write what is missing of this worker's share.
 
-        worker: its share; None: from torchrun's or Slurm's variables, else everything. progress: as of Engine.sample.
-        on_shard: called, from the writing thread, with a Progress after each shard.
+        worker: its share; None: from the variables of torchrun, Slurm or Kubernetes, else everything. progress: as of
+        Engine.sample. on_shard: called, from the writing thread, with a Progress after each shard. steal: go on with
+        what other workers have not written, until the job is complete.
 
         Shards that are there are read and compared with their records; damaged ones are drawn again. Samples that
         become non-finite are recorded and left out. Raises JobBusy if another process writes this share, OSError if a
@@ -133,11 +140,12 @@ class Job:
         worker = Worker.from_environment() if worker is None else worker
         report = Report(worker)
         try:
-            self._run(report, progress, on_shard)
+            self._run(report, progress, on_shard, steal)
         finally:
             report.stopped = self._stop.is_set()
             self._stop.clear()
-        report.lost = self.folder.lost(self.spec, worker.share(self.spec.shards))
+        wanted = range(self.spec.shards) if steal else worker.share(self.spec.shards)
+        report.lost = self.folder.lost(self.spec, wanted)
         report.complete = not report.lost and len(self.folder.recorded(self.spec)) >= self.spec.shards
         return report
 
@@ -153,7 +161,7 @@ class Job:
         """The quarantined samples of a complete job, whoever drew them."""
         return [d for shard in range(self.spec.shards) for d in self.folder.record(self.spec, shard).diverged]
 
-    def _run(self, report: Report, progress: bool | str, on_shard: Callable | None) -> None:
+    def _run(self, report: Report, progress: bool | str, on_shard: Callable | None, steal: bool) -> None:
         worker = report.worker
         if self.folder.read_only():  # where nothing can be locked there may be nothing to do
             there = Report(worker)
@@ -165,7 +173,8 @@ class Job:
             start = time.perf_counter()
             write = partial(self._write, report, on_shard, start)
             with Writer(write, on_error=self.stop) as writer:
-                drawing = self.source.draw(self.spec, missing, writer.settle, self._stop.is_set, progress)
+                shards = self._not_taken(report, missing) if steal else missing
+                drawing = self.source.draw(self.spec, shards, writer.settle, self._stop.is_set, progress)
                 with closing(drawing):
                     for drawn in drawing:
                         writer.put(drawn)
@@ -177,20 +186,46 @@ class Job:
         for shard in report.worker.share(self.spec.shards):
             if self._stop.is_set():
                 break
+            if shard not in recorded:
+                missing.append(shard)
+                continue
             try:
                 record, _ = self.folder.read(self.spec, shard)
                 report.found += 1
                 report.diverged += record.diverged
             except ShardError as error:
                 missing.append(shard)
-                if shard in recorded and error.kind != "outgrown":
+                if error.kind != "outgrown":
                     report.redrawn.append(error)
         return missing
 
+    def _not_taken(self, report: Report, missing: list[int]) -> Iterator[int]:
+        """``missing`` less what others have drawn meanwhile, then what is missing of their shares, in random order: two
+        that draw the same shard lose time, and nothing else."""
+        damaged, share = {error.shard for error in report.redrawn}, report.worker.share(self.spec.shards)
+        for shard in missing:
+            if shard in damaged or (record := self._record(shard)) is None:
+                yield shard
+            else:
+                report.found += 1
+                report.diverged += record.diverged
+        left = sorted(set(range(self.spec.shards)) - self.folder.recorded(self.spec) - set(share))
+        for shard in Random(report.worker.index).sample(left, len(left)):
+            if self._record(shard) is None:
+                report.stolen.add(shard)
+                yield shard
+
+    def _record(self, shard: int) -> Record | None:
+        try:
+            return self.folder.record(self.spec, shard)
+        except ShardError:
+            return None
+
     def _write(self, report: Report, on_shard: Callable | None, start: float, drawn: Drawn) -> None:
         shard, ids, samples, diverged = drawn
-        files = FORMATS[self.spec.format].encode(shard, ids, samples, self.spec.data_range)
-        self.folder.publish(self.spec, shard, files, diverged)
+        if samples is not None:
+            files = FORMATS[self.spec.format].encode(shard, ids, samples, self.spec.data_range)
+            self.folder.publish(self.spec, shard, files, diverged)
         report.shards += 1
         report.samples += len(ids)
         report.diverged += diverged
@@ -199,13 +234,14 @@ class Job:
 
     def _progress(self, report: Report, seconds: float) -> Progress:
         """Counts by whole shards; only the last shard of a job may be shorter."""
-        share, size = report.worker.share(self.spec.shards), self.spec.shard_size
-        short = size * self.spec.shards - len(self.spec.ids) if self.spec.shards - 1 in share else 0
-        in_all, done = len(share) * size - short, report.found + report.shards
-        samples = in_all if done == len(share) else done * size
+        share, size, last = report.worker.share(self.spec.shards), self.spec.shard_size, self.spec.shards - 1
+        short = size * self.spec.shards - len(self.spec.ids) if last in share or last in report.stolen else 0
+        shards, done = len(share) + len(report.stolen), report.found + report.shards
+        in_all = shards * size - short
+        samples = in_all if done == shards else done * size
         rate = report.samples / seconds if seconds > 0 else 0.0
         left = (in_all - samples) / rate if rate else 0.0
-        return Progress(samples, in_all, done, len(share), rate, left)
+        return Progress(samples, in_all, done, shards, rate, left)
 
 
 def generate(

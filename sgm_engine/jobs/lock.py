@@ -7,6 +7,7 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from sgm_engine.errors import JobBusy
 from sgm_engine.files.held import HeldFolder
@@ -14,6 +15,17 @@ from sgm_engine.files.locks import LockFile
 from sgm_engine.jobs.worker import Worker
 
 TAKEN = (errno.EAGAIN, errno.EACCES)
+
+
+class Held(NamedTuple):
+    """What a writer holds open: the folders, and the lock of its share."""
+
+    top: HeldFolder
+    work: HeldFolder
+    tmp: HeldFolder
+    worker: Worker
+    lock: LockFile
+    manifest: HeldFolder | None = None  # made once the folder is this job's
 
 
 @contextmanager

@@ -11,7 +11,9 @@ from typing import IO
 
 import numpy as np
 
+from sgm_engine.files.storage import is_url, staged_object
 from sgm_engine.files.writing import check_writable, new_zip, staged
+from sgm_engine.jobs.bucket import open_folder
 from sgm_engine.jobs.folder import Folder, ShardError
 from sgm_engine.jobs.formats import FORMATS
 from sgm_engine.jobs.spec import JobError, JobSpec
@@ -29,18 +31,20 @@ def merge(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -> int:
     [N, H, W, C] and sample_id) or .safetensors (samples float32 [N, C, H, W] and sample_id), complete or not at all.
     JobError: incomplete, damaged, of different jobs, or without the floats that a .safetensors holds.
     """
-    out = Path(out).expanduser()
-    if out.suffix not in _WRITERS:
+    suffix, far = Path(out).suffix, is_url(out)
+    if suffix not in _WRITERS:
         raise ValueError(f"out must end in .npz or .safetensors, got {out}")
-    check_writable(out)
-    parts = [(folder, folder.load()[0]) for folder in map(Folder, folders)]
+    if not far:
+        out = Path(out).expanduser()
+        check_writable(out)
+    parts = [(folder, folder.load()[0]) for folder in map(open_folder, folders)]
     _check_together(parts)
     spec = parts[0][1]
-    if out.suffix == ".safetensors" and not FORMATS[spec.format].lossless:
+    if suffix == ".safetensors" and not FORMATS[spec.format].lossless:
         raise JobError(f"{parts[0][0].path} holds 8 bits a value ({spec.format}), no floats: merge it into an .npz")
     ids = np.fromiter(chain.from_iterable(_ids(*part) for part in parts), np.int64)
-    with staged(out) as file:
-        _WRITERS[out.suffix](file, ids, spec.shape, _samples(parts), spec.data_range)
+    with staged_object(out) if far else staged(out) as file:
+        _WRITERS[suffix](file, ids, spec.shape, _samples(parts), spec.data_range)
     return len(ids)
 
 

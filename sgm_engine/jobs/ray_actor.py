@@ -36,8 +36,14 @@ def actor_class() -> type:
             except BaseException as error:
                 return where, " ".join(f"{type(error).__name__}: {error}".split()), None
 
-        def draw(self, job: bytes, ids: str) -> tuple:
-            return self._painter.draw(job, ids)
+        def draw(self, job: bytes, ids: str, shard: int, write: bytes | None) -> tuple:
+            """write: a pickled function that puts the shard where it belongs, and gives back what is to be told."""
+            drawn = self._painter.draw(job, ids)
+            if write is None:
+                return drawn
+            import ray
+
+            return ray.cloudpickle.loads(write)(shard, *drawn)
 
     return Painter
 

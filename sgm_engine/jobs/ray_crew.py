@@ -69,9 +69,15 @@ class Crew:
         return self.about
 
     def draw(
-        self, job: bytes, shards: Sequence[int], ids_of: Callable[[int], str], stopped: Callable[[], bool]
+        self,
+        job: bytes,
+        shards: Sequence[int],
+        args_of: Callable[[int], tuple],
+        stopped: Callable[[], bool],
+        stay: bool = False,
     ) -> Iterator[tuple[int, tuple]]:
-        """(shard, what ``draw`` of a painter returned), as they get finished. No actor is left afterwards."""
+        """(shard, what ``draw(job, *args_of(shard))`` of an actor returned), as they get finished. stay: actors that
+        have nothing more to draw are there for the next call; else none is left."""
         waiting, done = deque(shards), set()
         job, self._errors, self._crashes = self._ray.put(job), Counter(), Counter()
         self._shunned: dict[int, set[str]] = defaultdict(set)
@@ -79,13 +85,15 @@ class Crew:
         try:
             while len(done) < len(shards) and not stopped():
                 self._fill(self._wanted)
-                self._hand_out(job, waiting, done, ids_of)
+                self._hand_out(job, waiting, done, args_of)
                 for shard, drawn in self._answer(waiting, done):
                     yield shard, drawn
                     self._hear()  # the time that the disk took is not the actors'
                 self._look(waiting, done)
         finally:
-            self.close()
+            for member in list(self.members):
+                if member.queue or not stay:
+                    self._drop(member)
 
     def close(self) -> None:
         for member in list(self.members):
@@ -125,7 +133,7 @@ class Crew:
 
     # Shards -----------------------------------------------------------------------------------------------------------
 
-    def _hand_out(self, job: Any, waiting: deque[int], done: set[int], ids_of: Callable[[int], str]) -> None:
+    def _hand_out(self, job: Any, waiting: deque[int], done: set[int], args_of: Callable[[int], tuple]) -> None:
         """Shards to the actors that have fewest; one that failed on a node goes to another, where there is one."""
         ready = [member for member in self.members if member.ready and not member.late]
         nodes = {member.node for member in ready}
@@ -141,7 +149,7 @@ class Crew:
                         passed.append(shard)
                         continue
                     member.since = member.since if member.queue else monotonic()
-                    member.queue.append((member.actor.draw.remote(job, ids_of(shard)), shard))
+                    member.queue.append((member.actor.draw.remote(job, *args_of(shard)), shard))
                     break
                 waiting.extendleft(reversed(passed))
 

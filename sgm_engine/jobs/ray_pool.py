@@ -7,13 +7,15 @@ shards depend on nothing but their ids, the bytes are the same.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from sgm_engine.errors import EngineError
+from sgm_engine.files.storage import is_url
+from sgm_engine.jobs.bucket import ShardWriter
 from sgm_engine.jobs.identity import identity_of
 from sgm_engine.jobs.job import Job, make_spec, with_scales
 from sgm_engine.jobs.ray_actor import EnginePainter
@@ -32,17 +34,23 @@ class RaySource:
     """A crew of actors; shards come in the order in which they get finished."""
 
     def __init__(
-        self, make: Callable[[], Any], address: str, actors: int | None, device: str, patience: float = PATIENCE
+        self,
+        make: Callable[[], Any],
+        address: str,
+        actors: int | None,
+        device: str,
+        patience: float = PATIENCE,
+        out: str | os.PathLike = "",
     ):
         """make: a painter (ray_actor.py), called in each actor. address: "local" starts Ray here; "auto" or
-        ray://host:port joins a cluster."""
+        ray://host:port joins a cluster. out: where the job goes: actors put shards on object storage themselves."""
         try:
             import ray
         except ImportError:
             raise ValueError("--ray needs Ray: pip install 'sgm-engine[ray]'") from None
         if not (isinstance(patience, (int, float)) and patience > 0):
             raise ValueError(f"patience must be seconds > 0, got {patience!r}")
-        self._ray = ray
+        self._ray, self._url = ray, out if is_url(out) else None
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         if not ray.is_initialized():
             ray.init(address=address, **quiet, **({"include_dashboard": False} if address == "local" else {}))
@@ -69,13 +77,15 @@ class RaySource:
     def draw(
         self,
         spec: JobSpec,
-        shards: Sequence[int],
+        shards: Iterable[int],
         settle: Callable[[], None],
         stopped: Callable[[], bool],
         bar: bool | str,
     ) -> Iterator[Drawn]:
         job = self._ray.cloudpickle.dumps(replace(spec, ids=SampleIds([]), earlier=()))
-        with closing(self.crew.draw(job, shards, lambda shard: str(spec.shard_ids(shard)), stopped)) as drawing:
+        write = self._url and self._ray.put(self._ray.cloudpickle.dumps(ShardWriter(self._url, spec)))
+        args_of = lambda shard: (str(spec.shard_ids(shard)), shard, write)  # noqa: E731
+        with closing(self.crew.draw(job, list(shards), args_of, stopped)) as drawing:
             for shard, drawn in drawing:
                 yield Drawn(shard, *drawn)
 
@@ -113,7 +123,7 @@ def ray_job(
     options = {"batch": batch, "device": device, "precision": precision, "executor": executor, "float8": float8}
     options |= {"sigmas": sigmas, "shape": shape, "data_range": data_range}
     identity = identity_of(model, weights)
-    source = RaySource(partial(EnginePainter, model, options, plan), address, actors, device, patience)
+    source = RaySource(partial(EnginePainter, model, options, plan), address, actors, device, patience, out)
     geometry, shape, data_range, plan = source.describe()
     try:
         spec = make_spec(geometry, shape, data_range, identity, plan, seed, n, ids, format, shard_size)

@@ -10,7 +10,8 @@ from torch import nn
 
 import sgm_engine
 from sgm_engine.engine.engine import Engine
-from sgm_engine.jobs.folder import Folder, ShardError
+from sgm_engine.jobs.bucket import open_folder
+from sgm_engine.jobs.folder import ShardError
 from sgm_engine.jobs.formats import FORMATS
 from sgm_engine.jobs.identity import ModelIdentity, identity_of, weights_digest
 from sgm_engine.jobs.spec import Geometry, JobError, JobSpec
@@ -27,7 +28,7 @@ def resample(
     JobError: the engine is another one, the id is not the job's, or the bytes are not those in its shard. Raises
     SampleDiverged for a sample that the job has quarantined.
     """
-    folder = Folder(path)
+    folder = open_folder(path)
     spec, _ = folder.load()
     if changes := _changes(spec, engine, identity_of(engine.model, weights)):
         raise JobError(f"this would not draw the samples of {folder.path}: {changes}")

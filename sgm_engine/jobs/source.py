@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from typing import NamedTuple, Protocol
 
@@ -16,11 +16,13 @@ from sgm_engine.jobs.spec import Geometry, JobError, JobSpec, changed
 
 
 class Drawn(NamedTuple):
-    """A shard in memory. ids int64 [n], samples float32 [n, C, H, W]: the good ones; diverged: the others."""
+    """A shard in memory. ids int64 [n], samples float32 [n, C, H, W]: the good ones; diverged: the others.
+
+    samples None: the shard is written where it was drawn."""
 
     shard: int
     ids: np.ndarray
-    samples: np.ndarray
+    samples: np.ndarray | None
     diverged: list[Divergence]
 
 
@@ -28,12 +30,13 @@ class Source(Protocol):
     def draw(
         self,
         spec: JobSpec,
-        shards: Sequence[int],
+        shards: Iterable[int],
         settle: Callable[[], None],
         stopped: Callable[[], bool],
         bar: bool | str,
     ) -> Iterator[Drawn]:
-        """The shards in any order; ends early once ``stopped()``. settle: waits until what was yielded is on disk."""
+        """The shards in any order; ends early once ``stopped()``. settle: waits until what was yielded is on disk.
+        Where ``shards`` is no list, the next one is asked for as late as can be."""
 
     def cancel(self) -> None:
         """Make a running ``draw`` end soon; from any thread or a signal handler."""
@@ -53,7 +56,7 @@ class EngineSource:
     def draw(
         self,
         spec: JobSpec,
-        shards: Sequence[int],
+        shards: Iterable[int],
         settle: Callable[[], None],
         stopped: Callable[[], bool],
         bar: bool | str,
@@ -84,10 +87,10 @@ class EngineSource:
             if open_shards[0].add(sample_id, found):
                 finished.append(open_shards.popleft().drawn())
 
-        total = sum(len(spec.shard_ids(shard)) for shard in shards)
-        stream = self.engine.stream(
-            _Sized(feed(), total), spec.seed, spec.plan, progress=bar, on_diverged=lambda d: add(d.sample_id, d)
-        )
+        ids = feed()
+        if isinstance(shards, list):
+            ids = _Sized(ids, sum(len(spec.shard_ids(shard)) for shard in shards))
+        stream = self.engine.stream(ids, spec.seed, spec.plan, progress=bar, on_diverged=lambda d: add(d.sample_id, d))
         with closing(stream), suppress(Cancelled):
             for sample_id, x in stream:
                 add(sample_id, x)

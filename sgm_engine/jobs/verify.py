@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass, field
 
 from sgm_engine.errors import Divergence
-from sgm_engine.jobs.folder import MANIFEST, Folder, ShardError
+from sgm_engine.jobs.bucket import open_folder
+from sgm_engine.jobs.folder import MANIFEST, ShardError
 from sgm_engine.jobs.spec import JobSpec
 
 
@@ -38,7 +39,7 @@ class Verification:
 
 def verify(path: str | os.PathLike) -> Verification:
     """Reads the whole folder, one shard in memory at a time. JobError if it holds no job."""
-    folder = Folder(path)
+    folder = open_folder(path)
     spec, _ = folder.load()
     found = Verification(spec)
     after = 0  # the shard behind the last one that has a record

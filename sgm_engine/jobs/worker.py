@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+KUBERNETES, COMPLETIONS = "JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"  # the second is set by examples/kubernetes.yaml
+
 
 @dataclass(frozen=True)
 class Worker:
@@ -34,11 +36,17 @@ class Worker:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> Worker:
-        """From torchrun's RANK and WORLD_SIZE, a Slurm array's task id, or both: an array of torchruns. Else 0 of 1."""
+        """From torchrun's RANK and WORLD_SIZE, the task of a Slurm array or Kubernetes Job, or both: an array of
+        torchruns. Else 0 of 1."""
         whole = cls()
-        task = _slurm(env) if "SLURM_ARRAY_TASK_ID" in env else whole
+        task = _slurm(env) if "SLURM_ARRAY_TASK_ID" in env else _kubernetes(env) if KUBERNETES in env else whole
         rank = cls(_int(env, "RANK"), _int(env, "WORLD_SIZE")) if "RANK" in env and "WORLD_SIZE" in env else whole
         return cls(task.index * rank.count + rank.index, task.count * rank.count)
+
+
+def _kubernetes(env: Mapping[str, str]) -> Worker:
+    """Kubernetes tells a pod its index alone: how many there are is for the Job's manifest to say."""
+    return Worker(_int(env, KUBERNETES), _int(env, COMPLETIONS))
 
 
 def _slurm(env: Mapping[str, str]) -> Worker:

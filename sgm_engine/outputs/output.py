@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sgm_engine.files.storage import is_url
 from sgm_engine.files.writing import check_writable, write_file
 from sgm_engine.outputs import images
 
@@ -45,6 +46,8 @@ class Output:
     @classmethod
     def parse(cls, text: str) -> Output:
         path = Path(text).expanduser()
+        if is_url(text):
+            raise ValueError(f"cannot write {text}: object storage takes a folder of shards, and what sgm merge writes")
         if is_folder(text) or path.suffix.lower() not in _FORMS:
             raise ValueError(
                 f"cannot tell what to write from {text!r}: use .png (one grid), .npz (uint8), .safetensors (float) "

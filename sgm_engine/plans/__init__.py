@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazily(
             "heun",
             "plan_of_nfe",
             "predictor_corrector",
+            "sa_solver",
             "sde_dpm_solver_2m",
         ),
         "schedule": (

@@ -66,12 +66,24 @@ def heun(
 
 def dpm_solver_2m(sigmas: Sigmas, start_scale: float | None = None, start_shift: Shift = 0.0) -> Plan:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order from one evaluation a step and the D before it."""
-    return _multistep("dpm_solver_2m", sigmas, 1, start_scale, start_shift)
+    return _multistep("dpm_solver_2m", sigmas, 0.0, start_scale, start_shift)
 
 
 def sde_dpm_solver_2m(sigmas: Sigmas, start_scale: float | None = None, start_shift: Shift = 0.0) -> Plan:
     """SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 5): the same for the reverse diffusion, with noise every step."""
-    return _multistep("sde_dpm_solver_2m", sigmas, 2, start_scale, start_shift)
+    return _multistep("sde_dpm_solver_2m", sigmas, 1.0, start_scale, start_shift)
+
+
+def sa_solver(sigmas: Sigmas, tau: float = 1.0, start_scale: float | None = None, start_shift: Shift = 0.0) -> Plan:
+    """SA-Solver's predictor of two steps, its τ constant (arXiv 2309.05019, section 5.1).
+
+    tau 0 is the probability flow, 1 the reverse diffusion; more than 1 forgets faster what the network got wrong. The
+    line through the last two D is integrated exactly, where the 2M samplers take its value in the middle of the step.
+    """
+    tau = check_number("tau", tau)
+    if not 0 <= tau < np.inf:
+        raise ValueError(f"tau must be >= 0 and finite, got {tau}")
+    return _multistep("sa_solver", sigmas, tau, start_scale, start_shift, {"tau": tau})
 
 
 def predictor_corrector(
@@ -118,6 +130,7 @@ SAMPLERS: dict[str, Callable[..., Plan]] = {
         heun,
         dpm_solver_2m,
         sde_dpm_solver_2m,
+        sa_solver,
         predictor_corrector,
     )
 }
@@ -181,20 +194,23 @@ def _churn(sigmas: Sigmas, s_churn, s_tmin, s_tmax, s_noise) -> tuple[np.ndarray
     return raised, s_noise * np.sqrt(raised**2 - sigmas**2), options
 
 
-def _multistep(name: str, sigmas: Sigmas, power: int, start_scale, start_shift) -> Plan:
-    """2M for the probability flow (power 1: k) or the diffusion (power 2: k², and σ'·√(1 − k²)·z), k = σ'/σ."""
+def _multistep(name: str, sigmas: Sigmas, tau: float, start_scale, start_shift, options: dict | None = None) -> Plan:
+    """x' = keep·x + (1 − keep)·D + weight·(D − D before) + σ'·√(1 − k^(2τ²))·z, keep = k^(1+τ²), k = σ'/σ.
+
+    options: of ``sa_solver``, whose weight is exact for a D that is linear in ln σ; without them that of 2M.
+    """
     sigmas = check_sigmas(sigmas)
-    k = sigmas[1:] / sigmas[:-1]
-    h = -np.log(k)
-    noise = sigmas[1:] * np.sqrt(1 - k**2) * (power == 2)
+    k, power = sigmas[1:] / sigmas[:-1], 1 + tau**2
+    h, keep = -np.log(k), k**power
+    noise = sigmas[1:] * np.sqrt(1 - k ** (2 * tau**2))
+    middle = (1 - keep) * h / 2 if options is None else h - (1 - keep) / power
+    weight = np.append(0.0, middle[1:] / h[:-1])
     rows = []
-    for i, keep in enumerate(k**power):
-        rho = h[i] / (2 * h[i - 1]) if i else 0.0
-        new = (1 - keep) * (1 + rho)  # weight of this row's D; the stored one's is −(1 − keep)·ρ
+    for i, new in enumerate(1 - keep + weight):
         sigma2 = sigmas[i] ** 2
         store = (1.0, sigma2) if i + 1 < len(k) else (0.0, 0.0)
-        rows.append((sigmas[i], keep + new, new * sigma2, noise[i], (keep - 1) * rho if i else 0.0, *store))
-    return _table(name, rows, sigmas, np.zeros(len(sigmas)), sigmas, start_scale, start_shift, {})
+        rows.append((sigmas[i], keep[i] + new, new * sigma2, noise[i], -weight[i], *store))
+    return _table(name, rows, sigmas, np.zeros(len(sigmas)), sigmas, start_scale, start_shift, options or {})
 
 
 def _table(name, rows, raised, noise, sigmas: Sigmas, start_scale, start_shift, options) -> Plan:

@@ -177,7 +177,7 @@ class Accelerated(nn.Module):
         network, pinned = self._assemble(found.graph, modules, found.resolve)
         return network, found.report, pinned
 
-    def traced(self, norms: dict, x: Tensor, level: Tensor) -> Traced:
+    def traced(self, norms: dict, x: Tensor, level: Tensor, as_on_gpu: bool = False) -> Traced:
         """The graph of source(x, level) after Rewriter. norms: ``recognise`` of its modules, by name."""
         report, modules = Report(), {}
         fused = {self.source.get_submodule(n): f for n, f in norms.items() if isinstance(f, FusedNorm)}
@@ -195,7 +195,7 @@ class Accelerated(nn.Module):
                 modules[node.target] = fused[module]
         left = None
         try:
-            Rewriter(graph, modules, values, report, around_norms=_is_fused_around(x)).run()
+            Rewriter(graph, modules, values, report, around_norms=as_on_gpu or _is_fused_around(x)).run()
         except Left as reason:
             left = str(reason)
         return Traced(graph, modules, values, resolve, report, left)

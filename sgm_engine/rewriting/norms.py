@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sgm_engine.rewriting.chosen_conv import ConvNorm
@@ -98,6 +98,18 @@ class NormRewrites:
         node.replace_all_uses_with(norm)
         self.graph.erase_node(node)
 
+    def _upsampled(self, node: fx.Node) -> None:
+        """upsampling → norm of its sum with a convolution's result, which rounds the sum to that one's 16 bits."""
+        if node.op != "call_function" or node.target is not F.interpolate or len(node.users) != 1:
+            return
+        (norm,) = node.users
+        if not isinstance(self._module(norm), FusedNorm) or "residual" not in norm.kwargs:
+            return
+        other = norm.kwargs["residual"] if norm.args[0] is node else norm.args[0]
+        if isinstance(self._module(other), nn.Conv2d):
+            node.target = upsampled
+            self.report("upsampling in 16 bits, for the sum after it", node.name)
+
     def _norm_call(self, norm: object) -> fx.Node | None:
         return norm_call(norm, self._module)
 
@@ -119,6 +131,12 @@ class NormRewrites:
             and len(node.args) == 2
             and not node.kwargs
         )
+
+
+def upsampled(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """F.interpolate in x's dtype: a GPU's autocast would do it in float32, with a cast before and one after it."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, *args, **kwargs)
 
 
 def norm_call(norm: object, module: Callable[[fx.Node], nn.Module | None]) -> fx.Node | None:

@@ -37,12 +37,12 @@ class PooledConv(nn.Module):
         self._seen = self._version()
 
     def __deepcopy__(self, memo: dict) -> PooledConv:
-        new = PooledConv.__new__(PooledConv)
+        new, given = PooledConv.__new__(PooledConv), id(self.kernel) in memo
         memo[id(self)] = new
         for name, value in self.__dict__.items():
             new.__dict__[name] = copy.deepcopy(value, memo)
-        # A copy that shares the buffer (a cast copy of the network) leaves it to this module.
-        new._seen = None if new.kernel is self.kernel else new._version()
+        # A copy that is given the buffer (a cast copy of the network) leaves it to whom it comes from.
+        new._seen = None if given else new._version()
         return new
 
     def _version(self) -> tuple:
@@ -88,7 +88,8 @@ class Rewriter(NormRewrites):
         report: Callable[[str, str], None],
         around_norms: bool = False,
     ):
-        """around_norms: also an activation before a norm, and a 5×5 mean after it, become part of it."""
+        """around_norms: also an activation before a norm, and a 5×5 mean after it, become part of it, and what is
+        upsampled for one stays in 16 bits."""
         self.around_norms = around_norms
         self.graph, self.modules, self.values = graph, modules, values
         self.report = lambda what, where: report(what, where.removeprefix("module."))
@@ -99,7 +100,7 @@ class Rewriter(NormRewrites):
         self._make_additions_functional()
         norms = (self._residual, self._activation)
         if self.around_norms:
-            norms = (self._before, *norms, self._pool)
+            norms = (self._before, *norms, self._pool, self._upsampled)
         for rewrite in (self._upsampling, self._zero_sum, self._mean_pool, *norms):
             self.places = {node: i for i, node in enumerate(self.graph.nodes)}
             for node in list(self.graph.nodes):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from sgm_engine.data.images import dequantise
 from sgm_engine.keys import Key
 from sgm_engine.models.cdm.gaussian import GaussianBase, image_moments
-from sgm_engine.models.cdm.model import CDM
+from sgm_engine.models.cdm.model import CDM, OfClasses
 from sgm_engine.models.cdm.potential import PotentialHead, PotentialNet
 
 IMAGES, BATCH = 6000, 64  # that the biases are fitted to
@@ -18,17 +18,20 @@ SMOOTH = 1e-4  # of the biases' second differences, squared: classes that few im
 LAST = 2**32 - 4  # the draws of the fit
 
 
-def fit_base(model: CDM, images: np.ndarray) -> None:
+def fit_base(model: OfClasses, images: np.ndarray) -> None:
     """Give the classifier's GaussianBase, if it has one, mean and covariance of uint8 images [N, C, H, W]."""
     for part in model.modules():
         if isinstance(part, GaussianBase):
             part.fit(*image_moments(images, model.scale, model.shift))
 
 
-def fit_biases(model: CDM, images: np.ndarray, seed: int = 0, count: int = IMAGES) -> tuple[float, float] | None:
+def fit_biases(
+    model: CDM, images: np.ndarray, seed: int = 0, count: int = IMAGES, labels: np.ndarray | None = None
+) -> tuple[float, float] | None:
     """Minimise the cross entropy of noisy images over the biases alone; (before, after), nats. None: a U-Net.
 
     It is convex in them, and the score does not depend on them. Classes are met as the model's prior says.
+    labels: int64 [N], of a network that has any; every tenth is then hidden.
     """
     if not isinstance(model.classifier, PotentialNet):
         return None
@@ -37,12 +40,15 @@ def fit_biases(model: CDM, images: np.ndarray, seed: int = 0, count: int = IMAGE
     key = Key(seed, torch.arange(count), LAST)
     u = key.uniform(torch.empty(count, 1))[:, 0]
     levels, head = model.draw_class(u), model.classifier.head
-    logits = noisy_logits(model, torch.from_numpy(images[index]), levels, key.after(1))
+    told = None if labels is None else torch.from_numpy(labels[index])
+    if told is not None:
+        told[::10] = model.labels
+    logits = noisy_logits(model, torch.from_numpy(images[index]), levels, key.after(1), told)
     return _minimise(head, logits, levels)
 
 
 @torch.no_grad()
-def noisy_logits(model: CDM, images: Tensor, levels: Tensor, key: Key) -> Tensor:
+def noisy_logits(model: CDM, images: Tensor, levels: Tensor, key: Key, labels: Tensor | None = None) -> Tensor:
     """float64 [N, T + 2] of uint8 images with the noise of classes ``levels`` [N]; draws 0 and 1."""
     x = dequantise(images, key.uniform(images.float()))
     noise = key.normal(x, 1)
@@ -51,7 +57,8 @@ def noisy_logits(model: CDM, images: Tensor, levels: Tensor, key: Key) -> Tensor
     for i in range(0, len(x), BATCH):
         t = levels[i : i + BATCH]
         signal, std = (v[t].float().view(-1, 1, 1, 1) for v in (model.signal, model.noise))
-        found.append(model.logits(signal * model.to_u(x[i : i + BATCH]) + std * noise[i : i + BATCH]))
+        u = signal * model.to_u(x[i : i + BATCH]) + std * noise[i : i + BATCH]
+        found.append(model.logits(u, None if labels is None else labels[i : i + BATCH]))
     model.train(training)
     return torch.cat(found).double()
 

@@ -35,15 +35,17 @@ class TrainConfig:
     A network of models.family: ngf its width, ``network`` its other arguments; preconditioning: {"name" of a scheme of
     models.preconditioning, its constants}, empty for the usual one, and for ddpm the fields of a diffusers scheduler;
     levels: also of a ddpm's timesteps, evenly; plan: with "nfe", evaluations.
-    image_size: of a folder of pictures; other data know theirs, and a divisor of it takes means of blocks.
-    objective: of OBJECTIVES ("cdm" for a CDM), and its keyword arguments in objective_options. copies: of multi_sample,
-    each with √copies times the noise of the levels, which are those of their mean. reference_batch: so many further
-    images a step, of stable_target. direct_steps: so many first steps train a CDM of potentials as a denoiser
-    (``cdm_direct``), warmup and decay apart. steps: optimizer steps in all; batch: images a step, over all processes.
-    warmup: steps; decay: share of the steps, at the end, over which lr falls to 0; ema: 0 keeps no average; clip: of
-    the gradient's norm, 0 none. precision: float32, bfloat16 or float16 (mixed). compile_norms: torch.compile of the
-    norms, whose plain formula is slow on a CPU. weights: what model.safetensors holds, float32 or float16. plan: "name"
-    and arguments, kept with the weights and used by the sample grids. *_every: steps, 0 never.
+    image_size: of a folder of pictures; other data know theirs, and a divisor of it takes means of blocks. objective:
+    of OBJECTIVES ("cdm" for a CDM, "ddm" for a denoiser of its network), and its keyword arguments in
+    objective_options. copies: of multi_sample, each with √copies times the noise of the levels, which are those of
+    their mean. reference_batch: so many further images a step, of stable_target. direct_steps: so many first steps
+    train a CDM of potentials as a denoiser (``ddm``), warmup and decay apart. steps: optimizer steps in all; batch:
+    images a step, over all processes. warmup: steps; decay: share of the steps, at the end, over which lr falls to 0;
+    drop_every: steps, after which it is a tenth; label_dropout: share of labels that training hides from a network with
+    labels, for guidance; ema: 0 keeps no average; clip: of the gradient's norm, 0 none. precision: float32, bfloat16 or
+    float16 (mixed). compile_norms: torch.compile of the norms, whose plain formula is slow on a CPU. weights: what
+    model.safetensors holds, float32 or float16. plan: "name" and arguments, kept with the weights and used by the
+    sample grids. *_every: steps, 0 never.
     """
 
     architecture: str
@@ -61,6 +63,7 @@ class TrainConfig:
     reference_batch: int = 0
     objective_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     direct_steps: int = 0
+    label_dropout: float = 0.1
     steps: int = 200_000
     batch: int = 128
     lr: float = 1e-3
@@ -69,6 +72,7 @@ class TrainConfig:
     adam_eps: float = 1e-8
     warmup: int = 0
     decay: float = 0.0
+    drop_every: int = 0
     ema: float = 0.999
     clip: float = 0.0
     precision: str = "float32"
@@ -89,6 +93,7 @@ class TrainConfig:
         for name in (
             "direct_steps",
             "warmup",
+            "drop_every",
             "clip",
             "sample_every",
             "save_every",
@@ -101,12 +106,14 @@ class TrainConfig:
             self._need(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._need("levels", 1 <= self.levels <= MAX_LEVELS, f"between 1 and {MAX_LEVELS}")
         self._need("decay", 0 <= self.decay <= 1, "in [0, 1]")
+        self._need("label_dropout", 0 <= self.label_dropout < 1, "in [0, 1)")
         self._need("lr", self.lr > 0, "positive")
         self._need("weights", self.weights in WEIGHTS, f"one of {', '.join(WEIGHTS)}")
         self._need("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         self._need("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
         cdm = self.architecture == CDMConfig.architecture
-        self._need("objective", cdm == (self.objective == "cdm"), "cdm if, and only if, the architecture is CDM")
+        told = self.objective in ("cdm", "ddm")
+        self._need("objective", cdm == told, "cdm or ddm if, and only if, the architecture is CDM")
         many = self.objective == "multi_sample"
         limit = f"between 2 and {MAX_COPIES} if, and only if, the objective is multi_sample, else 1"
         self._need("copies", 2 <= self.copies <= MAX_COPIES if many else self.copies == 1, limit)
@@ -131,7 +138,8 @@ class TrainConfig:
             raise ValueError(f"preconditioning must be empty for {self.architecture}, got {dict(self.preconditioning)}")
         if self.architecture == CDMConfig.architecture:
             fields = {"channels": channels, "image_size": image_size, "width": self.ngf, "levels": self.levels}
-            return CDMConfig.from_dict(fields | dict(self.network) | {"plan": self.plan})
+            fields |= dict(self.network) | {"plan": self.plan}
+            return CDMConfig.from_dict(fields | ({"denoiser": True} if self.objective == "ddm" else {}))
         if self.network:
             raise ValueError(f"network must be empty for {self.architecture}, got {dict(self.network)}")
         if self.sigma_begin is None:

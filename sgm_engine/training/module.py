@@ -12,11 +12,13 @@ from sgm_engine.checks import check_int
 from sgm_engine.data.images import dequantise
 from sgm_engine.engine.engine import MAX_SEED
 from sgm_engine.keys import Key
-from sgm_engine.training.cdm_objective import cdm_direct
+from sgm_engine.models.cdm.layers import dropping
+from sgm_engine.training.cdm_objective import ddm
 from sgm_engine.training.objectives import OBJECTIVES
 
 # What a training sample draws, by number.
 LEVEL, DEQUANTISATION, FLIP, OBJECTIVE = 0, 1, 2, 3
+LABEL, DROPOUT = 1 << 15, (1 << 15) + 1  # far from what an objective draws; a number each layer that drops
 VALIDATION = 1 << 16  # the first draw of a validation sample, whose id is its index
 
 
@@ -24,12 +26,14 @@ class ScoreModule(LightningModule):
     """Trains ``network(x [N, C, H, W], level [N]) → score`` by one of training.objectives.
 
     objective: a name of OBJECTIVES, or any function (model, x, levels, key) → loss. A batch is x, or a sequence that
-    begins with x: float in the network's own range, or uint8, which is dequantised to [0, 1). flip: mirror every
-    second image, left to right. seed: uint64, of all noise.
+    begins with x: float in the network's own range, or uint8, which is dequantised to [0, 1). A network with labels
+    is told those behind x, int64 [N], and ``label_dropout`` of them as none. flip: mirror every second image, left to
+    right. seed: uint64, of all noise.
 
     Adam with ``lr``, ``betas`` and ``adam_eps``. The learning rate rises linearly over ``warmup`` steps, stays, and
-    falls linearly to 0 over the last ``decay`` share of ``steps`` (0: never). The plateau does not depend on ``steps``,
-    so a run may be resumed with another length. The first ``direct_steps`` train a CDM by ``cdm_direct``, with a
+    falls linearly to 0 over the last ``decay`` share of ``steps`` (0: never), and by a tenth to a tenth after every
+    ``drop_every`` steps (0: never). The plateau does not depend on ``steps``,
+    so a run may be resumed with another length. The first ``direct_steps`` train a CDM by ``ddm``, with a
     rise and a fall of their own.
 
     Noise belongs to samples: number k = (t·processes + process)·N + position at batch t; levels, dequantisation, flips
@@ -50,6 +54,8 @@ class ScoreModule(LightningModule):
         flip: bool = False,
         seed: int = 0,
         direct_steps: int = 0,
+        label_dropout: float = 0.1,
+        drop_every: int = 0,
     ):
         super().__init__()
         if isinstance(objective, str) and objective not in OBJECTIVES:
@@ -60,6 +66,9 @@ class ScoreModule(LightningModule):
             raise ValueError(f"decay must lie in [0, 1], a share of the steps, got {decay}")
         if decay and steps is None:
             raise ValueError(f"decay={decay} needs steps, the length of the run")
+        if not 0 <= label_dropout < 1:
+            raise ValueError(f"label_dropout must lie in [0, 1), got {label_dropout}")
+        self.label_dropout, self.drop_every = label_dropout, check_int("drop_every", drop_every, 0)
         self.network = network
         self.sigmas = torch.as_tensor(getattr(network, "sigmas", ())).detach().to("cpu", torch.float32)
         self.objective = OBJECTIVES[objective] if isinstance(objective, str) else objective
@@ -72,8 +81,8 @@ class ScoreModule(LightningModule):
         return self.network(x, level)
 
     def training_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int) -> Tensor:
-        x = batch if isinstance(batch, Tensor) else batch[0]
-        loss = self.loss(x, self.sample_ids(len(x)))
+        x, labels = self._parts(batch)
+        loss = self.loss(x, self.sample_ids(len(x)), labels)
         self.log("loss", loss.detach(), prog_bar=True, sync_dist=True)
         return loss
 
@@ -83,7 +92,16 @@ class ScoreModule(LightningModule):
         first = (t * self.trainer.world_size + self.global_rank) * n
         return torch.arange(first, first + n, device=self.device)
 
-    def loss(self, x: Tensor, sample_ids: Tensor) -> Tensor:
+    def _parts(self, batch: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        """Images, and the labels of a network that has any."""
+        x = batch if isinstance(batch, Tensor) else batch[0]
+        if not getattr(self.network, "labels", 0):
+            return x, None
+        if isinstance(batch, Tensor) or len(batch) < 2:
+            raise ValueError(f"a network of {self.network.labels} labels needs batches of images and labels")
+        return x, batch[1]
+
+    def loss(self, x: Tensor, sample_ids: Tensor, labels: Tensor | None = None) -> Tensor:
         """The objective on data x [N, …] (float or uint8) as training samples ``sample_ids`` [N]; a scalar."""
         key = Key(self.seed, sample_ids)
         x = self.prepare(x, key)
@@ -91,11 +109,16 @@ class ScoreModule(LightningModule):
         u = key.after(LEVEL).uniform(x.new_empty(len(x), 1, dtype=torch.float32))[:, 0]
         draw = getattr(self.network, "draw_class", None)  # a CDM's classes need not be met equally often
         levels = (u * count).long().clamp(max=count - 1) if draw is None else draw(u)
-        return self._objective()(self._called(), x, levels, key.after(OBJECTIVE))
+        told = {}
+        if labels is not None:
+            free = key.uniform(x.new_empty(len(x), 1), LABEL)[:, 0] < self.label_dropout
+            told["labels"] = labels.masked_fill(free, self.network.labels)
+        with dropping(self.network, key.after(DROPOUT)):
+            return self._objective()(self._called(), x, levels, key.after(OBJECTIVE), **told)
 
     def _objective(self) -> Callable[..., Tensor]:
         first = self.direct_steps and self.trainer.fit_loop.total_batch_idx < self.direct_steps
-        return cdm_direct if first else self.objective
+        return ddm if first else self.objective
 
     def _called(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The network as an objective calls it: x and score stay float32 where its weights are not ("bf16-true")."""
@@ -113,13 +136,14 @@ class ScoreModule(LightningModule):
 
     def validation_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int, dataloader_idx: int = 0) -> None:
         """The objective with the same noise every time; levels in turn."""
-        x = batch if isinstance(batch, Tensor) else batch[0]
+        x, labels = self._parts(batch)
+        told = {} if labels is None else {"labels": labels}
         index = torch.arange(len(x), device=self.device) + batch_idx * len(x)
         key = Key(self.seed, index, VALIDATION)
         x = dequantise(x, key.after(DEQUANTISATION).uniform(x.float())) if x.dtype == torch.uint8 else x
         with torch.enable_grad():  # implicit and sliced score matching differentiate in x
-            loss = self.objective(self._called(), x, index % level_count(self.network), key.after(OBJECTIVE)).detach()
-        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(x))
+            loss = self.objective(self._called(), x, index % level_count(self.network), key.after(OBJECTIVE), **told)
+        self.log("val_loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=len(x))
 
     def configure_optimizers(self):
         adam = torch.optim.Adam(self.network.parameters(), self.lr, self.betas, self.adam_eps)
@@ -146,7 +170,7 @@ class ScoreModule(LightningModule):
             step, steps = step - first, None if steps is None else steps - first
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         fall = min(1.0, (steps - step) / (self.decay * steps)) if self.decay else 1.0
-        return min(rise, max(0.0, fall))
+        return min(rise, max(0.0, fall)) * (0.1 ** (step // self.drop_every) if self.drop_every else 1.0)
 
 
 class InOwnDtype:

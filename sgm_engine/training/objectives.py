@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sgm_engine.keys import Key
 from sgm_engine.models.score_model import checked_score
-from sgm_engine.training.cdm_objective import cdm
+from sgm_engine.training.cdm_objective import cdm, ddm
 
 Model = Callable[[Tensor, Tensor], Tensor]
 
@@ -275,5 +275,5 @@ def _square(a: Tensor) -> Tensor:
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (denoising, implicit, sliced, denoising_autoencoder, stable_target, multi_sample, cdm)
-}  # those that need nothing but a network (cdm: a CDM, multi_sample: a MultiSample, others: of scores) and data
+    f.__name__: f for f in (denoising, implicit, sliced, denoising_autoencoder, stable_target, multi_sample, cdm, ddm)
+}  # those that need nothing but data and a network (cdm: a CDM, ddm: a DDM, multi_sample: a MultiSample)

@@ -21,13 +21,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sgm_engine.checkpoints.bundled import plan_for
-from sgm_engine.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from sgm_engine.checkpoints.checkpoint import save_checkpoint
 from sgm_engine.data.images import Batches, load_images
 from sgm_engine.files.locks import LockFile
 from sgm_engine.files.reading import read_text
 from sgm_engine.files.writing import append_line, remove, write_file
 from sgm_engine.models.blocks import ConditionalInstanceNormPlus
-from sgm_engine.models.cdm.model import CDM
+from sgm_engine.models.cdm.model import CDM, OfClasses
 from sgm_engine.models.family import FamilyModel
 from sgm_engine.models.multi_sample import MeanScore
 from sgm_engine.pace import clock
@@ -35,16 +35,17 @@ from sgm_engine.plans.law import DataLaw
 from sgm_engine.training.callbacks import EMA, SampleGrid, live_network
 from sgm_engine.training.cdm_fits import fit_base, fit_biases
 from sgm_engine.training.config import PRECISIONS, WEIGHTS, TrainConfig
-from sgm_engine.training.families import differences, training_levels
+from sgm_engine.training.families import training_levels
 from sgm_engine.training.keeping import Keep, WholeFiles, lock, newest_checkpoint
 from sgm_engine.training.module import ScoreModule
 from sgm_engine.training.objectives import OBJECTIVES
 from sgm_engine.training.reference import ReferenceBatch
+from sgm_engine.training.start import has_labels, initialise, labels_of
 
 log = logging.getLogger("sgm_engine.training")
 
 MAY_CHANGE = {"steps", "direct_steps", "lr", "warmup", "decay", "clip", "precision", "compile_norms"}  # on resuming
-MAY_CHANGE |= {"weights", "plan", "log_every", "sample_every", "save_every", "validate_every"}
+MAY_CHANGE |= {"drop_every", "weights", "plan", "log_every", "sample_every", "save_every", "validate_every"}
 OURS = "# data: "  # how config.yaml begins in a folder of this command's
 BLOCK = 512  # images whose mean is taken at once
 QUIET = 30.0  # seconds without a line, at most
@@ -61,6 +62,7 @@ class Job:
     module: ScoreModule
     folder: Path
     resume: Path | None
+    labels: dict[str, np.ndarray]  # by split; empty for a network without labels
     lock: LockFile | None  # this process's hold on the folder; the first process of a group has it
 
     def fit(self, accelerator: str = "auto", tensorboard: bool = False) -> None:
@@ -100,8 +102,11 @@ class Job:
         if c.compile_norms:
             compile_norms(self.module.network)
         start = partial(_next_batch, trainer)
-        batches = Batches(self.images, c.batch // world, c.seed, trainer.global_rank, world, start)
-        held_out = TensorDataset(torch.from_numpy(np.array(self.held_out[:HELD_OUT])))
+        batches = Batches(
+            self.images, c.batch // world, c.seed, trainer.global_rank, world, start, self.labels.get("train")
+        )
+        seen = [self.held_out, *([self.labels["test"]] if "test" in self.labels else [])]
+        held_out = TensorDataset(*(torch.from_numpy(np.array(part[:HELD_OUT])) for part in seen))
         validation = DataLoader(held_out, c.batch) if c.validate_every else None
         try:
             trainer.fit(self.module, DataLoader(batches, None), validation, ckpt_path=self.resume, weights_only=True)
@@ -111,7 +116,7 @@ class Job:
         if trainer.is_global_zero:
             network = live_network(trainer, self.module)
             if isinstance(network, CDM):
-                fit_biases(network, self.images, c.seed)
+                fit_biases(network, self.images, c.seed, labels=self.labels.get("train"))
             save_checkpoint(network, self.folder / "model.safetensors", WEIGHTS[c.weights])
             log.info("written: %s", self.folder / "model.safetensors")
 
@@ -182,14 +187,16 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
     with torch.random.fork_rng(devices=[]):  # the layers' own initialisation
         torch.manual_seed(config.seed)
         network = config.model(channels, height).build()
-    if isinstance(network, CDM):
+    if isinstance(network, OfClasses):
         fit_base(network, images)
     plan_for(network)  # a plan that cannot be had is refused now
     if isinstance(network, FamilyModel):
         network = network.at_sigmas(training_levels(config, network.config))
     network.law = DataLaw.of(images[i : i + BLOCK] for i in range(0, len(images), BLOCK))
     if init is not None:
-        _initialise(network, init)
+        initialise(network, init)
+    splits = {"train": images, **({"test": held_out} if config.validate_every else {})}
+    labels = {split: labels_of(data, split, x, network.labels) for split, x in splits.items() if has_labels(network)}
     options = dict(config.objective_options)
     objective = partial(OBJECTIVES[config.objective], **options) if options else config.objective
     if config.reference_batch:
@@ -206,12 +213,14 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
         config.flip,
         config.seed,
         config.direct_steps,
+        config.label_dropout,
+        config.drop_every,
     )
     folder.mkdir(parents=True, exist_ok=True)
     first = os.environ.get("RANK", "0") == "0"
     held = lock(folder) if first else None
     try:
-        _claim(folder, config, images, first)
+        _claim(folder, config, images, labels.get("train"), first)
         resume, damaged = newest_checkpoint(folder / "checkpoints")
         if damaged and resume is None:
             raise ValueError(f"{damaged[0]}: is damaged, and there is no whole checkpoint: name another folder")
@@ -223,37 +232,15 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
         if held is not None:
             held.close()
         raise
-    return Job(config, images, held_out, module, folder, resume, held)
+    return Job(config, images, held_out, module, folder, resume, labels, held)
 
 
-def _initialise(network: nn.Module, weights: str | Path) -> None:
-    """Copy the weights of a checkpoint of the same network; its plan may be another."""
-    start = load_checkpoint(weights)
-    if isinstance(network, MeanScore):
-        network, many = network.model.network, network.model.copies
-        if not isinstance(start, MeanScore) or start.model.copies != many:
-            raise ValueError(f"--init {weights}: holds no network of {many} copies")
-        start = start.model.network
-    if type(start.config) is not type(network.config):
-        raise ValueError(f"--init {weights}: holds a {start.config.architecture}, not a {network.config.architecture}")
-    if isinstance(network, FamilyModel):
-        if differing := differences(start.config, network.config):
-            raise ValueError(f"--init {weights}: holds another network: {'; '.join(differing)}")
-        network.load_state_dict(start.state_dict())
-        return
-    theirs, ours = (dataclasses.replace(n.config, plan=None, sigmas=(1.0,)) for n in (start, network))
-    same = len(start.sigmas) == len(network.sigmas) and torch.allclose(start.sigmas, network.sigmas, rtol=1e-4)
-    if theirs != ours or not same:
-        raise ValueError(f"--init {weights}: holds another network or sigmas: {start.config.to_json()}")
-    state = {name: tensor for name, tensor in start.state_dict().items() if name != "sigmas"}
-    network.load_state_dict(state, strict=False)
-
-
-def _claim(folder: Path, config: TrainConfig, images: np.ndarray, first: bool) -> None:
+def _claim(folder: Path, config: TrainConfig, images: np.ndarray, labels: np.ndarray | None, first: bool) -> None:
     """Write config.yaml; refuse a folder with another run (other samples, data or network) or with something else."""
     path = folder / "config.yaml"
     digest = hashlib.sha256(np.ascontiguousarray(images[:1000]).tobytes()).hexdigest()
     data = f"{OURS}{'×'.join(map(str, images.shape))}, sha256 of the first 1,000 {digest}"
+    data += "" if labels is None else f", of the labels {hashlib.sha256(labels.tobytes()).hexdigest()}"
     ours = path.is_file() and read_text(path).startswith(OURS)
     if first and not ours and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise ValueError(f"--out {folder}: holds something else than a run of this command: name a new folder")

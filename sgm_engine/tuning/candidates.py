@@ -43,6 +43,10 @@ def _corrected(rng: np.random.Generator, sigmas: np.ndarray) -> dict[str, Any]:
     return {"corrector_steps": int(rng.integers(1, 3)), "snr": snr, "predictor": predictor}
 
 
+def _noisy(rng: np.random.Generator, sigmas: np.ndarray) -> dict[str, Any]:
+    return {"tau": float(rng.uniform(0.6, 2.0))}
+
+
 def _nothing(rng: np.random.Generator, sigmas: np.ndarray) -> dict[str, Any]:
     return {}
 
@@ -56,6 +60,7 @@ FAMILIES: dict[str, Callable[[np.random.Generator, np.ndarray], dict[str, Any]]]
     "heun": _churned,
     "dpm_solver_2m": _nothing,
     "sde_dpm_solver_2m": _nothing,
+    "sa_solver": _noisy,
     "predictor_corrector": _corrected,
 }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sgm_engine.evaluation.report import Estimate
+from sgm_engine.files.storage import is_url, staged_folder
 from sgm_engine.files.writing import staged, write_file
 from sgm_engine.plans.front import Front, Start, recipe_of
 from sgm_engine.plans.front import Point as TravellingPoint
@@ -109,8 +110,12 @@ class Outcome:
         reference = Path(self.reference).name  # where it lies is nobody else's concern
         return Front(points, self.measure, reference, features, precision, command, self.n, seed)
 
-    def write(self, folder: Path) -> None:
-        """front.md, front.json, front.png and plan.json, the chosen one, in a folder that is there."""
+    def write(self, folder: Path | str) -> None:
+        """front.md, front.json, front.png and plan.json, the chosen one, in a folder that is there, or under a URL."""
+        if is_url(folder):
+            with staged_folder(folder) as near:
+                self.write(near)
+            return
         write_file(folder / "front.md", self.table())
         write_file(folder / "front.json", self.to_json())
         write_file(folder / "plan.json", self.chosen.plan.to_json() + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -36,12 +36,14 @@ def halve(
     keep: float = 0.5,
     report: Callable[[str], object] = lambda line: None,
     goals: Callable[[Trial], tuple[float, float]] = lambda t: (t.plan.nfe, t.quality),
+    order: Callable[[list[Trial], int], Iterable[Trial]] = lambda trials, n: trials,
 ) -> list[Trial]:
     """Successive halving (Jamieson and Talwalkar, arXiv 1502.07943) with Pareto layers for ranks.
 
     extend(trial, n): draw its samples up to id n − 1, set n and quality. Every trial gets ``first`` samples; the best
     share ``keep`` of them twice as many, and so on until the survivors have ``last``. Best: the Pareto front of the
     two ``goals``, then the front of the rest, and so on. Samples are drawn once: a survivor keeps its own.
+    order(trials, n): the trials in the order in which they can be extended; it decides nothing else.
     """
     if not 2 <= first <= last:
         raise ValueError(f"first must be at least 2 and at most last, got {first} and {last}")
@@ -49,7 +51,7 @@ def halve(
         raise ValueError(f"keep must lie between 0 and 1, got {keep}")
     alive, n = list(trials), first
     while True:
-        for trial in alive:
+        for trial in order(alive, n):
             extend(trial, n)
             report(f"n {n:5d}  {trial.plan.nfe:4d} NFE  quality {trial.quality:9.4g}  {trial.plan.name}")
         if n >= last:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from sgm_engine.models.conditioning import conditioned
 from sgm_engine.plans.plan import Plan
 from sgm_engine.tuning.front import Outcome, Point, label
 from sgm_engine.tuning.kept import Key
+from sgm_engine.tuning.pool import Answer, Pool
 from sgm_engine.tuning.search import Trial, front, halve
 
 Tell = Callable[[int], object]
@@ -40,6 +42,7 @@ class Tuner:
     """Measures plans against one reference. engine_for(model): an engine of it.
 
     measure: "frechet", "sliced" or "mmd"; lower is better. kept: figures that were measured before; gets the others.
+    pool: draws instead of engine_for, many plans at a time; the samples are the same.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Tuner:
         reference: Summary,
         measure: str = "frechet",
         kept: MutableMapping[Key, list] | None = None,
+        pool: Pool | None = None,
     ):
         if measure not in NAMES:
             raise ValueError(f"measure must be one of {', '.join(NAMES)}, got {measure!r}")
@@ -57,6 +61,7 @@ class Tuner:
         self.extractor, self.reference, self.measure = extractor, reference, measure
         self._target = reference.moments.moments()
         self.kept = {} if kept is None else kept
+        self.pool, self._ready = pool, dict[tuple[str, range, int], Answer]()
 
     def search(
         self,
@@ -81,10 +86,18 @@ class Tuner:
                 self.kept[key] = [float("inf") if lost else self.quality(trial.summary)]
             (trial.quality,), trial.n = self.kept[key], n
 
+        def order(trials: list[Trial], n: int) -> Iterator[Trial]:
+            def wants(trial: Trial) -> list[range]:
+                known = ("search", seed, n, trial.plan.digest) in self.kept
+                ends = [trial.drawn, *trial.ahead, n]
+                return [] if known else [range(*pair) for pair in pairwise(ends)]
+
+            return self._as_drawn(trials, wants, seed)
+
         trials = [Trial(plan, Summary(self.extractor, plan.name)) for plan in plans]
         if not one:
-            return halve(trials, extend, first, last, report=report)
-        alive = halve(trials, extend, first, last, report=report, goals=lambda t: (0.0, t.quality))
+            return halve(trials, extend, first, last, report=report, order=order)
+        alive = halve(trials, extend, first, last, report=report, goals=lambda t: (0.0, t.quality), order=order)
         return [min(alive, key=lambda t: t.quality)]
 
     def _catch_up(self, trial: Trial, seed: int, tell: Tell) -> list:
@@ -123,9 +136,16 @@ class Tuner:
             raise ValueError("every plan that survived the search diverged: lower the step sizes or check the model")
         points, of_chosen, difference = [], None, None
         compared = baseline is not None and self.measure == "frechet"
-        for trial in best:
-            chosen, key = trial is best[-1], ("held out", seed, n, trial.plan.digest)  # the last has the best quality
-            if key not in self.kept or (chosen and compared):
+
+        def key_of(trial: Trial) -> Key:
+            return "held out", seed, n, trial.plan.digest
+
+        def wanted(trial: Trial) -> bool:  # the last has the best quality
+            return key_of(trial) not in self.kept or (trial is best[-1] and compared)
+
+        for trial in self._as_drawn(best, lambda t: [range(n)] * wanted(t), seed):
+            chosen, key = trial is best[-1], key_of(trial)
+            if wanted(trial):
                 summary = self._held_out(trial.plan, seed, n, tell)
                 of_chosen = summary if chosen else of_chosen
                 if key not in self.kept:
@@ -148,7 +168,27 @@ class Tuner:
         least = None if floor is None else self._estimate(floor, 2).value
         return Outcome(points, NAMES[self.measure], self.reference.name, n, least, difference, {})
 
+    def _as_drawn(self, trials: list[Trial], wants: Callable[[Trial], list[range]], seed: int) -> Iterator[Trial]:
+        """The trials as the pool gets what they want, which is then ready for ``_draw``; without one as they are."""
+        if self.pool is None:
+            yield from trials
+            return
+        wanted = {trial.plan.digest: wants(trial) for trial in trials}
+        yield from (trial for trial in trials if not wanted[trial.plan.digest])
+        tasks = [(trial.plan, ids, seed) for trial in trials for ids in wanted[trial.plan.digest]]
+        owners = [trial for trial in trials for _ in wanted[trial.plan.digest]]
+        for place, answer in self.pool.draw(tasks):
+            plan, ids, _ = tasks[place]
+            self._ready[plan.digest, ids, seed] = answer
+            wanted[plan.digest].remove(ids)
+            if not wanted[plan.digest]:
+                yield owners[place]
+
     def _draw(self, plan: Plan, ids: range, seed: int, lost: list, tell: Tell) -> Iterator[Tensor]:
+        if (answer := self._ready.pop((plan.digest, ids, seed), None)) is not None:
+            lost += answer[1]
+            tell(len(ids) * plan.nfe)
+            return iter(answer[0])
         model, plan = conditioned(self.model, plan)
         return drawn(self.engine_for(model), plan, ids, seed, lost, tell=tell)
 

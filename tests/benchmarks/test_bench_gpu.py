@@ -108,11 +108,11 @@ def test_the_stage_of_tests(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(checks, "GPU_TESTS", ["tests/test_one.py", "tests/test_two.py"])
     if not workers:
         monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
-    failed, one, two, status = checks.tests(tmp_path / "out")
+    one, failed, two, status = checks.tests(tmp_path / "out")
     assert failed == {"case": "tests/test_one.py::test_bad", "failed": "failed"}
     assert one == {"case": "tests/test_one.py", "result": "1 failed, 1 passed", "failed": None}
     assert two["failed"] == "no test passed" and status == {"case": "pytest", "failed": "exit status 1"}
-    assert "assert 1 == 2" in (tmp_path / "out" / "tests.log").read_text()
+    assert "| E   assert 1 == 2" in (tmp_path / "out" / "tests.log").read_text()
 
 
 def test_a_test_that_leaves_the_device_unusable_fails_no_other(tmp_path, monkeypatch):

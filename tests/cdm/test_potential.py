@@ -17,7 +17,7 @@ from sgm_engine.models.cdm.gaussian import GaussianBase, image_moments
 from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.cdm.potential import PotentialNet
 from sgm_engine.training.cdm_fits import fit_base, fit_biases, noisy_logits
-from sgm_engine.training.cdm_objective import cdm, cdm_direct
+from sgm_engine.training.cdm_objective import cdm, ddm
 from tests.cdm.potentials import digits, potential
 
 FORMS = {"vp": schedules.vp_geometric(12, 10.0, 0.05), "ve": schedules.ve_geometric(12, 10.0, 0.05, reference=3.0)}
@@ -129,13 +129,13 @@ def test_both_phases_train_every_weight():
     model, key = potential().train(), Key(0, torch.arange(16))
     x, t = torch.from_numpy(digits(16)).float() / 256, 1 + torch.arange(16) % 12
     names = {}
-    for objective in (cdm, cdm_direct):
+    for objective in (cdm, ddm):
         model.zero_grad()
         objective(model, x, t, key).backward()
         names[objective] = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     everything = {name for name, _ in model.named_parameters()}
     assert names[cdm] == everything
-    assert names[cdm_direct] == everything - {"classifier.head.bias"}  # no score depends on a bias
+    assert names[ddm] == everything - {"classifier.head.bias"}  # no score depends on a bias
 
 
 def test_the_direct_denoiser_by_its_formula():

@@ -14,6 +14,7 @@ from sgm_engine.checkpoints.checkpoint import CheckpointError, convert, load_che
 from sgm_engine.checkpoints.good_plan import good_plan, start_at
 from sgm_engine.checkpoints.notes import is_ours, write_notes
 from sgm_engine.engine.engine import Engine
+from sgm_engine.evaluation.features import open_extractor
 from sgm_engine.models.conditioning import at_sigmas, conditioned
 from sgm_engine.models.score_model import as_score
 from sgm_engine.plans.front import Front, Point
@@ -172,5 +173,7 @@ def test_where_chains_start_without_a_law(tiny_weights):
 def test_the_bundled_weights_have_both():
     model, plan = load_bundled()
     assert model.law.mean.shape == (1, 28, 28) and model.front.n >= 1000
-    assert plan == good_plan(model, quality="good") and plan.nfe <= 12 < plan_for(model, "annealed_langevin").nfe == 121
+    assert model.front.features == open_extractor("digits").name and "--features digits" in model.front.command
+    assert plan == good_plan(model, quality="good", between=False)
+    assert plan.nfe <= 12 < plan_for(model, "annealed_langevin").nfe == 121
     assert np.array_equal(plan.start_shift, model.law.mean) and model.front.within(10).nfe <= 10

@@ -44,7 +44,7 @@ class Here:
         """Nothing runs."""
 
 
-def plain_spec(n, shard_size):
+def plain_spec(n, shard_size, seed=0, format="npz"):
     """A job of these painters."""
     from sgm_engine.jobs.identity import ModelIdentity
     from sgm_engine.jobs.job import make_spec
@@ -53,24 +53,24 @@ def plain_spec(n, shard_size):
 
     geometry = Geometry("float32", "eager", 1, "cpu any", "0")
     model = ModelIdentity("painter", {})
-    return make_spec(geometry, SHAPE, (0.0, 1.0), model, toy_plan(), 0, n, None, "npz", shard_size)
+    return make_spec(geometry, SHAPE, (0.0, 1.0), model, toy_plan(), seed, n, None, format, shard_size)
 
 
-def plain_job(out, n, shard_size):
+def plain_job(out, n, shard_size, **options):
     """Drawn in this process."""
     from sgm_engine.jobs.job import Job
 
-    return Job.from_source(Here(), plain_spec(n, shard_size), out)
+    return Job.from_source(Here(), plain_spec(n, shard_size, **options), out)
 
 
-def ray_plain_job(out, n, shard_size, pause=0.0, make=None, actors=None, patience=60.0, address="auto"):
+def ray_plain_job(out, n, shard_size, pause=0.0, make=None, actors=None, patience=240.0, address="auto"):
     """Drawn by the actors of the cluster that this process has joined."""
     from functools import partial
 
     from sgm_engine.jobs.job import Job
     from sgm_engine.jobs.ray_pool import RaySource
 
-    source = RaySource(make or partial(Painter, pause), address, actors, "cpu", patience)
+    source = RaySource(make or partial(Painter, pause), address, actors, "cpu", patience, out)
     source.describe()
     return Job.from_source(source, plain_spec(n, shard_size), out)
 

@@ -85,6 +85,10 @@ def test_workers_follow_their_environment():
     assert of(RANK=1) == Worker(0, 1)
     assert of(**array) == Worker(1, 3)
     assert of(**array, RANK=1, WORLD_SIZE=2) == Worker(3, 6)
+    assert of(JOB_COMPLETION_INDEX=2, JOB_COMPLETIONS=5) == Worker(2, 5)
+    assert of(JOB_COMPLETION_INDEX=2, JOB_COMPLETIONS=5, RANK=1, WORLD_SIZE=2) == Worker(5, 10)
+    with pytest.raises(ValueError, match=r"JOB_COMPLETIONS must be an integer, got None; or pass --worker INDEX/COUNT"):
+        of(JOB_COMPLETION_INDEX=2)
     assert Worker.parse("2/5") == Worker(2, 5)
     shares = [list(Worker(i, 3).share(8)) for i in range(3)]
     assert sorted(chain.from_iterable(shares)) == list(range(8))

@@ -17,17 +17,20 @@ from pathlib import Path
 import pytest
 
 from sgm_engine.errors import EngineError
+from sgm_engine.jobs import ray_crew
 from sgm_engine.jobs.job import Job
 from sgm_engine.jobs.ray_pool import RaySource
+from sgm_engine.jobs.record import sha256
 from sgm_engine.jobs.verify import verify
 from tests.faults import contents
 from tests.jobs import painters
+from tests.jobs.object_server import objects, storage, url  # noqa: F401 - fixtures
 from tests.jobs.painters import Painter, plain_job, plain_spec, ray_plain_job
 
 ray = pytest.importorskip("ray", reason="needs the extra [ray]")
 
 ROOT = Path(__file__).parents[2]
-CLOCK = 60  # seconds of a test, of which it takes a few
+CLOCK = 240  # seconds of a test, of which it takes a few: a busy machine takes longer, a job that hangs for ever
 N, SHARD = 400, 10
 
 
@@ -75,13 +78,22 @@ def occupied():
     return busy
 
 
+def remove(cluster, *nodes):
+    """Until Ray knows that they are gone: for ten seconds it would still place actors there."""
+    for node in cluster.worker_nodes & set(nodes):
+        cluster.remove_node(node, allow_graceful=False)
+    ids, began = {node.node_id for node in nodes}, time.monotonic()
+    while any(n["Alive"] and n["NodeID"] in ids for n in ray.nodes()):
+        assert time.monotonic() - began < CLOCK
+        time.sleep(0.05)
+
+
 @contextmanager
 def leaving(cluster, node):
     try:
         yield
     finally:
-        if node in cluster.worker_nodes:
-            cluster.remove_node(node, allow_graceful=False)
+        remove(cluster, node)
 
 
 def run(job, events=()):
@@ -115,15 +127,15 @@ def test_a_node_joins_and_another_is_lost(cluster, whole, tmp_path):
         report, said = run(job, events)
         assert report.complete and contents(tmp_path / "job") == whole
     finally:
-        for gone in {first, *later} & cluster.worker_nodes:
-            cluster.remove_node(gone, allow_graceful=False)
+        remove(cluster, first, *later)
     assert "another actor draws it" in said
 
 
-def test_actors_that_are_frozen_or_killed_or_have_no_room(cluster, node, whole, tmp_path):
+def test_actors_that_are_frozen_or_killed_or_have_no_room(cluster, node, whole, tmp_path, monkeypatch):
     """Four actors are asked for where two have room; one of these is frozen, the other killed."""
+    monkeypatch.setattr(ray_crew, "LEAST", 1.5)
     more, frozen = one_more(cluster), []
-    job = ray_plain_job(tmp_path / "job", N, SHARD, pause=0.02, actors=4, patience=12.0)
+    job = ray_plain_job(tmp_path / "job", N, SHARD, pause=0.02, actors=4, patience=CLOCK)
     drawing = lambda: next(m.pid for m in job.source.crew.members if m.queue and m.pid not in frozen)  # noqa: E731
 
     def freeze():
@@ -201,3 +213,20 @@ def test_a_driver_is_killed_and_another_goes_on(cluster, node, whole, tmp_path):
     driver.wait()
     report, _ = run(ray_plain_job(tmp_path / "job", N, SHARD))
     assert report.complete and 3 <= report.found < N // SHARD and contents(tmp_path / "job") == whole
+
+
+def test_actors_put_shards_on_object_storage_themselves(cluster, node, storage, url, tmp_path):
+    """One node has the credentials, and room. The server is busy for one put; the command gets no samples."""
+    busy = occupied()
+    more = one_more(cluster, env_vars=storage.environment)
+    storage.faults = {"shard-000003.npz": ["busy"]}
+    with leaving(cluster, more):
+        job, drawn = ray_plain_job(url, N, 50), []
+        draw = job.source.draw
+        job.source.draw = lambda *args: (drawn.append(d) or d for d in draw(*args))
+        report, _ = run(job)
+    ray.kill(busy)
+    assert report.complete and report.samples == N and {d.samples for d in drawn} == {None}
+    assert plain_job(tmp_path / "job", N, 50).run().complete
+    names = {name: content for name, content in objects(url).items() if ".sgm" not in name}
+    assert {name: sha256(content) for name, content in names.items()} == contents(tmp_path / "job")

@@ -62,7 +62,7 @@ def test_convolution_with_tma(shape, c_out, kernel, dilation, dtype):
         assert_as_accurate(run(x, weight, *extra, dilation, tile=tile), x, weight, *extra, dilation)
 
 
-@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("tma", [False, True], ids=["loads", "tma"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics_of_the_result_feed_the_norm(dtype, tma):
     """Of y as it is stored, merged as `stats` of the norm's own: apply finds the partials where it expects them."""

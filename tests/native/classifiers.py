@@ -54,7 +54,7 @@ def gradient_of(emit, x, gamma, octaves=(), patch=1):
     one = torch.tensor([[1.0, 0, 1, 0, 0]], dtype=torch.float64)
     out = emit(graph, graph.embed(x.shape[1:], patch, octaves, Table(lambda: one)))
     scale = Norm(out.channels, 0, 0.0, (Table(lambda: gamma[None, : out.channels]), None, None))
-    append_gradient(graph, out, graph.slope(out, scale, "silu"))
+    append_gradient(graph, (out, graph.slope(out, scale, "silu")))
     graph.plan()
     return graph.run(x, torch.zeros(len(x), dtype=torch.int64), torch.full_like(x, torch.nan))
 

@@ -13,6 +13,7 @@ from sgm_engine.plans.samplers import (
     euler,
     heun,
     predictor_corrector,
+    sa_solver,
     sde_dpm_solver_2m,
 )
 from sgm_engine.plans.schedule import karras
@@ -65,6 +66,23 @@ def by_dpm_solver(sigmas, sde):
         x = decay * x + (1 - decay) * middle
         if sde:
             x = x + after * np.sqrt(1 - np.exp(-2 * h)) * z(i + 1)
+        before, last = d, h
+    return denoise(x, sigmas[-1])
+
+
+def by_sa_solver(sigmas, tau):
+    """2309.05019, eq. 14 with a τ that is constant: the line through the last two D, integrated numerically."""
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    x, before, last = sigmas[0] * z(0), None, None
+    for i, (sigma, after) in enumerate(pairwise(sigmas)):
+        d, h = denoise(x, sigma), np.log(sigma / after)
+        drift = 0.0
+        for node, weight in zip(nodes, weights, strict=True):
+            s = h * (1 + node) / 2
+            line = d if before is None else d + (d - before) * s / last
+            drift = drift + weight * h / 2 * (1 + tau**2) * np.exp((1 + tau**2) * (s - h)) * line
+        noise_std = after * np.sqrt(1 - np.exp(-2 * tau**2 * h))
+        x = after / sigma * np.exp(-(tau**2) * h) * x + drift + noise_std * z(i + 1)
         before, last = d, h
     return denoise(x, sigmas[-1])
 
@@ -135,6 +153,9 @@ DEFINITIONS = {
     "heun, churn": (heun(SIGMAS, s_churn=1.5), lambda: by_euler(SIGMAS, 1.5, second_order=True)),
     "dpm_solver_2m": (dpm_solver_2m(SIGMAS), lambda: by_dpm_solver(SIGMAS, sde=False)),
     "sde_dpm_solver_2m": (sde_dpm_solver_2m(SIGMAS), lambda: by_dpm_solver(SIGMAS, sde=True)),
+    "sa_solver": (sa_solver(SIGMAS), lambda: by_sa_solver(SIGMAS, 1)),
+    "sa_solver, tau": (sa_solver(SIGMAS, 1.3), lambda: by_sa_solver(SIGMAS, 1.3)),
+    "sa_solver, flow": (sa_solver(SIGMAS, 0), lambda: by_sa_solver(SIGMAS, 0)),
     "predictor_corrector": (predictor_corrector(SIGMAS, 2, 0.1), lambda: by_predictor_corrector(SIGMAS, 2, 0.1)),
     "ddim": (ddim(SIGMAS), lambda: by_ddim(SIGMAS, 0)),
     "ddim, eta": (ddim(SIGMAS, 0.6), lambda: by_ddim(SIGMAS, 0.6)),

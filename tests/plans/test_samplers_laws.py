@@ -21,6 +21,7 @@ from sgm_engine.plans.samplers import (
     heun,
     plan_of_nfe,
     predictor_corrector,
+    sa_solver,
     sde_dpm_solver_2m,
 )
 from sgm_engine.plans.schedule import geometric, karras
@@ -173,6 +174,7 @@ def test_plans_of_a_number_of_evaluations(name):
         (lambda: plan_of_nfe("heun", 35, 1, 0.1, "sine"), "schedule must be one of .* got 'sine'"),
         (lambda: plan_of_nfe("euler", 1, 1, 0.1), "take 2"),
         (lambda: predictor_corrector(SIGMAS, predictor="euler"), "predictor must be"),
+        (lambda: sa_solver(SIGMAS, -0.1), "tau must be >= 0 and finite, got -0.1"),
         (lambda: ddim(SIGMAS, 1.5), r"eta must lie in \[0, 1\], got 1.5"),
     ],
 )

@@ -2,19 +2,23 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from sgm_engine.engine.engine import Engine
 from sgm_engine.models import NCSN
 from sgm_engine.plans.plan import annealed_langevin
-from sgm_engine.rewriting.acceleration import accelerate
+from sgm_engine.rewriting import norms
+from sgm_engine.rewriting.acceleration import Accelerated, accelerate
 from sgm_engine.rewriting.recognise import recognise
 from sgm_engine.rewriting.rewrite import widened
 from tests.rewriting.networks import (
     LEVEL,
+    Wrapped,
     X,
     as_on_a_gpu,  # noqa: F401 - fixtures
     network,
@@ -41,7 +45,40 @@ def test_same_outputs_as_on_a_gpu(conditional, as_on_a_gpu):
     counts = {what: len(where) for what, where in fast.report.replaced.items()}
     assert counts.get("5×5 mean of a norm", 0) == (8 if conditional else 0)
     assert counts.get("elu before the norm, with its sum", 0) == (4 if conditional else 0)
+    assert counts.get("upsampling in 16 bits, for the sum after it", 0) == (1 if conditional else 0)
     assert relative(fast(X, LEVEL), net(X, LEVEL)) <= 2e-6
+
+
+def test_what_is_upsampled_for_a_sum_stays_in_16_bits(as_on_a_gpu, monkeypatch):
+    """Whatever autocast would make of it. Not where something else reads it, or where the sum is of two such."""
+    fast, seen = accelerate(network(), (1, 16, 16)), []
+
+    def interpolate(x, *args, **kwargs):
+        seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return F.interpolate(x, *args, **kwargs)
+
+    monkeypatch.setattr(norms, "F", SimpleNamespace(**(vars(F) | {"interpolate": interpolate})))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = fast(X, LEVEL)
+    assert seen == [(torch.bfloat16, False)]
+    with torch.no_grad():
+        assert relative(y, fast(X, LEVEL)) < 0.1
+
+    def grown(conv, x):
+        return F.interpolate(conv(x), size=(32, 32), mode="bilinear")
+
+    def read_twice(layers, x, level):
+        up = grown(layers["conv"], x)
+        return layers["norm"](up + layers["other"](up))
+
+    def of_two(layers, x, level):
+        return layers["norm"](grown(layers["conv"], x) + grown(layers["conv"], 2 * x))
+
+    layers = {"conv": nn.Conv2d(1, 4, 3, padding=1), "other": nn.Conv2d(4, 4, 1), "norm": nn.GroupNorm(2, 4)}
+    for run in (read_twice, of_two):
+        report = Accelerated(Wrapped(run, **layers).eval()).rewritten(X, LEVEL)[1]
+        assert "sum fused into the norm" in report.replaced
+        assert not any("upsampling" in what for what in report.replaced)
 
 
 @pytest.mark.parametrize("conditional", [True, False])

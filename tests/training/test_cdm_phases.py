@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("lightning", reason="needs the extra [train]: pip install 'sgm-engine[train]'")
 
 from sgm_engine import load_checkpoint
-from sgm_engine.training.cdm_objective import cdm_direct
+from sgm_engine.training.cdm_objective import ddm
 from sgm_engine.training.config import TrainConfig
 from sgm_engine.training.module import ScoreModule
 from tests.cdm.potentials import digits, potential
@@ -71,7 +71,7 @@ def test_a_resumed_run_may_lengthen_its_first_phase(workplace, sgm, monkeypatch)
     step = ScoreModule.training_step
 
     def seen(module, *args):
-        phases.append(module._objective() is cdm_direct)
+        phases.append(module._objective() is ddm)
         return step(module, *args)
 
     monkeypatch.setattr(ScoreModule, "training_step", seen)

@@ -75,7 +75,7 @@ def test_the_objective_says_which_config(workplace, sgm, monkeypatch):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"objective": "denoising"}, "objective must be cdm if, and only if, the architecture is CDM"),
+        ({"objective": "denoising"}, "objective must be cdm or ddm if, and only if, the architecture is CDM"),
         ({"architecture": "NCSN", "objective": "denoising", "sigma_begin": 1.0}, "network must be empty for NCSN"),
         (
             {"network": {"schedule": "ddpm", "multipliers": [1], "blocks": 1, "depth": 3}},

@@ -143,6 +143,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(sgm, data):
     assert not (data / "run" / "model.safetensors").exists()
 
 
+def test_a_run_on_object_storage_is_refused(sgm, data):
+    done = sgm("train", "--config", "tiny.yaml", "--data", "images.npy", "--out", "s3://bucket/run")
+    assert done.returncode == 2 and "--out s3://bucket/run: a run goes to a disk" in done.stderr
+    assert not (data / "s3:").exists()
+
+
 @pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (Terminated, 143)])
 def test_control_c(sgm, data, monkeypatch, error, code):
     def interrupted(*_):

@@ -14,8 +14,9 @@ SGM_INLINE Vec slope(Vec y) {
   return s * (1.f + y * (1.f - s));
 }
 
-// output = γ(level)·silu′(input)
-static void slope_layer(const Run& run, const Layer& layer) {
+// output = γ(level)·activation′(input), of silu or none
+template <Activation kActivation>
+static void slope_of(const Run& run, const Layer& layer) {
   const Affine table = fold_norm(run, layer);
   const Tensor& t = run.tensor(layer.output);
   for_each_row(run, layer, [&](int image, int h, int c) {
@@ -23,8 +24,13 @@ static void slope_layer(const Run& run, const Layer& layer) {
     const float* x = run.data(layer.input, image) + offset;
     float* y = run.data(layer.output, image) + offset;
     const Vec gamma = load(table.scale(image, c));
-    for (int64_t i = 0; i < (int64_t)t.width * t.padded; i += t.padded) store(y + i, gamma * slope<Activation::silu>(load(x + i)));
+    for (int64_t i = 0; i < (int64_t)t.width * t.padded; i += t.padded) store(y + i, gamma * slope<kActivation>(load(x + i)));
   });
+}
+
+static void slope_layer(const Run& run, const Layer& layer) {
+  if (layer.activation == Activation::silu) slope_of<Activation::silu>(run, layer);
+  else slope_of<Activation::none>(run, layer);
 }
 
 // x̂ = r·(x − pivot) + b, and y = γ·x̂ + β that the activation meets.

@@ -158,7 +158,7 @@ int Executor::heads(int count, int size, double scale, int memory) {
 void Executor::check_gradient(const Layer& l, const std::string& where) const {
   if (l.op == Op::slope || l.op == Op::norm_backward) {
     const Norm& norm = norms_[l.norm];
-    const bool known = l.activation == Activation::silu || (l.op == Op::norm_backward && l.activation == Activation::none);
+    const bool known = l.activation == Activation::silu || l.activation == Activation::none;
     if ((l.op == Op::slope) != (norm.groups == 0) || norm.has_alpha || !known) refuse(where + "no gradient of that norm and activation");
   }
   if (l.op == Op::slice && (l.first < 0 || int64_t{l.first} + tensors_[l.output].channels > tensors_[l.input].channels))

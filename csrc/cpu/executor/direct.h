@@ -56,6 +56,7 @@ static void direct_phase(const Run& run, const Layer& layer, const Conv& conv, c
   const T* src = (const T*)run.workspace.padded + image * p.image() + conv.first[block];
   float* const target = run.data(layer.output, image);
   float* const kept = conv.up == 1 ? run.moments(layer.output, image) : nullptr;
+  const int64_t next = (int64_t)kLeastRows * taken * conv.up * out.padded;  // from an output to that of the next group
   alignas(64) float result[kAccumulators * kWidth];
   for (int g = 0; g < groups; g += taken) {
     const int begin = boundary(g), end = boundary(g + taken);
@@ -82,8 +83,13 @@ static void direct_phase(const Run& run, const Layer& layer, const Conv& conv, c
       const Vec bias = load(conv.bias + run.bias_row(conv, image) + k);
       for (int i = 0; i < end - begin; i++) {
         Vec v = load(result + i * width + j * kWidth) + bias;
-        for (int a = 0; a < 2; a++)
-          if (layer.add[a] >= 0) v += load(run.data(layer.add[a], image) + at[i] + k) * layer.add_scale[a];
+        for (int a = 0; a < 2; a++) {
+          if (layer.add[a] < 0) continue;
+          const float* const add = run.data(layer.add[a], image) + at[i] + k;
+          __builtin_prefetch(add + next);
+          v += load(add) * layer.add_scale[a];
+        }
+        __builtin_prefetch(target + at[i] + k + next, 1);
         store(target + at[i] + k, v);
       }
       if (!kept) continue;
@@ -138,46 +144,6 @@ static void direct(const Run& run, const Layer& layer, const Conv& conv) {
         moments.write(kept + k, out.padded);
       }
     }
-  }
-  run.wait();
-}
-
-// kPixels outputs of the last convolution side by side: sums over taps and channels, lane by lane.
-template <int kPixels>
-SGM_INLINE void last_pixels(const Conv& conv, const Padded& p, const float* at, const float* weights, float bias, float divisor, float* score) {
-  Vec sum[kPixels];
-  SGM_UNROLL for (int i = 0; i < kPixels; i++) sum[i] = Vec{};
-  for (int t = 0; t < conv.tap_count; t++) {
-    const float* pixel = at + ((int64_t)(conv.taps[t].row + conv.rim[kTop]) * p.width + conv.taps[t].col + conv.rim[kLeft]) * p.channels;
-    const float* weight = weights + (int64_t)t * p.channels;
-    for (int c = 0; c < p.channels; c += kWidth) {
-      const Vec w = load(weight + c);
-      SGM_UNROLL for (int i = 0; i < kPixels; i++) sum[i] += load(pixel + (int64_t)i * p.channels + c) * w;
-    }
-  }
-  SGM_UNROLL for (int i = 0; i < kPixels; i++) score[i] = (horizontal_sum(sum[i]) + bias) / divisor;
-}
-
-// The last convolution: few output channels, so vectors run over the input's. score = (conv + bias) / σ(level).
-static void store_score(const Run& run, const Layer& layer, const Conv& conv) {
-  constexpr int kPixels = 4;
-  const Padded p = pad_input<Float>(run, layer, conv);
-  const Phase& out = conv.phases[0];
-  int first, last;
-  run.share(out.height, first, last);
-  for (int image = 0; image < run.images; image++) {
-    const float* src = run.workspace.padded + image * p.image();
-    float* score = run.batch.score + (int64_t)run.batch.slot[image] * conv.c_out * out.height * out.width;
-    const float divisor = run.program.sigmas ? run.program.sigmas[run.batch.level[image]] : 1.f;
-    for (int k = 0; k < conv.c_out; k++)
-      for (int h = first; h < last; h++) {
-        const float *row = src + (int64_t)h * p.width * p.channels, bias = conv.bias[run.bias_row(conv, image) + k];
-        const float* weights = (const float*)conv.weights + (int64_t)k * conv.tap_count * p.channels;  // [c_out][taps][padded]
-        float* const to = score + ((int64_t)k * out.height + h) * out.width;
-        int w = 0;
-        for (; w + kPixels <= out.width; w += kPixels) last_pixels<kPixels>(conv, p, row + (int64_t)w * p.channels, weights, bias, divisor, to + w);
-        for (; w < out.width; w++) last_pixels<1>(conv, p, row + (int64_t)w * p.channels, weights, bias, divisor, to + w);
-      }
   }
   run.wait();
 }

@@ -132,7 +132,7 @@ void Executor::check_chain(const Chain& chain, int64_t steps) const {
 
 Program Executor::program() const {
   return {layers_.data(), static_cast<int>(layers_.size()), tensors_.data(), norms_.data(), convs_.data(), heads_.data(),
-          sigmas_.empty() ? nullptr : sigmas_.data(), embedding_, potential_, constant_data_.data()};
+          sigmas_.empty() ? nullptr : sigmas_.data(), embedding_, potential_, constant_data_.data(), backend_.convolve_bf16};
 }
 
 Tensor Executor::sample() const {  // the shape of x

@@ -1,17 +1,20 @@
 // The layers of a network, one after the other, in the instructions of one ISA: compiled several times, each time with
 // SGM_ISA naming the set (and the namespace). See program.h for what this file may include.
+#include "direct.h"
+#include "winograd.h"
+#ifndef SGM_AVX512_BF16
 #include "attention.h"
 #include "backward.h"
 #include "channel_norm.h"
 #include "depthwise.h"
-#include "direct.h"
 #include "embed.h"
 #include "heads.h"
 #include "linear_attention.h"
 #include "pointwise.h"
 #include "potential.h"
 #include "reshape.h"
-#include "winograd.h"
+#include "store.h"
+#endif
 
 namespace sgm::SGM_ISA::executor {
 
@@ -21,6 +24,12 @@ static void convolve(const Run& run, const Layer& layer, const Conv& conv) {
   else direct<Element>(run, layer, conv);
 }
 
+static void convolve_bf16(const Program& program, const Workspace& workspace, const Member& member, const Batch& batch,
+                          const Layer& layer, const Conv& conv) {
+  convolve<Bf16>({program, workspace, member, batch, batch.images}, layer, conv);
+}
+
+#ifndef SGM_AVX512_BF16
 static void forward(const Program& program, const Workspace& workspace, const Member& member, const Batch& batch) {
   const Run run{program, workspace, member, batch, batch.images};
   for (int i = 0; i < program.layer_count; i++) {
@@ -29,7 +38,9 @@ static void forward(const Program& program, const Workspace& workspace, const Me
     switch (layer.op) {
       case Op::load: load_input(run, layer); break;
       case Op::conv:
-        conv->depthwise ? depthwise(run, layer, *conv) : conv->bf16 ? convolve<Bf16>(run, layer, *conv) : convolve<Float>(run, layer, *conv);
+        if (conv->depthwise) depthwise(run, layer, *conv);
+        else if (conv->bf16) program.convolve_bf16(program, workspace, member, batch, layer, *conv);
+        else convolve<Float>(run, layer, *conv);
         break;
       case Op::activate: activate_layer(run, layer); break;
       case Op::mean_pool: mean_pool(run, layer); break;
@@ -61,11 +72,19 @@ static void forward(const Program& program, const Workspace& workspace, const Me
     }
   }
 }
+#endif
 
 }  // namespace sgm::SGM_ISA::executor
 
 namespace sgm::SGM_ISA {
 
-sgm::executor::Backend executor_backend() { return {executor::kWidth, executor::kMaxVectors, executor::forward}; }
+sgm::executor::Backend executor_backend() {
+#ifdef SGM_AVX512_BF16
+  const sgm::executor::Backend rest = avx512::executor_backend();
+  return {rest.width, rest.max_vectors, rest.forward, executor::convolve_bf16};
+#else
+  return {executor::kWidth, executor::kMaxVectors, executor::forward, executor::convolve_bf16};
+#endif
+}
 
 }  // namespace sgm::SGM_ISA

@@ -165,6 +165,13 @@ struct Conv {
   int rim[4];              // top, bottom, left, right: what the taps reach beyond the input
 };
 
+struct Program;
+struct Workspace;
+struct Member;
+struct Batch;
+// A convolution in bfloat16. AVX512_BF16 has this one of its own; the rest of its forward is AVX-512's.
+using Convolve = void (*)(const Program&, const Workspace&, const Member&, const Batch&, const Layer&, const Conv&);
+
 struct Program {
   const Layer* layers;
   int layer_count;
@@ -176,6 +183,7 @@ struct Program {
   Embedding embedding;
   Potential potential;
   const float* const* constants;
+  Convolve convolve_bf16;  // the backend's
 };
 
 // Scratch of one team; sizes from executor.cpp.
@@ -219,6 +227,7 @@ struct Backend {
   int width;        // floats a vector
   int max_vectors;  // output vectors a block: 4, else 2
   Forward forward;
+  Convolve convolve_bf16;
 };
 
 constexpr int kPotentialRows = 9;  // potential.h: rows of D of an image's scratch, before 2·classes + 2 more

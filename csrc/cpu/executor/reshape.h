@@ -13,7 +13,10 @@ static void nearest(const Run& run, const Layer& layer) {
   for_each_row(run, layer, [&](int image, int h, int c) {
     const float* x = run.data(layer.input, image) + (int64_t)(h / down) * in.width * in.padded + c;
     float* y = run.data(layer.output, image) + (int64_t)h * out.width * out.padded + c;
-    for (int w = 0; w < out.width; w++) store(y + (int64_t)w * out.padded, load(x + (int64_t)(w / right) * in.padded));
+    for (int w = 0; w < out.width; w++) {
+      __builtin_prefetch(y + (int64_t)(w + kAhead) * out.padded, 1);
+      store(y + (int64_t)w * out.padded, load(x + (int64_t)(w / right) * in.padded));
+    }
   });
 }
 
@@ -24,8 +27,12 @@ static void concat(const Run& run, const Layer& layer) {
     const float* second = run.data(layer.second, image) + (int64_t)h * b.width * b.padded;
     float* y = run.data(layer.output, image) + (int64_t)h * out.width * out.padded;
     for (int w = 0; w < out.width; w++, first += a.padded, second += b.padded, y += out.padded) {
-      if (c + kWidth <= a.channels) store(y + c, load(first + c));
-      else
+      const float* const whole = c + kWidth <= a.channels ? first + c : c >= a.channels ? second + (c - a.channels) : nullptr;
+      if (whole && c + kWidth <= out.channels) {
+        __builtin_prefetch(whole + (int64_t)kAhead * (c < a.channels ? a : b).padded);
+        __builtin_prefetch(y + c + (int64_t)kAhead * out.padded, 1);
+        store(y + c, load(whole));
+      } else
         for (int k = c; k < c + kWidth; k++)
           y[k] = k < a.channels ? first[k] : k < out.channels ? second[k - a.channels] : 0.f;
     }

@@ -121,9 +121,10 @@ static void multiply_planes(const Run& run, const Conv& conv, int block, const C
 }
 
 // Adds residuals, stores one output vector and returns it.
-SGM_INLINE Vec finish(Vec v, const float* const (&add)[2], const float (&scale)[2], float* out, int64_t offset) {
-  if (add[0]) v += load(add[0] + offset) * scale[0];
-  if (add[1]) v += load(add[1] + offset) * scale[1];
+SGM_INLINE Vec finish(Vec v, const float* const (&add)[2], const float (&scale)[2], float* out, int64_t offset, int64_t next) {
+  if (add[0]) v += load(add[0] + offset) * scale[0], __builtin_prefetch(add[0] + offset + next);
+  if (add[1]) v += load(add[1] + offset) * scale[1], __builtin_prefetch(add[1] + offset + next);
+  __builtin_prefetch(out + offset + next, 1);
   store(out + offset, v);
   return v;
 }
@@ -165,6 +166,7 @@ static void output_block(const Run& run, const Layer& layer, const Conv& conv, i
         const int64_t origin = kPool ? ((int64_t)(s.row / 2) * out.width + 2 * t) * k_step
                                      : ((int64_t)(s.phase_row + s.row * d) * out.width + s.phase_col + kTile * t * d) * k_step;
         const int64_t row_step = (int64_t)d * out.width * k_step, column_step = (int64_t)d * k_step;
+        const int64_t next = t + 1 < s.tiles ? kSide * column_step : (int64_t)kSide * (row_step - t * column_step);
         if constexpr (kPool) {
           SGM_UNROLL for (int p = 0; p < kSide; p++) SGM_UNROLL for (int q = 0; q < kSide; q++)
               y[p][q] = 0.25f * ((y[2 * p][2 * q] + y[2 * p + 1][2 * q]) + (y[2 * p][2 * q + 1] + y[2 * p + 1][2 * q + 1]));
@@ -178,7 +180,7 @@ static void output_block(const Run& run, const Layer& layer, const Conv& conv, i
             }
           }
         };
-        each([&](Vec& v, int64_t at) __attribute__((always_inline)) { v = finish(v + bias, add, layer.add_scale, target, at); });
+        each([&](Vec& v, int64_t at) __attribute__((always_inline)) { v = finish(v + bias, add, layer.add_scale, target, at, next); });
         const int count = rows * columns;
         if (!kept || !count) continue;
         const float share = 1.f / (float)count;

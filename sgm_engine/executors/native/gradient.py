@@ -15,13 +15,15 @@ from sgm_engine.executors.native.norm import Unsupported
 Op = _C.Op
 
 
-def append_gradient(graph: Graph, out: Value, gradient: Value) -> None:
-    """End ``graph``, which begins with ``embed`` or ``noise_features``, by its gradient in x, given that in ``out``.
+def append_gradient(graph: Graph, *ends: tuple[Value, Value]) -> None:
+    """End ``graph``, which begins with ``embed`` or ``noise_features``, by its gradient in x, given those in its ends:
+    pairs of a value and the gradient in it.
 
     Raises Unsupported.
     """
     way = _Way(graph)
-    way.sums[out.id] = gradient
+    for out, gradient in ends:
+        way.sums[out.id] = gradient
     for layer in reversed(tuple(graph.layers)):
         if layer.out is not None and layer.out.id in way.sums:
             way.back(layer, way.sums.pop(layer.out.id))

@@ -134,14 +134,19 @@ class Kernel:
         return self.rearranged(rows)
 
     def transposed(self) -> Kernel:
-        """What takes the gradient of the output to that of the input, at stride 1; Unsupported if the size changes."""
+        """What takes the gradient of the output to that of the input, both of one size: at stride 2, spread before.
+
+        Unsupported where stride 1 would change the size.
+        """
         plain = (self.groups, self.up, self.rows, self.mode) == (1, 1, 1, "zeros")
-        if not plain or any(2 * side != self.dilation * (self.size - 1) for side in self.sides):
+        (top, bottom, left, right), reach = self.sides, self.dilation * (self.size - 1)
+        kept = self.stride > 1 or (top + bottom, left + right) == (reach, reach)
+        if not (plain and kept and max(top, bottom, left, right) <= reach):
             raise Unsupported(f"the gradient of a {self.size}×{self.size} convolution with padding {self.padding}")
         weight = self.weight
         return Kernel(
             self.c_out, self.c_in, self.size, lambda: weight().transpose(0, 1).flip(2, 3), lambda: None,
-            self.tensors[:1], 1, self.padding, self.dilation,
+            self.tensors[:1], 1, (reach - top, top, reach - left, left), self.dilation,
         )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ float64 when weights are packed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -17,19 +19,26 @@ from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.cdm.potential import Block, Film, Mixing, PotentialNet
 
 
-def lower_potential(graph: Graph, model: CDM, shape: tuple[int, int, int]) -> None:
-    """Emit the layers of ∇ₓ log q_σ of images [*shape]."""
-    out = _fields(graph, model.classifier, *_features(graph, model, shape))
-    append_gradient(graph, out, graph.potential(out))
-
-
-def _features(graph: Graph, model: CDM, shape: tuple[int, int, int]) -> tuple[Value, Value]:
-    """The planes of u, and what tells a layer the noise."""
+def lower_potential(
+    graph: Graph, model: CDM, shape: tuple[int, int, int], branches: Sequence[tuple[float, int | None]]
+) -> None:
+    """Emit the layers of ∇ₓ log q_σ of images [*shape]. branches: weights and labels of what is summed, one or two:
+    two are one network of twice the potentials."""
     net = model.classifier
-    waves = net.features.waves.shape[1]
-    planes, noise = graph.noise_features(shape, net.potentials, waves, _tables(model), len(net.features.waves))
-    h = graph.conv(noise, _dense(net.features.embed1))
-    return planes, graph.conv(h, _dense(net.features.embed2), None, "silu")
+    waves, weights = net.features.waves.shape[1], [weight for weight, _ in branches]
+    planes, noise = graph.noise_features(
+        shape, net.potentials * len(branches), waves, _tables(model, weights), len(net.features.waves)
+    )
+    fields = [_fields(graph, net, planes, _embedded(graph, net, noise, label)) for _, label in branches]
+    out = fields[0] if len(fields) == 1 else graph.concat(*fields)
+    append_gradient(graph, (out, graph.potential(out)))
+
+
+def _embedded(graph: Graph, net: PotentialNet, noise: Value, label: int | None) -> Value:
+    """What tells a layer the noise, and the label."""
+    first, rows = _dense(net.features.embed1), net.features.label
+    first = first if rows is None else first.shifted(Table(lambda: rows.detach()[label][None], 1, (rows,)))
+    return graph.conv(graph.conv(noise, first), _dense(net.features.embed2), None, "silu")
 
 
 def _fields(graph: Graph, net: PotentialNet, planes: Value, e: Value) -> Value:
@@ -82,7 +91,7 @@ def _constant(graph: Graph, p: nn.Parameter) -> Value:
     return graph.constant(Table(lambda: p[0], 1, (p,)), tuple(p.shape[1:]))
 
 
-def _tables(model: CDM) -> Table:
+def _tables(model: CDM, weights: Sequence[float]) -> Table:
     """float64, flat: csrc/cpu/executor/program.h's Potential, then a row a level."""
     net = model.classifier
     features, base, head = net.features, net.features.base, net.head
@@ -92,7 +101,8 @@ def _tables(model: CDM) -> Table:
         parts = [base.mean, base.basis, base.constant, features.log_noise, features.signal, features.waves, *by_class]
         t = model.level_class
         scale, shift = model.signal[t] * model.scale, model.signal[t] * model.shift
-        level = [t.double()[:, None], scale[:, None], shift[:, None], head.weights(base.missed)[t].double()]
+        own = head.weights(base.missed)[t].double()
+        level = [t.double()[:, None], scale[:, None], shift[:, None], *(weight * own for weight in weights)]
         return torch.cat([part.detach().double().flatten() for part in (*parts, torch.cat(level, 1))])
 
     buffers = (base.mean, base.log_variance, base.basis, model.signal, model.level_class)

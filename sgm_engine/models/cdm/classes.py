@@ -115,3 +115,16 @@ def _between(signal: np.ndarray, noise: np.ndarray, reference: float = 1.0) -> N
 def _check_levels(levels: int) -> None:
     if isinstance(levels, bool) or not isinstance(levels, (int, np.integer)) or levels < 1:
         raise ValueError(f"levels must be an integer >= 1, got {levels!r}")
+
+
+def check_label(class_label: int | None, guidance: float, labels: int) -> tuple[int | None, float]:
+    """Both as they are; ValueError names which of them a network with ``labels`` classes cannot have."""
+    if class_label is not None and not (type(class_label) is int and 0 <= class_label < labels):
+        held = f"0 to {labels - 1}" if labels else "none: the network has no classes"
+        raise ValueError(f"class_label must be one of the network's classes, {held}; got {class_label!r}")
+    guidance = check_number("guidance", guidance)
+    if not np.isfinite(guidance):
+        raise ValueError(f"guidance must be finite, got {guidance}")
+    if guidance != 1 and class_label is None:
+        raise ValueError(f"guidance must be 1 without a class_label, got {guidance:g}: name the class to draw")
+    return class_label, guidance

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sgm_engine.models.cdm.classes import SCHEDULES, NoiseClasses
+from sgm_engine.models.cdm.classes import SCHEDULES, NoiseClasses, check_label
 from sgm_engine.models.config import _check_plan
 
 WHOLE = ("channels", "image_size", "width", "blocks", "patch", "levels")
 MAX_BLOCKS, MAX_WIDTH = 1000, 65_536
 OPTIONAL = ("plan", "schedule_options", "attention", "fourier", "features", "baseline", "patch")
 POTENTIAL = ("potentials", "mixing", "focus")  # left out of a file where they are None
+LATER = {"labels": 0, "dropout": 0.0, "denoiser": False, "published": False, "class_label": None, "guidance": 1.0}
 UNET_ONLY = {"attention": (), "fourier": (), "features": None, "baseline": None, "patch": 1}
 MAX_PIXELS = 4096  # whose covariance a GaussianBase holds
 MAX_TABLE = 4_000_000  # pixels × levels of its tables, of which there are some
@@ -29,7 +30,10 @@ class CDMConfig:
     ``potentials`` is given, width, multipliers, blocks, potentials and mixing as potential.PotentialNet. schedule: one
     of classes.SCHEDULES, of ``levels`` classes between data and reference, with schedule_options; it applies to
     u = 2·x − 1. focus: (least σ, greatest σ, share): in training, classes of other σ are met ``share`` times as often
-    (data and reference, too, as often as the middle). plan: as in models.ModelConfig.
+    (data and reference, too, as often as the middle). labels: how many classes of images the network is told, beside
+    "none"; class_label and guidance: as model.OfClasses. dropout: share of a U-Net's numbers that training zeroes in
+    each residual block. denoiser: a DDM, which only denoises, in the place of a CDM. published: networks.UNet's.
+    plan: as in models.ModelConfig.
     """
 
     channels: int
@@ -48,6 +52,12 @@ class CDMConfig:
     potentials: int | None = None
     mixing: Sequence[int] | None = None
     focus: Sequence[float] | None = None
+    labels: int = 0
+    dropout: float = 0.0
+    denoiser: bool = False
+    published: bool = False
+    class_label: int | None = None
+    guidance: float = 1.0
     plan: Mapping[str, bool | int | float | str] | None = None
 
     architecture = "CDM"
@@ -97,6 +107,7 @@ class CDMConfig:
             if not (0 <= low < high and 0 < share <= 1):
                 raise ValueError(f"focus needs 0 <= least < greatest and 0 < share <= 1, got {triple!r}")
             object.__setattr__(self, "focus", (low, high, share))
+        self._check_labels()
         if self.plan is not None:
             object.__setattr__(self, "plan", _check_plan(self.plan))
         _ = self.classes  # refuses what the schedule refuses
@@ -126,10 +137,12 @@ class CDMConfig:
 
     def build(self):
         """The model with random weights, on torch's current default device."""
-        from sgm_engine.models.cdm.model import CDM
+        from sgm_engine.models.cdm.model import CDM, DDM
 
+        kind, plan = DDM if self.denoiser else CDM, self.plan and dict(self.plan)
         shape = (self.channels, self.image_size, self.image_size)
-        model = CDM(self._network(), self.classes, shape, 2.0, -1.0, self.prior, plan=self.plan and dict(self.plan))
+        told = {"class_label": self.class_label, "guidance": self.guidance}
+        model = kind(self._network(), self.classes, shape, 2.0, -1.0, self.prior, plan=plan, **told)
         model.config = self
         return model
 
@@ -137,10 +150,27 @@ class CDMConfig:
         from sgm_engine.models.cdm.networks import UNet
         from sgm_engine.models.cdm.potential import PotentialNet
 
-        names = ["width", "multipliers", "blocks"]
-        names += [*UNET_ONLY] if self.potentials is None else ["potentials", "mixing"]
+        names = ["width", "multipliers", "blocks", "labels"]
+        unet = [*UNET_ONLY, "dropout", "denoiser", "published"]
+        names += unet if self.potentials is None else ["potentials", "mixing"]
         network = UNet if self.potentials is None else PotentialNet
         return network(self.channels, self.image_size, self.classes, **{name: getattr(self, name) for name in names})
+
+    def _check_labels(self) -> None:
+        self._whole("labels", self.labels, 0)
+        object.__setattr__(self, "guidance", check_label(self.class_label, self.guidance, self.labels)[1])
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
+        for name in ("denoiser", "published"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.potentials is not None and (self.dropout or self.published):
+            raise ValueError("dropout and published belong to a U-Net, which has no potentials: leave out one of them")
+        if self.published and (self.patch > 1 or self.baseline or self.image_size % 2 ** (len(self.multipliers) - 1)):
+            raise ValueError(
+                "published needs patch 1, no baseline and an image_size that halves at every resolution, got "
+                f"{self.patch}, {self.baseline} and {self.image_size}"
+            )
 
     def _check_potentials(self) -> None:
         self._whole("potentials", self.potentials, 1)
@@ -172,6 +202,7 @@ class CDMConfig:
     def to_json(self) -> str:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields = {name: value for name, value in fields.items() if name not in POTENTIAL or value is not None}
+        fields = {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
         return json.dumps({"architecture": self.architecture, **fields})
 
     @classmethod
@@ -181,7 +212,7 @@ class CDMConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(str(k) for k in fields.keys() - known):
             raise ValueError(f"config has unknown fields: {', '.join(unknown)}; a CDM has: {', '.join(sorted(known))}")
-        if missing := sorted(known - {*OPTIONAL, *POTENTIAL} - fields.keys()):
+        if missing := sorted(known - {*OPTIONAL, *POTENTIAL, *LATER} - fields.keys()):
             raise ValueError(f"config lacks fields: {', '.join(missing)}")
         return cls(**fields)
 

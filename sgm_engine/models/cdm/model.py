@@ -10,23 +10,25 @@ and its gradient the score. All of it is in one forward pass, and one backward p
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sgm_engine.models.cdm.classes import NoiseClasses
+from sgm_engine.models.cdm.classes import NoiseClasses, check_label
 from sgm_engine.models.energy import value_and_gradient
 from sgm_engine.plans.schedule import Sigmas, check_sigmas, nearest_level
 
 
-class CDM(nn.Module):
-    """forward(x [N, …], level [N] int64) → ∇ₓ log q_σ(x), like x: a score model for an Engine, with every plan.
+class OfClasses(nn.Module):
+    """A network that meets images by classes of noise, as a score model: what CDM and DDM have in common.
 
-    classifier: u [N, …] → logits [N, T + 2]. classes: what it tells apart. x = data + σ·noise in the user's units, the
-    classifier sees u = signal·(scale·x + shift). Level i is the σ of class T − i in units of x, so ``sigmas`` descends;
-    ``levels``: a choice of classes, noisiest first (None: all). shape: of a sample. plan: as a checkpoint's.
-    prior [T + 2]: how often each class was met in training (None: equally).
+    x = data + σ·noise in the user's units, the network sees u = signal·(scale·x + shift). Level i is the σ of class
+    T − i in units of x, so ``sigmas`` descends; ``levels``: a choice of classes, noisiest first (None: all). shape: of
+    a sample. plan: as a checkpoint's. prior [T + 2]: how often each class is met in training (None: equally).
+    class_label: of the samples, where the network has labels; None: of any. guidance: weight of classifier-free
+    guidance, the network's answer without label + guidance·(that with it − the one without).
 
     Computes in the dtype of x; the tables are kept in float64.
     """
@@ -41,12 +43,16 @@ class CDM(nn.Module):
         prior=None,
         levels=None,
         plan: dict | None = None,
+        class_label: int | None = None,
+        guidance: float = 1.0,
     ):
         super().__init__()
         if not (math.isfinite(scale) and scale > 0 and math.isfinite(shift)):
             raise ValueError(f"scale must be positive and shift finite, got {scale} and {shift}")
         self.classifier, self.classes, self.shape, self.plan = classifier, classes, shape, plan
         self.scale, self.shift = float(scale), float(shift)
+        self.labels = int(getattr(classifier, "labels", 0))
+        self.class_label, self.guidance = check_label(class_label, guidance, self.labels)
         count = classes.levels + 2
         prior = np.full(count, 1 / count) if prior is None else np.asarray(prior, np.float64) / np.sum(prior)
         if prior.shape != (count,) or not (prior > 0).all():
@@ -72,9 +78,65 @@ class CDM(nn.Module):
     def to_u(self, x: Tensor) -> Tensor:
         return x if (self.scale, self.shift) == (1, 0) else x * self.scale + self.shift
 
-    def logits(self, u: Tensor) -> Tensor:
-        """[N, T + 2] of images u [N, …] as the classifier sees them."""
-        return self.classifier(u)
+    def noise_pred_direct(self, u: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """E[ε | u, class t] as the network's own ``direct`` reads it off its weights: no gradient in u is taken."""
+        if not hasattr(self.classifier, "direct"):
+            raise ValueError(f"a {type(self.classifier).__name__} has no direct denoiser: take a network of potentials")
+        return self._guided(lambda *label: self.classifier.direct(u, t, *label), u, labels)
+
+    def _guided(self, network: Callable[..., Tensor], u: Tensor, labels: Tensor | None) -> Tensor:
+        """What ``network`` answers with ``labels`` [N] (``self.labels``: none), else with the model's own, guided."""
+        if not self.labels:
+            if labels is not None:
+                raise ValueError("labels: this network has none: leave them out")
+            return network()
+
+        def of(label: int) -> Tensor:
+            return network(torch.full((len(u),), label, dtype=torch.int64, device=u.device))
+
+        if labels is not None:
+            return network(labels)
+        if self.class_label is None:
+            return of(self.labels)
+        if self.guidance == 1:
+            return of(self.class_label)
+        free = of(self.labels)
+        return free + self.guidance * (of(self.class_label) - free)
+
+    def with_class(self, class_label: int | None, guidance: float = 1.0):
+        """The same network, its weights shared, drawing another class, with classifier-free guidance (1: none)."""
+        return self._like(self.level_class.cpu().numpy(), class_label, guidance)
+
+    def at_sigmas(self, sigmas: Sigmas):
+        """The same network with some of its levels only; ValueError for a σ that is none of them."""
+        sigmas, own = check_sigmas(sigmas), self.sigmas.double().cpu().numpy()
+        level = nearest_level(sigmas, own)
+        off = np.flatnonzero(np.abs(own[level] / sigmas - 1) > 1e-5)
+        if len(off):
+            raise ValueError(
+                f"sigma {sigmas[off[0]]:g} is none of this classifier's levels (nearest: {own[level[off[0]]]:g}): take "
+                "plan.on_levels(model.sigmas), or sigmas out of model.sigmas"
+            )
+        return self._like(self.level_class.cpu().numpy()[level], self.class_label, self.guidance)
+
+    def _like(self, levels: np.ndarray, class_label: int | None, guidance: float):
+        other = type(self)(
+            self.classifier, self.classes, self.shape, self.scale, self.shift, self.prior, levels, self.plan,
+            class_label, guidance,
+        )  # fmt: skip
+        other.training = self.training  # of this alone: the network's parts stay as they are
+        return other.to(self.sigmas.device)
+
+
+class CDM(OfClasses):
+    """forward(x [N, …], level [N] int64) → ∇ₓ log q_σ(x), like x: a score model for an Engine, with every plan.
+
+    classifier: u [N, …] → logits [N, T + 2], or u and labels [N] → them. Other arguments: of OfClasses.
+    """
+
+    def logits(self, u: Tensor, labels: Tensor | None = None) -> Tensor:
+        """[N, T + 2] of images u [N, …] as the classifier sees them, and of ``labels`` [N], else the model's own."""
+        return self._guided(lambda *label: self.classifier(u, *label), u, labels)
 
     def class_log_prob(self, u: Tensor, t: Tensor, logits: Tensor | None = None) -> Tensor:
         """log p_t(u) of each image's own class t [N], nats, [N]; exact for the reference class."""
@@ -83,19 +145,15 @@ class CDM(nn.Module):
         prior = (self.log_prior[-1] - self.log_prior[t]).to(u.dtype)
         return ratio.to(u.dtype) + prior + _log_normal(u, float(self.classes.noise[-1]))
 
-    def noise_pred(self, u: Tensor, t: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+    def noise_pred(
+        self, u: Tensor, t: Tensor, create_graph: bool = False, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """E[ε | u, class t] = −noise_t·∇ log p_t(u), like u, and the logits. One forward, one backward pass."""
         with torch.enable_grad():
             u = u if u.requires_grad else u.detach().requires_grad_()
-            f = self.logits(u)
+            f = self.logits(u, labels)
             (gradient,) = torch.autograd.grad(self.class_log_prob(u, t, f).sum(), u, create_graph=create_graph)
         return -_column(self.noise[t], u) * gradient, f
-
-    def noise_pred_direct(self, u: Tensor, t: Tensor) -> Tensor:
-        """E[ε | u, class t] as the classifier's own ``direct`` reads it off its weights: no gradient in u is taken."""
-        if not hasattr(self.classifier, "direct"):
-            raise ValueError(f"a {type(self.classifier).__name__} has no direct denoiser: take one of potentials")
-        return self.classifier.direct(u, t)
 
     def log_q(self, x: Tensor, level: Tensor) -> Tensor:
         """log q_σ(x) of data + σ·noise, nats, [N]; σ of each sample's own level [N]."""
@@ -106,6 +164,8 @@ class CDM(nn.Module):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) of data, nats, [N], from one forward pass: log N(x; 0, I) + f₀ − f_{T+1} where scale is 1."""
+        if self.guidance != 1:
+            raise ValueError(f"guidance must be 1 for a density, got {self.guidance:g}: take with_class(n)")
         u = self.to_u(x)
         return self.class_log_prob(u, self.level_class.new_zeros(len(x))) + x[0].numel() * math.log(self.scale)
 
@@ -116,20 +176,17 @@ class CDM(nn.Module):
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         return self.log_q_and_score(x, level)[1]
 
-    def at_sigmas(self, sigmas: Sigmas) -> CDM:
-        """The same classifier with some of its levels only; ValueError for a σ that is none of them."""
-        sigmas, own = check_sigmas(sigmas), self.sigmas.double().cpu().numpy()
-        level = nearest_level(sigmas, own)
-        off = np.flatnonzero(np.abs(own[level] / sigmas - 1) > 1e-5)
-        if len(off):
-            raise ValueError(
-                f"sigma {sigmas[off[0]]:g} is none of this classifier's levels (nearest: {own[level[off[0]]]:g}): take "
-                "plan.on_levels(model.sigmas), or sigmas out of model.sigmas"
-            )
-        chosen = self.level_class.cpu().numpy()[level]
-        other = CDM(self.classifier, self.classes, self.shape, self.scale, self.shift, self.prior, chosen, self.plan)
-        other.training = self.training  # of this alone: the classifier's parts stay as they are
-        return other.to(self.sigmas.device)
+
+class DDM(OfClasses):
+    """The baseline of a CDM: a network that only denoises. forward(x, level) → its score, of −E[ε | u]/noise.
+
+    classifier: has ``direct(u [N, …], t [N]) → E[ε | u, class t]``, and no logits are asked of it.
+    """
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        t = self.level_class[level]
+        signal, noise = _column(self.signal[t], x), _column(self.noise[t], x)
+        return self.noise_pred_direct(signal * self.to_u(x), t) * (-self.scale * signal / noise)
 
 
 def _column(v: Tensor, like: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sgm_engine.kernels import ops
 from sgm_engine.models.cdm.classes import NoiseClasses
+from sgm_engine.models.cdm.layers import Attention, Downsample, Norm, Residual, Stage, Told, Upsample
 
 
 class Head(nn.Module):
@@ -68,50 +68,6 @@ class MLP(nn.Module):
         return self.head(self.layers(u.flatten(1)), u)
 
 
-class Norm(nn.Module):
-    """GroupNorm of at most 32 groups, γ and β, then SiLU: one kernel (in float64 PyTorch's own operations)."""
-
-    def __init__(self, channels: int, activation: str = "silu"):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.groups, self.activation = math.gcd(channels, 32), activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training or x.dtype == torch.float64:
-            y = F.group_norm(x, self.groups, self.weight, self.bias)
-            return F.silu(y) if self.activation == "silu" else y
-        return ops.noise_conditioned_norm(
-            x, self.weight, beta=self.bias, activation=self.activation, groups=self.groups
-        )
-
-
-class Residual(nn.Module):
-    """x + conv(norm(conv(norm(x)))), with a 1×1 convolution of x where the channels change."""
-
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__()
-        self.norm1, self.conv1 = Norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = Norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.skip(x) + self.conv2(self.norm2(self.conv1(self.norm1(x))))
-
-
-class Attention(nn.Module):
-    """x + attention over the pixels, one head. Written out: the fused one cannot be differentiated twice."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.norm, self.qkv, self.out = Norm(channels, "none"), nn.Conv2d(channels, 3 * channels, 1), None
-        self.out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, 1)  # [N, C, H·W] each
-        weight = (q.transpose(1, 2) @ k * q.shape[1] ** -0.5).softmax(2)
-        return x + self.out((v @ weight.transpose(1, 2)).view_as(x))
-
-
 class UNet(nn.Module):
     """forward(u [N, C, H, W]) → logits [N, T + 2]: DDPM's U-Net (arXiv 2006.11239, appendix B) without time embedding.
 
@@ -119,6 +75,10 @@ class UNet(nn.Module):
     each on the way down, one more on the way up; attention after each block at resolutions of ``attention`` pixels and
     between the two of the middle. patch: pixels that one position of the first resolution covers, a side. fourier: the
     n of features sin and cos(2ⁿ·π·u) beside u (VDM, arXiv 2107.00630, appendix C): what small noise is seen by.
+    labels: forward takes label int64 [N] too, 0 … labels, the last one for none. dropout: see layers.Dropout.
+    denoiser: DDPM's own network, told t; it has ``direct`` in the place of logits. published: as the authors of CDM
+    have it, ε 1e-6 in the norms, zeros after the last pixel where pixels halve, and the mean of the last layer as it
+    is for the features.
     """
 
     def __init__(
@@ -134,9 +94,20 @@ class UNet(nn.Module):
         fourier: Sequence[int] = (),
         features: int | None = None,
         baseline: tuple[float, float] | None = None,
+        labels: int = 0,
+        dropout: float = 0.0,
+        denoiser: bool = False,
+        published: bool = False,
     ):
         super().__init__()
-        self.patch, self.fourier = patch, tuple(fourier)
+        self.patch, self.fourier, self.labels, self.published = patch, tuple(fourier), labels, published
+        self.told = Told(width, labels, classes.levels + 2 if denoiser else 0) if labels or denoiser else None
+        self._made = (
+            4 * width if self.told else 0,
+            dropout,
+            1e-6 if published else 1e-5,
+            4 if self.told and not published else 1,
+        )
         planes = channels * (1 + 2 * len(self.fourier)) * patch**2
         self.begin = nn.Conv2d(planes, width, 3, padding=1)
         size, c, widths = image_size // patch, width, [width]
@@ -146,10 +117,10 @@ class UNet(nn.Module):
                 self.down.append(self._stage(c, c := width * multiplier, size in attention))
                 widths.append(c)
             if i + 1 < len(multipliers):
-                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                self.down.append(Downsample(c, published))
                 widths.append(c)
                 size = (size + 1) // 2
-        self.middle = nn.Sequential(Residual(c, c), Attention(c), Residual(c, c))
+        self.middle = Stage(*self._stage(c, c, True), self._stage(c, c, False))
         sizes = [image_size // patch]
         for _ in multipliers[1:]:
             sizes.append((sizes[-1] + 1) // 2)
@@ -158,36 +129,38 @@ class UNet(nn.Module):
                 self.up.append(self._stage(c + widths.pop(), c := width * multiplier, sizes[i] in attention))
             if i:
                 self.up.append(Upsample(c, sizes[i - 1]))
-        features = 2 * width if features is None else features
-        self.norm, self.end = Norm(c), nn.Conv2d(c, features, 3, padding=1)
-        self.head = Head(features, classes, baseline)
+        features = channels * patch**2 if denoiser else 2 * width if features is None else features
+        self.norm, self.end = Norm(c, eps=self._made[2]), nn.Conv2d(c, features, 3, padding=1)
+        self.head = None if denoiser else Head(features, classes, baseline)
 
-    @staticmethod
-    def _stage(c_in: int, c_out: int, attention: bool) -> nn.Module:
-        return nn.Sequential(Residual(c_in, c_out), Attention(c_out)) if attention else Residual(c_in, c_out)
+    def _stage(self, c_in: int, c_out: int, attention: bool) -> nn.Module:
+        block = Residual(c_in, c_out, *self._made)
+        return Stage(block, Attention(c_out, self._made[2])) if attention else block
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, label: Tensor | None = None) -> Tensor:
+        if self.head is None:
+            raise ValueError("this network only denoises: it has no logits")
+        h = self._body(u, self.told(label) if self.told else None)
+        if self.published:
+            return self.head(h.mean((2, 3)), u)
+        return self.head(F.silu(h).sum((2, 3)) / (h.shape[2] * h.shape[3]) ** 0.5, u)
+
+    def direct(self, u: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """E[ε | u, class t], like u, of a denoiser."""
+        if self.head is not None:
+            raise ValueError("a UNet that classifies has no direct denoiser: take one of potentials, or denoiser=True")
+        h = self._body(u, self.told(label, t))
+        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
+
+    def _body(self, u: Tensor, e: Tensor | None) -> Tensor:
         waves = [wave(2**n * math.pi * u) for n in self.fourier for wave in (torch.sin, torch.cos)]
         h = torch.cat([u, *waves], 1) if waves else u
         h = self.begin(F.pixel_unshuffle(h, self.patch) if self.patch > 1 else h)
         kept = [h]
         for stage in self.down:
-            h = stage(h)
+            h = stage(h) if isinstance(stage, Downsample) else stage(h, e)
             kept.append(h)
-        h = self.middle(h)
+        h = self.middle(h, e)
         for stage in self.up:
-            h = stage(h) if isinstance(stage, Upsample) else stage(torch.cat([h, kept.pop()], 1))
-        h = F.silu(self.end(self.norm(h)))
-        return self.head(h.sum((2, 3)) / (h.shape[2] * h.shape[3]) ** 0.5, u)
-
-
-class Upsample(nn.Module):
-    """To size×size pixels by nearest neighbours, then a 3×3 convolution."""
-
-    def __init__(self, channels: int, size: int):
-        super().__init__()
-        self.size, self.conv = size, nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, : self.size, : self.size]
-        return self.conv(x)
+            h = stage(h) if isinstance(stage, Upsample) else stage(torch.cat([h, kept.pop()], 1), e)
+        return self.end(self.norm(h))

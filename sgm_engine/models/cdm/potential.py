@@ -45,7 +45,7 @@ class NoiseFeatures(nn.Module):
     from black and white in units of 3·n̂. No sin or cos: the Jacobian of such features is 2ⁿ·π.
     """
 
-    def __init__(self, shape: tuple[int, int, int], classes: NoiseClasses):
+    def __init__(self, shape: tuple[int, int, int], classes: NoiseClasses, labels: int = 0):
         super().__init__()
         self.base = GaussianBase(math.prod(shape), classes)
         noise = np.maximum(classes.noise, classes.noise[1])  # data itself: as the least noise
@@ -59,12 +59,13 @@ class NoiseFeatures(nn.Module):
         for name, table in tables.items():
             self.register_buffer(name, torch.tensor(table, dtype=torch.float64, device="cpu"), persistent=False)
         self.embed1, self.embed2 = linear(len(waves), EMBEDDED), linear(EMBEDDED, EMBEDDED)
+        self.label = nn.Parameter(torch.zeros(labels + 1, EMBEDDED)) if labels else None  # the last row: no label
 
-    def forward(self, u: Tensor) -> Features:
-        return self._of(u)
+    def forward(self, u: Tensor, label: Tensor | None = None) -> Features:
+        return self._of(u, label)
 
     @unrounded
-    def _of(self, u: Tensor) -> Features:
+    def _of(self, u: Tensor, label: Tensor | None) -> Features:
         base = self.base
         z = base.whiten(u if self.training else u.double())
         densities = base.log_densities(z)
@@ -76,7 +77,8 @@ class NoiseFeatures(nn.Module):
         white = _image(p @ self.signal.to(p.dtype))
         y, left = (r * inverse).to(u.dtype), (u - r).to(u.dtype)
         near = [torch.tanh((u + sign * white) * (inverse / REACH)).to(u.dtype) for sign in (1, -1)]
-        e = F.silu(self.embed2(F.silu(self.embed1((p @ self.waves.to(p.dtype)).to(u.dtype)))))
+        e = self.embed1((p @ self.waves.to(p.dtype)).to(u.dtype))
+        e = F.silu(self.embed2(F.silu(e if self.label is None else e + self.label[label])))
         return Features(densities, z, y, torch.cat([y, left, *near], 1), e)
 
 
@@ -165,7 +167,8 @@ class PotentialNet(nn.Module):
     """forward(u [N, C, H, W]) → logits [N, T + 2], float64 (H and W divide by 4).
 
     2×2 pixels are one position of ``width`` channels; a second resolution of half the positions a side, of width·
-    multipliers[1], holds 2·blocks blocks, each with a Mixing (narrow, hidden); ``blocks`` before and behind it.
+    multipliers[1], holds 2·blocks blocks, each with a Mixing (narrow, hidden); ``blocks`` before and behind it. With
+    ``labels`` classes, forward and direct take label int64 [N], 0 … labels, the last one for none.
     """
 
     def __init__(
@@ -178,11 +181,12 @@ class PotentialNet(nn.Module):
         blocks: int = 1,
         potentials: int = 12,
         mixing: Sequence[int] = (16, 256),
+        labels: int = 0,
     ):
         super().__init__()
         size, (c, wide) = image_size // 2, (width * m for m in multipliers)
-        self.potentials = potentials
-        self.features = NoiseFeatures((channels, image_size, image_size), classes)
+        self.potentials, self.labels = potentials, labels
+        self.features = NoiseFeatures((channels, image_size, image_size), classes, labels)
         self.begin, self.place = conv(16 * channels, c), nn.Parameter(torch.zeros(1, c, size, size))
         self.before = nn.ModuleList(Block(c) for _ in range(blocks))
         self.down, self.place2 = conv(c, wide, stride=2), nn.Parameter(torch.zeros(1, wide, size // 2, size // 2))
@@ -193,16 +197,16 @@ class PotentialNet(nn.Module):
         self.end = conv(c, 4 * channels * potentials)
         self.head = PotentialHead(potentials, self.features.place)
 
-    def forward(self, u: Tensor) -> Tensor:
-        found = self.features(u)
+    def forward(self, u: Tensor, label: Tensor | None = None) -> Tensor:
+        found = self.features(u, label)
         a = self._fields(found)  # [N, M, 4·C, H/2, W/2]
         y = F.pixel_unshuffle(found.noise, 2)
         inner = (a * y[:, None]).flatten(2).sum(2)  # [N, M]
         return found.densities + self.head(inner, self._missed)
 
-    def direct(self, u: Tensor, t: Tensor) -> Tensor:
+    def direct(self, u: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """E[ε | u, class t], like u, without a gradient in u: another model of the same weights, near ``forward``'s."""
-        found = self.features(u)
+        found = self.features(u, label)
         weights = -2 * self.head.weights(self._missed)[t]
         more = (self._fields(found) * weights[:, :, None, None, None]).sum(1)
         return self.features.base.noise_pred(found.z, t).to(u.dtype).view_as(u) + F.pixel_shuffle(more, 2)
