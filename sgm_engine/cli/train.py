@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 from sgm_engine.cli.arguments import BadInput, at_least
@@ -40,7 +41,7 @@ def register(commands) -> None:
     add("--reference-batch", type=at_least(0), metavar="N",
         help="--set reference_batch=N, further images a step that stable_target weighs")  # fmt: skip
     add("--data", metavar="PATH", help="MNIST's IDX files, CIFAR-10's .bin files, a .npy, or a folder of pictures")
-    add("--out", metavar="FOLDER", help="the run; resumed if it has checkpoints")
+    add("--out", metavar="FOLDER", help="the run; resumed if it has checkpoints; or s3://BUCKET/NAME (gs://, az://)")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes to the config")
     add("--init", metavar="PATH", help="start from these weights, of the same network")
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="Lightning's (default: auto)")
@@ -68,8 +69,6 @@ def train(args: argparse.Namespace) -> int:
         for name in ("config", "data", "out"):
             if getattr(args, name) is None:
                 raise ValueError(f"--{name} is missing (see `sgm train --help`)")
-        if is_url(args.out):
-            raise ValueError(f"--out {args.out}: a run goes to a disk: name a folder")
         objective = {} if args.objective is None else {"objective": args.objective}
         also = {"copies": args.copies, "reference_batch": args.reference_batch}
         objective |= {name: value for name, value in also.items() if value is not None}
@@ -79,15 +78,28 @@ def train(args: argparse.Namespace) -> int:
         except ImportError as error:
             raise ValueError(f"training needs Lightning ({error}): pip install 'sgm-engine[train]'") from None
         _check_accelerator(args.accelerator)
-        job = run.prepare(config, args.data, Path(args.out).expanduser(), args.init)
     except (ValueError, TypeError, OSError) as error:
-        if os.environ.get("SGM_DEBUG"):
-            raise
-        raise BadInput(error) from error
-    _quiet()
-    with heard("sgm_engine.training", Printed(), logging.INFO):
-        job.fit(args.accelerator, args.tensorboard)
+        raise _bad_input(error) from error
+    with ExitStack() as held:
+        mirror = None
+        try:
+            if is_url(args.out):
+                from sgm_engine.training.far import mirrored
+
+                mirror = held.enter_context(mirrored(args.out))
+            folder = Path(args.out).expanduser() if mirror is None else mirror.folder
+            job = run.prepare(config, args.data, folder, args.init, mirror)
+        except (ValueError, TypeError, OSError) as error:
+            text = str(error) if mirror is None else mirror.shown(str(error))
+            raise _bad_input(error, text) from error
+        _quiet()
+        with heard("sgm_engine.training", Printed(), logging.INFO):
+            job.fit(args.accelerator, args.tensorboard)
     return 0
+
+
+def _bad_input(error: Exception, text: str | None = None) -> Exception:
+    return error if os.environ.get("SGM_DEBUG") else BadInput(error if text is None else text)
 
 
 def _advice(args: argparse.Namespace):

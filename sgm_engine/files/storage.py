@@ -58,6 +58,10 @@ class Prefix:
             return []
         return [path.rstrip("/").rpartition("/")[2] for path in found if path.rstrip("/") != self._root]
 
+    def tree(self) -> list[str]:
+        """The names of all objects under it, slashes included."""
+        return [path[len(self._root) + 1 :] for path in self._ask(self._fs.find, "")]
+
     def size(self, name: str) -> int:
         """Bytes of an object; 0 where there is none."""
         return self._info(name).get("size") or 0
@@ -81,6 +85,12 @@ class Prefix:
         except FileExistsError:
             return False
         return True
+
+    def remove(self, name: str) -> None:
+        try:
+            self._ask(self._fs.rm_file, name)
+        except FileNotFoundError:
+            return  # another process was as quick
 
     def create_all(self, files: Mapping[str, bytes]) -> list[str]:
         """The names of those that were there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ class Keep(Checkpoint):
 
     What is kept goes by the files in the folder, not by what an earlier process remembers of them. A checkpoint has to
     prove itself: if the loss of the step after it is not finite, the one before it is what a run goes on from.
+    ``changed`` is called after the folder has, by the first process of a group.
     """
 
-    def __init__(self, folder: Path, every: int):
-        self.folder, self.every, self._saved = folder, every, -1
+    def __init__(self, folder: Path, every: int, changed: Callable[[], None] = lambda: None):
+        self.folder, self.every, self.changed, self._saved = folder, every, changed, -1
         self._unproven: Path | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -49,11 +50,13 @@ class Keep(Checkpoint):
         self._unproven = path
         if trainer.is_global_zero:
             tidy(self.folder)
+            self.changed()
 
     def diverged(self, trainer: pl.Trainer, loss: float) -> RuntimeError:
         """The error of a run whose loss is not finite; it names the checkpoint that is good."""
         if self._unproven is not None and trainer.is_global_zero:
             remove(self._unproven)
+            self.changed()
         step, good = trainer.global_step, what_is_good(self.folder)
         return RuntimeError(f"the loss is {loss} at step {step}: lower lr, or set clip; {good}")
 

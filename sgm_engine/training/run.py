@@ -36,6 +36,7 @@ from sgm_engine.training.callbacks import EMA, SampleGrid, live_network
 from sgm_engine.training.cdm_fits import fit_base, fit_biases
 from sgm_engine.training.config import PRECISIONS, WEIGHTS, TrainConfig
 from sgm_engine.training.families import training_levels
+from sgm_engine.training.far import Mirror
 from sgm_engine.training.keeping import Keep, WholeFiles, lock, newest_checkpoint
 from sgm_engine.training.module import ScoreModule
 from sgm_engine.training.objectives import OBJECTIVES
@@ -64,11 +65,16 @@ class Job:
     resume: Path | None
     labels: dict[str, np.ndarray]  # by split; empty for a network without labels
     lock: LockFile | None  # this process's hold on the folder; the first process of a group has it
+    mirror: Mirror | None = None  # where the folder is to be put
 
     def fit(self, accelerator: str = "auto", tensorboard: bool = False) -> None:
         """Train to the end, and write model.safetensors. The folder is free for another process after it."""
         try:
             self._fit(accelerator, tensorboard)
+        except RuntimeError as error:
+            if self.mirror is None:
+                raise
+            raise RuntimeError(self.mirror.shown(str(error))) from error
         finally:
             if self.lock is not None:
                 self.lock.close()
@@ -117,15 +123,19 @@ class Job:
             network = live_network(trainer, self.module)
             if isinstance(network, CDM):
                 fit_biases(network, self.images, c.seed, labels=self.labels.get("train"))
-            save_checkpoint(network, self.folder / "model.safetensors", WEIGHTS[c.weights])
-            log.info("written: %s", self.folder / "model.safetensors")
+            written = self.folder / "model.safetensors"
+            save_checkpoint(network, written, WEIGHTS[c.weights])
+            if self.mirror is not None:
+                self.mirror.put()
+            log.info("written: %s", written if self.mirror is None else self.mirror.shown(str(written)))
 
     def _callbacks(self) -> list[pl.Callback]:
         c = self.config
         callbacks: list[pl.Callback] = [EMA(c.ema)] if c.ema else []
         if c.sample_every:
             callbacks.append(SampleGrid(c.sample_every, folder=self.folder / "samples", say=log.info))
-        keep = Keep(self.folder / "checkpoints", c.save_every or c.steps)
+        put = {} if self.mirror is None else {"changed": self.mirror.put}
+        keep = Keep(self.folder / "checkpoints", c.save_every or c.steps, **put)
         return [*callbacks, Report(self.folder, c.log_every, keep), keep]
 
     def _loggers(self, tensorboard: bool) -> list:
@@ -171,8 +181,14 @@ class Report(pl.Callback):
         log.info(f"step {step:>7}/{of}{loss}  {seconds:.3f} s/step  {clock((of - step) * seconds)} left")
 
 
-def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Path | None = None) -> Job:
-    """Everything that can be refused is refused here."""
+def prepare(
+    config: TrainConfig,
+    data: str | Path,
+    folder: Path,
+    init: str | Path | None = None,
+    mirror: Mirror | None = None,
+) -> Job:
+    """Everything that can be refused is refused here. ``mirror``: of ``folder``, for a run on object storage."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder}: is a file, name a folder")
     images = load_images(data, "train", size=config.image_size)
@@ -228,11 +244,13 @@ def prepare(config: TrainConfig, data: str | Path, folder: Path, init: str | Pat
             log.warning("%s: damaged; going on from %s", ", ".join(map(str, damaged)), resume)
             for path in damaged:
                 remove(path)
+        if mirror is not None and first:
+            mirror.begin()
     except BaseException:
         if held is not None:
             held.close()
         raise
-    return Job(config, images, held_out, module, folder, resume, labels, held)
+    return Job(config, images, held_out, module, folder, resume, labels, held, mirror)
 
 
 def _claim(folder: Path, config: TrainConfig, images: np.ndarray, labels: np.ndarray | None, first: bool) -> None:

@@ -112,7 +112,7 @@ def test_the_stage_of_tests(tmp_path, monkeypatch, workers):
     assert failed == {"case": "tests/test_one.py::test_bad", "failed": "failed"}
     assert one == {"case": "tests/test_one.py", "result": "1 failed, 1 passed", "failed": None}
     assert two["failed"] == "no test passed" and status == {"case": "pytest", "failed": "exit status 1"}
-    assert "| E   assert 1 == 2" in (tmp_path / "out" / "tests.log").read_text()
+    assert "E   assert 1 == 2" in (tmp_path / "out" / "tests.log").read_text()
 
 
 def test_a_test_that_leaves_the_device_unusable_fails_no_other(tmp_path, monkeypatch):

@@ -139,13 +139,13 @@ def test_train_and_sample(sgm, tmp_path):
     pytest.importorskip("lightning", reason="pip install 'sgm-engine[train]'")
     np.save(tmp_path / "train.npy", np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), np.uint8))
     common = ("train", "--objective", "multi_sample", "--copies", 3, "--data", ".", "--accelerator", "cpu")
-    small = ("ngf=4", "levels=2", "batch=4", "save_every=2", "sample_every=2")
+    small = ("image_size=8", "ngf=4", "levels=2", "batch=4", "save_every=2", "sample_every=2")
     for steps in (2, 4):
         done = sgm(*common, "--out", "run", "--set", *small, f"steps={steps}")
         assert done.returncode == 0, done.stderr
     assert "resumed at step 2" in done.stdout and (tmp_path / "run" / "samples" / "00000004.png").exists()
     model = load_checkpoint(tmp_path / "run" / "model.safetensors")
-    assert model.model.copies == 3 and model.law is not None and model.plan["name"] == "annealed_langevin"
+    assert model.model.copies == 3 and model.law is not None and model.plan["name"] == "sde_dpm_solver_2m"
     assert json.loads(model.config.to_json())["network"]["channels"] == 3
     done = sgm("sample", "--checkpoint", "run/model.safetensors", "--n", 2, "--batch", 2, "--nfe", 4, "--out", "x.npz")
     assert done.returncode == 0 and np.load(tmp_path / "x.npz")["arr_0"].shape == (2, 8, 8, 1), done.stderr

@@ -192,7 +192,9 @@ def test_weights_of_float64_points_far_apart():
 
 # -- shapes ------------------------------------------------------------------------------------------------------------
 
-OF_SCORES = [name for name in objectives.OBJECTIVES if name != "cdm"]  # which takes logits, of data without noise too
+OF_SCORES = [
+    name for name in objectives.OBJECTIVES if name not in ("cdm", "ddm")
+]  # which take networks of their own, of data without noise too
 
 SHAPES = {
     "one channel for three": lambda x: x[:, :1],

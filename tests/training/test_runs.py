@@ -82,7 +82,8 @@ def test_the_other_options_take_effect(begun, tmp_path, monkeypatch):
     every = {"log_every": 2, "sample_every": 3, "save_every": 3, "validate_every": 1}
     options = {"clip": 0.5, "precision": "bfloat16", "compile_norms": True, "weights": "float16", "plan": plan}
     changed = {"steps", "lr", "warmup", "decay", *every, *options}
-    assert changed | {"direct_steps"} == run.MAY_CHANGE  # a new option wants a test here; that one: test_cdm_phases.py
+    elsewhere = {"direct_steps", "drop_every"}  # test_cdm_phases.py, test_labels.py
+    assert changed | elsewhere == run.MAY_CHANGE  # a new option wants a test
     seen = resumed(begun, tmp_path, steps=8, **every, **options)
     assert len(seen) == 4 and {precision for *_, precision, _ in seen} == {"bf16-mixed"} and len(compiled) == 1
     assert {clip for *_, clip in seen} == {0.5}
