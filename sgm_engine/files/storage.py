@@ -135,12 +135,19 @@ class Prefix:
 
 
 @contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yields a folder of this machine, which ends with the block."""
+    with tempfile.TemporaryDirectory(prefix="sgm-") as where:
+        yield Path(where)
+
+
+@contextmanager
 def staged_folder(url: str) -> Iterator[Path]:
     """Yields a temporary folder of this machine, whose files are put under ``url`` unless something is raised."""
     prefix = Prefix(url)
-    with tempfile.TemporaryDirectory() as where:
-        yield Path(where)
-        for path in sorted(Path(where).iterdir()):
+    with scratch_folder() as where:
+        yield where
+        for path in sorted(where.iterdir()):
             prefix._ask(partial(prefix._fs.put_file, str(path)), path.name)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sgm_engine.files.storage import Prefix
+from sgm_engine.files.reading import read_bytes
+from sgm_engine.files.storage import Prefix, scratch_folder
 from sgm_engine.files.writing import write_file
 
 CONFIG = "config.yaml"
@@ -36,7 +36,7 @@ class Mirror:
 
     def begin(self) -> None:
         """Puts config.yaml. ValueError if another process has begun a run there since ``url`` was read."""
-        config = (self.folder / CONFIG).read_bytes()
+        config = read_bytes(self.folder / CONFIG)
         if self._begun:
             self._far.write(CONFIG, config)
         elif not self._far.create(CONFIG, config) and self._far.read(CONFIG) != config:
@@ -48,7 +48,7 @@ class Mirror:
         files = self._files()
         for name, state in files.items():
             if self._put.get(name) != state:
-                self._far.write(name, (self.folder / name).read_bytes())
+                self._far.write(name, read_bytes(self.folder / name))
         for name in self._put.keys() - files.keys():
             self._far.remove(name)
         self._put = files
@@ -70,6 +70,6 @@ class Mirror:
 
 @contextmanager
 def mirrored(url: str) -> Iterator[Mirror]:
-    """A Mirror of ``url`` and of a temporary folder, which ends with the block."""
-    with tempfile.TemporaryDirectory(prefix="sgm-train-") as folder:
-        yield Mirror(url, Path(folder))
+    """A Mirror of ``url`` and of a folder that ends with the block."""
+    with scratch_folder() as folder:
+        yield Mirror(url, folder)
