@@ -11,7 +11,7 @@ from sgm_engine.engine.engine import Engine
 from sgm_engine.executors.native.cdm import _unet
 from sgm_engine.executors.native.executor import NativeNetwork
 from sgm_engine.executors.native.graph import Graph
-from sgm_engine.executors.native.potential import _features, _fields
+from sgm_engine.executors.native.potential import _embedded, _fields, _tables
 from sgm_engine.kernels import ops, reference
 from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.training.config import TrainConfig
@@ -23,7 +23,7 @@ def native_forward(net, batch, size):
     """The U-Net up to its last convolution, which is then read through one 1×1; from planes, not from x."""
     graph = Graph(batch, "float32")
     planes = net.begin.in_channels
-    out = _unet(graph, net, graph.load(planes, size, size))
+    out = _unet(graph, net, graph.load(planes, size, size), None)
     graph.store(out, torch.nn.Conv2d(out.channels, 1, 1))
     graph.plan()
     x, level = torch.randn(batch, planes, size, size), torch.zeros(batch, dtype=torch.int64)
@@ -83,7 +83,10 @@ def test_step_against_forward(benchmark, one_thread, name):
 def native_fields(model, batch):
     """The way forward of a network of potentials, from x to its fields."""
     graph = Graph(batch, "float32")
-    out = _fields(graph, model.classifier, *_features(graph, model, model.shape))
+    net = model.classifier
+    tables, octaves = _tables(model, [1.0]), len(net.features.waves)
+    planes, noise = graph.noise_features(model.shape, net.potentials, net.features.waves.shape[1], tables, octaves)
+    out = _fields(graph, net, planes, _embedded(graph, net, noise, None))
     graph.store(out, torch.nn.Conv2d(out.channels, 1, 1))
     graph.plan()
     score = torch.empty(batch, 1, out.height, out.width)
