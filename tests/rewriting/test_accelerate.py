@@ -26,6 +26,12 @@ from tests.rewriting.networks import (
 )
 
 
+@pytest.fixture(autouse=True)
+def same_weights():
+    """Norms over few pixels enlarge rounding by what the weights are: those of every run are the same."""
+    torch.manual_seed(5)
+
+
 @pytest.mark.parametrize("conditional", [True, False])
 @torch.no_grad()
 def test_same_outputs(conditional):
