@@ -1,6 +1,7 @@
 """Class labels, guidance without a classifier, dropout, and the denoiser of the same network."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ from torch import nn
 
 from sgm_engine import Engine, ancestral, annealed_langevin, load_checkpoint, save_checkpoint
 from sgm_engine.cdm import mala
+from sgm_engine.jobs.identity import weights_digest
 from sgm_engine.keys import Key
 from sgm_engine.models.cdm.classes import variance_exploding
 from sgm_engine.models.cdm.config import CDMConfig
 from sgm_engine.models.cdm.layers import Dropout, dropping
 from sgm_engine.models.cdm.model import CDM, DDM
 from sgm_engine.models.cdm.potential import PotentialNet
+from sgm_engine.plans.law import DataLaw
 from sgm_engine.training.cdm_objective import ddm
 from tests.cdm.potentials import SMALL, digits, potential
 from tests.native.classifiers import question, small
@@ -121,6 +124,13 @@ def test_a_file_keeps_label_and_guidance(tmp_path):
     x, level = question(guided, 3)
     assert torch.equal(guided(x, level), plain.with_class(2, 3.0)(x, level))
     assert (guided(x, level) - plain(x, level)).abs().max() > 1e-3
+    plain.law = DataLaw(0.2, 0.3)
+    view = plain.with_class(1, 2.0)
+    assert view.law is plain.law and view.config == dataclasses.replace(plain.config, class_label=1, guidance=2.0)
+    save_checkpoint(view, tmp_path / "view.safetensors")
+    assert load_checkpoint(tmp_path / "view.safetensors").config == view.config
+    digests = {weights_digest(m) for m in (plain, view, plain.with_class(1), plain.with_class(2, 2.0))}
+    assert len(digests) == 4  # a job of one class is no other's
 
 
 @pytest.mark.parametrize("options, limit", [({"labels": 3}, 0.25), ({"patch": 2, "fourier": (1,)}, 0.65)])

@@ -9,6 +9,7 @@ and its gradient the score. All of it is in one forward pass, and one backward p
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -105,7 +106,12 @@ class OfClasses(nn.Module):
 
     def with_class(self, class_label: int | None, guidance: float = 1.0):
         """The same network, its weights shared, drawing another class, with classifier-free guidance (1: none)."""
-        return self._like(self.level_class.cpu().numpy(), class_label, guidance)
+        other = self._like(self.level_class.cpu().numpy(), class_label, guidance)
+        for name in {"law", "front", "averaged"} & vars(self).keys():
+            setattr(other, name, getattr(self, name))
+        if (config := getattr(self, "config", None)) is not None:
+            other.config = dataclasses.replace(config, class_label=class_label, guidance=guidance)
+        return other
 
     def at_sigmas(self, sigmas: Sigmas):
         """The same network with some of its levels only; ValueError for a σ that is none of them."""
