@@ -52,3 +52,22 @@ def test_the_wrong_kind_is_refused(capsys):
     with pytest.raises(SystemExit):
         baseline.main(["--cdm", "mnist", "--ddm", "cdm_mnist", "--data", "."])
     assert "holds a NCSN, not a CDM" in capsys.readouterr().err
+
+
+def test_the_bound_is_the_sum_of_the_chain_s_divergences():
+    """Each step's Kullback–Leibler divergence of Gaussians, written out, with any errors; one image of 4 pixels."""
+    sigmas = [3.0, 1.2, 0.4, 0.1]
+    model = Gaussian()
+    model.sigmas = torch.tensor(sigmas, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    x, e = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((1, 4), (4, 4)))
+    normal, kl = torch.distributions.Normal, torch.distributions.kl_divergence
+    want = kl(normal(x, 3.0), normal(0.3, math.hypot(3.0, 0.4))).sum()
+    for i in range(3):
+        share, at = (sigmas[i + 1] / sigmas[i]) ** 2, torch.randn(4, generator=g, dtype=torch.float64)
+        std = sigmas[i + 1] * (1 - share) ** 0.5
+        step = [normal(clean + share * (at - clean), std) for clean in (x[0], x[0] + sigmas[i] * e[i])]
+        want = want + kl(*step).sum()
+    want = want - normal(x[0] + sigmas[3] * e[3], 0.05).log_prob(x[0]).sum()
+    found = baseline.bound(model, x, e.square().sum(1, keepdim=True), 0.3, 0.4, 0.05**2)
+    assert torch.allclose(found, want.reshape(1), rtol=1e-6)
