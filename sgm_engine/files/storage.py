@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 T = TypeVar("T")
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}  # which know conditional puts
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between tries, at most; those of the packages come on top
+# What another try would not mend; NotImplementedError: a conditional put where the package has none.
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError, ValueError, TypeError)
 TOGETHER = 8  # puts of one shard at a time
 

@@ -24,8 +24,8 @@ def cdm(
     """ce_weight·CE + mse_weight·mean((ε̂ − ε)²), ε̂ = −noise_t·∇ log p_t(u) differentiated through (create_graph).
 
     x: data [N, …] in the model's own units. levels: classes t in 0 … T + 1, int64 [N]. labels: int64 [N], where the
-    network has any. The mean is over a sample's
-    elements; CE in nats. A weight of 0 leaves its term, and what it costs, out. ε = draw 0.
+    network has any. The mean is over a sample's elements; CE in nats. A weight of 0 leaves its term, and what it costs,
+    out. ε = draw 0.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")

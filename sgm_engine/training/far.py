@@ -21,18 +21,23 @@ class Mirror:
     """
 
     def __init__(self, url: str, folder: Path):
-        """Reads what a run goes on from, pictures left out. ValueError if something else is under ``url``."""
+        """Reads what a run goes on from. ValueError if something else is under ``url``."""
         self.url, self.folder, self._far = url.rstrip("/"), folder, Prefix(url)
         names = self._far.tree()
         self._begun = CONFIG in names
         if names and not self._begun:
             raise ValueError(f"--out {self.url}: holds something else than a run of this command: name another")
         for name in names:
-            if not name.startswith("samples/"):
-                path = folder / name
+            if name in (CONFIG, "metrics.csv") or name.startswith(("checkpoints/", "csv/", "tensorboard/")):
+                path = self._local(name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, self._far.read(name))
         self._put = self._files()
+
+    def _local(self, name: str) -> Path:
+        if any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
+            raise ValueError(f"--out {self.url}: holds {name!r}, which names no file of a run: name another")
+        return self.folder / name
 
     def begin(self) -> None:
         """Puts config.yaml. ValueError if another process has begun a run there since ``url`` was read."""

@@ -125,17 +125,19 @@ class Job:
                 fit_biases(network, self.images, c.seed, labels=self.labels.get("train"))
             written = self.folder / "model.safetensors"
             save_checkpoint(network, written, WEIGHTS[c.weights])
-            if self.mirror is not None:
-                self.mirror.put()
+            self._changed()
             log.info("written: %s", written if self.mirror is None else self.mirror.shown(str(written)))
+
+    def _changed(self) -> None:
+        if self.mirror is not None:
+            self.mirror.put()
 
     def _callbacks(self) -> list[pl.Callback]:
         c = self.config
         callbacks: list[pl.Callback] = [EMA(c.ema)] if c.ema else []
         if c.sample_every:
             callbacks.append(SampleGrid(c.sample_every, folder=self.folder / "samples", say=log.info))
-        put = {} if self.mirror is None else {"changed": self.mirror.put}
-        keep = Keep(self.folder / "checkpoints", c.save_every or c.steps, **put)
+        keep = Keep(self.folder / "checkpoints", c.save_every or c.steps, self._changed)
         return [*callbacks, Report(self.folder, c.log_every, keep), keep]
 
     def _loggers(self, tensorboard: bool) -> list:

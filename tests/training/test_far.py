@@ -7,8 +7,9 @@ pytest.importorskip("lightning.pytorch", reason="training needs the extra [train
 from safetensors.torch import load
 
 from sgm_engine.cli.main import main
+from sgm_engine.files.storage import Prefix
 from sgm_engine.training import run
-from sgm_engine.training.far import mirrored
+from sgm_engine.training.far import Mirror, mirrored
 from tests.jobs.object_server import objects, storage, url  # noqa: F401 - fixtures
 from tests.training.runs import data  # noqa: F401 - fixture
 
@@ -79,3 +80,15 @@ def test_what_is_not_a_run_is_left_alone(here, url, capsys):
     assert main([*RUN, url]) == 2
     assert f"--out {url}: holds something else than a run" in capsys.readouterr().err
     assert objects(url) == {"mine.txt": b"mine"}
+
+
+@pytest.mark.parametrize("name", ["checkpoints/../../out.ckpt", "csv//x", "tensorboard/./x"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(name, tmp_path, monkeypatch):
+    """Written by somebody else; fsspec hands such names on as they are."""
+    objects = {"config.yaml": b"x: 1", name: b"x"}
+    monkeypatch.setattr(Prefix, "tree", lambda self: list(objects))
+    monkeypatch.setattr(Prefix, "read", lambda self, name: objects[name])
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="names no file of a run: name another"):
+        Mirror("s3://samples/run", tmp_path / "run")
+    assert not (tmp_path / "out.ckpt").exists()
