@@ -103,15 +103,16 @@ def langevin_update(
 ) -> Tensor:
     """a·x + b·score + c·z + d·previous with (a, b, c, d) = coef[row]: one row of a plan, for each sample its own.
 
-    x, score, z, previous: [B, C, H, W]; coef: [R, 4]; row: int64 [B]. A term whose coefficient is 0 is left out.
+    x, score, z, previous: [B, C, H, W]; coef: [R, 4]; row: int64 [B]. A term whose c or d is 0 is left
+    out, as z and previous may then be anything; a and b always count, so that a NaN of x or score stays one.
     gain: [B]; b is then b·gain², c is c·gain: steps measured by the size of the sample's score.
     """
     a, b, c, d = coef[row].to(x.dtype).T[..., None, None, None]  # [B, 1, 1, 1]
     if gain is not None:
         gain = gain.to(x.dtype)[:, None, None, None]
         b, c = b * gain * gain, c * gain
-    terms = ((a, x), (b, score), (c, z), (d, previous))
-    return sum(torch.where(k != 0, k * t.to(x.dtype), 0) for k, t in terms if t is not None)
+    rest = (torch.where(k != 0, k * t.to(x.dtype), 0) for k, t in ((c, z), (d, previous)) if t is not None)
+    return a * x + b * score.to(x.dtype) + sum(rest)
 
 
 def impose(x: Tensor, known: Tensor, known_sigma: Tensor, row: Tensor, z: Tensor) -> Tensor:

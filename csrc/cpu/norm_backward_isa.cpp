@@ -16,21 +16,22 @@ namespace {
 
 SGM_INLINE float sum_of(const Vec* v) { return sum((v[0] + v[1]) + (v[2] + v[3])); }
 
-// d act(y)/dy; to float32 for every type, as the sums are float32.
+// dy·d act(y)/dy, in float32 for every type, as the sums are. As PyTorch: where y is NaN, relu and elu let dy through,
+// and where relu is 0 even a dy that is not finite is 0.
 template <Activation kActivation>
-SGM_INLINE Vec slope(Vec y) {
-  const Vec zero{}, one = splat(1.0f);
-  if (kActivation == Activation::relu) return y > zero ? one : zero;
+SGM_INLINE Vec through(Vec dy, Vec y) {
+  const Vec zero{};
+  if (kActivation == Activation::relu) return y <= zero ? zero : dy;
   if (kActivation == Activation::elu) {
     const Exp e = exp_parts<false>(max(splat(-87.0f), min(zero, y)));
-    return y > zero ? one : fma(e.scale, e.p, e.scale);
+    return y <= zero ? dy * fma(e.scale, e.p, e.scale) : dy;
   }
   if (kActivation == Activation::silu) {
     const Exp e = exp_parts<false>(max(splat(-87.0f), min(splat(88.7f), -y)));
     const Vec s = 1.0f / (1.0f + e.scale * (1.0f + e.p));
-    return s * fma(y, 1.0f - s, one);
+    return dy * (s * fma(y, 1.0f - s, splat(1.0f)));
   }
-  return one;
+  return dy;
 }
 
 template <class Type, Activation kActivation>
@@ -60,7 +61,7 @@ void backward(const NormBackward& a, int64_t n, int64_t group) {
     for_each_vector(a.pixels, [&](int64_t i, auto lanes, int j) {
       const int64_t at = c * a.pixels + i;
       const Vec xhat = ((load<Type>(x + at, lanes) - mean) - rest) * r;
-      const Vec h = load<Type>(dy + at, lanes) * slope<kActivation>(fma(gamma, xhat, beta));
+      const Vec h = through<kActivation>(load<Type>(dy + at, lanes), fma(gamma, xhat, beta));
       f(at, lanes, j, gamma, h, xhat);  // dy, and so h, is 0 beyond the end
     });
   };

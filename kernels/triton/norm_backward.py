@@ -21,18 +21,18 @@ TILE = 4096  # elements that a program holds of one channel
 
 
 @triton.jit
-def slope(y, ACTIVATION: tl.constexpr):
-    """d act(y)/dy."""
+def through(dy, y, ACTIVATION: tl.constexpr):
+    """dy·d act(y)/dy. As PyTorch: where y is NaN, relu and elu let dy through; relu's 0 holds for any dy."""
     if ACTIVATION == "elu":
-        return tl.where(y > 0, 1.0, exp(y))
+        return tl.where(y <= 0, dy * exp(y), dy)
     elif ACTIVATION == "relu":
-        return tl.where(y > 0, 1.0, 0.0)
+        return tl.where(y <= 0, 0.0, dy)
     elif ACTIVATION == "silu":
         s = 1.0 / (1.0 + exp(-y))
-        return s * (1.0 + y * (1.0 - s))
+        return dy * (s * (1.0 + y * (1.0 - s)))
     else:
         tl.static_assert(ACTIVATION == "none")
-        return tl.full(y.shape, 1.0, tl.float32)
+        return dy
 
 
 @triton.jit
@@ -86,9 +86,8 @@ def backward_kernel(
             inside = i + lane < HW
             at = (row + c) * HW + i + lane
             xhat = ((tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - guess) - rest) * r
-            h = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * slope(
-                tl.fma(gamma, xhat, beta), ACTIVATION
-            )
+            dy = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            h = through(dy, tl.fma(gamma, xhat, beta), ACTIVATION)
             part_h += h
             part_hx = tl.fma(h, xhat, part_hx)
         dbeta = tl.sum(part_h, 0)
@@ -111,9 +110,8 @@ def backward_kernel(
             inside = i + lane < HW
             at = (row + c) * HW + i + lane
             xhat = ((tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - guess) - rest) * r
-            h = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * slope(
-                tl.fma(gamma, xhat, beta), ACTIVATION
-            )
+            dy = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            h = through(dy, tl.fma(gamma, xhat, beta), ACTIVATION)
             dx = (gamma * h - (mean_h + xhat * mean_hx)) * r  # 0 for a group of one element: nothing is fused
             tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 

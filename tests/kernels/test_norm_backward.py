@@ -59,12 +59,33 @@ def check(found, x, dy, gamma, beta, activation, groups):
 def test_every_variant(isa):
     _C.set_isa(isa)
     shapes = [((2, 12, 9, 11), 3), ((1, 6, 1, 1), 2), ((3, 4, 16, 16), 4), ((2, 10, 7, 5), 1), ((1, 1, 3, 3), 1)]
+    shapes.insert(0, ((2, 3, 1, 1), 3))  # one element a group: its gradient is exactly 0
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for (shape, groups), dtype, activation in itertools.product(shapes, dtypes, ACTIVATIONS):
         x, dy, gamma, beta = tensors(shape, dtype)
         check(launch(x, dy, gamma, beta, activation, groups), x, dy, gamma, beta, activation, groups)
     for pair in ((None, beta), (gamma, None), (None, None)):
         check(launch(x, dy, *pair, "silu", groups), x, dy, *pair, "silu", groups)
+
+
+def check_nan(launcher=cpu.norm_backward, device="cpu"):
+    """What relu and elu make of NaN lets the gradient through, as in PyTorch: never a finite gradient of 0."""
+    x, dy, gamma, _ = (t.to(device) for t in tensors((2, 8, 6, 7), torch.float32))
+    beta = torch.full_like(gamma, torch.nan)
+    want, *_ = launch(x, dy, gamma, None, "none", 4, launcher)
+    for activation in ("relu", "elu"):
+        torch.testing.assert_close(launch(x, dy, gamma, beta, activation, 4, launcher)[0], want)
+    exact, *_ = formula(x, dy, gamma, beta, "relu", 4, torch.float64)
+    torch.testing.assert_close(want, exact.float(), rtol=1e-5, atol=1e-5)
+    assert launch(x, dy, gamma, beta, "silu", 4, launcher)[0].isnan().all()
+    off = torch.full_like(gamma, -99)  # relu is 0 everywhere, so that nothing of dy comes through
+    assert not launch(x, dy * torch.inf, gamma, off, "relu", 4, launcher)[0].any()
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+def test_nan_is_not_hidden(isa):
+    _C.set_isa(isa)
+    check_nan()
 
 
 def test_a_large_mean_costs_no_digits():

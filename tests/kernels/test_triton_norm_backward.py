@@ -7,7 +7,7 @@ import torch
 from sgm_engine.kernels import reference
 from sgm_engine.kernels.triton import norm_backward as triton_norm_backward
 from tests.interpreter import DEVICE, run_interpreted
-from tests.kernels.test_norm_backward import check, launch, tensors
+from tests.kernels.test_norm_backward import check, check_nan, launch, tensors
 
 
 def test_every_variant():
@@ -23,6 +23,10 @@ def test_without_parameters_and_in_half():
     x, dy, _, _ = (t.to(DEVICE) for t in tensors((2, 8, 6, 6), torch.bfloat16))
     found = launch(x, dy, None, None, "silu", 4, triton_norm_backward.norm_backward)
     check(found, x, dy, None, None, "silu", 4)
+
+
+def test_nan_is_not_hidden():
+    check_nan(triton_norm_backward.norm_backward, DEVICE)
 
 
 run_interpreted(globals())
