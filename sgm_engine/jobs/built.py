@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -10,8 +12,17 @@ from sgm_engine.rewriting.altered import MODAL, altered
 
 OF_MODULES = {*vars(nn.Module()), "training"}
 NOTES = ("plan", "front", "law", "averaged")  # of networks of this package: recommendations, where they come from
+IGNORED = frozenset(OF_MODULES.union(NOTES))
 KEPT = 8
-_BUILT: dict[tuple[type, str], nn.Module] = {}  # on meta, by configuration: the last few
+
+
+class _Layer(NamedTuple):
+    kind: type
+    names: set[str]
+    compared: list[tuple[str, object]]
+
+
+_BUILT: dict[tuple[type, str], dict[str, _Layer]] = {}  # by configuration: the last few
 
 
 def as_built(part: nn.Module, config) -> bool:
@@ -19,31 +30,35 @@ def as_built(part: nn.Module, config) -> bool:
 
     False says nothing: an attribute that is no number or text, say, is not looked at.
     """
-    layers, built = dict(part.named_modules()), dict(_built(config).named_modules())
+    layers, built, classes = dict(part.named_modules()), _built(config), {}
     return layers.keys() == built.keys() and all(
-        _same(layer, built[name], part.training) for name, layer in layers.items()
+        _same(layer, built[name], part.training, classes) for name, layer in layers.items()
     )
 
 
-def _built(config) -> nn.Module:
+def _built(config) -> dict[str, _Layer]:
     key = type(config), config.to_json()
     if key not in _BUILT:
         with torch.device("meta"):
-            found = config.build()
+            modules = config.build().named_modules()
         for old in list(_BUILT)[: len(_BUILT) - KEPT + 1]:
             _BUILT.pop(old, None)
-        _BUILT[key] = found
+        _BUILT[key] = {name: _layer(module) for name, module in modules}
     return _BUILT[key]
 
 
-def _same(layer: nn.Module, built: nn.Module, training: bool) -> bool:
-    if type(layer) is not type(built) or altered(layer) or (isinstance(layer, MODAL) and layer.training != training):
+def _layer(module: nn.Module) -> _Layer:
+    own = vars(module)
+    return _Layer(type(module), set(own), [(name, value) for name, value in own.items() if name not in IGNORED])
+
+
+def _same(layer: nn.Module, built: _Layer, training: bool, classes: dict) -> bool:
+    if type(layer) is not built.kind or altered(layer, classes):
         return False
-    ours, usual = vars(layer), vars(built)
-    return all(
-        name in ours and name in usual and _equal(ours[name], usual[name])
-        for name in (ours.keys() | usual.keys()) - OF_MODULES.union(NOTES)
-    )
+    if isinstance(layer, MODAL) and layer.training != training:
+        return False
+    ours = vars(layer)
+    return IGNORED >= ours.keys() ^ built.names and all(_equal(ours[name], value) for name, value in built.compared)
 
 
 def _equal(a: object, b: object) -> bool:

@@ -14,10 +14,11 @@ OWN = ("torch.nn.", "sgm_engine.")
 MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm, nn.RReLU, _SpectralNorm, SpectralNorm)
 
 
-def altered(module: nn.Module) -> str | None:
+def altered(module: nn.Module, classes: dict[type, str | None] | None = None) -> str | None:
     """Why ``module`` does not compute what its class, one of torch.nn or of this package, was written to: None if so.
 
     Hooks of its own or of all modules; a method put in the place of its class's, on the object or on the class.
+    classes: what was found of each class, for one look at many modules.
     """
     if hooked_everywhere() or module._forward_hooks or module._forward_pre_hooks:
         return "it has hooks"
@@ -25,6 +26,13 @@ def altered(module: nn.Module) -> str | None:
     for name, value in vars(module).items():
         if callable(value) and callable(getattr(kind, name, None)):
             return f"its {name} was replaced"
+    classes = {} if classes is None else classes
+    if kind not in classes:
+        classes[kind] = _altered_class(kind)
+    return classes[kind]
+
+
+def _altered_class(kind: type) -> str | None:
     for base in kind.__mro__[:-1]:
         if base.__module__.startswith(OWN) and (name := _foreign(base)):
             return f"{base.__name__}.{name} was replaced"
