@@ -58,7 +58,7 @@ def _same(layer: nn.Module, built: _Layer, training: bool, classes: dict) -> boo
     if isinstance(layer, MODAL) and layer.training != training:
         return False
     ours = vars(layer)
-    return IGNORED >= ours.keys() ^ built.names and all(_equal(ours[name], value) for name, value in built.compared)
+    return ours.keys() ^ built.names <= IGNORED and all(_equal(ours[name], value) for name, value in built.compared)
 
 
 def _equal(a: object, b: object) -> bool:
