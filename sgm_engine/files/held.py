@@ -6,16 +6,18 @@ Whatever happens to the path meanwhile, what is written goes into the folder tha
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from sgm_engine.files.locks import LockFile
 from sgm_engine.files.reading import read_bytes
 from sgm_engine.files.writing import NEW, flush_folder
 
+TOGETHER = 64  # files that are open at once
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.EINVAL)
 
@@ -71,17 +73,32 @@ class HeldFolder:
         except ValueError as error:
             raise ValueError(f"{self.path / str(error)}") from None
 
-    def write(self, name: str, content: bytes) -> None:
-        """A new file, on the disk. FileExistsError if the name is taken, by a link too."""
-        try:
+    def write(self, files: Mapping[str, bytes]) -> None:
+        """New files, all of them on the disk. FileExistsError if a name is taken, by a link too.
+
+        Some are written, then flushed: a journal takes them together.
+        """
+        contents = iter(files.items())
+        while some := dict(itertools.islice(contents, TOGETHER)):
+            with ExitStack() as opened:
+                written = {name: self._new(name, content, opened) for name, content in some.items()}
+                for name, fd in written.items():
+                    with self._plain_errors(name):
+                        os.fsync(fd)
+
+    def _new(self, name: str, content: bytes, opened: ExitStack) -> int:
+        with self._plain_errors(name):
             fd = os.open(name, NEW, 0o666, dir_fd=self.fd)
-            try:
-                rest = memoryview(content)
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            opened.callback(os.close, fd)
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+            return fd
+
+    @contextmanager
+    def _plain_errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise self._plainly(error, name) from None
 

@@ -246,12 +246,11 @@ class Folder:
     @contextmanager
     def _staged(self, files: Mapping[str, bytes]) -> Iterator[list[str]]:
         """The contents in temporary files, on the disk; what is not renamed inside is removed at the end."""
-        held, staged = self._held, []
+        held = self._held
+        staged = [f"{held.worker}.{secrets.token_hex(8)}" for _ in files]
         try:
             self._check_held()
-            for content in files.values():
-                staged.append(f"{held.worker}.{secrets.token_hex(8)}")
-                held.tmp.write(staged[-1], content)
+            held.tmp.write(dict(zip(staged, files.values(), strict=True)))
             self._check_held()  # this process may have been stopped meanwhile
             yield staged
         finally:
