@@ -88,7 +88,7 @@ class Engine(Loop):
         buckets = check_buckets(buckets, batch)
         with undisturbed():
             network = Network(model, precision, self.device, self.shape, len(self.sigmas), float8)
-            runs = make_executor(executor, network, graph)
+            runs = make_executor(executor, network, batch, graph)
             super().__init__(network, runs, executor == "auto", batch, self.shape, buckets)
         self._lock, self._owner, self._process = threading.Lock(), None, os.getpid()
         self._turns = Turns(self.device)

@@ -18,19 +18,23 @@ if TYPE_CHECKING:
 EXECUTORS = ("auto", "eager", "native", "hybrid", "graph")
 
 
-def make_executor(name: str, network: Network, graph: GraphConfig | None = None) -> Executor:
+def make_executor(name: str, network: Network, batch: int, graph: GraphConfig | None = None) -> Executor:
     """The executor called ``name``. "auto": "graph" on a GPU; on a CPU the first that can of native, hybrid and eager.
 
-    "auto" warns if a network of convolutions is not native on a CPU.
+    batch: of the slots that it is bound to first. "auto" warns if a network of convolutions is not native on a CPU.
     """
     if name not in EXECUTORS:
         raise ValueError(f"executor must be one of {EXECUTORS}, got {name!r}")
     device = network.device
-    reason = None  # why it is not native
-    if name == "auto":
-        name, reason = ("graph", None) if device.type == "cuda" else _best_on_cpu(network)
+    native = None  # the executor, or why it is not native
+    if name == "auto" and device.type == "cuda":
+        name = "graph"
+    elif name == "auto":
+        native = _native(network, batch)
+        name = _beside_native(network, native) if isinstance(native, str) else "native"
     if network.precision == "direct" and name != "native":
-        why = f"which cannot run this model: {why}" if (why := _native_refusal(network)) else f"not {name!r}"
+        why = native or _native(network, batch)
+        why = f"which cannot run this model: {why}" if isinstance(why, str) else f"not {name!r}"
         raise ValueError(
             f"precision='direct', float32 without Winograd, needs executor='native', {why}; use precision='float32'"
         )
@@ -48,11 +52,11 @@ def make_executor(name: str, network: Network, graph: GraphConfig | None = None)
     if name == "native":
         from sgm_engine.executors.native.executor import NativeExecutor
 
-        return NativeExecutor()
+        return native or NativeExecutor()
     if name == "hybrid":
         from sgm_engine.executors.hybrid import HybridExecutor
 
-        return HybridExecutor(reason)
+        return HybridExecutor(native)
     return EagerExecutor()
 
 
@@ -66,24 +70,24 @@ def next_best(name: str, network: Network, reason: str) -> Iterator[Executor]:
         yield EagerExecutor()
 
 
-def _best_on_cpu(network: Network) -> tuple[str, str | None]:
-    """The name of an executor, and why it is not "native"."""
-    reason = _native_refusal(network)
-    if reason is None or network.precision == "direct":
-        return ("native" if reason is None else "eager"), reason
-    name = "eager"
-    if network.module is not None and any(isinstance(m, torch.nn.Conv2d) for m in network.module.modules()):
-        from sgm_engine.executors.hybrid import hybrid_refusal
+def _beside_native(network: Network, reason: str) -> str:
+    """The name of the executor that runs, on a CPU, what "native" cannot for ``reason``."""
+    if network.precision == "direct" or network.module is None:
+        return "eager"
+    if not any(isinstance(m, torch.nn.Conv2d) for m in network.module.modules()):
+        return "eager"
+    from sgm_engine.executors.hybrid import hybrid_refusal
 
-        name = "hybrid" if hybrid_refusal(network) is None else "eager"
-        warnings.warn(f"executor='native' cannot run this model: {reason}; executor={name!r} runs it", stacklevel=4)
-    return name, reason
+    name = "hybrid" if hybrid_refusal(network) is None else "eager"
+    warnings.warn(f"executor='native' cannot run this model: {reason}; executor={name!r} runs it", stacklevel=4)
+    return name
 
 
-def _native_refusal(network: Network) -> str | None:
-    """Why the native executor cannot run it, None if it can."""
-    from sgm_engine.executors.native.executor import refusal
+def _native(network: Network, batch: int) -> Executor | str:
+    """The native executor, or why it cannot run the network."""
+    from sgm_engine.executors.native.executor import NativeExecutor
 
     if network.device.type != "cpu":
         return f"it is on {network.device}"
-    return refusal(network.model, network.precision, network.shape, network.levels)
+    network.observed  # noqa: B018 - from before anything is made of it
+    return NativeExecutor.of(network, batch)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sgm_engine.engine.engine import Engine
+from sgm_engine.executors.native import executor
 from sgm_engine.models.ncsn import NCSN
 from sgm_engine.plans.plan import annealed_langevin
 from tests.mutations import LEVELS, MUTATIONS, Model
@@ -231,3 +232,23 @@ def test_what_no_record_sees_is_proved(monkeypatch):
     monkeypatch.setattr(Observed, "changed", lambda self: None)
     model.gain = 1.5
     assert as_eager(engine) == (True, []) and engine.executor == "native"
+
+
+@pytest.mark.parametrize("batch, buckets", [(2, ()), (3, (1,))])
+def test_auto_lowers_a_traced_network_once(batch, buckets, monkeypatch):
+    """To find out whether it can is to do it; what is found is what runs, in the batch that was asked for."""
+    model, made, lower = ncsn(), [], executor.lowered
+    FOLLOWED["forward"](model)
+
+    def counted(model, batch, *of):
+        made.append(batch)
+        return lower(model, batch, *of)
+
+    monkeypatch.setattr(executor, "lowered", counted)
+    engine = Engine(model, batch, buckets=buckets)
+    assert engine.executor == "native" and made == [batch]
+    named = Engine(model, batch, executor="native", buckets=buckets)
+    assert engine.describe() == named.describe()
+    assert engine.sample(batch, plan=PLAN).equal(named.sample(batch, plan=PLAN))
+    model.end_conv.weight.data.mul_(2)
+    assert engine.sample(1, plan=PLAN).equal(named.sample(1, plan=PLAN)) and len(made) == 2 + 2 * len(buckets)

@@ -56,7 +56,7 @@ def test_what_cannot_be_had_is_refused(net):
     with pytest.raises(ValueError, match=r"device='cuda' needs .* use device='cpu'"):
         Engine(net, device="cuda")
     with pytest.raises(ValueError, match=r"executor must be one of .* got 'fast'"):
-        make_executor("fast", Network(net, "float32", CPU))
+        make_executor("fast", Network(net, "float32", CPU), 1)
     with pytest.raises(ValueError, match=r"executor='native' cannot run this model: function .* use executor='eager'"):
         Engine(lambda x, level: x, sigmas=SIGMAS, shape=SHAPE, executor="native")
 

@@ -166,22 +166,28 @@ def refusal(
 
     shape, levels: None takes ``model.shape`` and ``model.sigmas``. A module that is no NCSN is traced and compared.
     """
+    made = _attempt(model, 1, precision, getattr(model, "shape", None) if shape is None else shape, levels)
+    return made if isinstance(made, str) else None
+
+
+def _attempt(
+    model: object, batch: int, precision: str, shape: tuple[int, int, int] | None, levels: int | None
+) -> NativeNetwork | str | None:
+    """The network, why there is none, or None for one that surely can be made."""
     if precision not in PRECISIONS:
         return f"precision={precision!r} is not one of its own, which are float32, bfloat16 and direct"
     if is_published(model):  # but for a size or padding without a layer, which ``bind`` finds: lowering takes a second
         return None
-    shape = getattr(model, "shape", None) if shape is None else shape
     if shape is None:
         return "the size of its images is not known: pass shape=(C, H, W)"
     try:
-        NativeNetwork(model, 1, *shape[1:], precision, shape[0], levels)
+        return NativeNetwork(model, batch, *shape[1:], precision, shape[0], levels)
     except NotAScore:
         raise  # no executor could run it
     except Exception as error:
         if out_of_memory(error):
             raise
         return str(error)
-    return None
 
 
 class NativeExecutor:
@@ -192,8 +198,16 @@ class NativeExecutor:
 
     name, captures = "native", 0
 
-    def __init__(self) -> None:
+    def __init__(self, made: NativeNetwork | None = None) -> None:
+        """made: what the first ``bind`` would make."""
         self.score: Tensor | None = None
+        self._made = made
+
+    @classmethod
+    def of(cls, network: Network, batch: int) -> NativeExecutor | str:
+        """One that is bound to ``batch`` slots first, or why it cannot run the network."""
+        made = _attempt(network.model, batch, network.precision, network.shape, network.levels)
+        return made if isinstance(made, str) else cls(made)
 
     def bind(self, network: Network, slots: Slots, tables: Tables) -> None:
         if slots.device.type != "cpu":
@@ -202,8 +216,9 @@ class NativeExecutor:
             raise ValueError(f"executor='native' runs float32, bfloat16 or direct, got precision={network.precision!r}")
         self.slots, self.tables = slots, tables
         channels, height, width = slots.shape
+        made, self._made = self._made, None
         try:
-            self.network = NativeNetwork(
+            self.network = made or NativeNetwork(
                 network.model, slots.batch, height, width, network.precision, channels, network.levels
             )
         except Exception as reason:
