@@ -72,8 +72,8 @@ def is_published(model: object) -> bool:
     """
     if not isinstance(model, RefineNet):
         return False
-    parts = list(model.modules())
-    return all(type(part).__module__.startswith(OWN) and not altered(part) for part in parts)
+    parts, classes = list(model.modules()), {}
+    return all(type(part).__module__.startswith(OWN) and not altered(part, classes) for part in parts)
 
 
 class NativeNetwork:
