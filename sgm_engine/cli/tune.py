@@ -51,7 +51,7 @@ def register(commands) -> None:
     add("--last", type=at_least(2), default=1024, metavar="N", help="of the survivors, at last (default: 1024)")
     add("--seed", type=at_least(0, MAX_SEED), default=0, metavar="N", help="of the search (default: 0)")
     add("--held-out-seed", type=at_least(0, MAX_SEED), default=1000, metavar="N", help="of the front (default: 1000)")
-    add("--held-out", type=at_least(2), default=1024, metavar="N", help="samples for each figure (default: 1024)")
+    add("--held-out", type=at_least(3), default=1024, metavar="N", help="samples for each figure (default: 1024)")
     add("--out", default="tuned/", metavar="FOLDER", help="a new folder, or s3://… (default: tuned/)")
     add(
         "--write", metavar="FILE.safetensors", help="the weights with the front in them; may be the --checkpoint itself"
@@ -118,6 +118,9 @@ def _run(args: argparse.Namespace, out: Path | str, kept, stack: ExitStack) -> i
         open_set = partial(open_images, data_range=args.data_range)
         reference_set = open_set(args.reference)
         training = open_set(args.training) if args.training else None
+        if len(reference_set) < 3:
+            few = f"{reference_set.name} holds {len(reference_set)} images"
+            raise ValueError(f"argument --reference: {few}, an interval needs at least 3")
         for s in (reference_set, training):
             if s is not None and tuple(s.shape) != engine.shape:
                 raise ValueError(f"{s.name} holds images {tuple(s.shape)}, the model draws {engine.shape}")

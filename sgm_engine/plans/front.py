@@ -30,18 +30,20 @@ OWN = 1e-5  # of log σ: what float32 makes of a level
 @dataclass(frozen=True)
 class Point:
     """recipe: {"name": a sampler, "sigmas": [L], descending, and its options}. value: measured, lower is better, with
-    its 95% interval. ValueError names what is wrong."""
+    a 95% interval: its own, or that of ``corrected``, the value without the bias of a finite number of samples.
+    ValueError names what is wrong."""
 
     nfe: int
     value: float
     low: float
     high: float
     recipe: Mapping[str, object]
+    corrected: float | None = None
 
     def __post_init__(self) -> None:
         if type(self.nfe) is not int or not 1 <= self.nfe <= MAX_NFE:
             raise ValueError(f"nfe must be an integer from 1 to {MAX_NFE:,}, got {self.nfe!r}")
-        for name in ("value", "low", "high"):
+        for name in ("value", "low", "high") + ("corrected",) * (self.corrected is not None):
             if not np.isfinite(check_number(name, getattr(self, name))):
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         if not isinstance(self.recipe, Mapping) or self.recipe.get("name") not in SAMPLERS:
@@ -141,18 +143,21 @@ class Front:
     def table(self) -> str:
         """Text: a line a point, with a bar as long as its value."""
         most = max(p.value for p in self.points)
+        biased = any(p.corrected is not None or not p.low <= p.value <= p.high for p in self.points)
+        note = "; corrected and its interval: without the bias of so few samples" if biased else ""
         named = {quality: self.named(quality) for quality in QUALITIES}
         lines = [
             f"{self.measure} of {self.n:,} samples, seed {self.seed}, to {self.reference}: lower is better",
-            f"features: {self.features}; computed in {self.precision}; intervals: without the bias of so few samples",
+            f"features: {self.features}; computed in {self.precision}{note}",
             f"by: {self.command}",
-            f"{'NFE':>5} {'value':>8}  {'95% interval':<15} {'':<{BAR}}  plan",
+            f"{'NFE':>5} {'value':>8} {'corrected':>9}  {'95% interval':<15} {'':<{BAR}}  plan",
         ]
         for p in self.points:
             bar = "█" * max(1, round(BAR * p.value / most)) if most > 0 else ""
             names = ", ".join(quality for quality, point in named.items() if point is p)
             interval = f"{p.low:.3g} … {p.high:.3g}"
-            lines.append(f"{p.nfe:>5} {p.value:>8.3f}  {interval:<15} {bar:<{BAR}}  {p.words()}"
+            corrected = "" if p.corrected is None else f"{p.corrected:.3f}"
+            lines.append(f"{p.nfe:>5} {p.value:>8.3f} {corrected:>9}  {interval:<15} {bar:<{BAR}}  {p.words()}"
                          + (f"  ({names})" if names else ""))  # fmt: skip
         return "\n".join(lines)
 
@@ -169,7 +174,7 @@ class Front:
             raise ValueError(f"a front must have {', '.join(TEXTS)}, n, seed and points, got {str(fields)[:60]!r}")
         points = fields.pop("points")
         if not isinstance(points, list) or any(
-            not isinstance(p, Mapping) or p.keys() != set(Point.__dataclass_fields__) for p in points
+            not isinstance(p, Mapping) or {*p, "corrected"} != set(Point.__dataclass_fields__) for p in points
         ):
             raise ValueError(f"a front's points must have {', '.join(Point.__dataclass_fields__)}")
         return cls(tuple(Point(**p) for p in points), **fields)

@@ -27,6 +27,11 @@ class Point:
     role: str
     plan: Plan | None = None
 
+    @property
+    def centre(self) -> float:
+        """What the interval is of."""
+        return self.quality.value if self.quality.corrected is None else self.quality.corrected
+
 
 @dataclass
 class Outcome:
@@ -62,7 +67,8 @@ class Outcome:
             lines.append(f"| | {self.floor:.3f} | | | {self.n} training images | floor |")
         if self.difference is not None:
             d = self.difference
-            lines += ["", f"Chosen minus baseline: {d.value:.3f}, 95% interval {d.low:.3f} to {d.high:.3f}."]
+            corrected = f"corrected {d.corrected:.3f} ({d.low:.3f} to {d.high:.3f})"
+            lines += ["", f"Chosen minus baseline: {d.value:.3f}, {corrected}."]
         return "\n".join(lines) + "\n"
 
     def to_json(self) -> str:
@@ -76,7 +82,12 @@ class Outcome:
         return json.dumps(rest | {"chosen_minus_baseline": difference, "points": points}, indent=1, ensure_ascii=False)
 
     def plot(self, path: Path) -> None:
-        """Evaluations, logarithmic, against quality; bars are the 95% intervals."""
+        """Evaluations, logarithmic, against quality; bars are the 95% intervals, each around the figure it is of.
+
+        Where the bias of so few samples is taken out, crosses are the plain values, and the line is that of the floor.
+        """
+        from matplotlib.ticker import LogFormatter
+
         figure = _figure()
         axes = figure.add_subplot()
         for role, label, colour, marker in (
@@ -86,13 +97,18 @@ class Outcome:
         ):
             points = [p for p in self.points if p.role == role]
             if points:
-                x, y = [p.nfe for p in points], [p.quality.value for p in points]
-                low = [max(0.0, p.quality.value - p.quality.low) for p in points]
-                high = [max(0.0, p.quality.high - p.quality.value) for p in points]
+                x, y = [p.nfe for p in points], [p.centre for p in points]
+                low = [max(0.0, v - p.quality.low) for v, p in zip(y, points, strict=True)]
+                high = [max(0.0, p.quality.high - v) for v, p in zip(y, points, strict=True)]
                 axes.errorbar(x, y, [low, high], fmt=marker, color=colour, capsize=3, label=label)
+        if plain := [p for p in self.points if p.quality.corrected is not None]:
+            x, y = [p.nfe for p in plain], [p.quality.value for p in plain]
+            axes.plot(x, y, "x", color="0.5", label="with the bias of so few samples")
         if self.floor is not None:
             axes.axhline(self.floor, color="0.5", linestyle=":", label="training images")
         axes.set(xscale="log", xlabel="network evaluations a sample (NFE)", ylabel=f"{self.measure}, {self.n} samples")
+        for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            set_formatter(LogFormatter())  # 8, where its default is a power of ten
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
         axes.grid(alpha=0.25)
@@ -102,10 +118,10 @@ class Outcome:
     def travelling(self, levels, start: Start, precision: str, features: str, command: str) -> Front:
         """What goes into a weights file: the points that no other beats, for a model with these levels [L]."""
         best = front(self.points, lambda p: (p.nfe, p.quality.value))
-        points = [
-            TravellingPoint(p.nfe, *(round(v, 3) for v in p.quality[:3]), recipe_of(p.plan, levels, start))
-            for p in best
-        ]
+        points = []
+        for p in best:
+            *figures, _, corrected = (v if v is None else round(v, 3) for v in p.quality)
+            points.append(TravellingPoint(p.nfe, *figures, recipe_of(p.plan, levels, start), corrected))
         seed = int(self.about["held_out_seed"])
         reference = Path(self.reference).name  # where it lies is nobody else's concern
         return Front(points, self.measure, reference, features, precision, command, self.n, seed)
@@ -126,7 +142,7 @@ def plot_front(front: Front, path: Path) -> None:
     """The front of a weights file as a picture."""
     good = front.named("good")
     points = [
-        Point(p.words(), p.nfe, Estimate(p.value, p.low, p.high), "chosen" if p is good else "front")
+        Point(p.words(), p.nfe, Estimate(p.value, p.low, p.high, None, p.corrected), "chosen" if p is good else "front")
         for p in front.points
     ]
     Outcome(points, front.measure, front.reference, front.n, None, None, {}).plot(path)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from sgm_engine.checkpoints.bundled import load_bundled
 from sgm_engine.engine.engine import Engine
 from sgm_engine.kernels import noise
 from sgm_engine.plans.front import Front, Point, recipe_of
@@ -134,6 +135,29 @@ def test_the_table_has_a_line_a_point_and_the_text_survives():
     lines = f.table().splitlines()[4:]
     assert [line.split()[0] for line in lines] == ["5", "10", "12"] and "(good)" in lines[1] and "(best)" in lines[2]
     assert [line.count("█") for line in lines] == [24, 8, 8] and "eta 0.5" in lines[2]
+
+
+def test_each_interval_is_beside_the_figure_it_is_of():
+    """Of a Fréchet distance that is the corrected one; a text without it is read, and says no less."""
+    biased = replace(point(5, 9.0), low=7.0, high=8.5, corrected=7.75)
+    f = front(biased, point(10, 7.0))
+    lines = f.table().splitlines()
+    assert lines[1].endswith("; corrected and its interval: without the bias of so few samples")
+    assert lines[4].split()[:6] == ["5", "9.000", "7.750", "7", "…", "8.5"] and lines[5].split()[2] == "6.5"
+    assert Front.from_json(f.to_json()) == f
+    fields = json.loads(f.to_json())
+    for p in fields["points"]:
+        del p["corrected"]
+    bare = Front.from_json(json.dumps(fields))
+    assert bare == front(replace(biased, corrected=None), point(10, 7.0))
+    assert "without the bias" in bare.table() and "without the bias" not in front(point(10, 7.0)).table()
+    with pytest.raises(ValueError, match="corrected must be finite, got nan"):
+        replace(biased, corrected=float("nan"))
+
+
+def test_of_the_bundled_weights_each_interval_contains_its_figure():
+    for p in load_bundled()[0].front.points:
+        assert p.low < p.corrected < p.high and p.corrected < p.value
 
 
 def test_fronts_measured_alike_stand_beside_each_other():

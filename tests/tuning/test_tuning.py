@@ -15,6 +15,7 @@ from sgm_engine.evaluation.evaluate import summarise
 from sgm_engine.evaluation.features import pixels
 from sgm_engine.plans.plan import Plan, ancestral, annealed_langevin
 from sgm_engine.plans.schedule import geometric, nearest_level
+from sgm_engine.tuning import front as tuning_front
 from sgm_engine.tuning.candidates import FAMILIES, draw_candidates
 from sgm_engine.tuning.front import label
 from sgm_engine.tuning.search import best, front, halve, samples_of
@@ -157,6 +158,27 @@ def test_a_plan_that_diverges_is_out(tuner):
         tuner.confirm(trials[:1], 1, 16)
 
 
+def test_the_figures_that_are_shown_lie_in_their_intervals(tuner, tmp_path, monkeypatch):
+    """In the table, in the difference, and as bars of the picture."""
+    pytest.importorskip("matplotlib", reason="pip install 'sgm-engine[test]'")
+    trial = tuner.search([ancestral(SIGMAS, start_shift=0.5)], 0, 16, 16)[0]
+    outcome = tuner.confirm([trial], 1000, 16, baseline=ancestral(SIGMAS[:8], start_shift=0.5))
+    drawn, make = [], tuning_front._figure
+    monkeypatch.setattr(tuning_front, "_figure", lambda: drawn.append(make()) or drawn[-1])
+    outcome.plot(tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    assert len(axes.containers) == len(outcome.points) == 2
+    for point, bars in zip(sorted(outcome.points, key=lambda p: p.role == "baseline"), axes.containers, strict=True):
+        q = point.quality
+        assert q.low <= q.corrected <= q.high < q.value
+        (bar,) = bars[2][0].get_segments()
+        np.testing.assert_allclose(bar, [[point.nfe, q.low], [point.nfe, q.high]])
+        assert bars[0].get_xydata().tolist() == [[point.nfe, q.corrected]]
+        assert f"| {q.value:.3f} | {q.corrected:.3f} | {q.low:.3g}–{q.high:.3g} |" in outcome.table()
+    d = outcome.difference
+    assert d.low < d.corrected < d.high and f"corrected {d.corrected:.3f} ({d.low:.3f} to" in outcome.table()
+
+
 @pytest.mark.parametrize("measure", ["sliced", "mmd"])
 def test_other_measures_rank_alike(tuner, measure):
     other = Tuner(tuner.model, engine_for, pixels(), tuner.reference, measure)
@@ -257,6 +279,8 @@ BAD = [
     (["--budget", "9", "--families", "magic"], ["families", "magic"]),
     (["--budget", "9", "--held-out-seed", "0"], ["--held-out-seed", "must differ"]),
     (["--budget", "9", "--baseline", "absent.json"], ["absent.json"]),
+    (["--budget", "9", "--held-out", "2"], ["--held-out", "at least 3"]),
+    (["--budget", "9", "--reference", "two.npy"], ["--reference", "2 images", "at least 3"]),
     (["--budget", "9", "--features", "magic:x"], ["features", "'magic:x'"]),
     (["--budget", "9", "--features", "torchscript:absent.pt"], ["absent.pt"]),
     (["--budget", "9", "--training", "absent"], ["absent"]),
@@ -268,6 +292,7 @@ BAD = [
 def test_bad_input_is_one_line(args, words, sgm, tiny_weights, data, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").touch()
+    np.save(tmp_path / "two.npy", np.load(data)[:2])
     done = sgm("tune", "--checkpoint", tiny_weights, "--batch", 4, "--reference", data, *args)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("sgm: ")
