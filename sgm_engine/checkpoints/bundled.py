@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgm_engine.checkpoints.good_plan import start_at, start_options
 from sgm_engine.plans import plan as plans
-from sgm_engine.plans.samplers import SAMPLERS
+from sgm_engine.plans.samplers import SAMPLERS, check_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,9 +54,7 @@ def plan_for(model: nn.Module, name: str | None = None, **options: Any) -> plans
     name = name or own_name
     if name not in SAMPLERS:
         raise ValueError(f"plan must be one of {', '.join(SAMPLERS)}, got {name!r}")
-    known = [p for p in inspect.signature(SAMPLERS[name]).parameters if p != "sigmas"]
-    if unknown := [option for option in options if option not in known]:
-        raise ValueError(f"the plan {name} takes no {', '.join(unknown)}; it takes: {', '.join(known)}")
+    check_options(name, options)
     if name != own_name:
         recommended = start_options(model, name, float(model.sigmas[0]))
     return SAMPLERS[name](model.sigmas, **recommended | options)

@@ -10,11 +10,14 @@ from pathlib import Path
 from sgm_engine.checkpoints import adm, diffusers_folder, lucidrains, network_pickle, score_sde
 from sgm_engine.checkpoints.torch_file import CheckpointError, check_file
 from sgm_engine.checkpoints.weights_file import State
+from sgm_engine.files.storage import is_url
 from sgm_engine.models.family import FamilyConfig
 
 
 def local(path: str | os.PathLike) -> Path:
     """The file or folder on this machine; "hf:owner/name" is fetched, or found in huggingface_hub's cache."""
+    if is_url(str(path)):
+        raise CheckpointError("is on object storage, and weights are read from a disk: copy them to one")
     if not str(path).startswith("hf:"):
         return Path(path).expanduser()
     name = str(path).removeprefix("hf:")

@@ -22,6 +22,7 @@ FORMATS = ("png", "npz", "safetensors", "webdataset")
 STREAM = "-"  # standard output
 QUALITIES = ("draft", "good", "best")
 PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta", "tau")
+NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
 MAX_SEED, MAX_ID, MAX_BATCH = 2**64, 2**56, 2**31  # each the first that is too large
 
 
@@ -33,6 +34,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **options):
         options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(*args, **options)
+        self._negative_number_matcher = NEGATIVE  # argparse takes -1e-5 for an option
 
     def parse_args(self, *args, **options):
         """An empty text is a variable of the shell's that was not set: no default is taken in its place."""
@@ -88,6 +90,13 @@ def plan_name(text: str) -> str:
     return text
 
 
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+
+
 def positive(text: str) -> float:
     """A number above 0."""
     try:
@@ -118,12 +127,8 @@ def sample_ids(text: str) -> SampleIds:
 
 def add_engine(group) -> None:
     """What model.engines reads."""
-    add = group.add_argument
-    add_weights(add)
-    add("--batch", type=at_least(1, MAX_BATCH), metavar="N", help="samples computed together")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add_precision(add)
-    add("--executor", choices=EXECUTORS, default="auto")
+    add_weights(group.add_argument)
+    add_execution(group.add_argument)
 
 
 def add_weights(add: Callable) -> None:
@@ -139,11 +144,21 @@ def add_weights(add: Callable) -> None:
         metavar="A,B,…",
         help="noise levels, descending, where neither weights nor config say them",
     )
-    add("--data-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+    add("--data-range", type=number, nargs=2, metavar=("LOW", "HIGH"),
         help="of the data, the network's and that of floating point images, where no file says it: -1 1")  # fmt: skip
     add("--class-labels", type=at_least(0), metavar="N", help="the class to draw, of a network with classes")
     add("--guidance", type=positive, metavar="W", help="towards that class, without a classifier; 1: none (of a CDM)")
     add("--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)")
+
+
+def add_execution(add: Callable) -> None:
+    """How a model is run."""
+    add("--batch", type=at_least(1, MAX_BATCH), metavar="N",
+        help="samples computed together; bits hold at one batch (default: 16 on a CPU, 128 on a GPU)")  # fmt: skip
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
+    add_precision(add)
+    add("--executor", choices=EXECUTORS, default="auto",
+        help="auto: graph (one CUDA graph, replayed) on a GPU; native (C++), hybrid or eager on a CPU")  # fmt: skip
 
 
 def add_ray(add: Callable) -> None:

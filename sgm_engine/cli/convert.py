@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sgm_engine.cli.arguments import at_least, number
 from sgm_engine.cli.console import DONE, bad_input
 from sgm_engine.cli.model import said
 
@@ -20,8 +21,10 @@ def register(commands) -> None:
     p.add_argument(
         "--config", metavar="PATH", help="what came with it: config.yml, score_sde's config .py, ADM's flags"
     )
-    p.add_argument("--image-size", type=int, metavar="N", help="in pixels, where neither file nor config says it")
-    p.add_argument("--data-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+    p.add_argument(
+        "--image-size", type=at_least(1), metavar="N", help="in pixels, where neither file nor config says it"
+    )
+    p.add_argument("--data-range", type=number, nargs=2, metavar=("LOW", "HIGH"),
         help="of the data that it was trained on, where the file does not say it: -1 1")  # fmt: skip
     p.add_argument("--sha256", metavar="HEX", help="digest that OLD.pth must have: finds any damage")
     p.add_argument(

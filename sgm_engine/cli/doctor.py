@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import sgm_engine
-from sgm_engine.cli.arguments import at_least
+from sgm_engine.cli.arguments import BadInput, at_least
 from sgm_engine.cli.console import DONE, bad_input, shown
 from sgm_engine.cli.model import described, said
 from sgm_engine.whereabouts import NOT_BUILT
@@ -36,6 +36,9 @@ def register(commands) -> None:
 
 
 def doctor(args: argparse.Namespace) -> int:
+    for name in ("config", "image_size", "ema"):
+        if args.checkpoint is None and getattr(args, name) is not None:
+            raise BadInput(f"argument --{name.replace('_', '-')}: goes with FILE, a checkpoint")
     if args.checkpoint is not None:
         with bad_input():
             from sgm_engine.checkpoints.checkpoint import load_checkpoint

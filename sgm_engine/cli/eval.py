@@ -23,6 +23,10 @@ What images may be: folder:train, folder:test (MNIST's IDX or CIFAR-10's binary 
 folder of pictures. docs/evaluation.md explains every figure.
 """
 FLOW_IMAGES = 16  # that a probability flow scores unless it is told how many
+COUNT, TOLERANCE = 1000, 0.01
+EXECUTION = ("batch", "device", "precision", "float8", "emulate_float8", "executor")
+DRAWING = ("plan", "nfe", "quality", "n", "seed", *EXECUTION)
+MODEL = ("checkpoint", "weights", "config", "image_size", "sigmas", "class_labels", "guidance", "ema")
 
 
 def register(commands) -> None:
@@ -47,8 +51,8 @@ def register(commands) -> None:
         "network by its probability flow, hundreds of evaluations and gradients an image")  # fmt: skip
     add("--nll-images", type=at_least(1), metavar="N",
         help=f"so many of each set, drawn at random (default: all; by a probability flow {FLOW_IMAGES})")  # fmt: skip
-    add("--nll-tolerance", type=positive, default=0.01, metavar="BITS",
-        help="of the flow's steps, per dimension (default: 0.01)")  # fmt: skip
+    add("--nll-tolerance", type=positive, metavar="BITS",
+        help=f"of the flow's steps, per dimension (default: {TOLERANCE})")  # fmt: skip
     add("--neighbours", type=at_least(1), default=5, metavar="K", help="of precision to coverage (default: 5)")
     add("--replicates", type=at_least(2), default=200, metavar="N", help="of each bootstrap (default: 200)")
     add("--json", metavar="PATH", help="write the report there as well, with each sample's nearest training image")
@@ -59,8 +63,8 @@ def register(commands) -> None:
     add("--plan", metavar="PLAN", help="a plan's JSON file, or the name of one (default: what the weights recommend)")
     add("--nfe", type=at_least(1), metavar="N", help="the best plan of at most N evaluations, as of `sgm sample`")
     add("--quality", choices=QUALITIES, help="as of `sgm sample`")
-    add("--n", type=at_least(2, MAX_ID), default=1000, metavar="N", help="how many (default: 1000)")
-    add("--seed", type=at_least(0, MAX_SEED), default=0, metavar="N", help="default: 0")
+    add("--n", type=at_least(2, MAX_ID), metavar="N", help=f"how many (default: {COUNT})")
+    add("--seed", type=at_least(0, MAX_SEED), metavar="N", help="of their noise (default: 0)")
     add_engine(group)
 
 
@@ -78,12 +82,15 @@ def run(args: argparse.Namespace) -> int:
         for path in filter(None, (args.json, args.copies)):
             check_writable(Path(path))
         metrics, extra = _metrics(args, e.METRICS)
+        scored = args.nll or "nll" in extra
+        _refuse_unused(args, scored)
         open_set = partial(open_images, data_range=args.data_range)
         reference_set = open_set(args.reference)
         training = open_set(args.training) if args.training else None
         sets = [open_set(*files) for files in (args.samples, args.against) if files]
         engine = plan = None
-        own = None if args.samples and not args.nll else load_model(args)
+        own = None if args.samples and not scored else load_model(args)
+        n, seed = args.n or COUNT, args.seed or 0
         if not args.samples:
             model, plan = conditioned(own, load_plan(args.plan, own, args.nfe, args.quality))
             engine = engines(args, own)(model)
@@ -96,9 +103,9 @@ def run(args: argparse.Namespace) -> int:
 
         lost: list = []
         if engine:
-            name = f"{plan.name}, {plan.nfe} NFE, seed {args.seed}"
-            blocks = drawn(engine, plan, range(args.n), args.seed, lost, progress=True)
-            samples = e.summarise(blocks, extractor, name, total=args.n)
+            name = f"{plan.name}, {plan.nfe} NFE, seed {seed}"
+            blocks = drawn(engine, plan, range(n), seed, lost, progress=True)
+            samples = e.summarise(blocks, extractor, name, total=n)
         else:
             samples = e.summarise(sets[0].blocks(), extractor, sets[0].name, total=len(sets[0]))
         reference = e.summarise(reference_set.blocks(), extractor, reference_set.name, total=len(reference_set))
@@ -109,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         if args.against:
             other = e.summarise(sets[-1].blocks(), extractor, sets[-1].name)
             report.rows += _difference(samples, other, reference, report)
-        if args.nll or "nll" in extra:
+        if scored:
             _likelihoods(args, own, [reference_set, *sets[: args.nll and bool(args.samples)]], report)
         if "copies" in extra:
             found = e.copies(samples, reference, training.blocks(1024))
@@ -126,6 +133,21 @@ def run(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _refuse_unused(args: argparse.Namespace, scored: bool) -> None:
+    """ValueError names an argument that would change nothing. scored: by a likelihood, which needs a model."""
+    unused = () if scored else ("nll_images", "nll_tolerance")
+    if given := _first_given(args, unused):
+        raise ValueError(f"argument {given}: goes with --nll, or nll among --metrics")
+    unused = (*DRAWING, *(() if scored else MODEL)) if args.samples else ()
+    if given := _first_given(args, unused):
+        raise ValueError(f"argument {given}: says how samples are drawn, and {args.samples[0]} holds them: take one")
+
+
+def _first_given(args: argparse.Namespace, names: tuple[str, ...]) -> str | None:
+    given = (name for name in names if getattr(args, name) not in (None, False, "auto", "float32"))
+    return next((f"--{name.replace('_', '-')}" for name in given), None)
+
+
 def _draw_pairs(path: Path, images) -> None:
     """images uint8 [2n, H, W, C]: n above n."""
     from sgm_engine.outputs.images import grid, save_png
@@ -139,7 +161,7 @@ def _likelihoods(args: argparse.Namespace, model, sets: list, report) -> None:
     from sgm_engine.evaluation.likelihood import FlowDensity
 
     one_pass = callable(getattr(model, "log_prob", None))
-    density = model if one_pass else FlowDensity(model, args.nll_tolerance)
+    density = model if one_pass else FlowDensity(model, args.nll_tolerance or TOLERANCE)
     count = args.nll_images or (None if one_pass else FLOW_IMAGES)
     for images in sets:
         few = images if count is None else images.take(count)
@@ -154,6 +176,8 @@ def _likelihoods(args: argparse.Namespace, model, sets: list, report) -> None:
 
 def _metrics(args: argparse.Namespace, known: tuple[str, ...]) -> tuple[list[str] | None, list[str]]:
     """(those of evaluate, or None for its default; the others)."""
+    if args.copies and Path(args.copies).suffix.lower() != ".png":
+        raise ValueError(f"argument --copies: must end in .png, got {args.copies!r}")
     if args.copies and not (args.training and (args.metrics is None or "copies" in args.metrics)):
         raise ValueError("argument --copies: pass --training, and copies among --metrics if those are named")
     if args.metrics is None:

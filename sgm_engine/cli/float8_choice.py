@@ -25,7 +25,8 @@ def chosen_scales(
     and kept in FILE. None for any other precision. ValueError names arguments that do not go together."""
     if args.precision != "float8":
         if args.float8 is not None or args.emulate_float8:
-            raise ValueError("argument --float8, --emulate-float8: go with --precision float8")
+            given = "--emulate-float8" if args.float8 is None else "--float8"
+            raise ValueError(f"argument {given}: goes with --precision float8")
         return None
     path = None if args.float8 is None else Path(args.float8).expanduser()
     scales = _of_job(job) if path is None else _read(path)

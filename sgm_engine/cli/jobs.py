@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from sgm_engine.cli.arguments import STREAM
+from sgm_engine.cli.arguments import MAX_ID, STREAM, at_least
 from sgm_engine.cli.console import (
     DAMAGED,
     DIVERGED,
@@ -25,7 +25,7 @@ from sgm_engine.cli.console import (
     some,
     stoppable,
 )
-from sgm_engine.cli.model import chosen_model, device_of, how_to_load, said
+from sgm_engine.cli.model import chosen_model, device_of, how_to_load
 
 JOB_OPTIONS = ("format", "shard_size", "worker", "steal", "ray", "actors", "patience")  # a stream has a format too
 LINE_EVERY = 60.0  # seconds between two lines of progress of Ray's actors
@@ -47,7 +47,7 @@ def register(commands) -> None:
     p = commands.add_parser("resample", help="one sample of a job again, the same bytes")
     p.description = "Draw one sample of a job again and compare it with what the job holds."
     p.add_argument("folder", metavar="FOLDER")
-    p.add_argument("--id", required=True, type=int, metavar="N", help="its sample id")
+    p.add_argument("--id", required=True, type=at_least(0, MAX_ID), metavar="N", help="its sample id")
     p.add_argument("--out", metavar="PATH", help=".safetensors (float32), .npz or .png (default: sample-N.safetensors)")
     p.add_argument("--checkpoint", metavar="PATH", help="where the weights are now (default: where they were)")
     p.add_argument("--config", metavar="PATH", help="the config.yml that came with a .pth")
@@ -182,7 +182,7 @@ def _job(args: argparse.Namespace):
     from sgm_engine.jobs.job import Job
     from sgm_engine.jobs.spec import SHARD_SIZE
 
-    model, plan, weights, float8 = chosen_model(args, _begun(args.out))
+    model, plan, weights, float8, loaded = chosen_model(args, _begun(args.out))
     paths = {"checkpoint": str(weights.resolve()) if args.checkpoint or args.weights else None}
     is_path = args.config and not args.config.startswith("--")  # ADM's flags are none
     paths["config"] = str(Path(args.config).expanduser().resolve()) if is_path else args.config
@@ -196,9 +196,9 @@ def _job(args: argparse.Namespace):
         pool = {"address": args.ray, "actors": args.actors, "device": args.device, "batch": args.batch}
         pool |= {"precision": args.precision, "executor": args.executor, "float8": float8}
         pool |= {"patience": args.patience or PATIENCE}
-        return ray_job(model, args.out, **options, **pool), said(model)
+        return ray_job(model, args.out, **options, **pool), loaded
     engine = Engine(model, args.batch, device_of(args.device), args.precision, args.executor, float8=float8)
-    return Job(engine, args.out, **options), said(model)
+    return Job(engine, args.out, **options), loaded
 
 
 def _begun(out: str):

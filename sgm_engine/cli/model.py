@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
 
 def chosen_model(args: argparse.Namespace, begun: Plan | None = None):
-    """(model, Plan, path of the weights, scales of float8 or None). begun: the plan of the job that is to go on."""
+    """(model, Plan, path of the weights, scales of float8 or None, what was loaded in words).
+
+    begun: the plan of the job that is to go on.
+    """
     from sgm_engine.cli.float8_choice import chosen_scales
     from sgm_engine.cli.plan_choice import as_begun, chosen
 
     model = load_model(args)
     conditioned, plan = chosen(model, args) if begun is None else as_begun(model, args, begun)
     scales = chosen_scales(args, model, device_of(args.device), args.out, args.quiet)
-    return conditioned, plan, weights_path(args), scales
+    return conditioned, plan, weights_path(args), scales, said(model)
 
 
 def load_model(args: argparse.Namespace):
@@ -42,12 +45,16 @@ def how_to_load(args: argparse.Namespace) -> dict[str, object]:
 def weights_path(args: argparse.Namespace) -> Path:
     from sgm_engine.checkpoints.bundled import bundled_path
     from sgm_engine.checkpoints.families import local
+    from sgm_engine.checkpoints.torch_file import CheckpointError
 
     name = getattr(args, "weights", None)
     if args.checkpoint and name:
         raise ValueError(f"--weights {name} names bundled weights and --checkpoint a file: take one of the two")
     if args.checkpoint:
-        return local(args.checkpoint)
+        try:
+            return local(args.checkpoint)
+        except CheckpointError as error:
+            raise ValueError(f"argument --checkpoint: {args.checkpoint} {error}") from None
     return bundled_path() if name is None else bundled_path(name)
 
 

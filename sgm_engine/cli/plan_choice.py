@@ -61,7 +61,8 @@ def _of_few(model: nn.Module, args: argparse.Namespace, given: dict, few: dict) 
         plan = good_plan(model, args.nfe, args.quality)
         return _conditioned(model, plan, args.conditioning, conditioned)
     if not args.nfe:
-        raise ValueError("--sampler needs --nfe, the evaluations a sample: --sampler heun --nfe 35")
+        given = next(name for name in ("sampler", "schedule") if name in few)
+        raise ValueError(f"argument --{given}: needs --nfe, the evaluations a sample: --sampler heun --nfe 35")
     plan = sampler_plan(model, args.sampler or good_sampler(model, args.nfe), args.nfe, args.schedule, **given)
     return _conditioned(model, plan, args.conditioning)
 

@@ -27,17 +27,22 @@ def plans(args: argparse.Namespace) -> int:
 
         picture = args.picture and Path(args.picture).expanduser()
         if picture:
+            if picture.suffix.lower() != ".png":
+                raise ValueError(f"argument --picture: must end in .png, got {args.picture!r}")
             check_writable(picture)
+        if args.model and args.checkpoint:
+            raise ValueError(f"argument --checkpoint: {args.model} and {args.checkpoint} are two models: take one")
         args.checkpoint = args.model or args.checkpoint
         model = load_model(args)
+        front = getattr(model, "front", None)
         if picture:
             from sgm_engine.tuning.front import plot_front
 
-            if model.front is None:
+            if front is None:
                 raise ValueError(f"argument --picture: {none_came(model)}")
-            plot_front(model.front, picture)
+            plot_front(front, picture)
     if args.json:
-        found = model.front and json.loads(model.front.to_json())
+        found = front and json.loads(front.to_json())
         print(json.dumps({"front": found, "start": start_said(model)}, ensure_ascii=False))
     else:
         print("\n".join(map(shown, described(model).splitlines())))

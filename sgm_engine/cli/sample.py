@@ -11,9 +11,7 @@ from pathlib import Path
 import sgm_engine
 from sgm_engine.cli import jobs
 from sgm_engine.cli.arguments import (
-    EXECUTORS,
     FORMATS,
-    MAX_BATCH,
     MAX_ID,
     MAX_SEED,
     PLANS,
@@ -21,15 +19,16 @@ from sgm_engine.cli.arguments import (
     SAMPLERS,
     SCHEDULES,
     STREAM,
-    add_precision,
+    add_execution,
     add_ray,
     add_weights,
     at_least,
+    number,
     plan_name,
     sample_ids,
 )
 from sgm_engine.cli.console import DIVERGED, DONE, bad_input, complain, plan_line, rate, shown, some
-from sgm_engine.cli.model import assumed, chosen_model, device_of, processor, said
+from sgm_engine.cli.model import assumed, chosen_model, device_of, processor
 
 FILMED = 64  # samples in a GIF
 
@@ -86,23 +85,17 @@ def register(commands) -> None:
     add("--conditioning", choices=("interpolated", "nearest"),
         help="between the model's levels: its norms' rows interpolated (default), or its nearest level")  # fmt: skip
     add("--steps-per-level", type=at_least(1), metavar="N", help="network evaluations (NFE) at each noise level")
-    add("--step-lr", type=float, metavar="X", help="step size α at the last level; α·(σ/σ_last)² at the others")
+    add("--step-lr", type=number, metavar="X", help="step size α at the last level; α·(σ/σ_last)² at the others")
     add(
         "--convention",
         choices=("code", "paper"),
         help="x + α·s + √(2α)·z (code), or half that α, as NCSN's paper writes",
     )
     add("--denoise", action=yes_no, help="end with x + σ²·s, a step without noise")
-    add("--eta", type=float, metavar="X", help="of consistent_annealed (1: afresh), ddim (0–1), ancestral (2 churns)")
-    add("--tau", type=float, metavar="X", help="of sa_solver: noise, in units of the reverse diffusion's (default: 1)")
+    add("--eta", type=number, metavar="X", help="of consistent_annealed (1: afresh), ddim (0–1), ancestral (2 churns)")
+    add("--tau", type=number, metavar="X", help="of sa_solver: noise, in units of the reverse diffusion's (default: 1)")
 
-    add = p.add_argument_group("execution").add_argument
-    add("--batch", type=at_least(1, MAX_BATCH), metavar="N",
-        help="samples computed together; bits hold at one batch (default: 16 on a CPU, 128 on a GPU)")  # fmt: skip
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
-    add_precision(add)
-    add("--executor", choices=EXECUTORS, default="auto",
-        help="auto: graph (one CUDA graph, replayed) on a GPU; native (C++), hybrid or eager on a CPU")  # fmt: skip
+    add_execution(p.add_argument_group("execution").add_argument)
 
     group = p.add_argument_group("output")
     add = group.add_argument
@@ -138,7 +131,7 @@ def sample(args: argparse.Namespace) -> int:
         return jobs.sample(args)
     with bad_input():
         ids, out, gif = _targets(args)
-        engine, plan, weights = _engine(args)
+        engine, plan, weights, loaded = _engine(args)
         cpu_or_gpu = processor(engine.device)
         if gif or out.form == "grid":
             from sgm_engine.outputs.images import check_channels
@@ -177,7 +170,7 @@ def sample(args: argparse.Namespace) -> int:
         lines = [
             f"{len(drawn)} samples in {seconds:.2f} s: {rate(speed)} samples/s, {nfe} NFE a sample, "
             f"{rate(speed * nfe)} NFE/s",
-            shown(f"weights: {said(engine.model)}"),
+            shown(f"weights: {loaded}"),
             plan_line(plan),
             shown(f"start: {start_words(plan)}{assumed(engine.model)}"),
             f"how: {how}",
@@ -219,9 +212,9 @@ def _memory(n: int, shape: tuple[int, int, int]):
 
 
 def _engine(args: argparse.Namespace):
-    """(Engine, Plan, path of the weights)."""
+    """(Engine, Plan, path of the weights, what was loaded in words)."""
     from sgm_engine.engine.engine import Engine
 
-    model, plan, weights, float8 = chosen_model(args)
+    model, plan, weights, float8, loaded = chosen_model(args)
     device = device_of(args.device)
-    return Engine(model, args.batch, device, args.precision, args.executor, float8=float8), plan, weights
+    return Engine(model, args.batch, device, args.precision, args.executor, float8=float8), plan, weights, loaded

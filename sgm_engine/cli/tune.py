@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from sgm_engine.cli.arguments import MAX_SEED, add_engine, add_ray, at_least
+from sgm_engine.cli.arguments import MAX_SEED, add_engine, add_ray, at_least, positive
 from sgm_engine.cli.model import engine_options, engines, load_model, load_plan, weights_path
 
 MEASURES = ("frechet", "sliced", "mmd")
@@ -34,7 +34,10 @@ def register(commands) -> None:
     budget("--budget", type=at_least(2), metavar="NFE", help="network evaluations a sample, at most")
     budget("--at", type=evaluations, metavar="N,N,…", help="the best plan of at most N, for each of these numbers")
     budget(
-        "--seconds", type=float, metavar="X", help="seconds a sample, at most; a short measurement turns them into NFE"
+        "--seconds",
+        type=positive,
+        metavar="X",
+        help="seconds a sample, at most; a short measurement turns them into NFE",
     )
     add = group.add_argument
     add("--reference", required=True, metavar="IMAGES", help="what samples should look like; forms as in `sgm eval`")
@@ -51,7 +54,7 @@ def register(commands) -> None:
     add("--last", type=at_least(2), default=1024, metavar="N", help="of the survivors, at last (default: 1024)")
     add("--seed", type=at_least(0, MAX_SEED), default=0, metavar="N", help="of the search (default: 0)")
     add("--held-out-seed", type=at_least(0, MAX_SEED), default=1000, metavar="N", help="of the front (default: 1000)")
-    add("--held-out", type=at_least(3), default=1024, metavar="N", help="samples for each figure (default: 1024)")
+    add("--held-out", type=at_least(2), default=1024, metavar="N", help="samples for each figure (default: 1024)")
     add("--out", default="tuned/", metavar="FOLDER", help="a new folder, or s3://… (default: tuned/)")
     add(
         "--write", metavar="FILE.safetensors", help="the weights with the front in them; may be the --checkpoint itself"
@@ -118,9 +121,9 @@ def _run(args: argparse.Namespace, out: Path | str, kept, stack: ExitStack) -> i
         open_set = partial(open_images, data_range=args.data_range)
         reference_set = open_set(args.reference)
         training = open_set(args.training) if args.training else None
-        if len(reference_set) < 3:
-            few = f"{reference_set.name} holds {len(reference_set)} images"
-            raise ValueError(f"argument --reference: {few}, an interval needs at least 3")
+        for name, count in (("held-out", args.held_out), ("reference", len(reference_set))):
+            if args.measure == "frechet" and count < 3:
+                raise ValueError(f"argument --{name}: a Fréchet distance's interval needs 3 images, got {count}")
         for s in (reference_set, training):
             if s is not None and tuple(s.shape) != engine.shape:
                 raise ValueError(f"{s.name} holds images {tuple(s.shape)}, the model draws {engine.shape}")
@@ -272,8 +275,6 @@ def _evaluations(seconds: float, engine, say) -> int:
     """How many evaluations a sample fit into ``seconds``, from two short runs of the engine."""
     from sgm_engine.plans.plan import ancestral
 
-    if not seconds > 0:
-        raise ValueError(f"argument --seconds: must be positive, got {seconds}")
     plan = ancestral(engine.sigmas)
     engine.sample(engine.batch, plan=plan)  # captures, packs
     start = time.perf_counter()

@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from sgm_engine.files.limits import Refused, allowance
 from sgm_engine.files.pictures import OTHERS, SUFFIXES, decode_picture
 from sgm_engine.files.reading import MAX_DIMS, map_npy, read_bytes, read_gzipped
+from sgm_engine.files.storage import refuse_url
 from sgm_engine.keys import Key
 
 FORMATS = ("mnist", "cifar10", "npy", "folder")
@@ -30,6 +31,7 @@ def load_images(path: str | Path, split: str = "train", form: str | None = None,
     side, and each pixel is the mean of a block. npy and folder: a split is the file or folder of that name inside
     ``path`` (train.npy, test/); without one, ``path`` is the training data and "test" is empty.
     """
+    refuse_url(path, "images")
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")

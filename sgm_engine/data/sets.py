@@ -24,6 +24,7 @@ from torch import Tensor
 from sgm_engine.data.images import channels_first, cifar_records, find_pictures, load_images, read_idx, read_picture
 from sgm_engine.files.limits import Refused
 from sgm_engine.files.reading import map_npy, npy_header, open_file, open_safetensors, open_zip, parse_json
+from sgm_engine.files.storage import refuse_url
 from sgm_engine.outputs.images import SHARE, UNIT, Range, check_range, outside, to_uint8
 
 PARTS = (".npz", ".safetensors")
@@ -94,6 +95,7 @@ def open_images(*paths: str | Path, data_range: Range | None = None) -> ImageSet
 
 
 def _open(text: str, data_range: Range | None) -> ImageSet:
+    refuse_url(text, "images")
     head, colon, split = text.rpartition(":")
     path = Path(head if colon and split in SPLITS else text).expanduser()
     if not path.exists():

@@ -30,6 +30,12 @@ def is_url(path: object) -> bool:
     return isinstance(path, str) and "://" in path
 
 
+def refuse_url(path: object, what: str) -> None:
+    """ValueError: of object storage only runs, jobs and searches are read."""
+    if is_url(str(path)):
+        raise ValueError(f"{path} is on object storage, and {what} are read from a disk: copy them to one")
+
+
 class Prefix:
     """The objects whose names begin with ``url/``; reads as HeldFolder does."""
 

@@ -53,7 +53,10 @@ class RaySource:
         self._ray, self._url = ray, out if is_url(out) else None
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         if not ray.is_initialized():
-            ray.init(address=address, **quiet, **({"include_dashboard": False} if address == "local" else {}))
+            try:
+                ray.init(address=address, **quiet, **({"include_dashboard": False} if address == "local" else {}))
+            except (ValueError, RuntimeError, OSError) as error:
+                raise ValueError(f"--ray {address}: no cluster can be joined there: {error}") from None
         gpu = device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
         if device == "cuda" and not gpu:
             raise ValueError("device='cuda': there is no GPU in this Ray cluster")

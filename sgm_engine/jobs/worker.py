@@ -31,7 +31,7 @@ class Worker:
         """ "1/4" is the second of four."""
         index, slash, count = text.partition("/")
         if not slash or not index.isdecimal() or not count.isdecimal():
-            raise ValueError(f"a worker is written INDEX/COUNT, such as 0/4, got {text!r}")
+            raise ValueError(f"worker must be INDEX/COUNT, such as 0/4, got {text!r}")
         return cls(int(index), int(count))
 
     @classmethod

@@ -6,7 +6,6 @@ law (law.py), which travels beside it.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 
 from sgm_engine.files.reading import parse_json
 from sgm_engine.plans.plan import Plan
-from sgm_engine.plans.samplers import SAMPLERS, levels_of_nfe
+from sgm_engine.plans.samplers import SAMPLERS, levels_of_nfe, options_of
 from sgm_engine.plans.schedule import check_number, check_sigmas, nearest_level
 
 Start = Callable[[float], Mapping[str, object]]  # σ → where chains begin at that noise, as options of a sampler
@@ -50,7 +49,7 @@ class Point:
             raise ValueError(f"a plan's name must be one of {', '.join(SAMPLERS)}, got {self.recipe!r:.60}")
         if not isinstance(self.recipe.get("sigmas"), list):
             raise ValueError(f"a plan's sigmas must be a list of numbers, got {self.recipe.get('sigmas')!r:.60}")
-        known = {"name", "sigmas", *_options_of(self.recipe["name"])}
+        known = {"name", "sigmas", *options_of(self.recipe["name"])}
         if unknown := sorted(map(str, self.recipe.keys() - known)):
             raise ValueError(f"a plan of {self.recipe['name']} takes no {', '.join(unknown)}")
 
@@ -188,7 +187,7 @@ def recipe_of(plan: Plan, levels, start: Start) -> dict[str, object]:
     """
     if plan.name not in SAMPLERS:
         raise ValueError(f"{plan.name} is the name of no sampler, so the plan cannot travel as one")
-    known = set(_options_of(plan.name)) - {"start", "start_scale", "start_shift"}
+    known = set(options_of(plan.name)) - {"start", "start_scale", "start_shift"}
     recipe = {"name": plan.name} | {k: v for k, v in plan.metadata.items() if k in known and v is not None}
     recipe["sigmas"] = check_sigmas(plan.metadata.get("path", levels)).tolist()
     own = {"start_scale": plan.start_scale, "start_shift": plan.start_shift}
@@ -215,7 +214,3 @@ def _table(plan: Plan) -> np.ndarray:
 
 def _law(plan: Plan) -> tuple:
     return plan.start, plan.start_scale, np.asarray(plan.start_shift).tolist()
-
-
-def _options_of(name: str) -> list[str]:
-    return [p for p in inspect.signature(SAMPLERS[name]).parameters if p != "sigmas"]

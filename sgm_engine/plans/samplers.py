@@ -7,7 +7,8 @@ takes the nearest levels. Below, σ → σ' is a step, D = x + σ²·score the d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -154,6 +155,7 @@ def levels_of_nfe(name: str, nfe: int, options: dict) -> int:
     """How many sigmas ``nfe`` evaluations of the sampler pay for; ValueError where there is no such number."""
     if name not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    check_options(name, options)
     schedules.check_count("nfe", nfe)
     each, fixed = _cost(name, options)
     levels, rest = divmod(nfe - fixed, each)
@@ -163,6 +165,20 @@ def levels_of_nfe(name: str, nfe: int, options: dict) -> int:
         some = f"{each}·L{fixed:+d} evaluations, L ≥ 2" if fixed or each > 1 else "at least 2 evaluations"
         raise ValueError(f"nfe: {name} with these options takes {some}, not {nfe}; take {near}")
     return levels
+
+
+def options_of(name: str) -> list[str]:
+    """What the sampler ``name`` takes beside sigmas."""
+    return [p for p in inspect.signature(SAMPLERS[name]).parameters if p != "sigmas"]
+
+
+def check_options(name: str, options: Iterable[str]) -> None:
+    """ValueError if the sampler ``name`` does not take one of these options."""
+    known = options_of(name)
+    if unknown := [option for option in options if option not in known]:
+        others = ", ".join(other for other in SAMPLERS if {*unknown} <= {*options_of(other)})
+        where = f" (taken by {others})" if others else ""
+        raise ValueError(f"the plan {name} takes no {', '.join(unknown)}{where}; it takes: {', '.join(known)}")
 
 
 def _cost(name: str, options: dict) -> tuple[int, int]:

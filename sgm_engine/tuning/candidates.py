@@ -85,7 +85,7 @@ def draw_candidates(
     """
     sigmas = check_sigmas(sigmas)
     if unknown := [name for name in families if name not in FAMILIES]:
-        raise ValueError(f"families must be of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
+        raise ValueError(f"families must be of {', '.join(FAMILIES)}, got {', '.join(map(repr, unknown))}")
     if budget < 2 or count < 1:
         raise ValueError(f"budget must be at least 2 and count at least 1, got {budget} and {count}")
     rng, found = np.random.default_rng(seed), {}

@@ -51,7 +51,7 @@ def test_a_saved_plan(sgm, tiny_weights, tmp_path):
 @pytest.mark.parametrize(
     "given, says",
     [
-        (("--sampler", "heun"), "--sampler needs --nfe"),
+        (("--sampler", "heun"), "--sampler: needs --nfe"),
         (("--sampler", "heun", "--nfe", 10), "take 9 or 11"),
         (("--sampler", "heun", "--nfe", 9, "--plan", "ddim"), "exclude each other"),
         (("--sampler", "rk45", "--nfe", 9), "--sampler"),

@@ -58,7 +58,7 @@ def test_candidates_repeat_by_seed_and_are_refused_in_words():
     a, b, c = (draw_candidates(SIGMAS, 20, 8, seed) for seed in (0, 0, 1))
     assert a == b and a != c
     assert {p.name for p in draw_candidates(SIGMAS, 20, 5, families=["heun"])} == {"heun"}
-    with pytest.raises(ValueError, match=r"families must be of annealed_langevin.*got magic"):
+    with pytest.raises(ValueError, match=r"families must be of annealed_langevin.*got 'magic'"):
         draw_candidates(SIGMAS, 20, 8, families=["magic"])
     with pytest.raises(ValueError, match="found only 1 different plans"):
         draw_candidates([1.0, 0.1], 2, 5, families=["ddim"])
@@ -279,8 +279,8 @@ BAD = [
     (["--budget", "9", "--families", "magic"], ["families", "magic"]),
     (["--budget", "9", "--held-out-seed", "0"], ["--held-out-seed", "must differ"]),
     (["--budget", "9", "--baseline", "absent.json"], ["absent.json"]),
-    (["--budget", "9", "--held-out", "2"], ["--held-out", "at least 3"]),
-    (["--budget", "9", "--reference", "two.npy"], ["--reference", "2 images", "at least 3"]),
+    (["--budget", "9", "--held-out", "2"], ["--held-out", "needs 3 images, got 2"]),
+    (["--budget", "9", "--reference", "two.npy"], ["--reference", "needs 3 images, got 2"]),
     (["--budget", "9", "--features", "magic:x"], ["features", "'magic:x'"]),
     (["--budget", "9", "--features", "torchscript:absent.pt"], ["absent.pt"]),
     (["--budget", "9", "--training", "absent"], ["absent"]),
