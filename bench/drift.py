@@ -6,13 +6,12 @@ of each level: the root mean square difference of the states over all pixels, in
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 from torch import Tensor
 
 from sgm_engine import Engine, calibrate_float8, load_bundled
 from sgm_engine.checkpoints.bundled import plan_for
+from sgm_engine.programs.arguments import Program, at_least
 
 
 def states(precision: str, n: int, seed: int) -> tuple[list[Tensor], object]:
@@ -29,10 +28,10 @@ def states(precision: str, n: int, seed: int) -> tuple[list[Tensor], object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.drift", description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=16, help="samples (default: 16)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", choices=("bfloat16", "float8"), default="bfloat16")
+    parser = Program("bench.drift", __doc__.splitlines()[0])
+    parser.add_argument("--n", type=at_least(2), default=16, metavar="N", help="samples")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of their noise")
+    parser.add_argument("--precision", choices=("bfloat16", "float8"), default="bfloat16", help="beside float32")
     args = parser.parse_args()
     (exact, plan), (rounded, _) = (states(precision, args.n, args.seed) for precision in ("float32", args.precision))
     print("   row      sigma   rms difference    of sigma")

@@ -6,7 +6,6 @@ Prints the relative error (L2) of one evaluation of the bundled network in each 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from sgm_engine import Engine, accelerate, at_sigmas, calibrate_float8, load_bun
 from sgm_engine.checkpoints.bundled import plan_for
 from sgm_engine.outputs import images
 from sgm_engine.outputs.output import Output
+from sgm_engine.programs.arguments import Program, at_least, positive
 
 NFE, CALIBRATING_SEED = 10, 1000
 PRECISIONS = ("float32", "bfloat16", "float8")
@@ -69,10 +69,10 @@ def draw(n: int, seed: int, margin: float, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.float8", description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=1000, help="samples (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--margin", type=float, default=2.0, help="of the scales (default: 2)")
+    parser = Program("bench.float8", __doc__.splitlines()[0])
+    parser.add_argument("--n", type=at_least(1), default=1000, metavar="N", help="samples")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of their noise")
+    parser.add_argument("--margin", type=positive, default=2.0, metavar="X", help="of the scales")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where they go; without it only the errors are shown")
     args = parser.parse_args()
     errors(args.margin)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from bench.compare import Row
+from sgm_engine.programs.arguments import Program
 
 FOLDER = Path(__file__).resolve().parent / "results" / "base"
 DRIFTED = 1.05
@@ -63,6 +64,7 @@ def draw(found: dict[str, list[tuple[str, float]]], path: Path) -> None:
 
 def main() -> int:
     """Exit status 1 if a workload has drifted above 1.05 in all."""
+    Program("bench.history", __doc__).parse_args()
     kept = [json.loads(file.read_text()) for file in sorted(FOLDER.glob("*.json"))]
     if not kept:
         print(f"nothing is kept in {FOLDER}: pytest bench/ --base REV --keep", file=sys.stderr)

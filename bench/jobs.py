@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from sgm_engine.jobs.ray_crew import Crew
 from sgm_engine.jobs.verify import verify
 from sgm_engine.jobs.worker import Worker
+from sgm_engine.programs.arguments import Program, at_least
 from tests.jobs import painters
 from tests.jobs.painters import Painter, plain_job, ray_plain_job
 
@@ -160,8 +161,8 @@ def on_ray(folder, shards):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--shards", type=int, default=100_000)
+    p = Program("bench.jobs", __doc__)
+    p.add_argument("--shards", type=at_least(10), default=100_000, metavar="N", help="of the largest job")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     p.add_argument("--out", help=argparse.SUPPRESS)
     args = p.parse_args()

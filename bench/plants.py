@@ -9,7 +9,6 @@ bench/results/plants.json, so that another day adds to them; bench/results/plant
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import itertools
 import json
@@ -25,6 +24,7 @@ from bench.common import about as device
 from bench.trees import ROOT, run
 from bench.trials import table
 from bench.verdicts import FAIL, ORDER
+from sgm_engine.programs.arguments import Program, at_least, positive
 
 SCRATCH = ROOT / "build" / "plants"
 RESULTS = ROOT / "bench" / "results" / "plants.json"
@@ -221,16 +221,14 @@ def alarms(cases: list[str], seconds: int, awake: Mapping[str, str]) -> list[lis
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.plants", description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=int, default=3, help="of each plant (default: 3)")
-    parser.add_argument(
-        "--unchanged", type=int, default=2, help="runs with nothing planted, six trials each (default: 2)"
-    )
-    parser.add_argument(
-        "--seconds", type=int, default=55, help="of a workload, at most: more on a busy machine (default: 55)"
-    )
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no trial after that many")
-    parser.add_argument("--only", default="", metavar="TEXT", help="plants whose name contains TEXT")
+    parser = Program("bench.plants", __doc__.splitlines()[0])
+    parser.add_argument("--times", type=at_least(0), default=3, metavar="N", help="of each plant")
+    parser.add_argument("--unchanged", type=at_least(0), default=2, metavar="N",
+        help="runs with nothing planted, six trials each")  # fmt: skip
+    parser.add_argument("--seconds", type=at_least(1), default=55, metavar="N",
+        help="of a workload, at most: more on a busy machine")  # fmt: skip
+    parser.add_argument("--minutes", type=positive, metavar="X", help="begin no trial after that many")
+    parser.add_argument("--only", metavar="TEXT", help="plants whose name contains TEXT")
     args = parser.parse_args()
     scratch()
     cases = sorted({plant.case for plant in (*PLANTS.values(), MEMORY)})
@@ -239,12 +237,12 @@ def main() -> int:
         those = {f"+{share:.0%} in {name}": plant for name, plant in PLANTS.items() if plant.apart == apart}
         if not apart and share == 0.1:
             those["memory twice"] = MEMORY
-        those = {name: plant for name, plant in those.items() if args.only in name}
+        those = {name: plant for name, plant in those.items() if (args.only or "") in name}
         awake = {plant.key: f"{share / plant.part:.3f}" for plant in those.values()}
         if those:
             runs.append(((i + apart / 2) / args.times, {name: plant.case for name, plant in those.items()}, awake))
     trials, bad = json.loads(RESULTS.read_text()) if RESULTS.exists() else [], 0
-    end = time.monotonic() + 60 * args.minutes
+    end = time.monotonic() + 60 * (args.minutes or math.inf)
     for _, those, awake in sorted(runs, key=lambda run: run[0]):
         if (began := time.monotonic()) > end:
             break

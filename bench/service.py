@@ -7,7 +7,6 @@ measured.
 
 from __future__ import annotations
 
-import argparse
 import random
 import threading
 import time
@@ -16,8 +15,10 @@ import torch
 from torch import Tensor
 
 from sgm_engine.engine.engine import Engine
+from sgm_engine.executors.choice import EXECUTORS
 from sgm_engine.models import NCSN
 from sgm_engine.plans.plan import annealed_langevin, consistent_annealed, ddim
+from sgm_engine.programs.arguments import Program, at_least, number
 from sgm_engine.service.queue import Metrics
 from sgm_engine.service.service import SamplerService
 
@@ -87,14 +88,13 @@ def differing(asked: list[list[dict]], got: list[list[Tensor]], solo: Engine) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=500, help="of each client")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--executor", default="auto")
-    parser.add_argument(
-        "--rate", type=float, default=0.8, help="of the open loop, over the throughput; 0 leaves it out"
-    )
+    parser = Program("bench.service", __doc__.split("\n")[0])
+    parser.add_argument("--clients", type=at_least(1), default=8, metavar="N", help="at a time")
+    parser.add_argument("--requests", type=at_least(1), default=500, metavar="N", help="of each client")
+    parser.add_argument("--batch", type=at_least(1), default=8, metavar="N", help="slots of the engine")
+    parser.add_argument("--executor", choices=EXECUTORS, default="auto", help="of the engine")
+    parser.add_argument("--rate", type=number, default=0.8, metavar="X",
+        help="of the open loop, over the throughput; 0 leaves it out")  # fmt: skip
     args = parser.parse_args()
     torch.set_num_threads(1)
     engine = tiny(args.executor, args.batch)

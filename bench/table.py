@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from bench.common import Ratio
 from bench.peers import PEERS
+from sgm_engine.programs.arguments import Program
 
 FOLDER = Path(__file__).parent / "results"
 README, MARKS = FOLDER.parent.parent / "README.md", ("<!-- peers -->", "<!-- end of peers -->")
@@ -154,6 +154,9 @@ def write() -> list[Path]:
 
 
 if __name__ == "__main__":
+    parser = Program("bench.table", __doc__)
+    parser.add_argument("--readme", action="store_true", help="write the README's table too")
+    readme = parser.parse_args().readme
     print(*write(), sep="\n")
-    if "--readme" in sys.argv:
+    if readme:
         write_readme()

@@ -6,7 +6,6 @@ tests/jobs/ runs small counts of the same functions.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import multiprocessing
@@ -245,10 +244,12 @@ def peak_memory(out, n: int, pipe) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--kills", type=int, metavar="N", help="that many SIGKILLs")
-    p.add_argument("--full-disk", type=int, metavar="N", help="at that many points (mounts tmpfs: root)")
-    p.add_argument("--races", type=int, metavar="N", help="that many rounds of 4 racers")
+    from sgm_engine.programs.arguments import Program, at_least
+
+    p = Program("tests.faults", __doc__)
+    p.add_argument("--kills", type=at_least(1), metavar="N", help="that many SIGKILLs (200 where all runs)")
+    p.add_argument("--full-disk", type=at_least(1), metavar="N", help="at that many points (20); mounts tmpfs, as root")
+    p.add_argument("--races", type=at_least(1), metavar="N", help="that many rounds of 4 racers (50)")
     args = p.parse_args()
     everything = not any(vars(args).values())
     with tempfile.TemporaryDirectory() as name:

@@ -34,6 +34,9 @@ TESTS = (
 
 
 def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__)
+        return 0
     best = _C.isas()[-1]
     for isa, (onednn, aten) in LIMITS.items():
         if isa not in _C.isas() or isa == best:  # the best is what an ordinary run takes

@@ -50,9 +50,10 @@ def timeline(folder: Path) -> list[str]:
 
 
 def main() -> int:
+    # Not a Program: the package must not have been imported when the device is pretended.
     parser = argparse.ArgumentParser(prog="python -m tests.rehearsal", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--run", choices=("first", "second"), help="this one, in this process")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of what both write and say")
+    parser.add_argument("--run", choices=("first", "second"), help="this one, in this process (default: both)")
     options = parser.parse_args()
     if options.run:
         return pretended(options.run, options.out)

@@ -109,7 +109,9 @@ def check(name: str, folder: Path, isas: tuple[str, ...], networks: int, say=pri
 
 def main() -> int:
     from sgm_engine import _C
+    from sgm_engine.programs.arguments import Program
 
+    Program("tests.sanitize", __doc__).parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sgm-sanitize-") as folder:
         for name in SANITIZERS:

@@ -24,6 +24,7 @@ from bench.gpu.network import end_to_end, step_times
 from bench.gpu.runs import END_S, RUNS
 from bench.gpu.sanitize import sanitize
 from bench.gpu.stages import Row, Stage, run_stages, write_results
+from sgm_engine.programs.arguments import Program, positive
 
 
 def describe_machine() -> list[Row]:
@@ -46,14 +47,14 @@ def describe_machine() -> list[Row]:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=bench.gpu.__doc__.splitlines()[0])
+    parser = Program("bench.gpu", bench.gpu.__doc__.splitlines()[0])
     parser.add_argument("--sanitize", action="store_true", help="also run compute-sanitizer's four tools")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "bench" / "results", metavar="DIR", help="default: bench/results"
     )
     parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}")
     parser.add_argument("--run", choices=RUNS, help="one of the two commands for a GPU that is new")
-    parser.add_argument("--minutes", type=float, default=9.5, metavar="N", help="all stages together; default: 9.5")
+    parser.add_argument("--minutes", type=positive, default=9.5, metavar="N", help="all stages together; default: 9.5")
     options = parser.parse_args(arguments)
     if options.run and (options.only or options.sanitize):
         parser.error("--run has its own stages: leave out --only and --sanitize")

@@ -17,6 +17,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from sgm_engine.programs.arguments import Program
+
 NGF, SIDE, BATCH = 128, 32, 128
 HALF, FULL = 2, 4  # bytes of bfloat16 and of float32
 
@@ -140,4 +142,5 @@ def _line(title: str, ops: tuple[Op, ...], batch: int, *kinds: str) -> str:
 
 
 if __name__ == "__main__":
+    Program("bench.gpu.counts", __doc__).parse_args()
     print("\n".join(lines(step())))

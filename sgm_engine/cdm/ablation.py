@@ -7,7 +7,6 @@ writes table.md there. The exact classifier of the mixture is known, so every co
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from sgm_engine.keys import Key
 from sgm_engine.models.cdm.classes import NoiseClasses, ddpm
 from sgm_engine.models.cdm.model import CDM
 from sgm_engine.models.cdm.networks import MLP
+from sgm_engine.programs.arguments import Program, at_least
 from sgm_engine.training.cdm_objective import cdm
 from sgm_engine.training.toy import TRIPLE
 
@@ -80,12 +80,13 @@ def measures(model: CDM, n: int = 20_000, part: int = 2000) -> list[float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m sgm_engine.cdm.ablation", description=__doc__.splitlines()[0])
+    parser = Program("sgm_engine.cdm.ablation", __doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("ablation"), help="folder of table.md")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--steps", type=at_least(1), default=STEPS, help="of each network")
+    parser.add_argument("--seeds", type=at_least(1), default=SEEDS, help="networks of each loss")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    with parser.reading():
+        args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the networks are too small to share out
     truth = measures(CDM(Exact(CLASSES), CLASSES))
     points = f"{args.steps * BATCH:,} points, {args.seeds} seeds: mean (least–most)"

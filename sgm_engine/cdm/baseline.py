@@ -9,7 +9,6 @@ continuous pixels); and the Fréchet distance of samples by each one's own plan,
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from sgm_engine.evaluation.likelihood import bits_per_dim, image_bits
 from sgm_engine.keys import Key
 from sgm_engine.models.cdm.model import CDM, DDM
 from sgm_engine.outputs.images import to_uint8
+from sgm_engine.programs.arguments import Program, at_least
 
 SHOWN = (1.04, 0.59, 0.34, 0.19, 0.11, 0.06, 0.02)  # σ in units of u = 2·x − 1
 BATCH = 50
@@ -89,18 +89,21 @@ def distance(model, reference, extractor, n: int) -> object:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m sgm_engine.cdm.baseline", description=__doc__.splitlines()[0])
+    parser = Program("sgm_engine.cdm.baseline", __doc__.splitlines()[0])
     parser.add_argument("--cdm", default="cdm_mnist", help="weights of the classifier: a file, or bundled ones by name")
     parser.add_argument("--ddm", required=True, help="weights of the denoiser, as sgm train --config ddm_mnist writes")
     parser.add_argument("--data", type=Path, required=True, help="MNIST's IDX files")
-    parser.add_argument("--n", type=int, default=500, help="samples of each for the Fréchet distance; 0: none")
-    parser.add_argument("--images", type=int, default=100, help="held-out images")
+    parser.add_argument("--n", type=at_least(0), default=500, help="samples of each for the Fréchet distance; 0: none")
+    parser.add_argument("--images", type=at_least(2), default=100, help="held-out images")
     args = parser.parse_args(argv)
-    models = {name: _opened(getattr(args, name.lower())) for name in ("CDM", "DDM")}
-    for (name, model), kind in zip(models.items(), (CDM, DDM), strict=True):
-        if type(model) is not kind:
-            parser.error(f"--{name.lower()}: holds a {type(model).__name__}, not a {name}")
-    train, test = load_images(args.data)[: args.images], load_images(args.data, "test")[: args.images]
+    if args.n in (1, 2):
+        parser.error(f"argument --n: a Fréchet distance's interval needs 3 samples, got {args.n}")
+    with parser.reading():
+        models = {name: _opened(getattr(args, name.lower())) for name in ("CDM", "DDM")}
+        for (name, model), kind in zip(models.items(), (CDM, DDM), strict=True):
+            if type(model) is not kind:
+                raise ValueError(f"argument --{name.lower()}: holds a {type(model).__name__}, not a {name}")
+        train, test = load_images(args.data)[: args.images], load_images(args.data, "test")[: args.images]
     found = compare(models, train, test)
     sigmas = 2 * models["CDM"].sigmas.double()
     print(f"share of the variance of ε that is missed, {len(test)} held-out images")

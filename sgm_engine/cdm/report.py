@@ -9,7 +9,6 @@ the data's own covariance (of the model's base, where it has one).
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from sgm_engine.evaluation.likelihood import image_bits, log_likelihood
 from sgm_engine.keys import Key
 from sgm_engine.models.cdm.gaussian import GaussianBase
 from sgm_engine.models.cdm.model import CDM
+from sgm_engine.programs.arguments import Program, at_least
 from sgm_engine.training.cdm_fits import fit_base
 
 
@@ -56,17 +56,19 @@ def base_of(model: CDM, train: np.ndarray) -> CDM:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m sgm_engine.cdm.report", description=__doc__.splitlines()[0])
+    parser = Program("sgm_engine.cdm.report", __doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="weights that sgm train wrote")
     parser.add_argument("--data", type=Path, required=True, help="MNIST's IDX files")
     parser.add_argument("--cifar", type=Path, help="CIFAR-10's .bin files, for its crops")
-    parser.add_argument("--n", type=int, default=2000, help="held-out images, and as many of each other kind")
-    parser.add_argument("--flow", type=int, default=0, help="held-out images for the probability flow (slow)")
+    parser.add_argument("--n", type=at_least(2), default=2000, help="held-out images, and as many of each other kind")
+    parser.add_argument("--flow", type=at_least(0), default=0, help="held-out images for the probability flow (slow)")
     args = parser.parse_args(argv)
-    model = load_checkpoint(args.checkpoint)
-    if not isinstance(model, CDM):
-        parser.error(f"{args.checkpoint} holds no classification diffusion model")
-    train, test = load_images(args.data), load_images(args.data, "test")[: args.n]
+    with parser.reading():
+        model = load_checkpoint(args.checkpoint)
+        if not isinstance(model, CDM):
+            raise ValueError(f"argument --checkpoint: {args.checkpoint} holds no classification diffusion model")
+        train, test = load_images(args.data), load_images(args.data, "test")[: args.n]
+        crops = None if args.cifar is None else load_images(args.cifar, "test")
     bits, middle = image_bits(model.log_prob, test), image_bits(model.log_prob, test, dequantised=False)
     gaussian, floor = pixel_gaussian_bits(train, test)
     error = bits.std() / len(bits) ** 0.5
@@ -86,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     own = image_bits(base.log_prob, test)
     print(f"  the Gaussian base alone        {own.mean():.3f}")
     print("AUROC of held-out images above                           the Gaussian base's own")
-    for name, images in others(test, None if args.cifar is None else load_images(args.cifar, "test")).items():
+    for name, images in others(test, crops).items():
         other, of_base = image_bits(model.log_prob, images), image_bits(base.log_prob, images)
         score = f"{auroc(-bits, -other):.4f}   ({other.mean():.2f} bits per dimension)"
         print(f"  {name:29}  {score}   {auroc(-own, -of_base):.4f}")

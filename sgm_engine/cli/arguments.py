@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import re
 from collections.abc import Callable, Iterator
 
 from sgm_engine.outputs.sample_ids import SampleIds
+from sgm_engine.programs.arguments import NEGATIVE, at_least, number, positive
 
 PLANS = ("annealed_langevin", "consistent_annealed", "reverse_diffusion", "ancestral", "ddim")
 SAMPLERS = ("ancestral", "reverse_diffusion", "ddim", "euler", "heun", "dpm_solver_2m", "sde_dpm_solver_2m",
@@ -22,7 +22,6 @@ FORMATS = ("png", "npz", "safetensors", "webdataset")
 STREAM = "-"  # standard output
 QUALITIES = ("draft", "good", "best")
 PLAN_OPTIONS = ("steps_per_level", "step_lr", "convention", "denoise", "eta", "tau")
-NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
 MAX_SEED, MAX_ID, MAX_BATCH = 2**64, 2**56, 2**31  # each the first that is too large
 
 
@@ -34,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **options):
         options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(*args, **options)
-        self._negative_number_matcher = NEGATIVE  # argparse takes -1e-5 for an option
+        self._negative_number_matcher = NEGATIVE
 
     def parse_args(self, *args, **options):
         """An empty text is a variable of the shell's that was not set: no default is taken in its place."""
@@ -67,45 +66,11 @@ class Parser(argparse.ArgumentParser):
                     yield from command._all_options()
 
 
-def at_least(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A conversion of text to an integer in [low, high)."""
-
-    def integer(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
-        if value < low or (high is not None and value >= high):
-            limit = f" and below 2**{high.bit_length() - 1}" if high else ""
-            raise argparse.ArgumentTypeError(f"must be at least {low}{limit}, got {value}")
-        return value
-
-    return integer
-
-
 def plan_name(text: str) -> str:
     """The name of a plan, or the path of one."""
     if text not in PLANS and not text.endswith(".json"):
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(PLANS)}, or FILE.json, got {text!r}")
     return text
-
-
-def number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-
-
-def positive(text: str) -> float:
-    """A number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return value
 
 
 def levels(text: str) -> list[float]:

@@ -9,7 +9,6 @@ are matched by what an observation tells, σ/√M. docs/training.md says what ca
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from sgm_engine.data.images import dequantise, load_images
 from sgm_engine.files.writing import staged, write_file
 from sgm_engine.keys import Key
 from sgm_engine.plans.schedule import geometric
+from sgm_engine.programs.arguments import Program, at_least
 from sgm_engine.training import multisample, objectives
 from sgm_engine.training.toy import TRIPLE, ScoreMLP, gap
 
@@ -163,15 +163,20 @@ def image_targets(images: np.ndarray, sigmas: Sequence[float], n: int = 256, siz
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m sgm_engine.training.compare", description=__doc__.splitlines()[0])
+    parser = Program("sgm_engine.training.compare", __doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("multi-sample"), help="folder of table.md and plot.png")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=at_least(1), default=STEPS, help="of each network")
     parser.add_argument("--data", type=Path, help="images: print how noisy their targets are, and train nothing")
     args = parser.parse_args(argv)
     if args.data is not None:
-        print("\n".join(image_targets(load_images(args.data)[:10_000], geometric(5, 0.01, 10))))
+        with parser.reading():
+            images = load_images(args.data)[:10_000]
+        print("\n".join(image_targets(images, geometric(5, 0.01, 10))))
         return
-    args.out.mkdir(parents=True, exist_ok=True)
+    with parser.reading():
+        import matplotlib  # noqa: F401 - of the picture: missed now rather than at the end
+
+        args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the networks are too small to share out
     key, gaps = Key(99, torch.arange(40_000)), {}
     for name, make in methods(args.steps).items():

@@ -9,7 +9,6 @@ noise, and the same first weights where shapes agree: functions of (k, sample).
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from sgm_engine.evaluation.frechet import frechet, frechet_difference
 from sgm_engine.files.writing import write_file
 from sgm_engine.keys import Key
 from sgm_engine.outputs.images import grid, save_png
+from sgm_engine.programs.arguments import Program, at_least
 from sgm_engine.training.compare import image_targets
 from sgm_engine.training.config import TrainConfig
 from sgm_engine.training.run import log, prepare
@@ -113,29 +113,26 @@ def compare(models: dict[tuple[str, int], nn.Module], extractor: Extractor, test
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sgm_engine.training.compare_images", description=__doc__.split("\n")[0]
-    )
+    parser = Program("sgm_engine.training.compare_images", __doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST's IDX files")
     parser.add_argument("--out", type=Path, default=Path("digits"), help="folder of runs, table.md and digits.png")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each method (default: 1)")
-    parser.add_argument("--steps", type=int, help="of each run (default: the config's)")
-    parser.add_argument("--methods", default=",".join(METHODS), help="default: %(default)s")
-    parser.add_argument("--n", type=int, default=N, help="samples of each (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least(1), default=1, help="runs of each method")
+    parser.add_argument("--steps", type=at_least(1), help="of each run (default: the config's)")
+    parser.add_argument("--methods", default=",".join(METHODS), metavar="A,B", help="of these")
+    parser.add_argument("--n", type=at_least(2), default=N, help="samples of each")
     args = parser.parse_args(argv)
     named = args.methods.split(",")
     if unknown := [m for m in named if m not in METHODS]:
         parser.error(f"argument --methods: must be of {', '.join(METHODS)}, got {unknown[0]!r}")
-    if args.seeds < 1 or args.n < 2:
-        parser.error(f"--seeds must be at least 1 and --n at least 2, got {args.seeds} and {args.n}")
-    args.out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     changes = {} if args.steps is None else {"steps": args.steps}
     runs = [(method, seed) for seed in range(args.seeds) for method in METHODS if method in named]
-    train, test = (load_images(args.data, split, size=SIZE) for split in ("train", "test"))
-    labelled = from_array(train, "the training digits", open_images(f"{args.data}:train").labels)
+    with parser.reading():
+        train, test = (load_images(args.data, split, size=SIZE) for split in ("train", "test"))
+        labelled = from_array(train, "the training digits", open_images(f"{args.data}:train").labels)
+        args.out.mkdir(parents=True, exist_ok=True)
     extractor = open_extractor(f"classifier:{args.out / 'classifier.safetensors'}", labelled, log.info)
     models = {run: trained(*run, args.data, args.out, changes) for run in runs}
     few = train[:10_000]

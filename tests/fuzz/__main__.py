@@ -12,11 +12,13 @@ not what the file says.
 
 from __future__ import annotations
 
-import argparse
+import math
 import selectors
 import subprocess
 import sys
 import time
+
+from sgm_engine.programs.arguments import Program, at_least, number
 
 PARTS = ("readers", "command", "native")
 PATIENCE = 10.0  # seconds for a case
@@ -61,13 +63,16 @@ def fuzz(part: str, seed: int, first: int, cases: int, stop: float, limit: float
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
-    p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--first", type=int, default=0, help="number of the first case")
-    p.add_argument("--cases", type=int, default=2000, help="of each part")
-    p.add_argument("--seconds", type=float, default=float("inf"), help="in all; what is not done by then is left out")
+    p = Program("tests.fuzz", __doc__.splitlines()[0])
+    p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    p.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="another one, other cases")
+    p.add_argument("--first", type=at_least(0), default=0, metavar="N", help="number of the first case")
+    p.add_argument("--cases", type=at_least(1), default=2000, metavar="N", help="of each part")
+    p.add_argument("--seconds", type=number, default=math.inf, metavar="X",
+        help="in all; what is not done by then is left out")  # fmt: skip
     args = p.parse_args()
+    if unknown := [part for part in args.parts if part not in PARTS]:
+        p.error(f"argument PART: must be of {', '.join(PARTS)}, got {unknown[0]!r}")
     parts = args.parts or PARTS
     start, found = time.monotonic(), []
     for i, part in enumerate(parts):

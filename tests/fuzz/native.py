@@ -7,7 +7,6 @@ the ops with wrong arguments (ops.py). Building comes on top. 0: all silent; 1: 
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from sgm_engine.programs.arguments import Program, at_least, number
 from tests.driver import Driver, run
 from tests.sanitize import ENVIRONMENT, SANITIZERS
 
@@ -84,9 +84,9 @@ def fuzz(seed: int, seconds: float, folder: Path, say=print) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=40, help="of running (default 40)")
-    parser.add_argument("--seed", type=int, default=0, help="another one, other input (default 0)")
+    parser = Program("tests.fuzz.native", __doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=number, default=40, metavar="X", help="of running")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="another one, other input")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sgm-fuzz-") as folder:
         try:

@@ -6,7 +6,6 @@ Each is refused with one line, by an error of a kind that says whose fault it is
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import random
 import sys
@@ -14,6 +13,8 @@ import time
 
 import torch
 from torch import Tensor
+
+from sgm_engine.programs.arguments import Program, at_least, positive
 
 REFUSALS = (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError)
 INTEGERS = (-1, 0, 1, 2, 3, 5, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**56 - 1, 2**56, 2**63 - 1, -(2**63))
@@ -204,10 +205,10 @@ def agree(name: str, arguments: dict, before: dict, found) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--module", help="the path of another build of sgm_engine._C")
+    parser = Program("tests.fuzz.ops", __doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=positive, default=10, metavar="X", help="of running")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="another one, other calls")
+    parser.add_argument("--module", metavar="PATH", help="the path of another build of sgm_engine._C")
     arguments = parser.parse_args()
     if arguments.module:
         use(arguments.module)

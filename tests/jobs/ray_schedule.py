@@ -3,7 +3,6 @@
 For each seed: the bytes are those of one process, within --bound seconds. Actors draw next to nothing (painters.py).
 """
 
-import argparse
 import json
 import os
 import random
@@ -16,6 +15,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
+from sgm_engine.programs.arguments import Program, at_least, positive
 from tests.faults import contents
 from tests.jobs import painters
 from tests.jobs.painters import plain_job, ray_plain_job
@@ -89,14 +89,14 @@ def run(cluster, nodes, out, seed, n, shard_size, counts, bound):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--n", type=int, default=20_000)
-    p.add_argument("--shard-size", type=int, default=100)
-    p.add_argument("--kill", type=int, default=6)
-    p.add_argument("--freeze", type=int, default=4)
-    p.add_argument("--lose", type=int, default=3)
-    p.add_argument("--bound", type=float, default=300.0, help="seconds a seed")
+    p = Program("tests.jobs.ray_schedule", __doc__)
+    p.add_argument("--seeds", type=at_least(1), default=3, metavar="N", help="schedules")
+    p.add_argument("--n", type=at_least(1), default=20_000, metavar="N", help="samples of a job")
+    p.add_argument("--shard-size", type=at_least(1), default=100, metavar="N", help="sample ids in a shard")
+    p.add_argument("--kill", type=at_least(0), default=6, metavar="N", help="actors killed in a schedule")
+    p.add_argument("--freeze", type=at_least(0), default=4, metavar="N", help="actors frozen")
+    p.add_argument("--lose", type=at_least(0), default=3, metavar="N", help="nodes lost")
+    p.add_argument("--bound", type=positive, default=300.0, metavar="SECONDS", help="of a seed, at most")
     args = p.parse_args()
     ray.cloudpickle.register_pickle_by_value(painters)
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20}

@@ -32,6 +32,9 @@ QUICK = {
 
 
 def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__)
+        return 0
     runs = QUICK if "--quick" in arguments else ALL
     arguments = [argument for argument in arguments if argument != "--quick"]
     if NVCC is None:

@@ -6,7 +6,6 @@ server that has done its imports.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import multiprocessing
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sgm_engine.programs.arguments import Program, at_least
 from tests.training.runs import IMAGES, TINY
 
 STEPS, HORIZON = 60, 4.0  # seconds: the latest moment of a kill
@@ -89,8 +89,8 @@ def kills(folder: Path, temporary: Path, count: int = 20, seed: int = 0) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=20, metavar="N")
+    parser = Program("tests.training.kills", __doc__.split("\n")[0])
+    parser.add_argument("--count", type=at_least(1), default=20, metavar="N", help="kills")
     count, memory = parser.parse_args().count, "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory() as run, tempfile.TemporaryDirectory(dir=memory) as temporary:
         print(json.dumps(kills(Path(run), Path(temporary), count)))
