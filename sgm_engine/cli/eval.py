@@ -37,7 +37,8 @@ def register(commands) -> None:
     add("samples", nargs="*", metavar="SAMPLES", help="files of one set; none: draw them, as given below")
     add("--reference", required=True, metavar="IMAGES", help="what samples should look like")
     add("--training", metavar="IMAGES", help="what the model was trained on: gives the floor and finds copies")
-    add("--against", nargs="+", default=[], metavar="SAMPLES", help="another set: is its Fréchet distance the same?")
+    add("--against", nargs="+", action="extend", default=[], metavar="SAMPLES",
+        help="another set: is its Fréchet distance the same?")  # fmt: skip
     add("--features", default="pixels", metavar="KIND:FILE",
         help="digits (a classifier of MNIST, bundled), classifier:FILE (trained on --training if FILE is new), "
         "torchscript:FILE, export:FILE (.pt2), inception:FILE, or pixels (default)")  # fmt: skip

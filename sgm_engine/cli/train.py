@@ -42,7 +42,7 @@ def register(commands) -> None:
         help="--set reference_batch=N, further images a step that stable_target weighs")  # fmt: skip
     add("--data", metavar="PATH", help="MNIST's IDX files, CIFAR-10's .bin files, a .npy, or a folder of pictures")
     add("--out", metavar="FOLDER", help="the run; resumed if it has checkpoints; or s3://BUCKET/NAME (gs://, az://)")
-    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes to the config")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="changes to the config")
     add("--init", metavar="PATH", help="start from these weights, of the same network")
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="Lightning's (default: auto)")
     add("--tensorboard", action="store_true", help="write TensorBoard logs too")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from sgm_engine.checkpoints.checkpoint import load_checkpoint
+from sgm_engine.cli.main import parser
 from sgm_engine.engine.engine import Engine
 from sgm_engine.jobs.job import generate
 
@@ -30,6 +31,12 @@ def test_near_words(sgm, words, near):
     done = sgm(*words)
     assert done.returncode == 2 and (near or "unrecognized arguments: --zzzzzz (see") in done.stderr
     assert near or "did you mean" not in done.stderr
+
+
+@pytest.mark.parametrize("option, words", [("--set", "train"), ("--against", "eval x.npz --reference y.npz")])
+def test_an_option_said_twice_says_both(option, words):
+    args = parser().parse_args([*words.split(), option, "a=1", option, "b=2", "c=3"])
+    assert vars(args)[option[2:]] == ["a=1", "b=2", "c=3"]
 
 
 def test_completion_is_a_script_of_the_shell():
