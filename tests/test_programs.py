@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,19 @@ def test_numbers_are_checked_as_they_are_read():
         with pytest.raises(SystemExit) as end:
             parser.parse_args(words)
         assert end.value.code == 2
+
+
+COMMAND = re.compile(r"(?:`|^ *)python3? -m ((?:bench|tests|sgm_engine)\.[\w.]+)([^`\n]*)", re.M)
+PRINTED = sorted(
+    {
+        (module, words.partition("#")[0].strip())
+        for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+        for module, words in COMMAND.findall(page.read_text("utf-8"))
+        if module in MODULES and words.strip()
+    }
+)
+
+
+@pytest.mark.parametrize("module, words", PRINTED, ids=[" ".join(printed) for printed in PRINTED])
+def test_what_the_pages_print_is_understood(module, words, parser_of):
+    parser_of(module).parse_args([word for word in words.split() if word not in ("…", "...")])
