@@ -116,7 +116,7 @@ def plan_line(plan) -> str:
     """What was sampled with: name, options, evaluations, noise."""
     from sgm_engine.plans.report import plan_words
 
-    return f"plan: {shown(plan_words(plan))}, {plan.nfe} evaluations, σ {plan.sigma[0]:.4g} → {plan.sigma[-1]:.2g}"
+    return f"plan: {shown(plan_words(plan, 6))}, {plan.nfe} evaluations, σ {plan.sigma[0]:.4g} → {plan.sigma[-1]:.2g}"
 
 
 def some(things: list) -> str:

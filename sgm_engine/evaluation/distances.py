@@ -84,7 +84,11 @@ def mmd(
     weights = np.zeros((2, n + m, replicates), np.float32)
     for column in range(replicates):
         weights[0, :n, column], weights[1, n:, column] = _resample(rng, n), _resample(rng, m)
-    return shifted_estimate(value, _statistics(gram, *weights), p=p)._replace(corrected=None)
+    found = _statistics(gram, *weights)
+    found = found[np.isfinite(found)]  # one vector drawn n times has no pairs
+    if len(found) < 2:
+        return Estimate(value, np.nan, np.nan, p)
+    return shifted_estimate(value, found, p=p)._replace(corrected=None)
 
 
 def _statistics(gram: np.ndarray, x_weights: np.ndarray, y_weights: np.ndarray) -> np.ndarray:
@@ -92,7 +96,7 @@ def _statistics(gram: np.ndarray, x_weights: np.ndarray, y_weights: np.ndarray) 
 
     def mean(a: np.ndarray, b: np.ndarray, product: np.ndarray) -> np.ndarray:
         pairs = a.sum(0, np.float64) * b.sum(0, np.float64) - (a * b).sum(0, np.float64)
-        return (a * product).sum(0, np.float64) / pairs
+        return np.divide((a * product).sum(0, np.float64), pairs, out=np.full_like(pairs, np.nan), where=pairs > 0)
 
     with_x, with_y = gram @ x_weights, gram @ y_weights
     return (

@@ -186,9 +186,11 @@ def describe(plan: Plan, sigmas: Sigmas | None = None) -> str:
     return "\n".join(lines)
 
 
-def plan_words(plan: Plan) -> str:
-    """name(options), without the sigmas that it was made from."""
-    return f"{plan.name}({', '.join(f'{k}={v}' for k, v in plan.metadata.items() if k != 'path')})"
+def plan_words(plan: Plan, digits: int = 17) -> str:
+    """name(options), without the sigmas that it was made from. digits: of a number, at most."""
+    options = {k: v for k, v in plan.metadata.items() if k != "path"}
+    options |= {k: f"{v:.{digits}g}" for k, v in options.items() if isinstance(v, float) and digits < 17}
+    return f"{plan.name}({', '.join(f'{k}={v}' for k, v in options.items())})"
 
 
 def start_words(plan: Plan) -> str:

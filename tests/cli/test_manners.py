@@ -73,6 +73,8 @@ def test_the_plan_line_has_evaluations_levels_and_schedule(sgm, tiny_weights):
     for out in ("x.npz", "run/"):
         done = sgm(*draw, "--sampler", "heun", "--schedule", "linear", "--out", out)
         assert "schedule=linear), 5 evaluations, σ 1 → 0.1\n" in done.stdout, done.stdout + done.stderr
+    done = sgm(*draw, "--sampler", "sa_solver", "--tau", 1.2345678901, "--out", "x.npz")
+    assert "plan: sa_solver(tau=1.23457, schedule=karras), 5" in done.stdout
 
 
 def test_a_sample_of_a_programs_job(sgm, tmp_path, tiny_weights):

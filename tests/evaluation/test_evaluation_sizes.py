@@ -99,7 +99,8 @@ def test_without_a_total_it_is_refused_before_it_is_allocated(monkeypatch):
         found.update(vectors(1, 0))
 
 
-@pytest.mark.parametrize("n", [2, 3, 5, 8])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
 def test_small_sets_lose_only_what_cannot_be_had(n):
     mine, theirs = (summarise([images(n, 8, seed)], pixels()) for seed in (0, 1))
     report = evaluate(mine, theirs, replicates=20)
@@ -107,6 +108,8 @@ def test_small_sets_lose_only_what_cannot_be_had(n):
     assert {"Fréchet distance", "sliced W1", "mmd"} <= set(found)
     assert ("precision" in found) == (n > 5) == ("precision cannot be had" not in report.notes)
     assert np.isnan(found["Fréchet distance"].low) == (n == 2)
+    assert not np.isinf([(row.low, row.high) for row in report.rows]).any()
+    assert n == 2 or found["mmd"].low < found["mmd"].high
     assert "none" in report.table() if n == 2 else "Fréchet" in report.table()
     assert json.loads(report.to_json())["rows"][0]["low"] is None or n > 2
     with pytest.raises(ValueError, match="k must be at least 1 and below both sizes") if n <= 5 else _nothing():
