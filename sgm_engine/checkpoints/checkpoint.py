@@ -226,7 +226,8 @@ def _infer(state: State, hints: dict[str, object]) -> ModelConfig:
     if "sigmas" in shapes:
         fields["sigmas"] = _same_sigmas(read_tensor(state, "sigmas").flatten(), hints.get("sigmas"))
     elif "sigmas" not in fields and published is None:
-        raise CheckpointError("does not hold its noise levels: pass config= (its config.yml) or sigmas=")
+        how = "pass config= (its config.yml) or sigmas= (on the command line --config, --sigmas)"
+        raise CheckpointError(f"does not hold its noise levels: {how}")
     elif "sigmas" not in fields:
         fields["sigmas"] = levels_between(published.sigma_begin, SIGMA_END, levels)
         warnings.warn(
@@ -238,7 +239,8 @@ def _infer(state: State, hints: dict[str, object]) -> ModelConfig:
         raise CheckpointError(f"has {levels} noise levels, but {len(fields['sigmas'])} sigmas were given")
     if "image_size" not in fields:
         if published is None:
-            raise CheckpointError("does not hold its image size: pass config= (its config.yml) or image_size=")
+            how = "pass config= (its config.yml) or image_size= (on the command line --config, --image-size)"
+            raise CheckpointError(f"does not hold its image size: {how}")
         fields["image_size"] = published.image_size
     if fields["plan"] is None and published and math.isclose(fields["sigmas"][0], published.sigma_begin, rel_tol=1e-4):
         fields["plan"] = published.plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sgm_engine.cli.arguments import at_least, number
+from sgm_engine.cli.arguments import at_least, levels, number
 from sgm_engine.cli.console import DONE, bad_input
 from sgm_engine.cli.model import said
 
@@ -24,6 +24,8 @@ def register(commands) -> None:
     p.add_argument(
         "--image-size", type=at_least(1), metavar="N", help="in pixels, where neither file nor config says it"
     )
+    p.add_argument("--sigmas", type=levels, metavar="A,B,…",
+        help="noise levels, descending, where neither file nor config says them")  # fmt: skip
     p.add_argument("--data-range", type=number, nargs=2, metavar=("LOW", "HIGH"),
         help="of the data that it was trained on, where the file does not say it: -1 1")  # fmt: skip
     p.add_argument("--sha256", metavar="HEX", help="digest that OLD.pth must have: finds any damage")
@@ -44,7 +46,7 @@ def convert(args: argparse.Namespace) -> int:
         if Path(args.target).suffix:
             check_writable(Path(args.target))
         options = {"config": args.config, "image_size": args.image_size, "ema": args.ema, "sha256": args.sha256}
-        options["data_range"] = args.data_range
+        options |= {"data_range": args.data_range, "sigmas": args.sigmas}
         model = load_checkpoint(args.source, **options)
         save_as(model, args.target)
     print(f"written: {args.target} ({said(model)})")

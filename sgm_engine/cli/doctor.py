@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import sgm_engine
-from sgm_engine.cli.arguments import BadInput, at_least
+from sgm_engine.cli.arguments import BadInput, at_least, levels
 from sgm_engine.cli.console import DONE, bad_input, shown
 from sgm_engine.cli.model import described, said
 from sgm_engine.whereabouts import NOT_BUILT
@@ -28,6 +28,7 @@ def register(commands) -> None:
     p.add_argument("checkpoint", nargs="?", metavar="FILE", help="a checkpoint of any family: what was recognised")
     p.add_argument("--config", metavar="PATH", help="what came with it")
     p.add_argument("--image-size", type=at_least(1), metavar="N", help="in pixels, where neither says it")
+    p.add_argument("--sigmas", type=levels, metavar="A,B,…", help="noise levels, descending, where neither says them")
     p.add_argument(
         "--ema", action=argparse.BooleanOptionalAction, help="averaged weights (default: where there are any)"
     )
@@ -36,14 +37,14 @@ def register(commands) -> None:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    for name in ("config", "image_size", "ema"):
+    for name in ("config", "image_size", "sigmas", "ema"):
         if args.checkpoint is None and getattr(args, name) is not None:
             raise BadInput(f"argument --{name.replace('_', '-')}: goes with FILE, a checkpoint")
     if args.checkpoint is not None:
         with bad_input():
             from sgm_engine.checkpoints.checkpoint import load_checkpoint
 
-            options = {"image_size": args.image_size, "ema": args.ema}
+            options = {"image_size": args.image_size, "sigmas": args.sigmas, "ema": args.ema}
             model = load_checkpoint(args.checkpoint, args.config, **options)
             line = said(model)
             text = f"{args.checkpoint}: {line}\n{described(model)}"

@@ -65,6 +65,11 @@ def test_levels_by_hand(sgm, tmp_path, tiny_weights):
     assert "equal to sample 2" in sgm("resample", "run", "--id", 2, "--out", "two.npz").stdout
     model = load_checkpoint(tmp_path / "old.pth", sigmas=[1, 0.3, 0.1], image_size=8)
     assert len(model.sigmas) == 3
+    done = sgm("convert", "old.pth", "new.safetensors", *words[2:6])
+    assert done.returncode == 0 and "3 levels" in sgm("doctor", "old.pth", *words[2:6]).stdout, done.stderr
+    assert load_checkpoint(tmp_path / "new.safetensors").sigmas.equal(model.sigmas)
+    for command in (("doctor", "old.pth"), ("convert", "old.pth", "other.safetensors")):
+        assert "on the command line --config, --sigmas" in sgm(*command, "--image-size", 8).stderr
     assert "must be numbers separated by commas" in sgm(*draw, "--sigmas", "1;2").stderr
 
 
