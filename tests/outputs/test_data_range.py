@@ -199,8 +199,9 @@ def test_the_command(sgm, tmp_path, tiny_weights):
     assert sgm("convert", tiny_weights, "new.safetensors", "--data-range", -2, 3).returncode == 0
     assert load_checkpoint(tmp_path / "new.safetensors").data_range == (-2, 3)
     figures = []
-    for measured in (["x.npz"], ["x.safetensors"], ["--checkpoint", tiny_weights, "--batch", 4, "--data-range", -2, 3]):
-        done = sgm("eval", *measured, "--n", 5, "--reference", "x.npz", "--metrics", "sliced", "--json", "report.json")
+    own = ["--n", 5, "--checkpoint", tiny_weights, "--batch", 4, "--data-range", -2, 3]
+    for measured in (["x.npz"], ["x.safetensors"], own):
+        done = sgm("eval", *measured, "--reference", "x.npz", "--metrics", "sliced", "--json", "report.json")
         assert done.returncode == 0, done.stderr
         figures.append(json.loads((tmp_path / "report.json").read_text())["rows"][0]["value"])
     assert figures == [0, 0, 0]
