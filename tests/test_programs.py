@@ -47,7 +47,7 @@ def parser_of(monkeypatch):
 
 
 def test_there_are_programs():
-    assert len(PACKAGED) == 5 and len(MODULES) > 15
+    assert len(PACKAGED) == 6 and len(MODULES) > 15
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m not in ("bench.table", "bench.gpu.counts")])
@@ -78,6 +78,9 @@ def test_help_names_the_program_and_each_default(module, parser_of):
         (["cdm.baseline", "--ddm", "absent", "--data", "."], "absent: cannot be read"),
         (["cdm.baseline", "--ddm", "absent", "--data", ".", "--n", "2"], "argument --n: a Fréchet distance's interval"),
         (["cdm.baseline", "--dd", "absent"], "required: --ddm"),
+        (["cdm.guided", "--checkpoint", "mnist", "--data", "."], "mnist.safetensors knows no labels"),
+        (["cdm.guided", "--checkpoint", "mnist", "--data", ".", "--guidance", "0,x"], "--guidance: must be a number"),
+        (["cdm.guided", "--checkpoint", "mnist", "--data", ".", "--out", "no/x.png"], "there is no folder no"),
     ],
 )
 def test_one_line(words, says, tmp_path, monkeypatch, capsys):

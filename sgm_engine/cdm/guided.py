@@ -9,7 +9,6 @@ picture has a row of every digit for each weight. Weight 0 leaves the label out,
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,9 @@ from sgm_engine.engine.engine import Engine
 from sgm_engine.evaluation.evaluate import summarise
 from sgm_engine.evaluation.features import Extractor, open_extractor
 from sgm_engine.evaluation.frechet import frechet
+from sgm_engine.files.writing import check_writable
 from sgm_engine.outputs.images import grid, save_png, to_uint8
+from sgm_engine.programs.arguments import Program, at_least, number
 
 
 def drawn(model, n: int, guidance: float, plan=None) -> np.ndarray:
@@ -42,21 +43,29 @@ def followed(images: np.ndarray, extractor: Extractor) -> np.ndarray:
     return extractor(pixels).logits.argmax(1).reshape(labels, n) == np.arange(labels)[:, None]
 
 
+def weights(text: str) -> list[float]:
+    return [number(part) for part in text.split(",")]
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m sgm_engine.cdm.guided", description=__doc__.splitlines()[0])
+    parser = Program("sgm_engine.cdm.guided", __doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="weights of a network with labels")
     parser.add_argument("--data", type=Path, required=True, help="MNIST's IDX files")
-    parser.add_argument("--n", type=int, default=50, help="samples of each label (default: %(default)s)")
-    parser.add_argument("--guidance", default="0,1,2", metavar="W,…", help="weights (default: %(default)s)")
+    parser.add_argument("--n", type=at_least(2), default=50, help="samples of each label")
+    parser.add_argument("--guidance", type=weights, default="0,1,2", metavar="W,…", help="weights")
     parser.add_argument("--out", type=Path, help="a picture of the first sample of each label")
     args = parser.parse_args(argv)
-    model = load_checkpoint(args.checkpoint)
-    if not getattr(model, "labels", 0):
-        parser.error(f"--checkpoint: {args.checkpoint} knows no labels")
+    with parser.reading():
+        if args.out is not None:
+            check_writable(args.out)
+        model = load_checkpoint(args.checkpoint)
+        if not getattr(model, "labels", 0):
+            raise ValueError(f"argument --checkpoint: {args.checkpoint} knows no labels")
+        digits = open_images(f"{args.data}:test")
     extractor = open_extractor("digits", None)
-    reference, rows = summarise(open_images(f"{args.data}:test").blocks(), extractor), []
+    reference, rows = summarise(digits.blocks(), extractor), []
     print(f"{args.n} samples of each of {model.labels} labels: share that follows, Fréchet distance without its bias")
-    for guidance in map(float, args.guidance.split(",")):
+    for guidance in args.guidance:
         images = drawn(model, args.n, guidance)
         right = followed(images, extractor)
         flat = images.reshape(-1, *images.shape[2:])
