@@ -13,7 +13,7 @@ from sgm_engine.cli.model import said
 def register(commands) -> None:
     p = commands.add_parser("convert", help="a checkpoint of any family → .safetensors, or a diffusers folder")
     p.description = (
-        "Turn a checkpoint into a .safetensors that says what it is; a UNet2DModel also into a diffusers FOLDER/. "
+        "Turn a checkpoint into a .safetensors that says what it is; a UNet2DModel also into a diffusers FOLDER/.\n"
         "Nothing in the source is executed."
     )
     p.add_argument("source", metavar="OLD", help="a file, a diffusers folder, or hf:owner/name")

@@ -79,9 +79,8 @@ def register(commands) -> None:
     add("--quality", choices=QUALITIES, help="of the plans that came with the weights; good is the default there")
     add("--nfe", type=at_least(1), metavar="N", help="network evaluations a sample; alone: the best plan of at most N")
     add("--sampler", choices=SAMPLERS, metavar="NAME", help=f"few steps, with --nfe: {', '.join(SAMPLERS)}")
-    add(
-        "--schedule", choices=SCHEDULES, metavar="NAME", help=f"of its sigmas: {', '.join(SCHEDULES)} (default: karras)"
-    )
+    add("--schedule", choices=SCHEDULES, metavar="NAME",
+        help=f"of its sigmas: {', '.join(SCHEDULES)} (default: the weights' own, or karras)")  # fmt: skip
     add("--conditioning", choices=("interpolated", "nearest"),
         help="between the model's levels: its norms' rows interpolated (default), or its nearest level")  # fmt: skip
     add("--steps-per-level", type=at_least(1), metavar="N", help="network evaluations (NFE) at each noise level")
