@@ -15,6 +15,11 @@ def numbers(pattern, printed):
     return [float(value) for value in re.findall(pattern, printed)]
 
 
+def right_where_data_are(printed):
+    clean, noisy = (numbers(r" (\d+\.\d\d)(?= |$)", line.partition("emptiest")[2]) for line in printed.splitlines())
+    assert len(clean) == len(noisy) == 4 and max(noisy) < clean[0] < 0.7 * min(clean[1:])
+
+
 def steadier(printed):
     clean, noisy = numbers(r"at the end +(-?\d+)", printed)
     assert clean == noisy == 0  # sixty steps: little is learnt
@@ -43,6 +48,7 @@ def the_denoiser_misses_less(printed):
 
 
 CASES = {
+    "22_low_density": ("STEPS, BATCH = 1500, 256", "STEPS, BATCH = 400, 64", right_where_data_are),
     "25_a_little_noise": ("N, STEPS, BATCH = 256, 2500, 64", "N, STEPS, BATCH = 4, 60, 4", steadier),
     "26_along_the_levels": ("N = 6", "N = 1", of_one_size),
     "27_nearest": ("N = 6", "N = 2", no_copies),

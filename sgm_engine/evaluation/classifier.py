@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from sgm_engine.data.sets import ImageSet
 from sgm_engine.files.reading import open_safetensors, parse_json, short
 from sgm_engine.files.writing import write_file
+from sgm_engine.numerics import undisturbed
 
 FORMAT = "sgm-evaluation-classifier-1"
 FEATURES = 64
@@ -57,6 +58,7 @@ def one_thread() -> Iterator[None]:
 
 
 @one_thread()
+@undisturbed()
 def train_classifier(
     images: ImageSet, seed: int = 0, epochs: int = EPOCHS, report: Callable[[str], object] = lambda line: None
 ) -> tuple[Classifier, float]:

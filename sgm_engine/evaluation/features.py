@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sgm_engine.data.sets import ImageSet
 from sgm_engine.files.reading import read_bytes
+from sgm_engine.numerics import undisturbed
 
 log = logging.getLogger("sgm_engine.evaluation")
 
@@ -41,7 +42,7 @@ class Extractor:
     inception: bool = False
 
     def __call__(self, images: Tensor) -> Features:
-        with torch.inference_mode():
+        with undisturbed(), torch.inference_mode():
             out = self.network(images)
         vectors, *rest = out if isinstance(out, (tuple, list)) else (out,)
         if not isinstance(vectors, Tensor) or len(vectors) != len(images):

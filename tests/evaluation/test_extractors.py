@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import types
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -46,6 +47,18 @@ def test_the_classifier_trains_on_one_thread(mnist):
         assert seen == {1} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_whatever_the_caller_has_switched_on(mnist):
+    """Autocast or inference mode around: the same features and the same classifier, to the bit."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 1, 28, 28), np.uint8))
+    extractor, found = open_extractor("digits"), []
+    for switched in (nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode()):
+        with switched:
+            model, _ = train_classifier(open_images(mnist), epochs=1)
+            found.append((extractor(images).vectors, model.hidden.weight.detach().clone().numpy()))
+    for other in found[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_the_classifier_is_made_once_and_kept(mnist, tmp_path):
