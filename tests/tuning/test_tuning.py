@@ -258,8 +258,8 @@ def test_tune_writes_the_front_into_the_weights(sgm, tiny_weights, data, tmp_pat
     assert "the weights have no law of the data" in done.stderr
     model, found = load_checkpoint(tmp_path / "w.safetensors"), json.loads((tmp_path / "tuned/front.json").read_text())
     assert model.law.mean.shape == (1, 8, 8) and model.front.n == 16 and model.front.reference == "reference.npy"
-    held = {p["nfe"]: p["value"] for p in found["points"]}
-    assert {p.nfe: p.value for p in model.front.points}.items() <= {n: round(v, 3) for n, v in held.items()}.items()
+    held = {(p["nfe"], round(p["value"], 3), round(p["corrected"], 3)) for p in found["points"]}
+    assert {(p.nfe, p.value, p.corrected) for p in model.front.points} <= held
     assert sgm("sample", "--checkpoint", "w.safetensors", "--nfe", 6, "--n", 2).returncode == 0
     done = sgm("tune", "--at", "3,5", "--checkpoint", "w.safetensors", "--reference", data, *size,
                "--families", "ddim,ancestral", "--out", "more", "--write", "w.safetensors")  # fmt: skip
