@@ -50,9 +50,10 @@ class Norm(NamedTuple):
     int64 [N], the row of [L, C]. workspace: float32, norm_workspace_size(x) elements, any content. groups: divides C,
     statistics are then over a group's channels; alpha is None. pool: out is the 5×5 mean of norm(s), stride 1, padding
     counted as zeros; activation is then "none" and out neither x nor sum_out.
-    before and pool are a GPU's alone; inverse and slab Triton's. inverse: of an out in float8, which is what would else
-    be written, times inverse, rounded; not with pool. slab: x is s, and workspace holds the partials of every so many
-    of its pixels, as the convolution left them.
+    bias, residual_bias: float32 [C], added to x and to residual first, which are without those of their convolutions.
+    before, pool and biases are a GPU's alone; inverse and slab Triton's. inverse: of an out in float8, which is what
+    would else be written, times inverse, rounded; not with pool. slab: x is s, and workspace holds the partials of
+    every so many of its pixels, as the convolution left them.
     """
 
     x: Tensor
@@ -71,6 +72,8 @@ class Norm(NamedTuple):
     pool: bool = False
     inverse: float | None = None
     slab: int | None = None
+    bias: Tensor | None = None
+    residual_bias: Tensor | None = None
 
     @property
     def parameters(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -149,3 +149,12 @@ def check_norm(x, gamma, alpha, beta, level, activation, residual, groups, pool,
         if not tables:
             raise ValueError("level must be None when gamma, alpha and beta are [channels] or None")
         check_vector("level", level, x, torch.int64, batch)
+
+
+def check_biases(x: Tensor, residual: Tensor | None, bias: Tensor | None, residual_bias: Tensor | None) -> None:
+    """What a norm adds to x and to residual."""
+    if residual is None and residual_bias is not None:
+        raise ValueError("residual_bias must be None without residual, got a tensor: pass it as bias")
+    for name, t in (("bias", bias), ("residual_bias", residual_bias)):
+        if t is not None:
+            check_vector(name, t, x, torch.float32, x.shape[1])

@@ -34,7 +34,7 @@ _SIGNATURES = {
     "sgm_cuda_norm": (
         c_int,
         [
-            *[_P] * 4,
+            *[_P] * 6,
             c_int,
             c_int,
             *[_P] * 3,
@@ -108,6 +108,7 @@ def norm(n: Norm, variant: str = "auto") -> None:
     if n.x.numel() == 0:
         return
     images = (n.x.data_ptr(), _pointer(n.residual), n.out.data_ptr(), _pointer(n.sum_out))
+    images += (_pointer(n.bias), _pointer(n.residual_bias))
     form = (DTYPE[n.x.dtype], is_channels_last(n.x))
     parameters = (*map(_pointer, n.parameters), *n.row_strides, _pointer(n.level))
     how = (ACTIVATION[n.before], ACTIVATION[n.activation], n.eps)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sgm_engine.kernels import reference
 from sgm_engine.kernels.arguments import Norm, NormBackward
-from sgm_engine.kernels.checks import check_norm, check_norm_backward, dense, like
+from sgm_engine.kernels.checks import check_biases, check_norm, check_norm_backward, dense, like
 from sgm_engine.kernels.dispatch import launchers, library, register
 
 
@@ -57,23 +57,32 @@ def inference_norm(
     pool: bool = False,
     inverse: float | None = None,
     partials: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """noise_conditioned_norm without a gradient, and with what the convolutions beside it may have to do with it.
 
     inverse: y is float8, reference.quantised(y, inverse), for the next one; not with pool. partials: float32
     [N, slabs, 2, C], what the one before has left of x (triton/conv.py), used up; without residual and before, on CUDA.
+    bias, residual_bias: float32 [C], those of the convolutions that made x and residual without them. They are added
+    where the sum is made, in float32; without a sum they shift no more than means, and x is read as it is.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
+    given = (x, residual, bias, residual_bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         raise RuntimeError("a norm in float8 has no gradient: use precision='bfloat16' where one is needed")
-    y, total = _norm(x, residual, gamma, alpha, beta, level, activation, eps, groups, pool, before, inverse, partials)
+    y, total = _norm(
+        x, residual, gamma, alpha, beta, level, activation, eps, groups, pool, before, inverse, partials, bias,
+        residual_bias,
+    )  # fmt: skip
     return y if total is None else (y, total)
 
 
 def _norm(
     x, residual, gamma, alpha, beta, level, activation, eps, groups=None, pool=False, before="none", inverse=None,
-    partials=None,
+    partials=None, bias=None, residual_bias=None,
 ):  # fmt: skip
     check_norm(x, gamma, alpha, beta, level, activation, residual, groups, pool, before)
+    check_biases(x, residual, bias, residual_bias)
     tables = [p for p in (gamma, alpha, beta) if p is not None and p.dim() == 2]
     if level is not None and level.numel() and level.device.type == "cpu":
         low, high = (int(v) for v in level.aminmax())
@@ -82,7 +91,8 @@ def _norm(
     x = dense(x)
     residual = None if residual is None else like(x, residual)
     if x.device.type == "cpu" and partials is None:
-        y, total = _norm_on_cpu(x, residual, (gamma, alpha, beta, level, activation), eps, groups, pool, before)
+        parameters, biases = (gamma, alpha, beta, level, activation), (bias, residual_bias)
+        y, total = _norm_on_cpu(x, residual, parameters, eps, groups, pool, before, biases)
         return y if inverse is None else reference.quantised(y, inverse), total
     launch = launchers(x.device.type)
     out = torch.empty_like(x, dtype=x.dtype if inverse is None else torch.float8_e4m3fn)
@@ -91,22 +101,24 @@ def _norm(
     if partials is None:
         partials = torch.empty(launch.norm_workspace_size(x), dtype=torch.float32, device=x.device)
     parameters = (gamma, alpha, beta, level, activation, residual, eps)
-    launch.norm(Norm(x, *parameters, out, total, partials, groups, before, pool, inverse, slab))
+    options = (groups, before, pool, inverse, slab, bias, residual_bias)
+    launch.norm(Norm(x, *parameters, out, total, partials, *options))
     return out, total
 
 
-def _norm_on_cpu(x, residual, parameters, eps, groups, pool, before):
-    """C++ makes the sum and the norm; what stands before and after them is PyTorch's."""
+def _norm_on_cpu(x, residual, parameters, eps, groups, pool, before, biases):
+    """C++ makes the sum and the norm; what stands before and after them is PyTorch's, and so are biases."""
     launch = launchers("cpu")
-    if before != "none":
-        x = reference.ACTIVATIONS[before](x if residual is None else x + residual)
-        residual = None
+    returned = residual is not None or before != "none"
+    if before != "none" or biases != (None, None):
+        x, residual = reference.summed(x.float(), residual, *biases).to(x.dtype), None
+        x = reference.ACTIVATIONS[before](x)
     out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
     workspace = torch.empty(launch.norm_workspace_size(x), dtype=torch.float32)
     launch.norm(Norm(x, *parameters, residual, eps, out, total, workspace, groups))
     if pool:
         out = F.avg_pool2d(out, 5, stride=1, padding=2)
-    return out, total if before == "none" else x
+    return out, x if returned and total is None else total
 
 
 def _fake_norm(x, residual, gamma, alpha, beta, level, activation, eps, groups=None, pool=False, before="none"):

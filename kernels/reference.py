@@ -24,6 +24,8 @@ def noise_conditioned_norm(
     groups: int | None = None,
     before: str = "none",
     pool: bool = False,
+    bias: Tensor | None = None,
+    residual_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """act(γ·(x̂ + α·ms) + β), InstanceNorm++ with the noise level's own γ, α, β (NCSN, arXiv 1907.05600, appendix A).
 
@@ -32,10 +34,9 @@ def noise_conditioned_norm(
     before: the norm is of before(x + residual), which is then returned beside y. pool: y is its 5×5 mean, stride 1,
     padding counted as zeros (chained residual pooling, arXiv 1611.06612).
     groups: x̂ is over the pixels of all channels of a group (GroupNorm, arXiv 1803.08494); it divides C, alpha is None.
+    bias, residual_bias: [C], added to x and to residual before all else.
     """
-    if residual is not None:
-        x = x + residual
-    x = ACTIVATIONS[before](x)
+    x = ACTIVATIONS[before](summed(x, residual, bias, residual_bias))
     gamma, alpha, beta = (_per_sample(p, level) for p in (gamma, alpha, beta))
     n, c, h, w = x.shape
     part = x if groups is None else x.reshape(n, groups, c // groups * h, w)
@@ -55,6 +56,14 @@ def noise_conditioned_norm(
     if pool:
         y = F.avg_pool2d(y, 5, stride=1, padding=2)
     return y if residual is None and before == "none" else (y, x)
+
+
+def summed(x: Tensor, residual: Tensor | None, bias: Tensor | None, residual_bias: Tensor | None) -> Tensor:
+    """x + residual + bias + residual_bias, of images and vectors [C], those that there are."""
+    x = x if residual is None else x + residual
+    for vector in (bias, residual_bias):
+        x = x if vector is None else x + vector[:, None, None]
+    return x
 
 
 def _per_sample(p: Tensor | None, level: Tensor | None) -> Tensor | None:

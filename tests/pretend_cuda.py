@@ -162,11 +162,11 @@ def stand_in_for_kernels():
         setattr(module, name, recorded(stand_in))
 
     def norm(n):  # what was left for a slab is not read: the statistics are those of x
-        x = n.x
+        x, bias = n.x, n.bias
         if n.sum_out is not None:  # rounded at each step, as the kernels do
-            x = x if n.residual is None else (x.float() + n.residual.float()).to(x.dtype)
-            x = n.sum_out.copy_(reference.ACTIVATIONS[n.before](x.float()))
-        given = (*n.parameters, n.level, n.activation, None, n.eps, n.groups, "none", n.pool)
+            x = reference.summed(x.float(), n.residual, bias, n.residual_bias).to(x.dtype)
+            x, bias = n.sum_out.copy_(reference.ACTIVATIONS[n.before](x.float())), None
+        given = (*n.parameters, n.level, n.activation, None, n.eps, n.groups, "none", n.pool, bias)
         y = reference.noise_conditioned_norm(x.float(), *given)
         n.out.copy_(y if n.inverse is None else reference.quantised(y.to(n.x.dtype), n.inverse))
 

@@ -102,8 +102,8 @@ def of_step(ngf: int = counts.NGF, side: int = counts.SIDE, batches: tuple[int, 
         ops = pool.apply(_counted, (ngf, side))
     for op in ops:
         if op.kind == "norm":
-            residual, before, pool, activation = op.form
-            options = {"residual": residual, "before": before, "pool": pool, "activation": activation}
+            names = ("residual", "before", "pool", "activation", "bias", "residual_bias")
+            options = dict(zip(names, op.form, strict=True))
             for i, launch in enumerate(of_norm(op.shape, options)):
                 yield f"norm {op.shape} {options}, kernel {i}", launch
     for batch in batches:
@@ -131,7 +131,8 @@ def of_norm(
     workspace = torch.empty(triton_norm.norm_workspace_size(x), device="meta")
     given = (x, gamma, None if groups else alpha, beta, level, options.get("activation", "none"), residual, 1e-5)
     out = torch.empty_like(x)
-    how = {"groups": groups, "before": before, "pool": options.get("pool", False), "slab": slab}
+    biases = {name: gamma.new_empty(shape[0]) for name in ("bias", "residual_bias") if options.get(name)}
+    how = biases | {"groups": groups, "before": before, "pool": options.get("pool", False), "slab": slab}
     return triton_norm.describe(Norm(*given, out, total, workspace, **how))
 
 

@@ -1,7 +1,8 @@
 """What a step asks of a GPU, counted on the rewritten network, without one: ``python -m bench.gpu.counts``.
 
 Convolutions, norms, kernels, operations and bytes of NCSN on CIFAR-10, with empty tables: convolutions are cuDNN's, a
-bias is a kernel of PyTorch's own after each, norms are Triton's. Not counted: what cuDNN launches beside its products.
+bias that no norm adds is a kernel of PyTorch's own, norms are Triton's. Not counted: what cuDNN launches beside its
+products.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ HALF, FULL = 2, 4  # bytes of bfloat16 and of float32
 class Op:
     """Kernels of one kind. shape: (C, H, W) of what comes out · read, written: bytes of an image · weights: bytes.
 
-    form: of a convolution (channels in, kernel, stride, dilation); of a norm (residual, before, pool, activation).
+    form: of a convolution (channels in, kernel, stride, dilation); of a norm (residual, before, pool, activation, bias,
+    residual_bias).
     """
 
     kind: str
@@ -79,19 +81,26 @@ def floor(ops: tuple[Op, ...]) -> int:
 def _of(node: fx.Node, modules: dict[str, nn.Module], values: dict[fx.Node, object]) -> Iterator[Op]:
     if node.op not in ("call_module", "call_function") or node.target is operator.getitem:
         return
+    from sgm_engine.rewriting.biases import BiasFree, BiasOf
     from sgm_engine.rewriting.norms import upsampled
     from sgm_engine.rewriting.recognise import FusedNorm
     from sgm_engine.rewriting.rewrite import PooledConv
 
-    module, value = modules.get(node.target), values[node]
+    module = modules.get(node.target)
+    if isinstance(module, BiasOf):
+        return
+    value = values[node]
     shape = tuple((value[0] if isinstance(value, tuple) else value).shape[1:])
     source = next(arg for arg in node.args if isinstance(arg, fx.Node))
     into = tuple(values[source].shape[1:])
     size, small = math.prod(shape), math.prod(into)
     if isinstance(module, FusedNorm):
         yield _norm(size, shape, node.kwargs)
-    elif isinstance(module, (nn.Conv2d, PooledConv)):
-        yield from _convolution(module, into, shape)
+    elif isinstance(module, PooledConv):
+        yield from _convolution(module._conv[0], module.kernel, 2, module.biased, into, shape)
+    elif isinstance(module, (nn.Conv2d, BiasFree)):
+        conv = module if isinstance(module, nn.Conv2d) else module.conv
+        yield from _convolution(conv, conv.weight, 1, conv is module, into, shape)
     elif node.target is upsampled:
         yield Op("upsampling", shape, 1, HALF * small, HALF * size)
     elif node.target is F.avg_pool2d:
@@ -102,16 +111,16 @@ def _of(node: fx.Node, modules: dict[str, nn.Module], values: dict[fx.Node, obje
         yield Op("scaling", shape, 1, FULL * size, FULL * size)
 
 
-def _convolution(module: nn.Module, into: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Op]:
-    pooled = not isinstance(module, nn.Conv2d)
-    conv, weight = (module._conv[0], module.kernel) if pooled else (module, module.weight)
+def _convolution(
+    conv: nn.Conv2d, weight: torch.Tensor, stride: int, biased: bool, into: tuple[int, ...], shape: tuple[int, ...]
+) -> Iterator[Op]:
     size, small, kernel = math.prod(shape), math.prod(into), weight.shape[-1]
     if into[0] == 3:  # the state, which autocast makes 16 bits
         yield Op("cast", into, 1, FULL * small, HALF * small)
-    form = (into[0], kernel, 1 + pooled, conv.dilation[0])
+    form = (into[0], kernel, stride, conv.dilation[0])
     flops = 2 * into[0] * kernel**2 * size
     yield Op("convolution", shape, 1, HALF * small, HALF * size, flops, HALF * weight.numel(), form)
-    if conv.bias is not None:
+    if biased and conv.bias is not None:
         yield Op("bias", shape, 1, HALF * size, HALF * size)
 
 
@@ -119,7 +128,8 @@ def _norm(size: int, shape: tuple[int, ...], options: dict) -> Op:
     """A pass for the moments, which also makes and writes a sum, and one that reads that and applies."""
     residual, before, pool = "residual" in options, options.get("before", "none"), options.get("pool", False)
     summed = residual or before != "none"
-    form = (residual, before, pool, options.get("activation", "none"))
+    biases = ("bias" in options, "residual_bias" in options)
+    form = (residual, before, pool, options.get("activation", "none"), *biases)
     return Op("norm", shape, 2, HALF * size * (2 + residual), HALF * size * (1 + summed), form=form)
 
 

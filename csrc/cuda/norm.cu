@@ -9,7 +9,7 @@ namespace {
 
 // grid (N · slabs, channel blocks)
 template <class T, int V, bool NHWC>
-__global__ void __launch_bounds__(kNormThreads, 2) stats_kernel(const Norm s, const Tiling t) {
+__global__ void __launch_bounds__(kNormThreads, 2) stats_kernel(const BiasedNorm s, const Tiling t) {
   using Tile = Tile<T, V, kPortablePacks, NHWC>;
   const int64_t n = blockIdx.x / t.slabs;
   const int slab = static_cast<int>(blockIdx.x % t.slabs);
@@ -34,14 +34,14 @@ __global__ void __launch_bounds__(kNormThreads, 2) stats_kernel(const Norm s, co
   }
   float* moments = s.moments + blockIdx.x * int64_t{2} * s.channels + first;
   for (int c = threadIdx.x; c < min(width, s.channels - first); c += kNormThreads) {
-    moments[c] = mean[c];
+    moments[c] = mean[c] + s.lacks(first + c);
     moments[s.channels + c] = m2[c];
   }
 }
 
 // grid (N · slabs, channel blocks)
 template <class T, int V, bool NHWC>
-__global__ void __launch_bounds__(kNormThreads, 2) apply_kernel(const Norm s, const Tiling t) {
+__global__ void __launch_bounds__(kNormThreads, 2) apply_kernel(const BiasedNorm s, const Tiling t) {
   using Tile = Tile<T, V, kPortablePacks, NHWC>;
   const int64_t n = blockIdx.x / t.slabs;
   const int slab = static_cast<int>(blockIdx.x % t.slabs), packs = s.pixels / Tile::kPixels;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kNormThreads, 2) apply_kernel(const Norm s, co
 }
 
 template <class T, int V, bool NHWC>
-cudaError_t launch_both(const Norm& s, int64_t batch, int dtype, bool pool, void* stream) {
+cudaError_t launch_both(const BiasedNorm& s, int64_t batch, int dtype, bool pool, void* stream) {
   using Tile = Tile<T, V, kPortablePacks, NHWC>;
   const Tiling t = portable_tiling(s.channels, s.pixels, V, NHWC);
   const int width = t.groups * Tile::kChannels;
@@ -73,7 +73,7 @@ cudaError_t launch_both(const Norm& s, int64_t batch, int dtype, bool pool, void
 
 }  // namespace
 
-cudaError_t norm_portable(const Norm& s, int64_t batch, int dtype, bool nhwc, int vector, bool pool, void* stream) {
+cudaError_t norm_portable(const BiasedNorm& s, int64_t batch, int dtype, bool nhwc, int vector, bool pool, void* stream) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int V = 16 / sizeof(T);

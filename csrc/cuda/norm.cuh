@@ -2,7 +2,7 @@
 //
 // y = act(γ·((x − μ)·rstd + α·ms) + β): μ and the biased variance over H·W for each (n, c); ms = (μ − m)/√(v + 1e-5) with m and
 // v (unbiased) the mean and variance of μ over the channels. With groups, μ and v are those of a group of channels; x may be a
-// sum, and activated before the norm.
+// sum, and activated before the norm. A bias of x is added in that sum; without one, to the means of x alone.
 //
 //   moments.cuh             mean and M2, merged; across the channels of a sample
 //   norm_tile.cuh           a block's tile, channels × pixels of one sample, packed in registers
@@ -31,9 +31,17 @@ struct Norm {
   int before, activation;
 };
 
+// For the portable kernels alone: in the one of clusters no registers are left.
+struct BiasedNorm : Norm {
+  const float *bias, *residual_bias;  // [C], added to x and to residual in `sum`; each or null
+  const float* lacking;               // [C], what x lacks without a `sum`, which its moments are given; or null
+
+  __device__ float lacks(int c) const { return lacking ? lacking[c] : 0.0f; }
+};
+
 // vector: elements of a pack; 1 for a pool in NCHW.
-cudaError_t norm_portable(const Norm& s, int64_t batch, int dtype, bool nhwc, int vector, bool pool, void* stream);
-cudaError_t norm_pool(const Norm& s, int64_t batch, int dtype, bool nhwc, int vector, const Tiling& t, void* stream);
+cudaError_t norm_portable(const BiasedNorm& s, int64_t batch, int dtype, bool nhwc, int vector, bool pool, void* stream);
+cudaError_t norm_pool(const BiasedNorm& s, int64_t batch, int dtype, bool nhwc, int vector, const Tiling& t, void* stream);
 cudaError_t norm_cluster(const Norm& s, int64_t batch, int dtype, const ClusterPlan& plan, void* stream);
 
 }  // namespace sgm::cuda

@@ -31,7 +31,7 @@ inline size_t coefficient_bytes(const Norm& s, int width) {
 // [3][t.groups · CHANNELS] in shared memory, for the channels of this block, from the moments that `stats` left. CHANNELS, PIXELS:
 // of a pack of `stats`. Ends with a barrier.
 template <int CHANNELS, int PIXELS>
-__device__ __forceinline__ const float* coefficients(const Norm& s, const Tiling& t, int64_t n) {
+__device__ __forceinline__ const float* coefficients(const BiasedNorm& s, const Tiling& t, int64_t n) {
   const int width = t.groups * CHANNELS, first = static_cast<int>(blockIdx.y) * width, packs = s.pixels / PIXELS;
   float* warps = shared_floats();
   float* coef = warps + kNormThreads / 32;
@@ -58,8 +58,10 @@ __device__ __forceinline__ const float* coefficients(const Norm& s, const Tiling
     __syncthreads();
     if (s.alpha) across = spread(mean, s.channels, warps);
   }
-  for (int c = threadIdx.x; c < min(width, s.channels - first); c += kNormThreads)
+  for (int c = threadIdx.x; c < min(width, s.channels - first); c += kNormThreads) {
     fold(s, s.group ? group_moments(s, first + c, mean, m2) : channel(first + c), across, coef + c, width);
+    coef[c] -= s.lacks(first + c);
+  }
   __syncthreads();
   return coef;
 }

@@ -15,7 +15,7 @@ static_assert((kRun + kSide - 1) % kSide == 0);
 
 // grid (N · slabs, channel blocks); a thread takes one pack of V channels (NHWC) or one channel, of every t.lanes-th run of its slab.
 template <class T, int V, bool NHWC>
-__global__ void __launch_bounds__(kNormThreads, 2) pool_kernel(const Norm s, const Tiling t) {
+__global__ void __launch_bounds__(kNormThreads, 2) pool_kernel(const BiasedNorm s, const Tiling t) {
   static_assert(NHWC || V == 1);
   constexpr bool kExact = sizeof(T) == 4;  // 16-bit values have no digits to lose in a float32 sum: the mean is taken off after it
   const int64_t n = blockIdx.x / t.slabs;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kNormThreads, 2) pool_kernel(const Norm s, con
 }
 
 template <class T, int V, bool NHWC>
-cudaError_t launch_pool(const Norm& s, const Tiling& t, int64_t batch, void* stream) {
+cudaError_t launch_pool(const BiasedNorm& s, const Tiling& t, int64_t batch, void* stream) {
   const dim3 grid(static_cast<unsigned>(batch * t.slabs), t.channel_blocks);
   return launch(pool_kernel<T, V, NHWC>, grid, kNormThreads, coefficient_bytes(s, t.groups * V), 1, stream, s, t);
 }
@@ -81,7 +81,7 @@ cudaError_t launch_pool(const Norm& s, const Tiling& t, int64_t batch, void* str
 }  // namespace
 
 // The tiling is that of `stats`, whose moments are read; each of its slabs takes as many runs.
-cudaError_t norm_pool(const Norm& s, int64_t batch, int dtype, bool nhwc, int vector, const Tiling& t, void* stream) {
+cudaError_t norm_pool(const BiasedNorm& s, int64_t batch, int dtype, bool nhwc, int vector, const Tiling& t, void* stream) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     if (!nhwc) return launch_pool<T, 1, false>(s, t, batch, stream);

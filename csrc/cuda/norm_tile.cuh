@@ -1,6 +1,8 @@
 // A block's tile: channels × pixels of one sample, packed in registers.
 #pragma once
 
+#include <type_traits>
+
 #include "moments.cuh"
 
 namespace sgm::cuda {
@@ -58,9 +60,26 @@ struct Tile {
       if (i < count) packs[i].load(static_cast<const T*>(x) + start + i * step);
   }
 
-  // before(x + residual), each step rounded to T, kept, and written to `sum`. Some packs of the residual are fetched at a time:
-  // `sum` may be the residual, so that no load moves above a store by itself.
-  __device__ __forceinline__ void load_sum(const Norm& s) {
+  // v += b at the channels of a pack, b [C]; read from a cache for each pack: beside those no registers are left for it.
+  __device__ __forceinline__ void add(const float* b, float (&v)[V]) const {
+    constexpr int kWide = kChannels % 4 == 0 ? 4 : 1;
+    b += (blockIdx.y * t.groups + group) * kChannels;
+#pragma unroll
+    for (int j = 0; j < kChannels; j += kWide) {
+      Pack<float, kWide> pack;
+      float w[kWide];
+      pack.load(b + j);
+      pack.unpack(w);
+#pragma unroll
+      for (int k = 0; k < (NHWC ? kWide : V); ++k) v[j + k] += w[NHWC ? k : 0];
+    }
+  }
+
+  // before(x + residual), with their biases if it has any, each of the two rounded to T, kept, and written to `sum`. Some packs of the
+  // residual are fetched at a time: `sum` may be the residual, so that no load moves above a store by itself.
+  template <class AnyNorm>
+  __device__ __forceinline__ void load_sum(const AnyNorm& s) {
+    constexpr bool kBiased = std::is_same_v<AnyNorm, BiasedNorm>;
     constexpr int kAhead = 4;
     static_assert(PER % kAhead == 0);
     load(s.x);
@@ -82,7 +101,17 @@ struct Tile {
             other[i].unpack(r);
 #pragma unroll
             for (int k = 0; k < V; ++k) v[k] += r[k];
+            if constexpr (kBiased) {
+              if (s.bias) add(s.bias, v);
+              if (s.residual_bias) add(s.residual_bias, v);
+            }
             pack.pack(v);
+          } else if constexpr (kBiased) {
+            if (s.bias) {
+              pack.unpack(v);
+              add(s.bias, v);
+              pack.pack(v);
+            }
           }
           if (s.before != kNone) {
             pack.unpack(v);

@@ -143,23 +143,25 @@ def _norm_cases() -> Iterator[tuple[str, Case]]:
             gamma, alpha, beta, level = gamma[0], None, beta[0], None
         workspace = _tensor(triton_norm.norm_workspace_size(x))
         sum_out = torch.empty_like(x) if residual else None
-        stats, apply = triton_norm.describe(
-            Norm(x, gamma, alpha, beta, level, activation, other if residual else None, 1e-5, x, sum_out, workspace)
-        )
+        tensors = (gamma, alpha, beta, level, activation, other if residual else None, 1e-5, x, sum_out, workspace)
+        bias = _tensor(shape[0]) if shape == (256, 16, 16) else None
+        stats, apply = triton_norm.describe(Norm(x, *tensors, bias=bias))
         # 16 bytes a thread need an aligned row: all channels of a pixel, or all pixels of a channel.
         aligned = (shape[0] if nhwc else shape[1] * shape[2]) * dtype.itemsize % 16 == 0
         first, tile = (_tile(launch) * dtype.itemsize * aligned for launch in (stats, apply))
         words = f"{_words(shape, nhwc)} {_words(dtype)}"
         if activation in ("elu", "none"):
-            name = f"norm stats {words}{' residual' if residual else ''}{'' if level is not None else ' plain'}"
+            added = f"{' residual' if residual else ''}{' bias' if residual and bias is not None else ''}"
+            name = f"norm stats {words}{added}{'' if level is not None else ' plain'}"
             yield name, Case(stats, loads=first * (1 + residual), stores=first * residual)
         if not residual or shape not in networks:
-            yield f"norm apply {words} {activation}", Case(apply, loads=tile, stores=tile)
+            added = "" if bias is None else " bias"
+            yield f"norm apply {words} {activation}{added}", Case(apply, loads=tile, stores=tile)
     for shape, nhwc in (((128, 32, 32), True), ((1024, 8, 8), False)):  # GroupNorm
         x, parameter = _tensor(BATCH, *shape, dtype=torch.bfloat16, nhwc=nhwc), _tensor(shape[0])
         workspace = _tensor(triton_norm.norm_workspace_size(x))
         _, group, apply = triton_norm.describe(
-            Norm(x, parameter, None, parameter, None, "silu", None, 1e-5, x, None, workspace, groups=32)
+            Norm(x, parameter, None, parameter, None, "silu", None, 1e-5, x, None, workspace, groups=32, bias=parameter)
         )
         tile = 2 * _tile(apply)
         yield f"norm group {_words(shape, nhwc)}", Case(group)
@@ -174,10 +176,14 @@ def _norm_cases() -> Iterator[tuple[str, Case]]:
         gamma, alpha, beta = _tensor(10, 3 * shape[0]).chunk(3, 1)
         workspace = _tensor(triton_norm.norm_workspace_size(x))
         arguments = (x, gamma, alpha, beta, _slots(), "none", other, 1e-5, torch.empty_like(x), torch.empty_like(x))
-        stats, pool = triton_norm.describe(Norm(*arguments, workspace, before="elu", pool=True))
+        biases = {"bias": _tensor(shape[0]), "residual_bias": _tensor(shape[0])}
+        stats, pool = triton_norm.describe(Norm(*arguments, workspace, before="elu", pool=True, **biases))
         first, tile = (2 * _tile(launch) for launch in (stats, pool))
         if shape == (128, 32, 32):
-            yield f"norm stats {_words(shape, True)} residual, elu before", Case(stats, loads=2 * first, stores=first)
+            yield (
+                f"norm stats {_words(shape, True)} residual, biases, elu before",
+                Case(stats, loads=2 * first, stores=first),
+            )
         yield f"norm pool {_words(shape, True)}", Case(pool, loads=tile, stores=tile)
 
 

@@ -1,6 +1,6 @@
 """Triton: noise-conditioned norm (InstanceNorm++; reference.py) with what stands round it, in two kernels.
 
-    s = before(x + residual)                                  rounded to x's dtype; written, unless it is x
+    s = before(x + bias + residual + residual_bias)           rounded to x's dtype; written, unless it is x + bias
     μ, v = mean and biased variance of s over H·W, for each (n, c)
     ms = (μ − mean_c μ) / √(var_c μ + 1e-5)                   var_c unbiased over C; only if alpha is given
     y = act((s − μ)·γ/√(v + eps) + (γ·α·ms + β))              γ, α, β [C], or [L, C] at row level[n]
@@ -9,6 +9,9 @@
 `stats` reads x once and writes a partial (μ, M2) for each slab of pixels; `apply` merges a sample's partials by Chan's
 formula, reduces over the channels and writes y. The mean comes first and the squares are centred; s − μ is taken before
 the scale, so a large mean costs no digits. No atomics: the bits depend on the sample and the configuration alone.
+
+A bias alone is not added: it shifts a channel's mean and no deviation from it, so s − μ is x less its own mean, and
+ms and the statistics of groups are made of the shifted means.
 
 With groups (GroupNorm) a small kernel between the two merges the partials of each group's channels, once, and not in
 every program of `apply`, which then reads its channels' μ and v.
@@ -88,6 +91,7 @@ def apply_kernel(
     alpha_stride,
     beta_stride,
     level_ptr,  # int64 [N], or None
+    bias_ptr,  # float32 [C], or None: the norm is of x + bias, which only alpha sees
     eps,
     inverse,  # float32, for an out of float8: reference.quantised of what would else be written; or None
     C: tl.constexpr,
@@ -104,7 +108,7 @@ def apply_kernel(
     n, slab, channel = share(tl.num_programs(0) - 1 - tl.program_id(0), C, CHANNELS, SLABS)
     mean, scale, shift = coefficients(
         n, channel, partial_ptr, gamma_ptr, alpha_ptr, beta_ptr, gamma_stride, alpha_stride, beta_stride, level_ptr,
-        eps, C, HW, CHANNELS, SLAB, SLABS, GROUPS,
+        bias_ptr, eps, C, HW, CHANNELS, SLAB, SLABS, GROUPS,
     )  # fmt: skip
     end = tl.minimum((slab + 1) * SLAB, HW)
     for i in range((SLAB + PIXELS - 1) // PIXELS):
@@ -138,17 +142,20 @@ def describe(n: Norm) -> tuple[Launch, ...]:
         "SLABS": tiling.slabs,
     }
     programs, options = batch * tiling.blocks * tiling.slabs, {"num_warps": tiling.warps}
+    bias = n.bias if n.sum_out is None else None  # that of x as the later kernels read it
     stats = {"x_ptr": n.x, "residual_ptr": n.residual, "sum_ptr": n.sum_out, "partial_ptr": n.workspace}
+    stats |= {"bias_ptr": None if n.sum_out is None else n.bias, "residual_bias_ptr": n.residual_bias}
     apply = {"x_ptr": n.x if n.sum_out is None else n.sum_out, "out_ptr": n.out, "partial_ptr": n.workspace}
     for name, parameter, stride in zip(("gamma", "alpha", "beta"), n.parameters, n.row_strides, strict=True):
         apply |= {f"{name}_ptr": parameter, f"{name}_stride": stride}
-    apply |= {"level_ptr": n.level, "eps": n.eps}
+    apply |= {"level_ptr": n.level, "bias_ptr": None if n.alpha is None else bias, "eps": n.eps}
     launches = []
     if n.slab is None:
         launches.append(Launch(stats_kernel, programs, stats, constants | {"BEFORE": n.before}, options))
     if n.groups is not None:
         shared = {name: constants[name] for name in ("C", "HW", "SLAB", "SLABS")} | {"GROUPS": n.groups}
-        launches.append(Launch(group_kernel, batch * n.groups, {"partial_ptr": n.workspace}, shared, options))
+        given = {"partial_ptr": n.workspace, "bias_ptr": bias}
+        launches.append(Launch(group_kernel, batch * n.groups, given, shared, options))
     if n.pool:
         pixels = max(1, tiling.pixels // 2)  # sums and one load in flight are more values alive than one tile
         constants = constants | {"W": width, "PIXELS": pixels, "GROUPS": n.groups}

@@ -64,6 +64,8 @@ def stats_kernel(
     residual_ptr,  # like x, or None
     sum_ptr,  # like x, or None: what is normalised, before(x + residual)
     partial_ptr,  # float32 [N, SLABS, 2, C]: mean and sum of squared deviations
+    bias_ptr,  # float32 [C], added to x, or None; with sum_ptr only
+    residual_bias_ptr,  # likewise to residual
     C: tl.constexpr,
     HW: tl.constexpr,
     NHWC: tl.constexpr,
@@ -78,13 +80,22 @@ def stats_kernel(
     count = 0.0
     mean = tl.zeros((CHANNELS,), tl.float32)
     m2 = tl.zeros((CHANNELS,), tl.float32)
+    bias = tl.zeros((CHANNELS,), tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + channel, mask=channel < C, other=0.0)
+    if residual_bias_ptr is not None:
+        bias += tl.load(residual_bias_ptr + channel, mask=channel < C, other=0.0)
     for i in range((SLAB + PIXELS - 1) // PIXELS):
         first = slab * SLAB + i * PIXELS
         offset, inside = tile(n, first, end, channel, C, HW, NHWC, CHANNELS, PIXELS)
         x = tl.load(x_ptr + offset, mask=inside, other=0.0)
-        if residual_ptr is not None:
-            residual = tl.load(residual_ptr + offset, mask=inside, other=0.0)
-            x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        if residual_ptr is not None or bias_ptr is not None:
+            summed = x.to(tl.float32)
+            if residual_ptr is not None:
+                summed += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+            if bias_ptr is not None or residual_bias_ptr is not None:
+                summed = tl.where(inside, summed + bias[None, :], 0.0)  # what is not there counts as 0 below
+            x = summed.to(x.dtype)
         if BEFORE != "none":
             x = activate(x.to(tl.float32), BEFORE).to(x.dtype)
         if sum_ptr is not None:
@@ -134,6 +145,7 @@ def merge(
 @triton.jit
 def group_kernel(
     partial_ptr,  # float32 [N, SLABS, 2, C]: slab 0 becomes each channel's mean and biased variance, over its group
+    bias_ptr,  # float32 [C], or None: the norm is of x + bias, and the mean becomes what is to be taken off x
     C: tl.constexpr,
     HW: tl.constexpr,
     SLAB: tl.constexpr,
@@ -147,13 +159,17 @@ def group_kernel(
     inside = member < SIZE
     channel = tl.where(inside, tl.program_id(0) % GROUPS * SIZE + member, C)
     means, variances = merge(partial_ptr, n, channel, C, HW, MEMBERS, SLAB, SLABS)
+    bias = tl.zeros((1, MEMBERS), tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + channel, mask=inside, other=0.0)
+        means += bias
     guess = tl.div_rn(tl.sum(means, 1, keep_dims=True), SIZE * 1.0)
     mean = guess + tl.div_rn(tl.sum(tl.where(inside, means - guess, 0.0), 1, keep_dims=True), SIZE * 1.0)
     delta = means - mean
     variance = tl.div_rn(tl.sum(tl.where(inside, variances + delta * delta, 0.0), 1, keep_dims=True), SIZE * 1.0)
     tl.debug_barrier()  # slab 0 has been read by every thread
     to = partial_ptr + n * SLABS * 2 * C + channel
-    tl.store(to, tl.broadcast_to(mean, (1, MEMBERS)), mask=inside)
+    tl.store(to, tl.broadcast_to(mean, (1, MEMBERS)) - bias, mask=inside)
     tl.store(to + C, tl.broadcast_to(variance, (1, MEMBERS)), mask=inside)
 
 
@@ -169,6 +185,7 @@ def coefficients(
     alpha_stride,
     beta_stride,
     level_ptr,
+    bias_ptr,
     eps,
     C: tl.constexpr,
     HW: tl.constexpr,
@@ -194,11 +211,15 @@ def coefficients(
         ALL: tl.constexpr = triton.next_power_of_2(C)
         channels = tl.arange(0, ALL)[None, :]
         means, _ = merge(partial_ptr, n, channels, C, HW, ALL, SLAB, SLABS)
+        own = mean
+        if bias_ptr is not None:
+            means += tl.load(bias_ptr + channels, mask=channels < C, other=0.0)
+            own += tl.load(bias_ptr + row, mask=row < C, other=0.0)
         centre = tl.div_rn(tl.sum(means), C * 1.0)
         spread = tl.where(channels < C, means - centre, 0.0)
         unbiased = tl.div_rn(tl.sum(spread * spread), C - 1.0)
         alpha = tl.load(alpha_ptr + level * alpha_stride + row, mask=row < C, other=0.0)
-        shift = alpha * ((mean - centre) * tl.div_rn(1.0, tl.sqrt_rn(unbiased + 1e-5)))
+        shift = alpha * ((own - centre) * tl.div_rn(1.0, tl.sqrt_rn(unbiased + 1e-5)))
     if gamma_ptr is not None:
         gamma = tl.load(gamma_ptr + level * gamma_stride + row, mask=row < C, other=0.0)
         scale *= gamma

@@ -26,6 +26,7 @@ def pool_kernel(
     alpha_stride,
     beta_stride,
     level_ptr,  # int64 [N], or None
+    bias_ptr,  # float32 [C], or None: the norm is of x + bias, which only alpha sees
     eps,
     C: tl.constexpr,
     HW: tl.constexpr,
@@ -40,7 +41,7 @@ def pool_kernel(
     n, slab, channel = share(tl.num_programs(0) - 1 - tl.program_id(0), C, CHANNELS, SLABS)
     mean, scale, shift = coefficients(
         n, channel, partial_ptr, gamma_ptr, alpha_ptr, beta_ptr, gamma_stride, alpha_stride, beta_stride, level_ptr,
-        eps, C, HW, CHANNELS, SLAB, SLABS, GROUPS,
+        bias_ptr, eps, C, HW, CHANNELS, SLAB, SLABS, GROUPS,
     )  # fmt: skip
     H: tl.constexpr = HW // W
     step: tl.constexpr = C if NHWC else 1  # elements from a pixel to the next

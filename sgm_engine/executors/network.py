@@ -18,6 +18,7 @@ from sgm_engine.numerics import float32_math
 from sgm_engine.rewriting.acceleration import Accelerated
 from sgm_engine.rewriting.agreement import as_written
 from sgm_engine.rewriting.altered import in_training
+from sgm_engine.rewriting.biases import folded
 from sgm_engine.rewriting.float8.config import Float8Config, check_float8, float8_layers, fuse_quantisation, trace_first
 from sgm_engine.rewriting.float8.conv import Float8Conv
 from sgm_engine.rewriting.observed import Observed
@@ -240,16 +241,24 @@ def _casts(module: nn.Module, dtype: torch.dtype, replaced: dict[nn.Conv2d, Floa
 
     In float32, only of weights that do not lie as images do on a GPU.
     """
-    casts = {}
+    casts, kept = {}, _kept(module)
     for layer in module.modules():
         if isinstance(layer, (*_CAST, PooledConv)) and layer not in replaced:
             for p in [layer.kernel] if isinstance(layer, PooledConv) else layer.parameters(recurse=False):
                 layout = torch.channels_last if p.dim() == 4 else torch.preserve_format  # as x
                 if dtype == torch.float32 and (p.dim() != 4 or p.is_contiguous(memory_format=layout)):
                     continue
+                if id(p) in kept:
+                    continue
                 empty = torch.empty_like(p, dtype=dtype, memory_format=layout)
                 casts[id(p)] = p, nn.Parameter(empty, requires_grad=False)
     return list(casts.values())
+
+
+def _kept(module: nn.Module) -> set[int]:
+    """ids of the biases that norms add, in float32."""
+    parts = (part for part in module.modules() if isinstance(part, Accelerated))
+    return {id(bias) for part in parts for network, *_ in part._built.values() for bias in folded(network)}
 
 
 def _copy(module: nn.Module, casts: list[tuple[Tensor, Tensor]], replaced: dict[nn.Conv2d, Float8Conv]) -> nn.Module:

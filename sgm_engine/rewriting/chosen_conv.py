@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sgm_engine.rewriting.altered import altered
+from sgm_engine.rewriting.biases import BiasFree, without_bias
 from sgm_engine.rewriting.float8.conv import Float8Conv, launch
 from sgm_engine.rewriting.recognise import FusedNorm
 
@@ -18,20 +19,23 @@ class ChosenConv(nn.Module):
 
     The choice depends on the shape alone, and is the same in a capture as out of it. Under a gradient it is PyTorch's.
     conv: the user's, or in a copy of the network for precision="float8" a Float8Conv, which chooses its own tile.
+    biased: its bias is added here, and not by a norm.
     """
 
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self, conv: nn.Conv2d, biased: bool = True):
         super().__init__()
-        self.conv = conv
+        self.conv, self.biased = conv, biased
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.conv, Float8Conv):
-            return self.conv(x)
-        found = self.tuned(x)
-        return self.conv(x) if found is None else found[0]
+        found = None if isinstance(self.conv, Float8Conv) else self.tuned(x, self.conv.bias if self.biased else None)
+        if found is not None:
+            return found[0]
+        return self.conv(x) if self.biased else without_bias(self.conv, x)
 
-    def tuned(self, x: Tensor, residual: Tensor | None = None, then: str = "") -> tuple[Tensor, Tensor | None] | None:
-        """(conv(x) + residual, the partials of a norm ``then``) if the table has that, or None."""
+    def tuned(
+        self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None, then: str = ""
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """(x ∗ weight + bias + residual, the partials of a norm ``then``) if the table has that, or None."""
         from sgm_engine.kernels.tables import conv as conv_table
         from sgm_engine.kernels.triton import conv as triton_conv
 
@@ -39,36 +43,53 @@ class ChosenConv(nn.Module):
         if _learns(self, x, residual):
             return None
         if isinstance(conv, Float8Conv):
-            return conv.tuned(x, residual, then)
+            return conv.tuned(x, bias, residual, then)
         tile = conv_table.choose(x, conv.weight, conv.dilation[0], then)
         if tile is None or triton_conv.refusal(x, conv.weight, tile, bool(then), residual):
             return None
-        return launch(x, conv.weight, conv.bias, conv.dilation[0], tile, x.dtype, None, residual, bool(then))
+        return launch(x, conv.weight, bias, conv.dilation[0], tile, x.dtype, None, residual, bool(then))
 
 
 class ConvNorm(nn.Module):
     """conv(x) + residual, then norm, whose statistics the convolution leaves where the table has the two together.
 
-    Takes what the norm takes and returns (norm, conv(x) + residual).
+    Takes what the norm takes and returns (norm, conv(x) + residual). bias: the convolution's, if the norm is to add it;
+    residual_bias: of the residual. The one kernel adds both.
     """
 
     def __init__(self, conv: ChosenConv, norm: FusedNorm):
         super().__init__()
         self.conv, self.norm = conv, norm
 
-    def forward(self, x: Tensor, level: Tensor | None = None, *, residual: Tensor | None = None, **options: object):
+    def forward(
+        self,
+        x: Tensor,
+        level: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+        bias: Tensor | None = None,
+        residual_bias: Tensor | None = None,
+        **options: object,
+    ):
         then = "norm" if residual is None else "sum and norm"
-        found = None if _learns(self.norm) else self.conv.tuned(x, residual, then)
+        found = None
+        if not _learns(self.norm, residual_bias):
+            own = self.conv.conv.bias
+            both = own if residual_bias is None else residual_bias if own is None else own + residual_bias
+            found = self.conv.tuned(x, both, residual, then)
         if found is not None:
             total, partials = found
             return self.norm(total, level, partials=partials, **options), total
         x = self.conv(x)
-        y = self.norm(x, level, residual=residual, **options)
+        y = self.norm(x, level, residual=residual, bias=bias, residual_bias=residual_bias, **options)
         return (y, x) if residual is None else y
 
 
 def chosen(module: nn.Module, device: torch.device) -> nn.Module:
     """``module``, wrapped if it is a convolution that the kernel could do and something is tuned for this device."""
+    if isinstance(module, BiasFree):
+        found = chosen(module.conv, device)
+        return ChosenConv(module.conv, biased=False) if isinstance(found, ChosenConv) else module
     if device.type != "cuda" or type(module) is not nn.Conv2d:
         return module
     from sgm_engine.kernels.tables import conv as conv_table
@@ -87,9 +108,11 @@ def join_norms(graph: fx.Graph, modules: dict[str, nn.Module], report: Callable[
     for norm in list(graph.nodes):
         if not isinstance(_called(norm, modules), FusedNorm) or "before" in norm.kwargs:
             continue
-        (conv, *level), residual = norm.args, norm.kwargs.get("residual")
+        (conv, *level), options = norm.args, dict(norm.kwargs)
+        residual, biases = options.get("residual"), [options.pop(name, None) for name in ("bias", "residual_bias")]
         if residual is not None and not _added(conv, modules):
-            conv, residual = residual, conv
+            conv, residual, biases = residual, conv, biases[::-1]
+        options |= {"residual": residual, "bias": biases[0], "residual_bias": biases[1]}
         if residual is None:  # others may read the convolution before the norm: it moves to where that was
             joins = isinstance(_called(conv, modules), ChosenConv) and all(places[n] < places[conv] for n in level)
         else:
@@ -100,7 +123,7 @@ def join_norms(graph: fx.Graph, modules: dict[str, nn.Module], report: Callable[
         modules[name] = ConvNorm(modules[conv.target], modules[norm.target])
         report("norm with the convolution before it, where the table has both", norm.target.removeprefix("module."))
         with graph.inserting_before(conv if residual is None else norm):
-            options = norm.kwargs if residual is None else {**norm.kwargs, "residual": residual}
+            options = {name: value for name, value in options.items() if value is not None}
             both = graph.call_module(name, (*conv.args, *level), options)
         if residual is None:
             with graph.inserting_after(both):

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from sgm_engine.rewriting.altered import altered
+from sgm_engine.rewriting.biases import BiasOf
 from sgm_engine.rewriting.chosen_conv import ConvNorm
 from sgm_engine.rewriting.recognise import FusedNorm
 
 ADDS = (operator.add, torch.add)
 POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+KEEPS_CONSTANTS = ("nearest", "bilinear")  # ways to upsample: of the same everywhere they make the same everywhere
 ACTIVATIONS = {
     F.elu: "elu", F.silu: "silu", F.relu: "relu", torch.relu: "relu", torch.relu_: "relu",
     "relu": "relu", "relu_": "relu", nn.ELU: "elu", nn.ReLU: "relu", nn.SiLU: "silu",
@@ -110,6 +113,30 @@ class NormRewrites:
             node.target = upsampled
             self.report("upsampling in 16 bits, for the sum after it", node.name)
 
+    def _biases(self, norm: fx.Node) -> None:
+        """norm of conv(x), a + conv(x) or a + upsampled(conv(x)) → it adds conv's bias, if nothing else reads conv."""
+        if not isinstance(self._module(norm), FusedNorm):
+            return
+        for name, source in (("bias", norm.args[0]), ("residual_bias", norm.kwargs.get("residual"))):
+            conv = self._biased(source)
+            if conv is None:
+                continue
+            with self.graph.inserting_before(conv):
+                bias, free = f"bias_of_{conv.name}", f"free_{conv.name}"
+                self.modules[bias], self.modules[free] = BiasOf(self._convolution(conv)), self._freed(conv)
+                norm.kwargs = {**norm.kwargs, name: self.graph.call_module(bias, ())}
+                self.report("bias of a convolution added by the norm", conv.target)
+                self._replace(conv, self.graph.call_module(free, conv.args))
+
+    def _biased(self, source: object) -> fx.Node | None:
+        """The call of a convolution that ``source`` is or is upsampled from, if it has a bias and one reader."""
+        if isinstance(source, fx.Node) and source.target in (F.interpolate, upsampled) and _is_plain(source):
+            source = source.args[0] if source.kwargs.get("mode") in KEEPS_CONSTANTS else None
+        conv = self._convolution(source)
+        if type(conv) is not nn.Conv2d or conv.bias is None or conv.bias.dtype != torch.float32 or altered(conv):
+            return None
+        return source if _is_plain(source) and not source.kwargs else None
+
     def _norm_call(self, norm: object) -> fx.Node | None:
         return norm_call(norm, self._module)
 
@@ -131,6 +158,11 @@ class NormRewrites:
             and len(node.args) == 2
             and not node.kwargs
         )
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Of one argument without a name, and read once."""
+    return len(node.args) == 1 and len(node.users) == 1
 
 
 def upsampled(x: Tensor, *args: object, **kwargs: object) -> Tensor:

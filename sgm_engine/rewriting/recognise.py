@@ -54,8 +54,10 @@ class FusedNorm(nn.Module):
         pool: bool = False,
         inverse: float | None = None,
         partials: Tensor | None = None,
+        bias: Tensor | None = None,
+        residual_bias: Tensor | None = None,
     ):
-        """inverse, partials: of the convolutions after and before it, see ops.inference_norm."""
+        """inverse, partials, biases: of the convolutions after and before it, see ops.inference_norm."""
         if self.groups is not None and x.dim() != 4:  # of tokens, in a network that was not traced
             return self.source(x)
         if self.conditional:
@@ -66,11 +68,21 @@ class FusedNorm(nn.Module):
         if residual is not None and residual.dtype != x.dtype:  # autocast on a GPU, which upsamples in float32
             dtype = min(x.dtype, residual.dtype, key=lambda dtype: dtype.itemsize)
             x, residual = x.to(dtype), residual.to(dtype)
+        if bias is not None or residual_bias is not None:
+            tensors = (x, residual, bias, residual_bias, *parameters.values())
+            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+                x, residual = _added(x, bias), _added(residual, residual_bias)
+                bias = residual_bias = None
         options = {"level": level, "activation": activation, "residual": residual, "eps": self.eps}
         options |= {"groups": self.groups, "before": before, "pool": pool}
-        if inverse is not None or partials is not None:
-            return ops.inference_norm(x, **parameters, **options, inverse=inverse, partials=partials)
+        beside = {"inverse": inverse, "partials": partials, "bias": bias, "residual_bias": residual_bias}
+        if any(v is not None for v in beside.values()):
+            return ops.inference_norm(x, **parameters, **options, **beside)
         return ops.noise_conditioned_norm(x, **parameters, **options)
+
+
+def _added(x: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    return x if bias is None else x + bias.to(x.dtype)[:, None, None]
 
 
 def recognise(module: nn.Module) -> FusedNorm | str | None:

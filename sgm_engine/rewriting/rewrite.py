@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sgm_engine.kernels.digest import digests
 from sgm_engine.rewriting.altered import altered
+from sgm_engine.rewriting.biases import BiasFree
 from sgm_engine.rewriting.norms import ADDS, NormRewrites, mean_window
 
 ZEROS = (torch.zeros, torch.zeros_like)
@@ -27,12 +28,13 @@ class PooledConv(nn.Module):
     """conv, then a 2×2 mean, as one convolution of stride 2 whose kernel is one wider: ¼·Σ of the four shifted kernels.
 
     kernel: a buffer derived from conv.weight. It is rewritten, in place, as soon as the weight's version or memory has
-    changed; under a gradient to the weight it is derived anew, differentiably.
+    changed; under a gradient to the weight it is derived anew, differentiably. biased: conv's bias is added.
     """
 
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self, conv: nn.Conv2d, biased: bool = True):
         super().__init__()
         self._conv = (conv,)  # in a tuple: the user's, not registered here
+        self.biased = biased
         self.register_buffer("kernel", widened(conv.weight.detach()), persistent=False)
         self._seen = self._version()
 
@@ -69,7 +71,8 @@ class PooledConv(nn.Module):
             if self.stale():
                 self.sync()
             kernel = self.kernel
-        return F.conv2d(x, kernel, conv.bias, stride=2, padding=conv.padding, groups=conv.groups)
+        bias = conv.bias if self.biased else None
+        return F.conv2d(x, kernel, bias, stride=2, padding=conv.padding, groups=conv.groups)
 
 
 def widened(weight: Tensor) -> Tensor:
@@ -88,8 +91,8 @@ class Rewriter(NormRewrites):
         report: Callable[[str, str], None],
         around_norms: bool = False,
     ):
-        """around_norms: also an activation before a norm, and a 5×5 mean after it, become part of it, and what is
-        upsampled for one stays in 16 bits."""
+        """around_norms: also an activation before a norm, a 5×5 mean after it, and the bias of a convolution before it
+        become part of it, and what is upsampled for one stays in 16 bits."""
         self.around_norms = around_norms
         self.graph, self.modules, self.values = graph, modules, values
         self.report = lambda what, where: report(what, where.removeprefix("module."))
@@ -100,7 +103,7 @@ class Rewriter(NormRewrites):
         self._make_additions_functional()
         norms = (self._residual, self._activation)
         if self.around_norms:
-            norms = (self._before, *norms, self._pool, self._upsampled)
+            norms = (self._before, *norms, self._pool, self._upsampled, self._biases)
         for rewrite in (self._upsampling, self._zero_sum, self._mean_pool, *norms):
             self.places = {node: i for i, node in enumerate(self.graph.nodes)}
             for node in list(self.graph.nodes):
@@ -193,6 +196,16 @@ class Rewriter(NormRewrites):
                 new = self.graph.call_module(name, (source.args[0],))
                 self.report("convolution and 2×2 mean as one", source.target)
         self._replace(node, new)
+
+    def _convolution(self, node: object) -> nn.Module | None:
+        """The user's convolution that a call computes, by itself or with a 2×2 mean."""
+        module = self._module(node)
+        return module._conv[0] if isinstance(module, PooledConv) else module
+
+    def _freed(self, node: fx.Node) -> nn.Module:
+        """What computes a convolution without its bias."""
+        conv, module = self._convolution(node), self._module(node)
+        return PooledConv(conv, biased=False) if isinstance(module, PooledConv) else BiasFree(conv)
 
     def _feeds_only(self, user: fx.Node, end: fx.Node) -> bool:
         """All that becomes of ``user`` is ``end``."""

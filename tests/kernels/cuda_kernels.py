@@ -88,9 +88,12 @@ def plan(device):
 
 def check_norm(
     device, shape, dtype, layout, variant, activation="elu", residual=True, terms="gab", levels=3, mean=3.0,
-    groups=None, before="none", pool=False,
+    groups=None, before="none", pool=False, biases="",
 ):  # fmt: skip
-    """Against float64: at most twice the error of PyTorch's float32 formula, then one rounding to the dtype."""
+    """Against float64: at most twice the error of PyTorch's float32 formula, then one rounding to the dtype.
+
+    biases: "b", x has one, "r", the residual has.
+    """
     generator = torch.Generator().manual_seed(4)
     batch, channels = shape[:2]
     layout = LAYOUTS[layout]
@@ -115,20 +118,23 @@ def check_norm(
         for i, k in enumerate("gab")
     }
     views = [views[k] if k in terms else None for k in "gab"]
+    b, rb = (3 * torch.randn(channels, generator=generator) if k in biases else None for k in "br")
     tensors = (on(x), *views, on(level), activation, on(r), 1e-5, out, total, workspace)
-    cuda.norm(Norm(*tensors, groups, before, pool), variant)
+    cuda.norm(Norm(*tensors, groups, before, pool, None, None, on(b), on(rb)), variant)
     assert workspace[size:].isnan().all(), "written past the end of the workspace"
 
     summed = x + r if residual else x
-    if before != "none":
-        exact = reference.ACTIVATIONS[before](summed.double())
+    if before != "none" or (biases and residual):
+        exact = reference.summed(x.double(), r if r is None else r.double(), b, rb)
+        exact = reference.ACTIVATIONS[before](exact if biases else summed.double())
         error = (total.cpu().double() - exact).abs()
-        assert (error <= torch.finfo(dtype).eps * exact.abs() + 2**-22).all(), f"{error.max():.3g}"
-        summed = total.cpu()
+        rounded = 3 * 2**-20 if biases else 2**-22  # of three sums up to 16, in float32
+        assert (error <= torch.finfo(dtype).eps * exact.abs() + rounded).all(), f"{error.max():.3g}"
+        summed, b = total.cpu(), None
     elif residual:
         assert torch.equal(total.cpu(), summed)
     f64 = [None if p is None else p.double() for p in (gamma, alpha, beta)]
-    rest = {"groups": groups, "pool": pool}
+    rest = {"groups": groups, "pool": pool, "bias": b}
     want = reference.noise_conditioned_norm(summed.double(), *f64, level, activation, **rest)
     eager = reference.noise_conditioned_norm(summed.float(), gamma, alpha, beta, level, activation, **rest)
     allowed = 2 * (eager.double() - want).abs().max() + 0.505 * torch.finfo(dtype).eps * want.abs() + 1e-5

@@ -1,5 +1,7 @@
 """The CUDA C++ norm, through the launchers that a GPU uses."""
 
+import functools
+
 import pytest
 import torch
 
@@ -99,6 +101,19 @@ def test_activation_before_a_norm(device, residual, variant):
         pytest.skip("no thread-block clusters before sm_90")
     for dtype in (torch.float32, torch.bfloat16):
         check_norm(device, (2, 32, 16, 16), dtype, "nhwc", variant, "elu", residual, before="elu")
+
+
+@each_layout
+@pytest.mark.parametrize("residual, biases", [(False, "b"), (True, "b"), (True, "r"), (True, "br")])
+def test_biases(device, residual, biases, layout):
+    """Of x alone, which is read as it is; of a sum, with one vector and with two; vectors of whole packs and not."""
+    run = functools.partial(check_norm, device, layout=layout, variant="auto", residual=residual, biases=biases)
+    for dtype in (torch.float32, torch.bfloat16):
+        run((2, 24, 6, 9), dtype)
+        run((2, 24, 6, 9), dtype, terms="gb", groups=4)
+        run((2, 24, 6, 9), dtype, before="elu")
+        run((2, 24, 6, 9), dtype, activation="none", pool=True)
+        run((2, 131, 3, 3), dtype)
 
 
 def test_a_large_mean_in_a_pool(device):

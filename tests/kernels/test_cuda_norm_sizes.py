@@ -36,9 +36,8 @@ def test_no_shape_writes_past_its_workspace(host_library, monkeypatch):
     ):
         reserved = host_library.sgm_cuda_norm_workspace(3, channels, pixels, nhwc)
         sizes = (1e-5, 3, channels, pixels, pixels, 0, 0)
-        error = host_library.sgm_cuda_norm(
-            address, None, address, None, dtype, nhwc, None, None, None, 0, 0, 0, None, 0, 0, *sizes, 1 << 20, 1, None
-        )
+        images, none = (address, None, address, None, None, None), (None, None, None, 0, 0, 0, None, 0, 0)
+        error = host_library.sgm_cuda_norm(*images, dtype, nhwc, *none, *sizes, 1 << 20, 1, None)
         assert error == 0
         written = host_library.sgm_host_blocks() * 2 * channels
         assert written <= reserved, (channels, pixels, dtype, nhwc, address)

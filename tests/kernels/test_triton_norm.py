@@ -25,13 +25,13 @@ def norm_inputs(shape, dtype, layout, offset=1.0, seed=0):
 
 def run_norm(
     x, gamma=None, alpha=None, beta=None, level=None, activation="none", residual=None, eps=1e-5, out=None, groups=None,
-    before="none", pool=False,
+    before="none", pool=False, bias=None, residual_bias=None,
 ):  # fmt: skip
     out = poisoned(x) if out is None else out
     total = None if residual is None and before == "none" else poisoned(x)
     workspace = torch.full((triton_norm.norm_workspace_size(x),), float("nan"), device=DEVICE)
     tensors = (x, gamma, alpha, beta, level, activation, residual, eps, out, total, workspace)
-    triton_norm.norm(Norm(*tensors, groups, before, pool))
+    triton_norm.norm(Norm(*tensors, groups, before, pool, None, None, bias, residual_bias))
     return out if total is None else (out, total)
 
 
@@ -134,6 +134,28 @@ def test_activation_before_a_norm(layout):
         found, total = run_norm(x, *arguments, "elu", residual=extra, before="elu")
         torch.testing.assert_close(total, reference.ACTIVATIONS["elu"](x if extra is None else x + extra))
         assert_as_accurate(found, total, *arguments, "elu")
+
+
+@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("before, pool", [("none", False), ("none", True), ("elu", True)])
+@pytest.mark.parametrize("groups", [None, 4])
+def test_biases(groups, before, pool, summed, layout):
+    """Of x alone, which is read as it is; of a sum, with one vector and with two."""
+    x, residual, gamma, alpha, beta, level = norm_inputs((2, 12, 7, 5), torch.float32, layout)
+    arguments, options = (gamma, None if groups else alpha, beta, level), {"groups": groups, "pool": pool}
+    b, rb = (3 * torch.randn(12, generator=torch.Generator().manual_seed(i)).to(DEVICE) for i in (1, 2))
+    pairs = ((b, None), (None, rb), (b, rb)) if summed else ((b, None),)
+    for bias, residual_bias in pairs:
+        pair = {"bias": bias, "residual_bias": residual_bias}
+        found = run_norm(x, *arguments, residual=residual if summed else None, before=before, **options, **pair)
+        if summed or before != "none":
+            found, total = found
+            exact = reference.summed(x.double(), residual if summed else None, bias, residual_bias)
+            torch.testing.assert_close(total.double(), reference.ACTIVATIONS[before](exact), rtol=1e-6, atol=3e-6)
+            assert_as_accurate(found, total, *arguments, **options)
+        else:
+            assert_as_accurate(found, x, *arguments, **options, bias=bias)
 
 
 @pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])

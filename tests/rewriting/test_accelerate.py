@@ -51,6 +51,7 @@ def test_same_outputs_as_on_a_gpu(conditional, as_on_a_gpu):
     counts = {what: len(where) for what, where in fast.report.replaced.items()}
     assert counts.get("5×5 mean of a norm", 0) == (8 if conditional else 0)
     assert counts.get("elu before the norm, with its sum", 0) == (4 if conditional else 0)
+    assert counts["bias of a convolution added by the norm"] >= 10
     assert counts.get("upsampling in 16 bits, for the sum after it", 0) == (1 if conditional else 0)
     assert relative(fast(X, LEVEL), net(X, LEVEL)) <= 2e-6
 

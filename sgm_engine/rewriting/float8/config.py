@@ -19,6 +19,7 @@ from sgm_engine.files.reading import parse_json
 from sgm_engine.kernels.reference import E4M3_MAX
 from sgm_engine.rewriting.acceleration import Accelerated
 from sgm_engine.rewriting.altered import altered
+from sgm_engine.rewriting.biases import BiasFree
 from sgm_engine.rewriting.chosen_conv import ChosenConv, ConvNorm
 from sgm_engine.rewriting.float8.conv import Float8Conv
 from sgm_engine.rewriting.norms import norm_call
@@ -162,7 +163,7 @@ def _fuse(network: fx.GraphModule, modules: dict[str, nn.Module]) -> int:
     fused = 0
     for node in network.graph.nodes:
         layer = modules.get(node.target) if node.op == "call_module" else None
-        while isinstance(layer, (ConvNorm, ChosenConv)):
+        while isinstance(layer, (ConvNorm, ChosenConv, BiasFree)):
             layer = layer.conv
         if not isinstance(layer, Float8Conv):
             continue

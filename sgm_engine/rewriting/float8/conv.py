@@ -62,30 +62,36 @@ class Float8Conv(nn.Module):
         if self.bias is not None:
             self.bias.copy_(conv.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: any float [N, Cin, H, W], or already what quantised(x, inverse) is → bfloat16 [N, Cout, H, W]."""
+    def forward(self, x: Tensor, biased: bool = True) -> Tensor:
+        """x: any float [N, Cin, H, W], or already what quantised(x, inverse) is → bfloat16 [N, Cout, H, W].
+
+        biased: the bias is added here, and not by a norm.
+        """
+        bias = self.bias if biased else None
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("precision='float8' has no gradient: use precision='bfloat16' where one is needed")
         if self.emulate:
             with torch.autocast(x.device.type, enabled=False):
-                y = float8_convolution(x, self.weight, self.scale, self.inverse, self.bias, None, self.dilation)
+                y = float8_convolution(x, self.weight, self.scale, self.inverse, bias, None, self.dilation)
             return y.to(torch.bfloat16)
         from sgm_engine.kernels.tables import conv as conv_table
         from sgm_engine.kernels.triton import conv as triton_conv
 
         c_out, c_in, *_ = self.weight.shape
         tile = conv_table.choose(x, self.weight, self.dilation) or triton_conv.float8_tile(c_in, c_out)
-        return self._launch(self._quantised(x), tile)[0]
+        return self._launch(self._quantised(x), tile, bias)[0]
 
-    def tuned(self, x: Tensor, residual: Tensor | None, then: str) -> tuple[Tensor, Tensor | None] | None:
-        """(self(x) + residual, the partials of a norm ``then``) if the table has that, or None."""
+    def tuned(
+        self, x: Tensor, bias: Tensor | None, residual: Tensor | None, then: str
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """(x ∗ weight + bias + residual, the partials of a norm ``then``) if the table has that, or None."""
         from sgm_engine.kernels.tables import conv as conv_table
         from sgm_engine.kernels.triton import conv as triton_conv
 
         tile = None if self.emulate else conv_table.choose(x, self.weight, self.dilation, then)
         if tile is None or triton_conv.refusal(x8 := self._quantised(x), self.weight, tile, bool(then), residual):
             return None
-        return self._launch(x8, tile, residual, bool(then))
+        return self._launch(x8, tile, bias, residual, bool(then))
 
     def _quantised(self, x: Tensor) -> Tensor:
         from sgm_engine.kernels.triton import float8 as triton_float8
@@ -97,6 +103,12 @@ class Float8Conv(nn.Module):
         triton_float8.quantise(x, self.inverse, x8)
         return x8
 
-    def _launch(self, x8: Tensor, tile: ConvTile, residual: Tensor | None = None, partials: bool = False):
-        weights = (self.weight, self.bias, self.dilation)
-        return launch(x8, *weights, tile, torch.bfloat16, self.scale, residual, partials)
+    def _launch(
+        self,
+        x8: Tensor,
+        tile: ConvTile,
+        bias: Tensor | None,
+        residual: Tensor | None = None,
+        partials: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        return launch(x8, self.weight, bias, self.dilation, tile, torch.bfloat16, self.scale, residual, partials)
