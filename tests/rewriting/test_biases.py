@@ -11,6 +11,8 @@ from sgm_engine.executors.network import Network
 from sgm_engine.rewriting.acceleration import accelerate
 from sgm_engine.rewriting.biases import BiasFree, BiasOf
 from sgm_engine.rewriting.rewrite import PooledConv
+from sgm_engine.tuning.float8_calibration import calibrate_float8
+from tests.rewriting.float8_networks import PLAN, SIGMAS
 from tests.rewriting.networks import (
     LEVEL,
     Wrapped,
@@ -86,6 +88,35 @@ def test_a_copy_in_16_bits_shares_them():
         ):
             conv.bias.mul_(-2)
     assert relative(held(X, LEVEL), net(X, LEVEL)) < 0.1 < relative(before, net(X, LEVEL))
+
+
+class Small(nn.Module):
+    """Of the shape of a score network; one convolution of three qualifies for float8."""
+
+    sigmas, shape = SIGMAS, (1, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(4, 32)
+        self.inside, self.last = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 1, 3, padding=1)
+
+    def forward(self, x, level):
+        return self.last(F.elu(self.norm(self.inside(F.elu(self.first(x))))))
+
+
+@torch.no_grad()
+def test_in_float8():
+    """A calibration sees the convolution; its layer in 8 bits leaves the bias to the norm too."""
+    net = biased(Small().eval())
+    fast, x = accelerate(net), torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert fast.report.replaced[FOLDED] == ["inside"]
+    ours, theirs = (calibrate_float8(m, 2, plan=PLAN, emulate=True) for m in (fast, net))
+    assert ours.maxima == pytest.approx(theirs.maxima, rel=0.02) and list(ours.maxima) == ["inside"]
+    found, exact = (Network(m, "float8", torch.device("cpu"), float8=ours) for m in (fast, net))
+    for sign in (1, -1):
+        net.inside.bias.mul_(sign)
+        found.sync(), exact.sync()
+        assert relative(found(x, LEVEL * 0), exact(x, LEVEL * 0)) < 0.02
 
 
 def other_reader(m, x, y):
