@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from sgm_engine.checkpoints.bundled import load_bundled
 from sgm_engine.checkpoints.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from sgm_engine.checkpoints.good_plan import good_plan, sampler_plan, start_at
+from sgm_engine.models.conditioning import conditioned
 from sgm_engine.plans.front import Front
 from sgm_engine.plans.plan import ancestral
 from sgm_engine.plans.samplers import SAMPLERS, heun, sa_solver
@@ -98,3 +100,15 @@ def test_the_command_takes_them_and_a_job_begun_before_goes_on(sgm, model, tiny_
     done = sgm(*job, "--out", "old/")
     assert "found: 1 shards" in done.stdout and "schedule=karras" in done.stdout, done.stderr
     assert "schedule=linear, sigma_min=0.3" in sgm(*job, "--out", "new/").stdout
+
+
+def test_the_bundled_weights_say_how_samplers_step():
+    """Churn keeps the noise at or below the first level, which is all that the network knows."""
+    model, _ = load_bundled()
+    assert {"sa_solver", "dpm_solver_2m", "heun", "euler", "ancestral"} <= model.front.steps.keys()
+    for name, rule in model.front.steps.items():
+        for nfe in (11, 21, 35):
+            plan = sampler_plan(model, name, nfe)
+            assert plan.nfe == nfe and plan.sigma.max() <= float(model.sigmas[0]) * (1 + 1e-6)
+            assert rule["sigma_min"] * (1 - 1e-6) <= plan.sigma.min() < 1.5 * rule["sigma_min"]
+            assert conditioned(model, plan)[1].nfe == nfe
