@@ -42,7 +42,7 @@ def test_a_command_that_is_gone_is_seen():
         parser().parse_args(["sample", "--no-such-option"])
 
 
-@pytest.mark.parametrize("page, count", [("cdm", 3), ("jobs", 1), ("samplers", 3), ("service", 1)])
+@pytest.mark.parametrize("page, count", [("cdm", 3), ("jobs", 1), ("samplers", 4), ("service", 1)])
 def test_programs_run(page, count, tmp_path, monkeypatch):
     if page == "samplers":
         pytest.importorskip("matplotlib", reason="pip install 'sgm-engine[test]'")

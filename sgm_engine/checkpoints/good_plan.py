@@ -13,6 +13,7 @@ from sgm_engine.plans.front import QUALITIES, Front, Point, started
 from sgm_engine.plans.plan import Plan
 from sgm_engine.plans.samplers import SAMPLERS, levels_of_nfe
 from sgm_engine.plans.schedule import SCHEDULES, check_count, check_sigmas, nearest_level
+from sgm_engine.plans.steps import OF_PATH, options_in, path_of
 
 BY_RULE = {"draft": 10, "good": 20, "best": 50}  # evaluations, where there is no front
 
@@ -85,18 +86,23 @@ def plan_by_rule(model, nfe: int, levels: np.ndarray, between: bool = True) -> P
 
 
 def sampler_plan(model, name: str, nfe: int, schedule: str | None = None, **options) -> Plan:
-    """The sampler ``name`` in ``nfe`` evaluations, from the model's first sigma to its last, begun at the data's law.
+    """The sampler ``name`` in ``nfe`` evaluations, from the model's first sigma, begun at the data's law.
 
-    schedule: one of SCHEDULES; None steps where the file's own sampler does, or takes Karras's.
+    schedule: one of SCHEDULES, to the model's last sigma. None steps as the front that came with the weights says of
+    this sampler, its options under those given; else where the file's own sampler does; else on Karras's schedule.
     """
+    rule = {} if schedule else getattr(getattr(model, "front", None), "steps", {}).get(name, {})
+    options = options_in(rule) | options
     count = levels_of_nfe(name, nfe, options)
-    if hasattr(model, "levels") and not schedule:
-        sigmas, schedule = model.levels(count, own=name in ("ancestral", "ddim")), "the weights' own"
+    if rule:
+        sigmas, about = path_of(rule, float(model.sigmas[0]), count), {k: rule[k] for k in OF_PATH if k in rule}
+    elif hasattr(model, "levels") and not schedule:
+        sigmas, about = model.levels(count, own=name in ("ancestral", "ddim")), {"schedule": "the weights' own"}
     else:
-        schedule = schedule or "karras"
-        sigmas = SCHEDULES[schedule](float(model.sigmas[0]), float(model.sigmas[-1]), count)
+        about = {"schedule": schedule or "karras"}
+        sigmas = SCHEDULES[about["schedule"]](float(model.sigmas[0]), float(model.sigmas[-1]), count)
     plan = SAMPLERS[name](sigmas, **start_options(model, name, float(sigmas[0])) | options)
-    return replace(plan, metadata=plan.metadata | {"schedule": schedule})
+    return replace(plan, metadata=plan.metadata | about)
 
 
 def good_sampler(model, nfe: int) -> str:

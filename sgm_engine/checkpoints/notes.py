@@ -19,6 +19,7 @@ from sgm_engine.files.writing import write_file
 from sgm_engine.outputs.output import sorted_header
 from sgm_engine.plans.front import Front
 from sgm_engine.plans.law import DataLaw
+from sgm_engine.plans.steps import check_plans
 
 LAW, FRONT = "data", "front"
 
@@ -43,6 +44,7 @@ def take_notes(model: nn.Module, metadata: Mapping[str, str]) -> None:
             front = Front.from_json(metadata[FRONT])
             for point in front.points:
                 point.plan(partial(start_at, model))
+            check_plans(front.steps, float(model.sigmas[0]))
             model.front = front
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise CheckpointError(f"has a bad {what} in its metadata: {short(error)}") from None

@@ -44,13 +44,20 @@ def as_begun(model: nn.Module, args: argparse.Namespace, begun: Plan) -> tuple[n
     meant, few = [found], _given(args, ("quality", "sampler", "nfe", "schedule"))
     if not few and not args.plan:
         meant.append((model, plan_for(model, (getattr(model, "plan", None) or {}).get("name", "annealed_langevin"))))
-    if few.keys() == {"nfe"}:
-        for name in dict.fromkeys((good_sampler(model, args.nfe), "dpm_solver_2m")):
-            plan = sampler_plan(model, name, args.nfe, **_given(args, PLAN_OPTIONS))
+    if args.nfe and not args.schedule:  # how a sampler steps where nothing says so: the front may say it by now
+        names = (args.sampler,) if args.sampler else (good_sampler(model, args.nfe), "dpm_solver_2m")
+        for name in dict.fromkeys(names):
+            plan = _without_steps(model, name, args.nfe, _given(args, PLAN_OPTIONS))
             meant.append(_conditioned(model, plan, args.conditioning))
     law = {name: getattr(begun, name) for name in ("start", "start_scale", "start_shift")}
     same = (conditioned for conditioned, plan in meant if replace(plan, **law) == begun)
     return next(((conditioned, begun) for conditioned in same), found)
+
+
+def _without_steps(model: nn.Module, name: str, nfe: int, given: dict) -> Plan:
+    """``sampler_plan`` as of weights whose front says nothing of the sampler."""
+    ruled = name in getattr(getattr(model, "front", None), "steps", {})
+    return sampler_plan(model, name, nfe, "karras" if ruled else None, **given)
 
 
 def _of_few(model: nn.Module, args: argparse.Namespace, given: dict, few: dict) -> tuple[nn.Module, Plan]:

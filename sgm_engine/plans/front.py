@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from sgm_engine.files.reading import parse_json
 from sgm_engine.plans.plan import Plan
 from sgm_engine.plans.samplers import SAMPLERS, levels_of_nfe, options_of
 from sgm_engine.plans.schedule import check_number, check_sigmas, nearest_level
+from sgm_engine.plans.steps import check_steps
+from sgm_engine.plans.steps import words as words_of_steps
 
 Start = Callable[[float], Mapping[str, object]]  # σ → where chains begin at that noise, as options of a sampler
 
@@ -82,7 +84,8 @@ class Point:
 @dataclass(frozen=True)
 class Front:
     """points: by evaluations, ascending, no two of one number. measure: what value is, of n samples of ``seed`` to
-    ``reference`` in ``features``, computed in ``precision``; command: what measured it."""
+    ``reference`` in ``features``, computed in ``precision``; command: what measured it. steps: how
+    a sampler that is named by itself steps with these weights (steps.py)."""
 
     points: tuple[Point, ...]
     measure: str
@@ -92,9 +95,11 @@ class Front:
     command: str
     n: int
     seed: int
+    steps: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "points", tuple(self.points))
+        object.__setattr__(self, "steps", check_steps(self.steps))
         if not 1 <= len(self.points) <= MAX_POINTS:
             raise ValueError(f"a front must have 1 to {MAX_POINTS} points, got {len(self.points)}")
         if (rows := [p.nfe for p in self.points]) != sorted(set(rows)):
@@ -126,18 +131,20 @@ class Front:
     def on_own_levels(self, levels) -> Front | None:
         """The part of it that keeps to these levels, None where nothing does."""
         own = [p for p in self.points if p.on_own_levels(levels)]
-        return Front(own, *(getattr(self, name) for name in (*TEXTS, "n", "seed"))) if own else None
+        return replace(self, points=own) if own else None
 
     def beside(self, other: Front) -> Front:
-        """The points of both that no other beats, where both were measured alike; else this front alone."""
+        """The points of both that no other beats, where both were measured alike; else this front's alone. The steps of
+        both, this front's first."""
+        steps = {**other.steps, **self.steps}
         if any(getattr(self, name) != getattr(other, name) for name in ALIKE):
-            return self
+            return replace(self, steps=steps)
         kept: list[Point] = []
         for p in sorted((*self.points, *other.points), key=lambda p: (p.nfe, p.value)):
             if not kept or p.value < kept[-1].value:
                 kept.append(p)
         command = self.command if self.command == other.command else f"{other.command}; {self.command}"
-        return Front(kept, self.measure, self.reference, self.features, self.precision, command, self.n, self.seed)
+        return replace(self, points=kept, command=command, steps=steps)
 
     def table(self) -> str:
         """Text: a line a point, with a bar as long as its value."""
@@ -158,10 +165,12 @@ class Front:
             corrected = "" if p.corrected is None else f"{p.corrected:.3f}"
             lines.append(f"{p.nfe:>5} {p.value:>8.3f} {corrected:>9}  {interval:<15} {bar:<{BAR}}  {p.words()}"
                          + (f"  ({names})" if names else ""))  # fmt: skip
+        lines += [f"--sampler {name}: {words_of_steps(rule)}" for name, rule in self.steps.items()]
         return "\n".join(lines)
 
     def to_json(self) -> str:
         fields = {name: getattr(self, name) for name in (*TEXTS, "n", "seed")}
+        fields |= {"steps": self.steps} if self.steps else {}
         points = [{**vars(p), "recipe": dict(p.recipe)} for p in self.points]
         return json.dumps(fields | {"points": points}, ensure_ascii=False, separators=(",", ":"))
 
@@ -169,7 +178,7 @@ class Front:
     def from_json(cls, text: str) -> Front:
         """ValueError says why a text is refused."""
         fields = parse_json(text)
-        if not isinstance(fields, Mapping) or fields.keys() != {*TEXTS, "n", "seed", "points"}:
+        if not isinstance(fields, Mapping) or fields.keys() - {"steps"} != {*TEXTS, "n", "seed", "points"}:
             raise ValueError(f"a front must have {', '.join(TEXTS)}, n, seed and points, got {str(fields)[:60]!r}")
         points = fields.pop("points")
         if not isinstance(points, list) or any(
