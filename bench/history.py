@@ -64,7 +64,6 @@ def draw(found: dict[str, list[tuple[str, float]]], path: Path) -> None:
 
 def main() -> int:
     """Exit status 1 if a workload has drifted above 1.05 in all."""
-    Program("bench.history", __doc__).parse_args()
     kept = [json.loads(file.read_text()) for file in sorted(FOLDER.glob("*.json"))]
     if not kept:
         print(f"nothing is kept in {FOLDER}: pytest bench/ --base REV --keep", file=sys.stderr)
@@ -78,4 +77,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    Program("bench.history", __doc__).parse_args()
     sys.exit(main())
