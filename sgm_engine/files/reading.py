@@ -39,17 +39,12 @@ def open_file(path: str | os.PathLike, folder: int | None = None) -> BinaryIO:
     A FIFO, a device or a socket is refused at once, not waited for.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if folder is None else os.O_NOFOLLOW)
-    fd = os.open(path, flags, dir_fd=folder)
-    try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(21, "Is a directory", os.fspath(path))
-        if not stat.S_ISREG(mode):
-            raise Refused(f"{os.fspath(path)}: is not a regular file")
-        return os.fdopen(fd, "rb")
-    except BaseException:
-        os.close(fd)
-        raise
+    opener = lambda name, _: os.open(name, flags, dir_fd=folder)  # noqa: E731
+    file = open(path, "rb", opener=opener)  # noqa: SIM115 - the descriptor's only owner, so that it is closed once
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise Refused(f"{os.fspath(path)}: is not a regular file")
+    return file
 
 
 def read_bytes(path: str | os.PathLike, limit: int | None = None, folder: int | None = None) -> bytes:

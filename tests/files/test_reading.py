@@ -5,6 +5,7 @@ import gzip
 import io
 import os
 import secrets
+import signal
 import time
 import zipfile
 
@@ -134,3 +135,17 @@ def test_a_fault_leaves_nothing(tmp_path):
         file.write(b"half")
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "before"
+
+
+def test_an_interrupt_while_a_file_is_opened_stays_one(tmp_path, monkeypatch):
+    """The file that was opened by then is closed once: no bad descriptor takes the place of the Ctrl-C."""
+    (tmp_path / "x").write_bytes(b"content")
+    real = io.open
+
+    def interrupted(*args, **kwargs):
+        return real(*args, **kwargs), signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(io, "open", interrupted)
+    monkeypatch.setattr(reading, "open", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        reading.read_bytes(tmp_path / "x")

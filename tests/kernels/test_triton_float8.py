@@ -131,11 +131,12 @@ def test_a_layer_leaves_the_partials_of_the_norm_after_it(monkeypatch):
         each.load(conv.to(DEVICE))
     x, residual = (draw(2, 32, 8, 8, seed=s).to(DEVICE).contiguous(memory_format=NHWC) for s in (1, 2))
     residual = 16 * residual.bfloat16()
-    assert layer.tuned(x, residual, "sum and norm") is None
+    assert layer.tuned(x, layer.bias, residual, "sum and norm") is None
     monkeypatch.setattr(conv_table, "choose", lambda x, w, d, then="": SMALL if then == "sum and norm" else None)
-    assert layer.tuned(x, None, "norm") is None and emulated.tuned(x, residual, "sum and norm") is None
-    assert layer.tuned(x, residual.float(), "sum and norm") is None
-    y, partials = layer.tuned(x, residual, "sum and norm")
+    assert layer.tuned(x, layer.bias, None, "norm") is None
+    assert emulated.tuned(x, emulated.bias, residual, "sum and norm") is None
+    assert layer.tuned(x, layer.bias, residual.float(), "sum and norm") is None
+    y, partials = layer.tuned(x, layer.bias, residual, "sum and norm")
     want = emulated(x).float() + residual.float()
     assert ((y.float() - want).abs() <= want.abs() / 64 + 1e-3 * want.abs().max()).all()
     tiles = y.permute(0, 2, 3, 1).reshape(2, 2, 32, 32).double()  # sample, tile, pixel, channel
