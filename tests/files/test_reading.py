@@ -5,7 +5,6 @@ import gzip
 import io
 import os
 import secrets
-import signal
 import time
 import zipfile
 
@@ -142,8 +141,11 @@ def test_an_interrupt_while_a_file_is_opened_stays_one(tmp_path, monkeypatch):
     (tmp_path / "x").write_bytes(b"content")
     real = io.open
 
+    def interrupt():
+        raise KeyboardInterrupt
+
     def interrupted(*args, **kwargs):
-        return real(*args, **kwargs), signal.raise_signal(signal.SIGINT)
+        return real(*args, **kwargs), interrupt()
 
     monkeypatch.setattr(io, "open", interrupted)
     monkeypatch.setattr(reading, "open", interrupted, raising=False)
