@@ -33,9 +33,14 @@ class ChosenConv(nn.Module):
         return self.conv(x) if self.biased else without_bias(self.conv, x)
 
     def tuned(
-        self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None, then: str = ""
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None = None,
+        then: str = "",
+        residual_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None] | None:
-        """(x ∗ weight + bias + residual, the partials of a norm ``then``) if the table has that, or None."""
+        """(x ∗ weight + residual + biases, the partials of a norm ``then``) if the table has that, or None."""
         from sgm_engine.kernels.tables import conv as conv_table
         from sgm_engine.kernels.triton import conv as triton_conv
 
@@ -43,11 +48,12 @@ class ChosenConv(nn.Module):
         if _learns(self, x, residual):
             return None
         if isinstance(conv, Float8Conv):
-            return conv.tuned(x, bias, residual, then)
+            return conv.tuned(x, bias, residual, then, residual_bias)
         tile = conv_table.choose(x, conv.weight, conv.dilation[0], then)
         if tile is None or triton_conv.refusal(x, conv.weight, tile, bool(then), residual):
             return None
-        return launch(x, conv.weight, bias, conv.dilation[0], tile, x.dtype, None, residual, bool(then))
+        given = (x, conv.weight, bias, conv.dilation[0], tile, x.dtype, None)
+        return launch(*given, residual, bool(then), residual_bias)
 
 
 class ConvNorm(nn.Module):
@@ -74,9 +80,7 @@ class ConvNorm(nn.Module):
         then = "norm" if residual is None else "sum and norm"
         found = None
         if not _learns(self.norm, residual_bias):
-            own = self.conv.conv.bias
-            both = own if residual_bias is None else residual_bias if own is None else own + residual_bias
-            found = self.conv.tuned(x, both, residual, then)
+            found = self.conv.tuned(x, self.conv.conv.bias, residual, then, residual_bias)
         if found is not None:
             total, partials = found
             return self.norm(total, level, partials=partials, **options), total

@@ -35,6 +35,17 @@ class Small(nn.Module):
         return self.last(self.point(y)) / self.sigma[level][:, None, None, None]
 
 
+class Normed(nn.Module):
+    """Of the shape of a score network, with a norm; one convolution of three qualifies. Its forward is a test's."""
+
+    sigmas, shape = SIGMAS, (1, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(4, 32)
+        self.inside, self.last = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 1, 3, padding=1)
+
+
 @pytest.fixture
 def net():
     with torch.random.fork_rng():

@@ -12,7 +12,7 @@ from sgm_engine.rewriting.acceleration import accelerate
 from sgm_engine.rewriting.biases import BiasFree, BiasOf
 from sgm_engine.rewriting.rewrite import PooledConv
 from sgm_engine.tuning.float8_calibration import calibrate_float8
-from tests.rewriting.float8_networks import PLAN, SIGMAS
+from tests.rewriting.float8_networks import PLAN, Normed
 from tests.rewriting.networks import (
     LEVEL,
     Wrapped,
@@ -90,16 +90,7 @@ def test_a_copy_in_16_bits_shares_them():
     assert relative(held(X, LEVEL), net(X, LEVEL)) < 0.1 < relative(before, net(X, LEVEL))
 
 
-class Small(nn.Module):
-    """Of the shape of a score network; one convolution of three qualifies for float8."""
-
-    sigmas, shape = SIGMAS, (1, 8, 8)
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(4, 32)
-        self.inside, self.last = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 1, 3, padding=1)
-
+class Small(Normed):
     def forward(self, x, level):
         return self.last(F.elu(self.norm(self.inside(F.elu(self.first(x))))))
 

@@ -22,20 +22,13 @@ from sgm_engine.rewriting.float8.conv import Float8Conv
 from sgm_engine.tuning.float8_calibration import calibrate_float8
 from tests.fake_graphs import FakeGraphs
 from tests.models.test_models import GOLDEN, golden
-from tests.rewriting.float8_networks import PLAN, SIGMAS, net, scales  # noqa: F401 - fixtures
+from tests.rewriting.float8_networks import PLAN, SIGMAS, Normed, net, scales  # noqa: F401 - fixtures
 
 CPU = torch.device("cpu")
 
 
-class Unfollowed(nn.Module):
-    """Of the shape of a score network; its forward depends on values, so that only its norms can be replaced."""
-
-    sigmas, shape = SIGMAS, (1, 8, 8)
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(4, 32)
-        self.inside, self.last = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 1, 3, padding=1)
+class Unfollowed(Normed):
+    """Its forward depends on values, so that only its norms can be replaced."""
 
     def forward(self, x, level):
         return self.last(self.inside(F.elu(self.norm(self.first(x))))) if bool(x.isfinite().all()) else x

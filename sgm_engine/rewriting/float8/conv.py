@@ -25,10 +25,13 @@ def launch(
     scale: Tensor | None = None,
     residual: Tensor | None = None,
     partials: bool = False,
+    residual_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(x ∗ weight + bias + residual in ``dtype``, the partials of a norm of it if asked for), by the Triton kernel."""
+    """(x ∗ weight + residual + biases in ``dtype``, the partials of a norm of it if asked for), by Triton."""
     from sgm_engine.kernels.triton import conv as triton_conv
 
+    if residual_bias is not None:
+        bias = residual_bias if bias is None else bias + residual_bias
     n, _, height, width = x.shape
     y = torch.empty(n, len(weight), height, width, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     slabs = (n, height * width // tile.pixels, 2, len(weight))
@@ -82,16 +85,21 @@ class Float8Conv(nn.Module):
         return self._launch(self._quantised(x), tile, bias)[0]
 
     def tuned(
-        self, x: Tensor, bias: Tensor | None, residual: Tensor | None, then: str
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        then: str,
+        residual_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None] | None:
-        """(x ∗ weight + bias + residual, the partials of a norm ``then``) if the table has that, or None."""
+        """(x ∗ weight + residual + biases, the partials of a norm ``then``) if the table has that, or None."""
         from sgm_engine.kernels.tables import conv as conv_table
         from sgm_engine.kernels.triton import conv as triton_conv
 
         tile = None if self.emulate else conv_table.choose(x, self.weight, self.dilation, then)
         if tile is None or triton_conv.refusal(x8 := self._quantised(x), self.weight, tile, bool(then), residual):
             return None
-        return self._launch(x8, tile, bias, residual, bool(then))
+        return self._launch(x8, tile, bias, residual, bool(then), residual_bias)
 
     def _quantised(self, x: Tensor) -> Tensor:
         from sgm_engine.kernels.triton import float8 as triton_float8
@@ -110,5 +118,7 @@ class Float8Conv(nn.Module):
         bias: Tensor | None,
         residual: Tensor | None = None,
         partials: bool = False,
+        residual_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        return launch(x8, self.weight, bias, self.dilation, tile, torch.bfloat16, self.scale, residual, partials)
+        given = (x8, self.weight, bias, self.dilation, tile, torch.bfloat16, self.scale)
+        return launch(*given, residual, partials, residual_bias)
