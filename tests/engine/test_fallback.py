@@ -252,3 +252,6 @@ def test_auto_lowers_a_traced_network_once(batch, buckets, monkeypatch):
     assert engine.sample(batch, plan=PLAN).equal(named.sample(batch, plan=PLAN))
     model.end_conv.weight.data.mul_(2)
     assert engine.sample(1, plan=PLAN).equal(named.sample(1, plan=PLAN)) and len(made) == 2 + 2 * len(buckets)
+    FOLLOWED["forward"](model)  # another network by now
+    same, said = as_eager(engine)
+    assert same and not said and engine.executor == "native"

@@ -150,6 +150,20 @@ def test_every_call_that_can_find_a_full_disk(tmp_path, monkeypatch):
         shutil.rmtree(out)
 
 
+def test_every_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    dirty, seen, fsync, write = set(), [], os.fsync, os.write
+    monkeypatch.setattr(os, "write", lambda fd, content: (dirty.add(fd), write(fd, content))[1])
+    monkeypatch.setattr(os, "fsync", lambda fd: (dirty.discard(fd), fsync(fd))[1])
+
+    def noted(real):
+        return lambda *args, **places: (seen.append(len(dirty)), real(*args, **places))[1]
+
+    for name in ("replace", "link"):
+        monkeypatch.setattr(os, name, noted(getattr(os, name)))
+    assert toy_job(tmp_path / "job", 90, 30).run().complete
+    assert len(seen) >= 6 and not any(seen)
+
+
 def test_one_writer_wins_a_race(tiny_weights, tmp_path):
     counts = faults.racers(tmp_path, tiny_weights, rounds=2)
     assert counts == {"rounds": 2, "one winner": 2, "refused with code 4": 6}

@@ -155,6 +155,28 @@ def test_a_convolution_with_its_norm(tuned, options):
         [t.requires_grad_(False) for t in wanted]
 
 
+@torch.no_grad()
+def test_a_convolution_adds_the_biases_that_its_norm_would(tuned):
+    """Of the convolution and of the residual, each once, whoever adds them."""
+    shapes, ran = tuned
+    x, weight, bias, residual = tensors((2, 16, 8, 8), 32, 3, torch.float32)
+    other = bias.flip(0) + 1
+    conv = torch.nn.Conv2d(16, 32, 3, padding=2, dilation=2).to(DEVICE)
+    conv.weight.copy_(weight), conv.bias.copy_(bias)
+    norm = recognise(ConditionalInstanceNormPlus(32, 3).to(DEVICE))
+    both = ConvNorm(ChosenConv(conv.to(memory_format=NHWC), biased=False), norm)
+    given = {"level": torch.tensor([2, 0], device=DEVICE), "residual": residual}
+    given |= {"bias": conv.bias, "residual_bias": other}
+    plain = both(x, **given)
+    assert not ran
+    shapes.add("sum and norm")
+    found = both(x, **given)
+    assert ran == [(True, True)]
+    for _, total in (plain, found):
+        assert_as_accurate(total, x, weight, bias + other, residual, 2)
+    torch.testing.assert_close(plain, found, rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture
 def traced_as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")

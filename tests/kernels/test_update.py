@@ -145,6 +145,17 @@ def test_every_float16(isa):
         assert torch.equal(torch.nan_to_num(out, nan=7), torch.nan_to_num(s.float(), nan=7))
 
 
+def test_what_is_left_out_and_what_never_is(isa):
+    """By a row of zeros: noise and previous, which may be anything, and neither x nor score, whose NaN stays one."""
+    shape, zero, none = (4, 3, 8, 8), torch.zeros(4, dtype=torch.int64), torch.zeros(1, 4)
+    x, score, previous = torch.zeros(3, *shape)
+    x[1], score[2], previous[3] = math.nan, math.nan, math.nan
+    found = ops.langevin_update(x, score, none, DRAW[:1], zero, zero, zero, previous)
+    same = reference.langevin_update(x, score, none, zero, torch.full(shape, math.nan), previous)
+    for each in (found, same):
+        assert each[1:3].isnan().all() and not each[[0, 3]].any()
+
+
 def test_idle_slots_are_left_alone():
     case = Case((4, 3, 8, 8))
     case.row, case.stop = torch.tensor([0, 2, 3, 9]), torch.tensor([1, 2, 5, 4])
